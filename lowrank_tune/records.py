@@ -1,0 +1,200 @@
+"""The frozen value objects that pass between rooms.
+
+Only numbers, text and paths live here, so that any of them can travel to a Ray actor or into a JSON file as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+TrialStatus = Literal["finished", "pruned", "failed"]
+StoppedBy = Literal["budget", "patience", "asha", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRow:
+    """Where one image's features lie in a cache: tensor `features` of `shard`, at index `row`.
+
+    Attributes:
+        key: sha256 of the image's bytes (of the tensor's bytes for imported tensors), 64 hex digits.
+        shard: file name under the cache's `shards/`.
+        row: index along the shard's first axis.
+    """
+
+    key: str
+    shard: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """The features of one study's images, inside a sealed cache.
+
+    Attributes:
+        directory: the cache, `features/<fingerprint>`.
+        fingerprint: identity of encoder, preprocessing and dtypes, 16 hex digits.
+        encoder: what made them, for people: a checkpoint's name, or `imported tensors`.
+        weights: `random`, `pretrained` or `unknown`; every report repeats it.
+        dtype: how they are stored: `float16`, `bfloat16` or `float32`.
+        tokens: T, rows of each image's matrix.
+        dim: D, its columns.
+        rows: one a distinct usable image, in the order of the source.
+        records_path: parquet with one row a record of the user's source (`record`, `key`, `path`, `error` and all of the
+            user's own columns); records that share an image share a key.
+        quarantined: how many records had no usable image.
+    """
+
+    directory: str
+    fingerprint: str
+    encoder: str
+    weights: str
+    dtype: str
+    tokens: int
+    dim: int
+    rows: tuple[FeatureRow, ...]
+    records_path: str
+    quarantined: int = 0
+
+    def write(self, path: Path) -> None:
+        """Write this record as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> FeatureSet:
+        """Read what `write` wrote."""
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields["rows"] = tuple(FeatureRow(**row) for row in fields["rows"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which images train, steer and judge: indices into `FeatureSet.rows`, disjoint, each sorted."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialConfig:
+    """All that one training depends on, beside the features.
+
+    Attributes:
+        trial_id: readable and unique in its study, `r064-sketch-0003`.
+        number: position in the search, from 0.
+        seed: seeds the weights and the order of mini-batches.
+        family: a decomposer's name.
+        rank: R.
+        lr: AdamW's learning rate at the start.
+        weight_decay: AdamW's decoupled weight decay.
+        batch_size: images a step.
+        epochs: the budget.
+        patience: epochs in a row without a lower validation MSE before the trial stops.
+        family_params: what this family alone has (`lambda_b`, `lambda_ortho`, `steps`).
+    """
+
+    trial_id: str
+    number: int
+    seed: int
+    family: str
+    rank: int
+    lr: float
+    weight_decay: float
+    batch_size: int
+    epochs: int
+    patience: int
+    family_params: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialOutcome:
+    """How a trial ended.
+
+    Attributes:
+        config: what was tried.
+        status: `finished` at full budget or patience, `pruned` by the scheduler, `failed`.
+        stopped_by: which of the four ended it.
+        epochs: epochs trained.
+        best_epoch: the epoch of the saved model, from 1; 0 when there is none.
+        best: `val_mse`, `val_token_cosine` and `val_residual_ratio` at that epoch.
+        directory: `studies/<study_id>/trials/<trial_id>`.
+        seconds: wall time of its training.
+        reason: why it failed, one line; empty otherwise.
+    """
+
+    config: TrialConfig
+    status: TrialStatus
+    stopped_by: StoppedBy
+    epochs: int
+    best_epoch: int
+    best: dict[str, float]
+    directory: str
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """One method at one rank on the test split: a row of `comparison.json`.
+
+    Attributes:
+        method: `svd`, a control's name, or a trained family.
+        rank: R.
+        n_images: images in the test split.
+        token_cosine_mean: mean over images of the mean over tokens of the cosine between rows of X and AB.
+        token_cosine_sd: its standard deviation over images.
+        flat_cosine_mean: mean over images of the cosine between the flattened matrices.
+        mse_mean: mean over images of the mean squared error of an element.
+        residual_ratio_mean: mean over images of ‖X − AB‖² / ‖X − X_r‖²; 1.0 is the optimum.
+        residual_ratio_max: the worst image's.
+        bytes_per_image: A and B in the cache's dtype.
+        images_per_second: decompositions (A and B, no reconstruction) on one CPU thread or on the study's GPU.
+        trial_id: the trial behind it; empty for methods without training.
+    """
+
+    method: str
+    rank: int
+    n_images: int
+    token_cosine_mean: float
+    token_cosine_sd: float
+    flat_cosine_mean: float
+    mse_mean: float
+    residual_ratio_mean: float
+    residual_ratio_max: float
+    bytes_per_image: int
+    images_per_second: float
+    trial_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The post-study figures.
+
+    Attributes:
+        rows: one a (method, rank).
+        per_image_path: `per_image.parquet`: method, rank, key, split index and the figures of each image.
+        device: what the speeds were measured on, for people.
+        remarks: sentences a reader must not miss (random weights, a control that wins, a rank without a model).
+    """
+
+    rows: tuple[ComparisonRow, ...]
+    per_image_path: str
+    device: str
+    remarks: tuple[str, ...] = ()
+
+
+class TrialTracker(Protocol):
+    """What the trials room tells a tracker, from the driver only; none of these may raise."""
+
+    def trial_started(self, config: TrialConfig) -> None:
+        """A trial begins."""
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        """An epoch ended; `epoch` counts from 1."""
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """A trial is over, whichever way."""
