@@ -1,0 +1,116 @@
+"""Decompositions without training: what a trained decomposer must beat.
+
+N images, T tokens, D dim, R rank, W columns of a widened basis.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank_tune.lowrank.decomposers.base import Factors
+from lowrank_tune.lowrank.linalg import gram, orthonormalise
+
+OVERSAMPLING = 1.25
+"""Width of `randomized_svd`'s basis, relative to the rank."""
+
+
+def random_sketch(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
+    """Return A = orth(XΩ) with gaussian Ω, and B = AᵀX (Halko, Martinsson & Tropp, 2011, without a power step).
+
+    Args:
+        x_NTD: Features [N, T, D].
+        rank: R, at most min(T, D).
+        generator: Draws Ω [D, R], one for the whole batch; on the CPU.
+    """
+    return project(x_NTD, orthonormalise(x_NTD @ _gaussian(x_NTD, rank, generator)))
+
+
+def pca_basis(x_NTD: Tensor, rank: int, axes_DR: Tensor) -> Factors:
+    """Return A = orth(XV) with V the training images' principal axes, and the least-squares B = AᵀX.
+
+    Args:
+        x_NTD: Features [N, T, D].
+        rank: R, at most min(T, D).
+        axes_DR: At least R columns of `linalg.principal_axes` [D, ≥R].
+    """
+    return project(x_NTD, orthonormalise(x_NTD @ axes_DR[:, :rank].to(x_NTD)))
+
+
+def power_1(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
+    """Return A = orth(G XΩ) with gaussian Ω, one step of subspace iteration, and B = AᵀX.
+
+    Args:
+        x_NTD: Features [N, T, D].
+        rank: R, at most min(T, D).
+        generator: Draws Ω [D, R], one for the whole batch; on the CPU.
+    """
+    start_NTR = orthonormalise(x_NTD @ _gaussian(x_NTD, rank, generator))
+    return project(x_NTD, orthonormalise(x_NTD @ (x_NTD.mT @ start_NTR)))
+
+
+def randomized_svd(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
+    """Return the randomized SVD of Halko, Martinsson & Tropp (2011, algorithms 4.4 and 5.1) by way of G = XXᵀ.
+
+    A basis of width R + 25%, two steps of subspace iteration, then Rayleigh–Ritz: the eigenvectors of QᵀGQ choose the R
+    columns that are kept.
+
+    Args:
+        x_NTD: Features [N, T, D].
+        rank: R, at most min(T, D).
+        generator: Draws Ω [D, W], one for the whole batch; on the CPU.
+    """
+    width = min(math.ceil(OVERSAMPLING * rank), *x_NTD.shape[-2:])
+    gram_NTT = gram(x_NTD)
+    q_NTW = orthonormalise(x_NTD @ _gaussian(x_NTD, width, generator))
+    for _ in range(2):
+        q_NTW = orthonormalise(gram_NTT @ q_NTW)
+    ritz_NWR = torch.linalg.eigh(q_NTW.mT @ gram_NTT @ q_NTW).eigenvectors[..., -rank:].flip(-1)
+    return project(x_NTD, q_NTW @ ritz_NWR)
+
+
+def svd(x_NTD: Tensor, rank: int) -> Factors:
+    """Return the truncated SVD, the optimum, from a float64 eigendecomposition of the smaller Gram matrix.
+
+    Args:
+        x_NTD: Features [N, T, D].
+        rank: R, at most min(T, D).
+
+    Returns:
+        A with orthonormal columns and B = AᵀX, or for T > D their mirror image: B with orthonormal rows and A = XBᵀ.
+    """
+    x = x_NTD.double()
+    if x.shape[-2] <= x.shape[-1]:
+        return project(x_NTD, _leading(gram(x), rank).to(x_NTD))
+    axes_NDR = _leading(gram(x.mT), rank).to(x_NTD)
+    return Factors(x_NTD @ axes_NDR, axes_NDR.mT)
+
+
+def svd_rows(x_NTD: Tensor, rank: int) -> Factors:
+    """Return the truncated SVD of X with rows of length one, each row of A brought back to its token's length.
+
+    It maximises the mean squared token cosine, as `svd` maximises the flat cosine.
+
+    Args:
+        x_NTD: Features [N, T, D].
+        rank: R, at most min(T, D).
+    """
+    lengths_NT1 = torch.linalg.vector_norm(x_NTD, dim=-1, keepdim=True)
+    a_NTR, b_NRD = svd(torch.where(lengths_NT1 > 0, x_NTD / lengths_NT1, x_NTD), rank)
+    return Factors(lengths_NT1 * a_NTR, b_NRD)
+
+
+def project(x_NTD: Tensor, q_NTR: Tensor) -> Factors:
+    """Return A = Q and the least-squares B = QᵀX for an orthonormal basis Q [N, T, R]."""
+    return Factors(q_NTR, q_NTR.mT @ x_NTD)
+
+
+def _gaussian(x_NTD: Tensor, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(x_NTD.shape[-1], columns, generator=generator).to(x_NTD)
+
+
+def _leading(symmetric: Tensor, count: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    return vectors[..., -count:].flip(-1)

@@ -1,0 +1,86 @@
+"""A feature cache as a matrix per image, mapped into memory.
+
+N images, T tokens, D dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowrank_tune.errors import CacheError
+from lowrank_tune.records import FeatureSet
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class FeatureMatrix:
+    """The features of a study's images, read where they lie.
+
+    A shard is mapped when one of its rows is first asked for and stays mapped: its pages belong to the system's page
+    cache, which all processes share, so a process needs memory for the batches that it holds and for nothing else.
+
+    Args:
+        features: The images, in the order that indices count.
+    """
+
+    def __init__(self, features: FeatureSet) -> None:
+        self.features = features
+        self.tokens = features.tokens
+        self.dim = features.dim
+        self.dtype = DTYPES[features.dtype]
+        self._shards: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.features.rows)
+
+    def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Copy the features of some images.
+
+        Args:
+            indices: Positions in `features.rows`, in any order; repetitions are allowed.
+            dtype: What the copy is converted to; `self.dtype` converts nothing.
+
+        Returns:
+            A tensor [n, T, D] that belongs to the caller.
+
+        Raises:
+            CacheError: A shard is missing, is not a safetensors file, or does not hold what the cache says.
+        """
+        x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype)
+        for place, index in enumerate(indices):
+            row = self.features.rows[index]
+            x_NTD[place].copy_(self._shard(row.shard)[row.row])
+        return x_NTD
+
+    def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """Yield the features of some images in order, `size` images [size, T, D] at a time (the last may be fewer).
+
+        Raises:
+            CacheError: As `load`.
+        """
+        for start in range(0, len(indices), size):
+            yield self.load(indices[start : start + size], dtype)
+
+    def _shard(self, name: str) -> Tensor:
+        if name not in self._shards:
+            self._shards[name] = self._map(Path(self.features.directory) / "shards" / name)
+        return self._shards[name]
+
+    def _map(self, path: Path) -> Tensor:
+        remedy = "run `lowrank-tune features verify`, then extract the cache again"
+        try:
+            with safe_open(path, framework="pt", device="cpu") as shard:
+                mapped_NTD: Tensor = shard.get_tensor("features")
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{path}: the shard cannot be read ({error}); {remedy}") from error
+        if mapped_NTD.shape[1:] != (self.tokens, self.dim) or mapped_NTD.dtype != self.dtype:
+            raise CacheError(
+                f"{path}: holds {list(mapped_NTD.shape)} of {mapped_NTD.dtype}, "
+                f"not images of [{self.tokens}, {self.dim}] of {self.dtype}; {remedy}"
+            )
+        return mapped_NTD

@@ -1,0 +1,232 @@
+"""One training: epochs over the training split, each judged on the validation split beside the optimum.
+
+N images, T tokens, D dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
+from lowrank_tune.lowrank.files import write_whole
+from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
+from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.lowrank.seeds import stream
+from lowrank_tune.records import Split, StoppedBy, TrialConfig
+
+INITIAL_IMAGES = 512
+"""Training images that a decomposer's start is fitted on, at most: a rank's axes need no more, and it then costs less
+than an epoch."""
+VALIDATION_BATCH = 16
+"""Validation images in memory at a time."""
+LR_FACTOR = 0.5
+"""What the learning rate is multiplied by on a plateau."""
+LR_PATIENCE = 3
+"""Epochs without a lower validation MSE before that; several plateaus fit into the default patience of 10."""
+
+
+class Trainer:
+    """Trains one decomposer: AdamW, the learning rate halved on plateaus, early stopping, the best weights kept.
+
+    On the CPU the same arguments give the same numbers, and a restored trainer goes on as if it had never stopped.
+
+    Args:
+        config: The trial.
+        data: The features.
+        split: Which images train and which validate.
+        optimum: The optimum of `split.validation`, in its order.
+        device: Where to train.
+
+    Attributes:
+        model: the decomposer as of the last epoch.
+        best_model: the decomposer of the epoch with the lowest validation MSE.
+        history: one row an epoch, as `step` returned it; an epoch that failed has none.
+        stopped_by: None while it may go on, then `budget`, `patience` or `error`.
+        reason: why it failed, one line; empty otherwise.
+
+    Raises:
+        InputError: The configuration does not fit the features, a split is empty, or the optimum is another split's.
+    """
+
+    def __init__(
+        self, config: TrialConfig, data: FeatureMatrix, split: Split, optimum: Optimum, device: str = "cpu"
+    ) -> None:
+        if not split.train or not split.validation:
+            raise InputError(f"trial {config.trial_id}: training and validation need an image each; change `split`")
+        if len(optimum.energy_N) != len(split.validation):
+            raise InputError(
+                f"trial {config.trial_id}: the optimum is of {len(optimum.energy_N)} images, "
+                f"the validation split has {len(split.validation)}; measure the optimum of this split"
+            )
+        self.config = config
+        self.data = data
+        self.split = split
+        self.device = device
+        self.history: list[dict[str, float]] = []
+        self.stopped_by: StoppedBy | None = None
+        self.reason = ""
+        self._energy_N = optimum.energy_N
+        self._floor_N = optimum.at(config.rank).residual_N
+        self._order = stream(config.seed, "order")
+        self._saved_epoch = 0
+        self.model = make_decomposer(config, data.tokens, data.dim).to(device)
+        self.best_model = copy.deepcopy(self.model)
+        self._optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self._scheduler = ReduceLROnPlateau(self._optimizer, factor=LR_FACTOR, patience=LR_PATIENCE)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs trained."""
+        return len(self.history)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the lowest validation MSE, from 1; 0 before the first."""
+        return int(self.history[-1]["best_epoch"]) if self.history else 0
+
+    def step(self) -> dict[str, float]:
+        """Train one epoch and validate.
+
+        Returns:
+            `epoch` (from 1), `train_loss`, `val_mse`, `val_token_cosine`, `val_residual_ratio` (means over images),
+            `lr` (that the epoch trained with), `seconds` (of this epoch), and `best_epoch`, `best_val_mse`,
+            `best_val_token_cosine`, `best_val_residual_ratio`, those of the epoch with the lowest `val_mse`. When the
+            epoch fails (`stopped_by` is then `error`) the figures that are not finite say so, and the best ones are
+            still those of the epochs before.
+
+        Raises:
+            RuntimeError: The training has stopped already.
+            CacheError: The features cannot be read.
+        """
+        if self.stopped_by is not None:
+            raise RuntimeError(f"trial {self.config.trial_id} has stopped ({self.stopped_by})")
+        started = time.perf_counter()
+        if self.epoch == 0:
+            self._initialise()
+        row: dict[str, float] = {"epoch": self.epoch + 1, "lr": self._optimizer.param_groups[0]["lr"]}
+        row["train_loss"] = self._train()
+        row |= self._validate()
+        row["seconds"] = time.perf_counter() - started
+        self._judge(row)
+        return row
+
+    def save(self, directory: Path) -> None:
+        """Write best_model.safetensors (when it improved since the last call), config.json and history.json.
+
+        Each file is replaced as a whole.
+        """
+        if self.best_epoch > self._saved_epoch:
+            save_decomposer(self.best_model, directory / "best_model.safetensors")
+            self._saved_epoch = self.best_epoch
+        _write_json(directory / "config.json", asdict(self.config))
+        _write_json(directory / "history.json", self.history)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that `restore` needs: tensors, numbers and text only, independent of what training does next."""
+        return copy.deepcopy(
+            {
+                "model": self.model.state_dict(),
+                "best_model": self.best_model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scheduler": self._scheduler.state_dict(),
+                "order": self._order.get_state(),
+                "history": self.history,
+                "stopped_by": self.stopped_by,
+                "reason": self.reason,
+            }
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned in a trainer with the same arguments."""
+        state = copy.deepcopy(state)
+        self.model.load_state_dict(state["model"])
+        self.best_model.load_state_dict(state["best_model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._order.set_state(state["order"])
+        self.history = state["history"]
+        self.stopped_by = state["stopped_by"]
+        self.reason = state["reason"]
+
+    def _load(self, indices: tuple[int, ...] | list[int]) -> Tensor:
+        # In the stored dtype to the device, converted there: half the bytes to move.
+        return self.data.load(indices, self.data.dtype).to(self.device).float()
+
+    def _initialise(self) -> None:
+        generator = stream(self.config.seed, "initialise")
+        order = torch.randperm(len(self.split.train), generator=generator)[:INITIAL_IMAGES].tolist()
+        images = [self.split.train[place] for place in order]
+        size = self.config.batch_size
+        starts = range(0, len(images), size)
+        self.model.initialise((self._load(images[start : start + size]) for start in starts), generator)
+
+    def _train(self) -> float:
+        """Return the mean loss of an epoch."""
+        train, size = self.split.train, self.config.batch_size
+        order = torch.randperm(len(train), generator=self._order).tolist()
+        total = torch.zeros((), device=self.device)
+        self.model.train()
+        for start in range(0, len(order), size):
+            images = [train[place] for place in order[start : start + size]]
+            self._optimizer.zero_grad()
+            loss = self.model.loss(self._load(images))
+            torch.autograd.backward(loss)
+            self._optimizer.step()
+            total += loss.detach() * len(images)
+        return total.item() / len(train)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        self.model.eval()
+        images = self.split.validation
+        parts: list[Figures] = []
+        for start in range(0, len(images), VALIDATION_BATCH):
+            x_NTD = self._load(images[start : start + VALIDATION_BATCH])
+            a_NTR, b_NRD = self.model(x_NTD)
+            parts.append(Figures(*(figure.cpu() for figure in measure(x_NTD, a_NTR, b_NRD))))
+        figures = Figures(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return {
+            "val_mse": figures.mse_N.mean().item(),
+            "val_token_cosine": figures.token_cosine_N.mean().item(),
+            "val_residual_ratio": residual_ratio(figures.residual_N, self._floor_N, self._energy_N).mean().item(),
+        }
+
+    def _judge(self, row: dict[str, float]) -> None:
+        """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""
+        names = ("val_mse", "val_token_cosine", "val_residual_ratio")
+        broken = [name for name in ("train_loss", *names) if not math.isfinite(row[name])]
+        last = self.history[-1] if self.history else {}
+        improved = not broken and row["val_mse"] < last.get("best_val_mse", math.inf)
+        source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in names}
+        row |= {f"best_{name}": source[name] for name in names}
+        row["best_epoch"] = row["epoch"] if improved else last.get("best_epoch", 0)
+        if broken:
+            self.stopped_by = "error"
+            self.reason = f"epoch {row['epoch']}: {', '.join(broken)} not finite; lower lr or check the features"
+            return
+        self.history.append(row)
+        if improved:
+            self.best_model.load_state_dict(self.model.state_dict())
+        self._scheduler.step(row["val_mse"])
+        if self.epoch >= self.config.epochs:
+            self.stopped_by = "budget"
+        elif self.epoch - self.best_epoch >= self.config.patience:
+            self.stopped_by = "patience"
+
+
+def _write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
