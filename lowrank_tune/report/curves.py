@@ -6,7 +6,7 @@ driver that lives for days would fill.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -201,9 +201,8 @@ def _rank_bar(figure: Figure, panels: np.ndarray, ranks: list[int], colors: Colo
 
 def _stop_handles(trials: Sequence[Trial]) -> list[Line2D]:
     present = {outcome.stopped_by for outcome, _ in trials}
-    grey = {"markerfacecolor": "#888888", "markeredgecolor": "#222222"}
     return [
-        Line2D([], [], color="#FFFFFF", marker=marker, label=STOPPED[stop], **grey)
+        Line2D([], [], color="#888888", linestyle="none", marker=marker, markeredgecolor="#222222", label=STOPPED[stop])
         for stop, marker in STOP_MARKERS.items()
         if stop in present
     ]

@@ -18,7 +18,8 @@ def read_history(directory: Path) -> list[dict[str, float]]:
         directory: the trial's directory.
 
     Returns:
-        One mapping an epoch, in order, with the finite numbers among its entries. Empty when the trial left no history or a damaged one: a report shows what there is.
+        One mapping an epoch, in order, with the finite numbers among its entries. Empty when the trial left no history
+        or a damaged one: a report shows what there is.
     """
     path = directory / "history.json"
     try:

@@ -1,0 +1,128 @@
+"""The post-study job: every method at every rank of the study, on images that no training saw.
+
+N images, T tokens, D dim, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lowrank_tune.comparison import remarks as say
+from lowrank_tune.comparison.methods import Method, trained, untrained
+from lowrank_tune.comparison.scoring import Kind, score
+from lowrank_tune.comparison.speed import BATCH, device_words, images_per_second
+from lowrank_tune.comparison.store import write_comparison
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.linalg import principal_axes
+from lowrank_tune.lowrank.seeds import stream
+from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, Split, TrialOutcome
+
+PCA_IMAGES = 512
+"""Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
+PCA_BATCH = 16
+
+
+def compare(
+    features: FeatureSet,
+    split: Split,
+    outcomes: Sequence[TrialOutcome],
+    *,
+    objective: str,
+    seed: int,
+    directory: Path,
+    device: str = "cpu",
+) -> Comparison:
+    """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
+
+    Speeds are measured one method at a time, so they are only worth comparing when nothing else runs.
+
+    Args:
+        features: the study's.
+        split: its images; `train` fits `pca_basis`, `test` judges.
+        outcomes: every trial of the study.
+        objective: what picks the best trial of a family and rank: `val_residual_ratio`, `val_mse`, `val_token_cosine`.
+        seed: the study's; draws the controls' random starts.
+        directory: where `comparison.json` and `per_image.parquet` go.
+        device: where methods run and are timed; a GPU when the study trained on one.
+
+    Returns:
+        The rows by rank and method, and the remarks.
+
+    Raises:
+        InputError: there is no trial, no test image, or no test image with a number other than 0.
+        CacheError: features cannot be read.
+    """
+    if not outcomes or not split.test:
+        lacking = "test images" if outcomes else "trials"
+        raise InputError(f"{directory.name}: there are no {lacking} to compare; change the study file")
+    data = FeatureMatrix(features)
+    ranks = sorted({outcome.config.rank for outcome in outcomes})
+    axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
+    models, lost = trained(outcomes, features, objective, device)
+    methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]
+    per_image, left_out = score(data, split.test, ranks, methods, device)
+    if per_image.empty:
+        raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
+    measured = set(zip(per_image["method"], per_image["rank"], strict=True))
+    sound = [method for method in methods if (method.name, method.rank) in measured]
+    rows = _rows(data, per_image, sound, _speeds(data, split, ranks, sound, device))
+    remarks = [
+        *say.about_data(features, rows[0].n_images),
+        *say.about_rivals(rows),
+        *say.about_trials(outcomes, rows),
+        *lost,
+        *left_out,
+    ]
+    return write_comparison(directory, rows, per_image, device_words(device), remarks)
+
+
+def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
+    places = np.unique(np.linspace(0, len(split.train) - 1, min(PCA_IMAGES, len(split.train))).round().astype(int))
+    images = [split.train[place] for place in places]
+    return principal_axes(data.batches(images, PCA_BATCH), count, stream(seed, "control pca_basis"))
+
+
+def _speeds(
+    data: FeatureMatrix, split: Split, ranks: Sequence[int], methods: Sequence[Method], device: str
+) -> dict[Kind, float]:
+    """Time each method on the same test images, repeated where there are few; the SVD once, for it has no rank."""
+    size = BATCH["cuda" if device.startswith("cuda") else "cpu"]
+    x_NTD = data.load([split.test[place % len(split.test)] for place in range(size)]).to(device)
+    svd = images_per_second(lambda x: torch.linalg.svd(x, full_matrices=False), x_NTD)
+    speeds: dict[Kind, float] = {("svd", rank): svd for rank in ranks}
+    for method in methods:
+        speeds[method.name, method.rank] = images_per_second(method.decompose, x_NTD)
+    return speeds
+
+
+def _rows(
+    data: FeatureMatrix, per_image: pd.DataFrame, methods: Sequence[Method], speeds: dict[Kind, float]
+) -> list[ComparisonRow]:
+    trials = {(method.name, method.rank): method.trial_id for method in methods}
+    rows = []
+    for name, rank in sorted(speeds, key=lambda kind: kind[1]):
+        images = per_image[(per_image["method"] == name) & (per_image["rank"] == rank)]
+        rows.append(
+            ComparisonRow(
+                method=name,
+                rank=rank,
+                n_images=len(images),
+                token_cosine_mean=float(images["token_cosine"].mean()),
+                token_cosine_sd=float(images["token_cosine"].std(ddof=1)) if len(images) > 1 else 0.0,
+                flat_cosine_mean=float(images["flat_cosine"].mean()),
+                mse_mean=float(images["mse"].mean()),
+                residual_ratio_mean=float(images["residual_ratio"].mean()),
+                residual_ratio_max=float(images["residual_ratio"].max()),
+                bytes_per_image=(data.tokens + data.dim) * rank * data.dtype.itemsize,
+                images_per_second=speeds[name, rank],
+                trial_id=trials.get((name, rank), ""),
+            )
+        )
+    return rows

@@ -1,0 +1,89 @@
+"""The sentences that a reader of the figures must not miss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lowrank_tune.comparison.methods import CONTROLS
+from lowrank_tune.records import ComparisonRow, FeatureSet, TrialOutcome
+
+FEW_IMAGES = 10
+"""Test images below which a mean and a worst case say little."""
+
+
+def about_data(features: FeatureSet, test_images: int) -> list[str]:
+    """Say what the features are worth: whose weights made them, what is missing, how many judge.
+
+    Args:
+        features: the study's.
+        test_images: how many images were measured.
+    """
+    remarks = []
+    if features.weights == "random":
+        remarks.append("random weights: these figures show the pipeline, not the science")
+    elif features.weights != "pretrained":
+        remarks.append("unknown weights: what made these features is not recorded, so compare within this study only")
+    if features.quarantined:
+        remarks.append(f"{features.quarantined} of the source's records had no usable image and are not in any figure")
+    if test_images == 1:
+        remarks.append("one test image only: no spread over images is known, and the sd is given as 0")
+    elif test_images < FEW_IMAGES:
+        remarks.append(f"only {test_images} test images: means and worst cases are rough")
+    return remarks
+
+
+def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]) -> list[str]:
+    """Say which trials did not end well, and which family and rank is left without a model.
+
+    Args:
+        outcomes: every trial of the study.
+        rows: the comparison's.
+    """
+    remarks = []
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    pruned = [outcome for outcome in outcomes if outcome.status == "pruned"]
+    if failed:
+        reasons = Counter(outcome.reason or "no reason given" for outcome in failed)
+        told = "; ".join(f"{reason} ({number}x)" if number > 1 else reason for reason, number in reasons.most_common(3))
+        further = "; and others" if len(reasons) > 3 else ""
+        remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {told}{further}")
+    if pruned:
+        remarks.append(f"{len(pruned)} of {len(outcomes)} trials were stopped early by the scheduler")
+    measured = {(row.method, row.rank) for row in rows}
+    tried = Counter((outcome.config.family, outcome.config.rank) for outcome in outcomes)
+    for (family, rank), number in sorted(tried.items()):
+        if (family, rank) not in measured:
+            trials = "its one trial" if number == 1 else f"its {number} trials"
+            remarks.append(f"rank {rank} has no {family} model: {trials} left none that can be used")
+    return remarks
+
+
+def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
+    """Call out each trained family that needs no training to be matched: a rival has no worse ρ in no more time.
+
+    Args:
+        rows: the comparison's.
+    """
+    remarks = []
+    for row in rows:
+        if not row.trial_id:
+            continue
+        rivals = [
+            other
+            for other in rows
+            if other.rank == row.rank
+            and other.method in (*CONTROLS, "svd")
+            and other.residual_ratio_mean <= row.residual_ratio_mean
+            and other.images_per_second >= row.images_per_second
+        ]
+        if rivals:
+            best = min(rivals, key=lambda other: (other.residual_ratio_mean, -other.images_per_second))
+            more = [other.method for other in rivals if other is not best]
+            also = f"; so {'does' if len(more) == 1 else 'do'} {', '.join(more)}" if more else ""
+            remarks.append(
+                f"at rank {row.rank} {best.method}, without training, beats {row.method}: "
+                f"ρ {best.residual_ratio_mean:.4g} against {row.residual_ratio_mean:.4g}, "
+                f"{best.images_per_second:.3g} against {row.images_per_second:.3g} images/s{also}"
+            )
+    return remarks
