@@ -1,166 +1,112 @@
 """The study file's schema: what each key means, its unit and its default.
 
-A value in the search space is a constant, a list (a grid axis, or a choice), or one range:
-`{uniform: [low, high]}`, `{loguniform: [low, high]}` or `{int: [low, high]}`.
+A check that concerns several keys stands in the smallest section that holds them all, and runs though other sections
+are wrong, so that one look at a file finds everything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-StepCount = Annotated[int, Field(strict=True, ge=0, le=16)]
+from lowrank_tune.spec.axes import (
+    Axis,
+    CountAxis,
+    IntRange,
+    LogUniformRange,
+    LrAxis,
+    UniformRange,
+    WeightAxis,
+    combinations,
+    largest_value,
+)
+from lowrank_tune.spec.features import (
+    TOKEN_PIXELS,
+    EncoderSpec,
+    FeaturesSpec,
+    ImageSource,
+    ManifestSource,
+    SampleSource,
+    TensorSource,
+)
+from lowrank_tune.spec.section import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+    distinct,
+    rejected,
+)
 
-
-class Section(BaseModel):
-    """A mapping of the study file: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class UniformRange(Section):
-    """Any number between two bounds, both included."""
-
-    uniform: tuple[float, float]
-    """[low, high]"""
-
-
-class LogUniformRange(Section):
-    """Any positive number between two bounds, its logarithm uniform."""
-
-    loguniform: tuple[PositiveFloat, PositiveFloat]
-    """[low, high]"""
-
-
-class IntRange(Section):
-    """Any whole number between two bounds, both included."""
-
-    int: tuple[PositiveInt, PositiveInt]
-    """[low, high]"""
-
-
-def _whole_form(value: Any) -> str:
-    return "list" if isinstance(value, list | tuple) else "int" if isinstance(value, dict | Section) else "constant"
-
-
-def _real_form(value: Any) -> str:
-    if isinstance(value, dict | Section):
-        keys = value if isinstance(value, dict) else type(value).model_fields
-        return "loguniform" if "loguniform" in keys else "uniform"
-    return "list" if isinstance(value, list | tuple) else "constant"
-
-
-# The form of a value decides which errors are about it: without a discriminator, one wrong number
-# would be reported once for each form that it might have had.
-CountAxis = Annotated[
-    Annotated[PositiveInt, Tag("constant")]
-    | Annotated[tuple[PositiveInt, ...], Field(min_length=1), Tag("list")]
-    | Annotated[IntRange, Tag("int")],
-    Discriminator(_whole_form),
-]
-StepsAxis = Annotated[
-    Annotated[StepCount, Tag("constant")]
-    | Annotated[tuple[StepCount, ...], Field(min_length=1), Tag("list")]
-    | Annotated[IntRange, Tag("int")],
-    Discriminator(_whole_form),
-]
-LrAxis = Annotated[
-    Annotated[PositiveFloat, Tag("constant")]
-    | Annotated[tuple[PositiveFloat, ...], Field(min_length=1), Tag("list")]
-    | Annotated[UniformRange, Tag("uniform")]
-    | Annotated[LogUniformRange, Tag("loguniform")],
-    Discriminator(_real_form),
-]
-WeightAxis = Annotated[
-    Annotated[NonNegativeFloat, Tag("constant")]
-    | Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1), Tag("list")]
-    | Annotated[UniformRange, Tag("uniform")]
-    | Annotated[LogUniformRange, Tag("loguniform")],
-    Discriminator(_real_form),
+__all__ = [
+    "Axis",
+    "DirectSpace",
+    "EncoderSpec",
+    "FamiliesSpec",
+    "FeaturesSpec",
+    "ImageSource",
+    "IntRange",
+    "LogUniformRange",
+    "ManifestSource",
+    "ReportSpec",
+    "ResourcesSpec",
+    "SampleSource",
+    "SchedulerSpec",
+    "SearchSpec",
+    "Section",
+    "SketchSpace",
+    "SpaceSpec",
+    "SplitSpec",
+    "StudySpec",
+    "TensorSource",
+    "TrackingSpec",
+    "TrainingSpec",
+    "UniformRange",
 ]
 
-
-class ImageSource(Section):
-    """A directory or a glob of images."""
-
-    images: Annotated[str, Field(min_length=1)]
-    """A directory (searched recursively) or a glob with `**`, relative to the working directory."""
+DEFAULT_TRIALS = 20
+LARGEST_GRID = 10_000
 
 
-class ManifestSource(Section):
-    """A table of records, one image each: JSON, JSONL, CSV or parquet."""
-
-    manifest: Annotated[str, Field(min_length=1)]
-    """The table's path; its suffix tells the format."""
-    image_column: str = "image"
-    """The column with each image's path."""
-    root: str | None = None
-    """The folder that relative image paths start from; the table's own folder by default."""
+def _share_form(value: Any) -> str:
+    return "<fraction>" if isinstance(value, float) else "<share>"
 
 
-class TensorSource(Section):
-    """A directory of ready features, `features_N.pt`, one tensor [tokens, dim] each."""
-
-    tensors: Annotated[str, Field(min_length=1)]
-    """The directory."""
-
-
-class SampleSource(Section):
-    """Photographs that ship inside scikit-image and scikit-learn, cropped."""
-
-    samples: Annotated[int, Field(strict=True, ge=3, le=1024)]
-    """How many crops."""
-
-
-def _source_form(value: Any) -> str:
-    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Section) else ()
-    return next((form for form in ("manifest", "tensors", "samples") if form in keys), "images")
-
-
-Source = Annotated[
-    Annotated[ImageSource, Tag("images")]
-    | Annotated[ManifestSource, Tag("manifest")]
-    | Annotated[TensorSource, Tag("tensors")]
-    | Annotated[SampleSource, Tag("samples")],
-    Discriminator(_source_form),
+Share = Annotated[
+    Annotated[PositiveInt, Tag("<share>")] | Annotated[float, Field(strict=True, gt=0, lt=1), Tag("<fraction>")],
+    Discriminator(_share_form),
 ]
-
-
-class EncoderSpec(Section):
-    """The Qwen2.5-VL vision tower."""
-
-    checkpoint: Annotated[str, Field(min_length=1)] = "Qwen/Qwen2.5-VL-3B-Instruct"
-    """A hub id, a checkpoint directory, or `tiny-random`: a small tower with seeded random weights."""
-    image_size: Annotated[int, Field(strict=True, ge=28, le=4480, multiple_of=28)] = 448
-    """Pixels a side; a token covers 28x28 of them."""
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the tower computes in."""
-
-
-class FeaturesSpec(Section):
-    """Where the features come from and how they are kept."""
-
-    source: Source
-    encoder: EncoderSpec = EncoderSpec()
-    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """What the cache stores; float16 holds bfloat16 features exactly up to 65,280."""
-    actors: PositiveInt | Literal["auto"] = "auto"
-    """Encoder actors: `auto` takes one a GPU, or one for the whole machine where there is none."""
-    max_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """The fraction of broken images above which the extraction fails."""
 
 
 class SplitSpec(Section):
     """How the images are divided; what is left trains."""
 
-    validation: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation: Share = 0.1
     """A count, or a fraction of all images."""
-    test: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Share = 0.1
     """A count, or a fraction of all images."""
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> SplitSpec:
+        shares = (self.validation, self.test)
+        if sum(share for share in shares if isinstance(share, float)) >= 1:
+            raise rejected("validation and test take every image and leave none to train: their sum must be below 1")
+        return self
+
+    def counts(self, n_images: int) -> tuple[int, int]:
+        """How many of so many images validate and test; a fraction is rounded, and is one image at least.
+
+        Returns:
+            (validation, test); their sum may exceed `n_images`.
+        """
+        validation, test = (
+            share if isinstance(share, int) else max(1, round(share * n_images))
+            for share in (self.validation, self.test)
+        )
+        return validation, test
 
 
 class DirectSpace(Section):
@@ -180,13 +126,25 @@ class FamiliesSpec(Section):
     """Which decomposers are tried, each with what it alone has; at least one."""
 
     direct: DirectSpace | None = None
+    """A network regresses both factors."""
     sketch: SketchSpace | None = None
+    """A learned sketch of the columns, B in closed form."""
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> FamiliesSpec:
+        if not self.chosen():
+            raise rejected(f"at least one family is needed: {', '.join(type(self).model_fields)}")
+        return self
+
+    def chosen(self) -> dict[str, Section]:
+        """The families to try, each with its own space, in the schema's order."""
+        named = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: own for name, own in named if own is not None}
 
 
 class SpaceSpec(Section):
     """What is searched."""
 
-    families: FamiliesSpec
     rank: CountAxis = 128
     """R, the columns of A and rows of B."""
     lr: LrAxis = 1e-3
@@ -195,16 +153,57 @@ class SpaceSpec(Section):
     """AdamW's decoupled weight decay."""
     batch_size: CountAxis = 8
     """Images a step."""
+    families: FamiliesSpec
+    """Which decomposers are tried; an empty one has its defaults."""
+
+    def axes(self, family: str) -> dict[str, Axis]:
+        """What a trial of a family chooses: first what every family has, then what it alone has."""
+        own = self.families.chosen()[family]
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
+        return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
 
 
 class SearchSpec(Section):
     """How the space is searched."""
 
-    space: SpaceSpec
     method: Literal["grid", "random", "tpe"] = "tpe"
     """Every combination, independent draws, or Optuna's TPE."""
-    trials: PositiveInt | None = None
+    trials: PositiveInt | None = Field(default=None, validate_default=True)
     """How many trials; 20 by default for random and tpe. A grid's number follows from its axes."""
+    space: SpaceSpec
+    """A constant, a list, or a range {uniform|loguniform|int: [low, high]} for each key."""
+
+    @field_validator("trials")
+    @classmethod
+    def _grid_counts_itself(cls, trials: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("method") != "grid":
+            return trials or DEFAULT_TRIALS
+        if trials is not None:
+            raise rejected("a grid tries every combination of its lists: remove trials, or choose method random or tpe")
+        return None
+
+    @field_validator("space")
+    @classmethod
+    def _grid_is_finite(cls, space: SpaceSpec, info: ValidationInfo) -> SpaceSpec:
+        if info.data.get("method") != "grid":
+            return space
+        sizes = {family: combinations(space.axes(family).values()) for family in space.families.chosen()}
+        if None in sizes.values():
+            raise rejected(
+                "a grid cannot try every value of a range: make it a list, or choose method random or tpe",
+                *dict.fromkeys(_range_places(space)),
+            )
+        total = sum(size or 0 for size in sizes.values())
+        if total > LARGEST_GRID:
+            raise rejected(f"a grid of {total:,} combinations is above {LARGEST_GRID:,}: choose method random or tpe")
+        return space
+
+
+def _range_places(space: SpaceSpec) -> Iterator[tuple[str, ...]]:
+    for family in space.families.chosen():
+        for name, axis in space.axes(family).items():
+            if isinstance(axis, Section):
+                yield (name,) if name in type(space).model_fields else ("families", family, name)
 
 
 class TrainingSpec(Section):
@@ -213,19 +212,26 @@ class TrainingSpec(Section):
     epochs: PositiveInt = 20
     """Passes over the training split."""
     patience: PositiveInt = 10
-    """Epochs in a row without a lower validation MSE before a trial stops."""
+    """Epochs in a row without a lower validation MSE before a trial stops; as many as epochs, and it never does."""
 
 
 class SchedulerSpec(Section):
     """Which trials are stopped early."""
 
     kind: Literal["asha", "none"] = "asha"
+    """Asynchronous successive halving, or every trial to its end."""
     grace_epochs: PositiveInt = 3
-    """No trial is stopped before this epoch."""
+    """No trial is stopped before this epoch; 3 by default, or training.epochs where that is less."""
     reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 3
     """One in so many goes on at each rung."""
-    compete_within: tuple[Literal["rank", "family"], ...] = ("rank",)
+    compete_within: Annotated[tuple[Literal["rank", "family"], ...], AfterValidator(distinct)] = ("rank",)
     """Trials compete for survival only with trials that agree in these."""
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise rejected("above 1 a number of GPUs must be whole; below 1 it is the share of one")
+    return gpus
 
 
 class ResourcesSpec(Section):
@@ -233,7 +239,7 @@ class ResourcesSpec(Section):
 
     cpus_per_trial: PositiveFloat = 1
     """CPU cores; torch gets as many threads, at least one."""
-    gpus_per_trial: NonNegativeFloat = 0
+    gpus_per_trial: Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)] = 0
     """A fraction lets several trials share a GPU."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many as fit."""
@@ -242,16 +248,16 @@ class ResourcesSpec(Section):
 class TrackingSpec(Section):
     """Where MLflow keeps the study."""
 
-    uri: str | None = None
+    uri: Text | None = None
     """A server or database; by default MLFLOW_TRACKING_URI, else sqlite in the results directory."""
-    experiment: str | None = None
+    experiment: Text | None = None
     """The experiment's name; the study's by default."""
 
 
 class ReportSpec(Section):
     """The post-study pictures."""
 
-    images: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = (0,)
+    images: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], AfterValidator(distinct)] = (0,)
     """Which images of the test split get spatial pictures, counted from 0."""
     channels: PositiveInt = 8
     """How many channels each shows."""
@@ -262,15 +268,64 @@ class StudySpec(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
     """Letters, digits, `-` and `_`; names the MLflow experiment and the results folder."""
-    features: FeaturesSpec
-    search: SearchSpec
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     """Reaches the split, the searcher, every trial's weights and mini-batches, and the controls."""
+    features: FeaturesSpec
     split: SplitSpec = SplitSpec()
+    search: SearchSpec
     training: TrainingSpec = TrainingSpec()
-    scheduler: SchedulerSpec = SchedulerSpec()
+    scheduler: SchedulerSpec = Field(default=SchedulerSpec(), validate_default=True)
     objective: Literal["val_residual_ratio", "val_mse", "val_token_cosine"] = "val_residual_ratio"
     """What searcher and scheduler steer by, and what picks the best trial of a family and rank."""
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
+
+    @field_validator("split")
+    @classmethod
+    def _samples_suffice(cls, split: SplitSpec, info: ValidationInfo) -> SplitSpec:
+        n_images = _known_images(info)
+        if n_images is not None and sum(split.counts(n_images)) >= n_images:
+            validation, test = split.counts(n_images)
+            raise rejected(f"{validation} images to validate and {test} to test leave none of {n_images} to train")
+        return split
+
+    @field_validator("search")
+    @classmethod
+    def _rank_exists(cls, search: SearchSpec, info: ValidationInfo) -> SearchSpec:
+        features = info.data.get("features")
+        if isinstance(features, FeaturesSpec) and not isinstance(features.source, TensorSource):
+            side = features.encoder.image_size
+            tokens, highest = (side // TOKEN_PIXELS) ** 2, largest_value(search.space.rank)
+            if highest > tokens:
+                reason = f"rank {highest} is above the {tokens} tokens of an image of {side} pixels a side: lower it"
+                raise rejected(reason, ("space", "rank"))
+        return search
+
+    @field_validator("scheduler")
+    @classmethod
+    def _grace_fits(cls, scheduler: SchedulerSpec, info: ValidationInfo) -> SchedulerSpec:
+        training = info.data.get("training")
+        if not isinstance(training, TrainingSpec) or scheduler.grace_epochs <= training.epochs:
+            return scheduler
+        if scheduler.kind == "asha" and "grace_epochs" in scheduler.model_fields_set:
+            reason = f"asha would stop nothing: at most training.epochs, {training.epochs}, or kind: none"
+            raise rejected(reason, ("grace_epochs",))
+        return scheduler.model_copy(update={"grace_epochs": training.epochs})
+
+    @field_validator("report")
+    @classmethod
+    def _images_exist(cls, report: ReportSpec, info: ValidationInfo) -> ReportSpec:
+        split, n_images = info.data.get("split"), _known_images(info)
+        if isinstance(split, SplitSpec) and (n_images is not None or isinstance(split.test, int)):
+            n_test = split.counts(n_images or 0)[1]
+            if max(report.images, default=0) >= n_test:
+                reason = f"the test split has {n_test} images, counted from 0: the last is {n_test - 1}"
+                raise rejected(reason, ("images",))
+        return report
+
+
+def _known_images(info: ValidationInfo) -> int | None:
+    features = info.data.get("features")
+    source = features.source if isinstance(features, FeaturesSpec) else None
+    return source.samples if isinstance(source, SampleSource) else None

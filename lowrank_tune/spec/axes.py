@@ -1,0 +1,147 @@
+"""What a value of the search space may be: a constant, a list, or one range.
+
+    rank: 128                          a constant
+    rank: [32, 64, 128]                a grid's axis, or a choice
+    rank: {int: [16, 128]}             a range of whole numbers
+    lr: {loguniform: [1e-4, 1e-2]}     or `uniform`: a range of numbers
+
+A union's tag stands between `<` and `>`, so that an error's path can be told from the keys of the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from lowrank_tune.spec.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, distinct, rejected
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise rejected("the low end of a range must be below its high end: [low, high]")
+    return bounds
+
+
+class UniformRange(Section):
+    """Any number between two bounds, both included."""
+
+    uniform: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(_rising)]
+    """[low, high]"""
+
+
+class LogUniformRange(Section):
+    """Any positive number between two bounds, its logarithm uniform."""
+
+    loguniform: Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
+    """[low, high]"""
+
+
+class IntRange(Section):
+    """Any whole number between two bounds, both included."""
+
+    int: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_rising)]
+    """[low, high]"""
+
+
+Range = UniformRange | LogUniformRange | IntRange
+Axis = float | tuple[float, ...] | Range
+
+
+def _form(value: Any, ranges: Sequence[str]) -> str | None:
+    """The tag of the one form that a value has; without it, one wrong number would be an error of every form."""
+    if isinstance(value, Section):
+        return next((f"<{name}>" for name in ranges if name in type(value).model_fields), None)
+    if isinstance(value, dict):
+        return f"<{next(iter(value))}>" if len(value) == 1 and set(value) <= set(ranges) else None
+    return "<list>" if isinstance(value, list | tuple) else "<constant>"
+
+
+def _whole_form(value: Any) -> str | None:
+    return _form(value, ["int"])
+
+
+def _real_form(value: Any) -> str | None:
+    return _form(value, ["uniform", "loguniform"])
+
+
+_WHOLE = Discriminator(
+    _whole_form,
+    custom_error_type="range",
+    custom_error_message="a range of whole numbers is {{int: [low, high]}}",
+)
+_REAL = Discriminator(
+    _real_form,
+    custom_error_type="range",
+    custom_error_message="a range is {{uniform: [low, high]}} or {{loguniform: [low, high]}}",
+)
+
+CountAxis = Annotated[
+    Annotated[PositiveInt, Tag("<constant>")]
+    | Annotated[
+        tuple[PositiveInt, ...],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(distinct),
+        Tag("<list>"),
+    ]
+    | Annotated[IntRange, Tag("<int>")],
+    _WHOLE,
+]
+LrAxis = Annotated[
+    Annotated[PositiveFloat, Tag("<constant>")]
+    | Annotated[
+        tuple[PositiveFloat, ...],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(distinct),
+        Tag("<list>"),
+    ]
+    | Annotated[UniformRange, Tag("<uniform>")]
+    | Annotated[LogUniformRange, Tag("<loguniform>")],
+    _REAL,
+]
+WeightAxis = Annotated[
+    Annotated[NonNegativeFloat, Tag("<constant>")]
+    | Annotated[
+        tuple[NonNegativeFloat, ...],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(distinct),
+        Tag("<list>"),
+    ]
+    | Annotated[UniformRange, Tag("<uniform>")]
+    | Annotated[LogUniformRange, Tag("<loguniform>")],
+    _REAL,
+]
+
+
+def combinations(axes: Iterable[Axis]) -> int | None:
+    """How many combinations a grid over these axes has; None with a range among them."""
+    total = 1
+    for axis in axes:
+        if isinstance(axis, Section):
+            return None
+        total *= len(axis) if isinstance(axis, tuple) else 1
+    return total
+
+
+def first_value(axis: Axis) -> float:
+    """A value to begin with: the constant, the list's first, or the middle of a range on its own scale."""
+    match axis:
+        case UniformRange(uniform=(low, high)):
+            return (low + high) / 2
+        case LogUniformRange(loguniform=(low, high)):
+            return math.sqrt(low * high)
+        case IntRange(int=(low, high)):
+            return (low + high) // 2
+        case tuple():
+            return axis[0]
+        case constant:
+            return constant
+
+
+def largest_value(axis: int | tuple[int, ...] | IntRange) -> int:
+    """The highest whole number that an axis can give."""
+    if isinstance(axis, IntRange):
+        return axis.int[1]
+    return max(axis) if isinstance(axis, tuple) else axis
