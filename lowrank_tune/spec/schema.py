@@ -237,9 +237,9 @@ def _whole_above_one(gpus: float) -> float:
 class ResourcesSpec(Section):
     """What a trial may use."""
 
-    cpus_per_trial: PositiveFloat = 1
+    cpus_per_trial: PositiveFloat = 1.0
     """CPU cores; torch gets as many threads, at least one."""
-    gpus_per_trial: Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)] = 0
+    gpus_per_trial: Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)] = 0.0
     """A fraction lets several trials share a GPU."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many as fit."""
