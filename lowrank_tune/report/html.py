@@ -93,15 +93,13 @@ def render(contents: Contents, sections: Sequence[Section], loss_curves: Sequenc
     )
     comparison = contents.comparison
     shown = [section for section in sections if section.pictures]
-    anchors = [
-        ("summary", "In words"),
-        ("comparison", "Comparison"),
-        *((section.id, section.title) for section in shown),
-    ]
+    anchors = [("summary", "In words"), ("comparison", "Comparison")]
+    anchors += [(section.id, section.title) for section in shown]
+    anchors += [("trials", "Trials"), ("study", "Study file")]
     return environment.get_template("report.html.j2").render(
         title=f"Study {contents.name}",
         study_id=contents.study_id,
-        sections=[*anchors, ("trials", "Trials"), ("study", "Study file")],
+        anchors=anchors,
         summary=summary(comparison, contents.outcomes),
         remarks=comparison.remarks,
         facts=_facts(contents),
@@ -111,7 +109,7 @@ def render(contents: Contents, sections: Sequence[Section], loss_curves: Sequenc
             {"rank": group.rank, "cells": [_cell(cell) for cell in group.cells]} for group in rank_groups(comparison)
         ],
         methods=[(name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)],
-        pictures=[{"id": s.id, "title": s.title, "pictures": [_embedded(p) for p in s.pictures]} for s in shown],
+        sections=[{"id": s.id, "title": s.title, "pictures": [_embedded(p) for p in s.pictures]} for s in shown],
         trials=[_trial(outcome) for outcome in _by_rank(contents.outcomes)],
         loss_curves=[_embedded(picture) for picture in loss_curves],
         study_file=contents.study_file,
