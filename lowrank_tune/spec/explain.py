@@ -1,0 +1,190 @@
+"""pydantic's errors -> `key.path: reason (got VALUE)`, in the words of the study file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lowrank_tune.spec.document import Document, KeyPath, Problem, key_text
+from lowrank_tune.spec.schema import Section, StudySpec
+
+_LONGEST_VALUE = 60
+
+
+def explain(error: ValidationError, document: Document) -> list[Problem]:
+    """Every problem that pydantic found, at the place where its value was given."""
+    return [problem for details in error.errors(include_url=False) for problem in _problems(details, document)]
+
+
+def _problems(details: ErrorDetails, document: Document) -> Iterator[Problem]:
+    unknown = details["type"] == "extra_forbidden"
+    tagged, last = details["loc"], details["loc"][-1:]
+    path: KeyPath = tuple(part for part in tagged[:-1] if not _is_tag(part))
+    path += last if unknown or not last or not _is_tag(last[0]) else ()
+    if details["type"] == "study":
+        context = details["ctx"]
+        for place in context["places"]:
+            yield _problem((*path, *place), context["reason"], document)
+    elif details["type"] == "missing" and isinstance(path[-1], int):
+        yield _problem(path[:-1], "a range has two ends: [low, high]", document)
+    elif unknown:
+        yield Problem(document.place(path), f"{key_text(path)}: {_unknown_reason(tagged, path)}")
+    else:
+        yield _problem(path, _reason(details), document)
+
+
+def _problem(path: KeyPath, reason: str, document: Document) -> Problem:
+    value: Any = document.value
+    for part in path:
+        if isinstance(value, dict) and part not in value:
+            return Problem(document.place(path), f"{key_text(path)}: {reason}")
+        value = value[part]
+    return Problem(document.place(path), f"{key_text(path) or 'study'}: {reason} (got {_shown(value)})")
+
+
+def _is_tag(part: str | int) -> bool:
+    return isinstance(part, str) and part.startswith("<")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    text = text if text.isprintable() else json.dumps(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+
+
+def _reason(details: ErrorDetails) -> str:
+    """What is wrong with a value, and what to write instead."""
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "missing":
+        return f"required, but not given{_needed_keys(details['loc'])}"
+    if value is None and kind != "literal_error":
+        return "nothing is given: write a value, or remove the line for the default"
+    match kind:
+        case "int_type" | "int_parsing" | "int_from_float":
+            return _number_reason("a whole number", value, details["loc"])
+        case "float_type" | "float_parsing":
+            return _number_reason("a number", value, details["loc"])
+        case "string_type":
+            return "text is expected" + (": put it in quotes" if isinstance(value, int | float) else "")
+        case "string_too_short":
+            return "must not be empty"
+        case "string_pattern_mismatch" if details["loc"] == ("name",):
+            return "letters, digits, - and _ only, beginning with a letter or digit, 63 at most"
+        case "string_pattern_mismatch":
+            return "must not hold control characters"
+        case "literal_error":
+            return _word_reason(value, re.findall(r"'([^']*)'", context["expected"]))
+        case "model_type":
+            return f"keys of its own are expected{_needed_keys(details['loc'])}"
+        case "tuple_type":
+            return "a list is expected"
+        case "too_short":
+            return "the list must not be empty"
+        case "too_long":
+            return "a range has two ends: [low, high]"
+        case "finite_number":
+            return "must be finite"
+        case "multiple_of":
+            return f"must be a multiple of {context['multiple_of']}"
+        case "range" | "source":
+            return details["msg"] + _misspelt(value)
+        case _:
+            return _bound_reason(context) or details["msg"]
+
+
+def _bound_reason(context: dict[str, Any]) -> str:
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    return " and ".join(f"must be {word} {context[key]}" for key, word in words.items() if key in context)
+
+
+def _number_reason(expected: str, value: Any, loc: tuple[str | int, ...]) -> str:
+    if isinstance(value, str):
+        number = _as_number(value)
+        if isinstance(number, int) or (number is not None and expected == "a number"):
+            return f"{expected} is expected: write it without quotes"
+    if isinstance(value, float) and value.is_integer():
+        return f"{expected} is expected: write {int(value)}"
+    forms = ", a list of them or a range" if loc[-1:] == ("<constant>",) else ""
+    return f"{expected}{forms} is expected"
+
+
+def _as_number(text: str) -> int | float | None:
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError):
+        return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _word_reason(value: Any, words: list[str]) -> str:
+    listed = ", ".join(words[:-1]) + " or " + words[-1] if len(words) > 1 else words[0]
+    written = "none" if value is None else str(value)
+    return f"{listed} is expected{_did_you_mean(_closest(written, words))}"
+
+
+def _misspelt(value: Any) -> str:
+    """A suggestion for the one key of a range or a source."""
+    keys = list(value) if isinstance(value, dict) else []
+    forms = ["uniform", "loguniform", "int", "images", "manifest", "tensors", "samples"]
+    return _did_you_mean(_closest(keys[0], forms)) if len(keys) == 1 and keys[0] not in forms else ""
+
+
+def _unknown_reason(tagged: tuple[str | int, ...], path: KeyPath) -> str:
+    """What an unknown key may have been meant for: a key beside it, or elsewhere; else all that may stand here."""
+    key = str(path[-1])
+    known = [name for section in _sections_at(tagged[:-1]) for name in section.model_fields]
+    what = "unknown family" if path[:-1] == ("search", "space", "families") else "unknown key"
+    close = _closest(key, known) or [
+        name for name in _all_paths(StudySpec) if name.rpartition(".")[2].lower() == key.lower()
+    ]
+    return what + (_did_you_mean(close) or (f" (known here: {', '.join(known)})" if known else "; none belong here"))
+
+
+def _closest(word: str, words: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(word.lower(), list(words), n=1)
+
+
+def _did_you_mean(words: Iterable[str]) -> str:
+    quoted = " or ".join(f'"{word}"' for word in words)
+    return f"; did you mean {quoted}?" if quoted else ""
+
+
+def _needed_keys(loc: tuple[str | int, ...]) -> str:
+    """The keys that a section must have, or may have when none is a must."""
+    fields = [item for section in _sections_at(loc) for item in section.model_fields.items()]
+    names = [name for name, field in fields if field.is_required()] or [name for name, _ in fields]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _sections_at(loc: tuple[str | int, ...]) -> list[type[Section]]:
+    """The sections that may stand at a path, or the one that its last tag chose."""
+    found: list[type[Section]] = [StudySpec]
+    for part in loc:
+        if _is_tag(part):
+            found = [section for section in found if str(part)[1:-1] in section.model_fields]
+        else:
+            fields = [section.model_fields[part] for section in found if part in section.model_fields]
+            found = [section for field in fields for section in _sections_in(field.annotation)]
+    return found
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
+
+
+def _all_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in _sections_in(field.annotation):
+            yield from _all_paths(inner, f"{prefix}{name}.")
