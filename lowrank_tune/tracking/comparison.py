@@ -1,0 +1,142 @@
+"""The post-study figures, pictures and models of a study, laid into its parent run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.models import Model
+from mlflow.models.signature import ModelSignature
+from mlflow.pyfunc import save_model
+from mlflow.tracking.client import MlflowClient
+from mlflow.types import Schema, TensorSpec
+
+from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
+from lowrank_tune.tracking.events import Compared
+from lowrank_tune.tracking.points import log_points
+
+_FILES = ("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet")
+_TABLE = "comparison_table.json"
+_MODEL_FILE = "best_model.safetensors"
+
+
+def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str], event: Compared) -> None:
+    """Log the rank curves, the table, the files and the best model of each rank; again, where some are there already.
+
+    Args:
+        client: the store's.
+        parent: the study's run.
+        children: the trials' runs by trial id; each gets its loss curves.
+        event: what was compared, and the study's directory.
+    """
+    comparison, directory = event.comparison, event.directory
+    log_points(
+        client,
+        parent,
+        (
+            point
+            for row in comparison.rows
+            for point in (
+                (f"test.{row.method}.token_cosine", row.token_cosine_mean, row.rank, event.at),
+                (f"test.{row.method}.residual_ratio", row.residual_ratio_mean, row.rank, event.at),
+            )
+        ),
+    )
+    if comparison.remarks:
+        client.set_tag(parent, "mlflow.note.content", "\n\n".join(comparison.remarks))
+    for name in _FILES:
+        if (directory / name).is_file():
+            client.log_artifact(parent, str(directory / name))
+    if (directory / "plots").is_dir():
+        client.log_artifacts(parent, str(directory / "plots"), "plots")
+    _log_table(client, parent, comparison)
+    for outcome in event.outcomes:
+        curves = Path(outcome.directory) / "loss_curves.png"
+        if curves.is_file() and outcome.config.trial_id in children:
+            client.log_artifact(children[outcome.config.trial_id], str(curves))
+    _log_models(client, parent, comparison, event.outcomes)
+
+
+def best_of_each_rank(rows: tuple[ComparisonRow, ...]) -> tuple[ComparisonRow, ...]:
+    """The trained row with the lowest mean residual ratio at each rank, by rising rank."""
+    best: dict[int, ComparisonRow] = {}
+    for row in rows:
+        held = best.get(row.rank)
+        if row.trial_id and (held is None or row.residual_ratio_mean < held.residual_ratio_mean):
+            best[row.rank] = row
+    return tuple(best[rank] for rank in sorted(best))
+
+
+def _log_table(client: MlflowClient, parent: str, comparison: Comparison) -> None:
+    # log_table appends to what is there: a second delivery would double every row.
+    if any(file.path == _TABLE for file in client.list_artifacts(parent)):
+        return
+    names = [field.name for field in fields(ComparisonRow)]
+    client.log_table(parent, {name: [asdict(row)[name] for row in comparison.rows] for name in names}, _TABLE)
+
+
+def _log_models(client: MlflowClient, parent: str, comparison: Comparison, outcomes: tuple[TrialOutcome, ...]) -> None:
+    by_id = {outcome.config.trial_id: outcome for outcome in outcomes}
+    run = client.get_run(parent)
+    logged = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+    names = {client.get_logged_model(model_id).name for model_id in logged}
+    for row in best_of_each_rank(comparison.rows):
+        name = f"rank-{row.rank:03d}-{row.method}"
+        if row.trial_id in by_id and name not in names:
+            _log_model(client, parent, run.info.experiment_id, name, row, by_id[row.trial_id])
+
+
+def _log_model(
+    client: MlflowClient, parent: str, experiment: str, name: str, row: ComparisonRow, outcome: TrialOutcome
+) -> None:
+    weights = Path(outcome.directory) / _MODEL_FILE
+    config = outcome.config
+    decomposer = load_decomposer(weights)
+    tokens, dim = decomposer.tokens, decomposer.dim
+    params = {"family": config.family, "rank": config.rank, "lr": config.lr, **config.family_params}
+    entry = client.create_logged_model(
+        experiment,
+        name=name,
+        source_run_id=parent,
+        tags={"lowrank.trial_id": config.trial_id},
+        params={key: str(value) for key, value in params.items()},
+        model_type="lowrank-decomposer",
+    )
+    model = Model(
+        artifact_path=entry.artifact_location,
+        model_uuid=entry.model_id,
+        model_id=entry.model_id,
+        run_id=parent,
+        signature=_signature(tokens, dim, row.rank),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        save_model(
+            path,
+            loader_module="lowrank_tune.tracking.pyfunc_model",
+            data_path=str(weights),
+            mlflow_model=model,
+            pip_requirements=_requirements(),
+        )
+        client.log_model_artifacts(entry.model_id, str(path))
+    client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
+    client.log_outputs(parent, [LoggedModelOutput(entry.model_id, step=row.rank)])
+
+
+def _signature(tokens: int, dim: int, rank: int) -> ModelSignature:
+    single = np.dtype("float32")
+    return ModelSignature(
+        inputs=Schema([TensorSpec(single, (-1, tokens, dim))]),
+        outputs=Schema([TensorSpec(single, (-1, tokens, rank), "a"), TensorSpec(single, (-1, rank, dim), "b")]),
+    )
+
+
+def _requirements() -> list[str]:
+    packages = ("lowrank-tune", "torch", "safetensors", "numpy")
+    return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages]

@@ -1,0 +1,120 @@
+"""Where a study is tracked: which MLflow store, and whether it answers.
+
+Nothing here imports MLflow, which takes seconds: a wrong address must be told at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from lowrank_tune.errors import TrackingError
+
+_PROBE_TIMEOUT_S = 5.0
+_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # MLflow's own are 7 retries of 120 s each: a dead server would hold the end of a study for a quarter of an hour.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An MLflow tracking store.
+
+    Attributes:
+        uri: what MLflow is given; may hold credentials, so show `shown` instead.
+        artifacts: where a local store's artifacts go; None leaves it to the server.
+    """
+
+    uri: str
+    artifacts: Path | None
+
+    @property
+    def shown(self) -> str:
+        """The address without credentials."""
+        return redact(self.uri)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a database file, which needs no server."""
+        return self.uri.startswith("sqlite:")
+
+
+def set_mlflow_defaults() -> None:
+    """Keep MLflow quiet and quick to give up, unless the environment says otherwise; call before importing it."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def resolve_store(uri: str | None, results: Path) -> Store:
+    """Choose the store: the study file's, else MLFLOW_TRACKING_URI's, else sqlite in the results directory."""
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri(results)
+    local = chosen.startswith("sqlite:")
+    return Store(chosen, results.absolute() / "mlartifacts" if local else None)
+
+
+def local_uri(results: Path) -> str:
+    """The address of a results directory's own database."""
+    return f"sqlite:///{results.absolute() / 'mlflow.db'}"
+
+
+def redact(text: str) -> str:
+    """Take user names, passwords and query strings out of every address in a text."""
+    if "://" in text and not re.search(r"\s", text):
+        parts = urlsplit(text)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return re.sub(r"://[^\s/@]+@", "://", text)
+
+
+def probe(store: Store) -> None:
+    """Check within seconds that the store answers.
+
+    Raises:
+        TrackingError: it does not; the message names the address without credentials, and the remedy.
+    """
+    if store.is_local:
+        _probe_database(store)
+    elif store.uri.startswith(("http://", "https://")):
+        _probe_server(store)
+
+
+def _probe_server(store: Store) -> None:
+    try:
+        with urllib.request.urlopen(store.shown.rstrip("/") + "/health", timeout=_PROBE_TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError as error:
+        # Any other status comes from something that is alive; MLflow itself says later what it refuses.
+        if error.code >= 500:
+            raise TrackingError(_unreachable(store, f"it answers {error.code} {error.reason}")) from None
+    except (OSError, ValueError) as error:
+        raise TrackingError(_unreachable(store, str(getattr(error, "reason", error)))) from None
+
+
+def _probe_database(store: Store) -> None:
+    path = store.uri.removeprefix("sqlite:///")
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_PROBE_TIMEOUT_S)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as error:
+        raise TrackingError(
+            f"tracking store {store.shown}: {error}; check that the file can be written to and that no other "
+            "process holds it, or name another store in tracking.uri"
+        ) from None
+
+
+def _unreachable(store: Store, why: str) -> str:
+    return (
+        f"tracking server {store.shown} does not answer ({why}); start it, or name another in tracking.uri or "
+        "MLFLOW_TRACKING_URI, or leave both unset to use a database in the results directory"
+    )

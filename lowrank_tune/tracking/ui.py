@@ -1,0 +1,83 @@
+"""The MLflow UI on a results directory."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
+
+_GRACE_S = 5.0
+
+
+def ui_command(results: Path) -> str:
+    """The line that opens the UI, for people to copy."""
+    return f"lowrank-tune ui --results {shlex.quote(str(results))}"
+
+
+def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int:
+    """Serve the UI until it is interrupted or terminated; the server's helper processes end with it.
+
+    Args:
+        results: the results directory.
+        host: the interface to listen on; anyone who reaches it can change the runs.
+        port: the port to listen on.
+
+    Returns:
+        The exit code: 0 when it was asked to end.
+
+    Raises:
+        InputError: there is nothing to show yet, or the port is taken.
+    """
+    if not (results / "mlflow.db").is_file():
+        raise InputError(f"{results / 'mlflow.db'}: no study has been tracked here yet; run one, or pass --results DIR")
+    _check_port(host, port)
+    set_mlflow_defaults()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", local_uri(results)]
+    command += ["--artifacts-destination", str(results.absolute() / "mlartifacts")]
+    command += ["--host", host, "--port", str(port)]
+    # A session of its own: MLflow's workers and job runners outlive their parent unless the whole group is ended.
+    server = subprocess.Popen(command, start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _end_group(server)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"{host}:{port}: cannot listen there ({error.strerror}); pass another --port or --host"
+        ) from None
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, ending)
+        except ProcessLookupError:
+            return
+        try:
+            server.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

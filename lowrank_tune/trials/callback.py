@@ -1,0 +1,113 @@
+"""What Tune's driver sees of the trials, passed on to whoever watches; nothing that a watcher does can stop a study."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.trials.outcome import outcome_of
+
+logger = logging.getLogger(__name__)
+
+EPOCH_METRICS = (
+    "epoch",
+    "train_loss",
+    "val_mse",
+    "val_token_cosine",
+    "val_residual_ratio",
+    "lr",
+    "seconds",
+    "best_epoch",
+    "best_val_mse",
+    "best_val_token_cosine",
+    "best_val_residual_ratio",
+)
+
+
+class TrialListener(Protocol):
+    """Whoever shows a study's progress."""
+
+    def trial_epoch(self, metrics: dict[str, Any]) -> None:
+        """An epoch ended: its figures as `Trainer.step` gives them, and `trial_id`."""
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """A trial is over."""
+
+
+class WatchTrials(Callback):
+    """Tells the tracker and the listener of every trial's start, epochs and end, and keeps the outcomes.
+
+    Args:
+        trials_dir: `studies/<study_id>/trials`.
+        tracker: told first.
+        listener: told next, when there is one.
+
+    Attributes:
+        outcomes: of the trials that are over, by trial id.
+    """
+
+    def __init__(self, trials_dir: Path, tracker: TrialTracker, listener: TrialListener | None = None) -> None:
+        self._trials_dir = trials_dir
+        self._tracker = tracker
+        self._listener = listener
+        self.outcomes: dict[str, TrialOutcome] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial has an actor to run on."""
+        _tell(self._tracker.trial_started, _config(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch ended."""
+        trial_id = _config(trial).trial_id
+        metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
+        _tell(self._tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
+        if self._listener is not None:
+            _tell(self._listener.trial_epoch, {"trial_id": trial_id, **metrics})
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial is over by its own word or the scheduler's."""
+        self._end(trial, crash="")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial's process raised or died."""
+        self._end(trial, crash=_crash(trial))
+
+    def _end(self, trial: Trial, crash: str) -> None:
+        config, last = _config(trial), trial.last_result or {}
+        directory = self._trials_dir / config.trial_id
+        outcome = outcome_of(config, last, directory, float(last.get("time_total_s", 0.0)), crash)
+        self.outcomes[config.trial_id] = outcome
+        _tell(self._tracker.trial_ended, outcome)
+        if self._listener is not None:
+            _tell(self._listener.trial_ended, outcome)
+
+
+def _config(trial: Trial) -> TrialConfig:
+    return TrialConfig(**trial.config["trial"])
+
+
+def _tell(hear: Callable[..., None], *said: Any) -> None:
+    try:
+        hear(*said)
+    except Exception:
+        logger.exception("a watcher of the trials failed; the study goes on")
+
+
+def _crash(trial: Trial) -> str:
+    """The line of Tune's error file that says what happened: a traceback's last, else the message's first."""
+    try:
+        lines = [line.strip() for line in Path(trial.error_file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, TypeError):
+        return "its process died"
+    # Tune opens the file with a heading of its own.
+    said = [line for line in lines if line][1:]
+    traceback = any(line.startswith(("Traceback", "File ", "ray::")) for line in said)
+    return said[-1 if traceback else 0] if said else "its process died"

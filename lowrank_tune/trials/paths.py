@@ -1,0 +1,41 @@
+"""Where a study's shared material lies: all of it that travels to an actor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lowrank_tune.records import FeatureSet, Split
+
+
+@dataclass(frozen=True, slots=True)
+class MaterialPaths:
+    """Where a study's shared material lies.
+
+    Attributes:
+        features: a FeatureSet as JSON.
+        split: a Split as JSON.
+        optimum: the validation split's Optimum.
+    """
+
+    features: str
+    split: str
+    optimum: str
+
+
+def write_material(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> MaterialPaths:
+    """Write what actors read: a reference to the features, never the features.
+
+    Args:
+        directory: where to write; made when missing.
+        features: the study's features.
+        split: which images train, validate and judge.
+        optimum_path: the validation split's optimum, already saved.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    features_path, split_path = directory / "features.json", directory / "split.json"
+    features.write(features_path)
+    split_path.write_text(json.dumps(asdict(split)), encoding="utf-8")
+    paths = (path.absolute() for path in (features_path, split_path, optimum_path))
+    return MaterialPaths(*map(str, paths))
