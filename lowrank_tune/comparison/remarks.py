@@ -83,7 +83,12 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
             also = f"; so {'does' if len(more) == 1 else 'do'} {', '.join(more)}" if more else ""
             remarks.append(
                 f"at rank {row.rank} {best.method}, without training, beats {row.method}: "
-                f"ρ {best.residual_ratio_mean:.4g} against {row.residual_ratio_mean:.4g}, "
-                f"{best.images_per_second:.3g} against {row.images_per_second:.3g} images/s{also}"
+                f"ρ {_plain(best.residual_ratio_mean)} against {_plain(row.residual_ratio_mean)}, "
+                f"{_plain(best.images_per_second)} against {_plain(row.images_per_second)} images/s{also}"
             )
     return remarks
+
+
+def _plain(value: float) -> str:
+    """Four significant digits, never an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -66,7 +66,7 @@ def rank_curve(rows: Sequence[ComparisonRow]) -> Figure:
     cosine.set_title("Token cosine, mean over test images", fontsize=11)
     cosine.set_ylabel("token cosine (finer towards 1)")
     spread_towards_one(cosine, [row.token_cosine_mean for row in rows])
-    ratio.set_title("Residual ratio, mean over test images (1 = the optimum)", fontsize=11)
+    ratio.set_title("Residual ratio, mean over test images", fontsize=11)
     ratio.set_ylabel("residual ratio ρ (finer towards 1)")
     spread_above_one(
         ratio, [1.0, *(row.residual_ratio_mean for row in rows), *(row.residual_ratio_max for row in rows)]
@@ -104,7 +104,9 @@ def loss_curves(outcome: TrialOutcome, history: list[dict[str, float]]) -> Figur
     Returns:
         A figure of four panels; dotted lines where the learning rate dropped, a star at the epoch of the saved model.
     """
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    # Margins by hand: a layout engine draws everything twice, and a study may have hundreds of these.
+    figure = Figure(figsize=(9, 5.6))
+    figure.subplots_adjust(left=0.1, right=0.985, bottom=0.09, top=0.9, wspace=0.26, hspace=0.08)
     panels = {
         "train_loss": "training loss",
         "val_mse": "validation MSE",
@@ -159,15 +161,15 @@ def learning_curves(trials: Sequence[Trial]) -> Figure:
         trials: outcomes with their histories.
 
     Returns:
-        A figure; the marker at a curve's end tells what stopped that trial.
+        A figure, each panel with a scale of its own; the marker at a curve's end tells what stopped that trial.
     """
     families = in_order(outcome.config.family for outcome, _ in trials)
     ranks = sorted({outcome.config.rank for outcome, _ in trials}) or [1]
     figure = Figure(figsize=(max(5.5, 4.6 * max(len(families), 1)), 4.6), layout="constrained")
-    panels = figure.subplots(1, max(len(families), 1), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, max(len(families), 1), squeeze=False)[0]
     colors, norm = _rank_colors(), LogNorm(ranks[0] / 1.2, ranks[-1] * 1.2)
-    drawn = [value for _, history in trials for value in series(history, "val_residual_ratio")[1]]
     for axes, family in zip(panels, families, strict=False):
+        drawn = [1.0]
         for outcome, history in trials:
             epochs, values = series(history, "val_residual_ratio")
             if outcome.config.family != family or not values:
@@ -176,9 +178,11 @@ def learning_curves(trials: Sequence[Trial]) -> Figure:
             axes.plot(epochs, values, color=color, linewidth=1.2, alpha=0.85)
             marker = STOP_MARKERS[outcome.stopped_by]
             axes.plot(epochs[-1:], values[-1:], color=color, marker=marker, markeredgecolor="#222222", markersize=7)
+            drawn += values
         axes.set_title(family, fontsize=11)
         axes.set_xlabel("epoch")
-        spread_above_one(axes, [1.0, *drawn])
+        # A scale a family: beside one that diverges, the others would be a flat line.
+        spread_above_one(axes, drawn)
         epoch_axis(axes)
         quiet_grid(axes)
     panels[0].set_ylabel("validation residual ratio ρ (finer towards 1)")
@@ -200,7 +204,7 @@ def _rank_bar(figure: Figure, panels: np.ndarray, ranks: list[int], colors: Colo
 
 
 def _stop_handles(trials: Sequence[Trial]) -> list[Line2D]:
-    present = {outcome.stopped_by for outcome, _ in trials}
+    present = {outcome.stopped_by for outcome, history in trials if history}
     return [
         Line2D([], [], color="#888888", linestyle="none", marker=marker, markeredgecolor="#222222", label=STOPPED[stop])
         for stop, marker in STOP_MARKERS.items()

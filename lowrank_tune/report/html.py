@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class Picture:
         title: a few words.
         alt: what it shows, for those who cannot see it.
         caption: how to read it.
+        wide: whether a phone must scroll sideways to read its labels, rather than shrink it.
     """
 
     path: Path
     title: str
     alt: str
     caption: str
+    wide: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +140,11 @@ def _cell(cell: Cell) -> dict[str, Any]:
     if row is not None:
         texts = [
             f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
-            cosine_text(row.flat_cosine_mean),
             ratio_text(row.residual_ratio_mean),
             ratio_text(row.residual_ratio_max),
-            f"{row.bytes_per_image / 1024:,.1f}",
             rate_text(row.images_per_second),
+            cosine_text(row.flat_cosine_mean),
+            f"{row.bytes_per_image / 1024:,.1f}",
         ]
     return {"method": cell.method, "best": cell.best, "texts": texts, "trial_id": row.trial_id if row else ""}
 
@@ -172,7 +174,6 @@ def _trial(outcome: TrialOutcome) -> dict[str, Any]:
     }
 
 
-def _embedded(picture: Picture) -> dict[str, str]:
+def _embedded(picture: Picture) -> dict[str, Any]:
     data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    source = f"data:image/png;base64,{data}"
-    return {"source": source, "title": picture.title, "alt": picture.alt, "caption": picture.caption}
+    return asdict(picture) | {"source": f"data:image/png;base64,{data}"}

@@ -14,8 +14,9 @@ from matplotlib.image import AxesImage
 
 from lowrank_tune.report.spatial import Map, SpatialView
 
-# Inches: a map's side, and what titles and colour bars take beside it.
-_SIDE, _BAR, _HEAD = 1.75, 0.9, 0.75
+# Inches: a map's side, the gaps beside and above it, the space for colour bars with their numbers, and for the heading.
+_SIDE, _GAP, _TITLE, _BARS, _HEAD = 1.7, 0.1, 0.28, 0.95, 0.65
+_BAR = 0.12
 
 
 def spatial_figure(view: SpatialView) -> Figure:
@@ -26,35 +27,55 @@ def spatial_figure(view: SpatialView) -> Figure:
 
     Returns:
         A figure: first a row with the photograph (the tokens' lengths where it is not at hand) and each method's error
-        map, then a row a channel with the original and each method's reconstruction.
+        map, then a row a channel with the original and each method's reconstruction; a colour bar at each row's end.
     """
-    columns, rows = 1 + len(view.reconstructions), 1 + len(view.channels)
-    height, width = view.norm_HW.shape
-    tall = min(max(height / width, 0.4), 1.0)
-    figure = Figure(figsize=(_SIDE * columns + _BAR, (_SIDE * tall + 0.22) * rows + _HEAD), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    _first_row(figure, axes[0], view)
+    figure, rows = _grid(1 + len(view.channels), 1 + len(view.reconstructions), view.norm_HW)
+    _first_row(rows[0], view)
     for place, channel in enumerate(view.channels):
         maps = [view.original_KHW[place], *(method.maps_KHW[place] for method in view.reconstructions)]
         titles = [f"channel {channel}", *(method.method for method in view.reconstructions)]
-        images = _share_scale(axes[1 + place], maps, titles, "viridis")
-        figure.colorbar(images[0], ax=list(axes[1 + place]), fraction=0.05)
-    figure.suptitle(f"Test image {view.image} at rank {view.rank}", fontsize=11)
+        *panels, bar = rows[1 + place]
+        figure.colorbar(_share_scale(panels, maps, titles, "viridis")[0], cax=bar)
+    figure.text(0.5, 1 - 0.2 / figure.get_figheight(), _heading(view), ha="center", va="center", fontsize=11)
     return figure
 
 
-def _first_row(figure: Figure, axes: Sequence[Axes], view: SpatialView) -> None:
+def _heading(view: SpatialView) -> str:
+    return f"Test image {view.image} at rank {view.rank}"
+
+
+def _grid(rows: int, columns: int, map_HW: Map) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure of maps with a colour bar at each row's end; placed by hand, which is several times faster."""
+    height, width = map_HW.shape
+    tall = _SIDE * min(max(height / width, 0.25), 1.0)
+    total_width, total_height = columns * (_SIDE + _GAP) + _GAP + _BARS, rows * (tall + _TITLE) + _HEAD
+    figure = Figure(figsize=(total_width, total_height))
+
+    def panel(left: float, bottom: float, side: float) -> Axes:
+        return figure.add_axes((left / total_width, bottom / total_height, side / total_width, tall / total_height))
+
+    grid = []
+    for row in range(rows):
+        bottom = total_height - _HEAD - tall - row * (tall + _TITLE)
+        lefts = [_GAP + column * (_SIDE + _GAP) for column in range(columns)]
+        bar = panel(lefts[-1] + _SIDE + _GAP, bottom, _BAR)
+        grid.append([*(panel(left, bottom, _SIDE) for left in lefts), bar])
+    return figure, grid
+
+
+def _first_row(row: Sequence[Axes], view: SpatialView) -> None:
+    first, *panels, bar = row
     if view.photograph is not None:
         height, width = view.norm_HW.shape
-        axes[0].imshow(view.photograph, aspect=height / width)
-        _bare(axes[0], "photograph")
+        first.imshow(view.photograph, aspect=height / width)
+        _bare(first, "photograph")
     else:
-        axes[0].imshow(view.norm_HW, cmap="cividis")
-        _bare(axes[0], "token lengths")
+        first.imshow(view.norm_HW, cmap="cividis")
+        _bare(first, "token lengths")
     errors = [method.error_HW for method in view.reconstructions]
     titles = [f"{method.method}: error\ntoken cosine {method.token_cosine:.4f}" for method in view.reconstructions]
-    images = _share_scale(axes[1:], errors, titles, "magma", lowest=0.0)
-    figure.colorbar(images[0], ax=list(axes), fraction=0.05, label="RMS error a token")
+    images = _share_scale(panels, errors, titles, "magma", lowest=0.0)
+    bar.figure.colorbar(images[0], cax=bar, label="RMS error of a token")
 
 
 def _share_scale(

@@ -42,7 +42,9 @@ def ratio_text(value: float) -> str:
         return ABSENT
     if value < 10:
         return f"{value:.3f}"
-    return f"{value:.1f}" if value < 1000 else f"{value:.1e}"
+    if value < 1000:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def rate_text(value: float) -> str:
@@ -51,7 +53,7 @@ def rate_text(value: float) -> str:
         return ABSENT
     if value >= 100:
         return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def duration_text(seconds: float) -> str:

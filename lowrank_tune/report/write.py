@@ -211,12 +211,13 @@ def _spatial_picture(view: SpatialView, plots: Path) -> Picture:
         alt=f"Test image {view.image} at rank {view.rank}: error maps, and {count(len(view.channels), 'channel')} of "
         f"the {height} by {width} grid of tokens, original beside reconstruction. Token cosine: {cosines}.",
         caption=f"Each cell is one of {height} x {width} tokens. A row shares one colour scale.",
+        wide=False,
     )
 
 
-def _saved(figure: Figure, path: Path, *, title: str, alt: str, caption: str) -> Picture:
+def _saved(figure: Figure, path: Path, *, title: str, alt: str, caption: str, wide: bool = True) -> Picture:
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
-    return Picture(path=path, title=title, alt=alt, caption=caption)
+    return Picture(path=path, title=title, alt=alt, caption=caption, wide=wide)
 
 
 def _study_file(directory: Path) -> str:
