@@ -70,12 +70,12 @@ def _real_form(value: Any) -> str | None:
 _WHOLE = Discriminator(
     _whole_form,
     custom_error_type="range",
-    custom_error_message="a range of whole numbers is {{int: [low, high]}}",
+    custom_error_message="a range of whole numbers is {int: [low, high]}",
 )
 _REAL = Discriminator(
     _real_form,
     custom_error_type="range",
-    custom_error_message="a range is {{uniform: [low, high]}} or {{loguniform: [low, high]}}",
+    custom_error_message="a range is {uniform: [low, high]} or {loguniform: [low, high]}",
 )
 
 CountAxis = Annotated[

@@ -23,6 +23,9 @@ KeyPath = tuple[str | int, ...]
 # A study is at most six levels deep. The scanner takes quadratic time over unclosed brackets, so it is stopped early.
 _DEEPEST = 20
 _STANDARD_TAG = "tag:yaml.org,2002:"
+# Dates, `<<` and `=` are words here: a study file has no dates, and merging needs aliases.
+_WORDS = ("str", "timestamp", "merge", "value")
+_TAGS = {f"{_STANDARD_TAG}{kind}" for kind in ("map", "seq", "null", "bool", "int", "float", *_WORDS)}
 _UNQUOTED = "a value that begins with {} needs quotes"
 _NO_ALIAS = "`*{0}` is an alias, which study files do not have: write the value out, or quote it if it begins with *"
 _NO_ANCHOR = "`&{0}` is an anchor, which study files do not have: remove it, or quote the value if it begins with &"
@@ -45,16 +48,24 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.place.label}: {self.text}"
+        return one_line(f"{self.place.label}: {self.text}")
 
 
 @dataclass(slots=True)
 class Document:
-    """Plain values, the place where each was given, and what is wrong with them as YAML."""
+    """One document's content.
+
+    Attributes:
+        value: mappings, lists and scalars.
+        places: where each value was given.
+        problems: what is wrong with them as YAML.
+        unreadable: the values that have such a problem, about which nothing else need be said.
+    """
 
     value: Any
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unreadable: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> Place:
         """Where a value was given; a missing one's is that of the mapping that lacks it."""
@@ -91,8 +102,12 @@ def parse_yaml(text: str, place_of: Callable[[int], Place]) -> Document:
 
 
 def key_text(path: KeyPath) -> str:
-    """A path as people write it, `search.space.rank[1]`, on one line whatever its keys hold."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    """A path as people write it, `search.space.rank[1]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def one_line(text: str) -> str:
+    """A text that a terminal shows on one line, whatever a user has put into it."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
@@ -116,7 +131,14 @@ class _Reader:
         where = f"{key_text(path)}: " if path else ""
         self._document.problems.append(Problem(self._place(node), f"{where}{reason}"))
 
+    def _unreadable(self, node: Node, path: KeyPath, reason: str) -> None:
+        self._report(node, path, reason)
+        self._document.unreadable.add(path)
+
     def _value(self, node: Node, path: KeyPath) -> Any:
+        if str(node.tag) not in _TAGS:
+            self._unreadable(node, path, f"the tag {node.tag} is not one for study files: remove it")
+            return None
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
@@ -134,7 +156,8 @@ class _Reader:
                 self._report(key_node, path, f"a key must be a word{shown}")
             elif key in values:
                 first = self._document.places[*path, key].line
-                self._report(key_node, (*path, key), f"given twice, first on line {first}: remove one")
+                where = f", first on line {first}" if first else ""
+                self._report(key_node, (*path, key), f"given twice{where}: remove one")
             else:
                 self._document.places[*path, key] = self._place(key_node)
                 values[key] = self._value(value_node, (*path, key))
@@ -143,21 +166,16 @@ class _Reader:
     def _scalar(self, node: Node, path: KeyPath) -> Any:
         text = str(node.value)
         kind = str(node.tag).removeprefix(_STANDARD_TAG)
+        if kind == "null":
+            return None
         try:
-            match kind:
-                case "null":
-                    return None
-                case "bool" | "int" | "float":
-                    return self._number(kind, node)
-                case "str" | "timestamp" | "merge" | "value":
-                    text.encode()
-                    return text
+            if kind in ("bool", "int", "float"):
+                return self._number(kind, node)
+            text.encode()
         except UnicodeEncodeError:
-            self._report(node, path, "the text holds half a character (a lone surrogate): remove it")
+            self._unreadable(node, path, "the text holds half a character (a lone surrogate): remove it")
         except (ValueError, KeyError):
-            self._report(node, path, f"not a {kind} that can be read (got {text[:40]!a})")
-        else:
-            self._report(node, path, f"tags such as {node.tag} are not used in study files: remove it")
+            self._unreadable(node, path, f"not a number that can be read (got {text[:40]!a})")
         return text
 
     def _number(self, kind: str, node: Node) -> bool | int | float:
@@ -190,12 +208,14 @@ def _refuse_references(text: str, place_of: Callable[[int], Place]) -> None:
 def _syntax_reason(error: YAMLError, text: str) -> tuple[int, str]:
     """The line of a syntax error, and what it means to someone who does not know YAML's grammar."""
     if isinstance(error, ReaderError):
-        return text.count("\n", 0, error.position) + 1, f"character {error.character!a} cannot stand in YAML: remove it"
+        character = text[error.position : error.position + 1]
+        return text.count("\n", 0, error.position) + 1, f"character {character!a} cannot stand in YAML: remove it"
     if not isinstance(error, MarkedYAMLError):
         return 1, f"not YAML: {' '.join(str(error).split())}"
     problem, context = error.problem or "", error.context or ""
     mark = error.problem_mark
-    if problem.startswith("expected ',' or") or problem == "found unexpected end of stream":
+    if problem.startswith(("expected ',' or", "found unexpected end", "could not find expected ':'")):
+        # What is wrong begins where the context does; the parser noticed it lines later.
         mark = error.context_mark
     return mark.line + 1 if mark else 1, _plain_reason(problem, context)
 
@@ -213,6 +233,12 @@ def _plain_reason(problem: str, context: str) -> str:
         return "the quote that opens here is never closed"
     if problem == "mapping values are not allowed here":
         return "a `:` that cannot stand here: quote the value before it, or correct the indentation"
+    if problem.startswith(("expected <block end>", "expected '<document start>'")):
+        return "the indentation fits none of the lines above"
+    if problem == "could not find expected ':'":
+        return "`key: value` is expected"
+    if problem.startswith("found unknown escape character"):
+        return "a backslash between double quotes is an escape: use single quotes"
     if problem == "but found another document":
         return "a second document begins here: a study file holds one"
     return f"not YAML: {', '.join(part for part in (context, problem) if part)}"

@@ -26,9 +26,12 @@ def explain(error: ValidationError, document: Document) -> list[Problem]:
 
 def _problems(details: ErrorDetails, document: Document) -> Iterator[Problem]:
     unknown = details["type"] == "extra_forbidden"
-    tagged, last = details["loc"], details["loc"][-1:]
-    path: KeyPath = tuple(part for part in tagged[:-1] if not _is_tag(part))
-    path += last if unknown or not last or not _is_tag(last[0]) else ()
+    tagged = details["loc"]
+    # An unknown key is the user's own, and may look like a tag.
+    path: KeyPath = _untagged(tagged[:-1]) + (tagged[-1:] if unknown else _untagged(tagged[-1:]))
+    if path in document.unreadable or (details["type"] == "too_short" and details["input"]):
+        # Of a list without a single valid item pydantic says that it is empty, too.
+        return
     if details["type"] == "study":
         context = details["ctx"]
         for place in context["places"]:
@@ -36,7 +39,7 @@ def _problems(details: ErrorDetails, document: Document) -> Iterator[Problem]:
     elif details["type"] == "missing" and isinstance(path[-1], int):
         yield _problem(path[:-1], "a range has two ends: [low, high]", document)
     elif unknown:
-        yield Problem(document.place(path), f"{key_text(path)}: {_unknown_reason(tagged, path)}")
+        yield _problem(path, _unknown_reason(tagged, path), document)
     else:
         yield _problem(path, _reason(details), document)
 
@@ -50,13 +53,16 @@ def _problem(path: KeyPath, reason: str, document: Document) -> Problem:
     return Problem(document.place(path), f"{key_text(path) or 'study'}: {reason} (got {_shown(value)})")
 
 
+def _untagged(loc: tuple[str | int, ...]) -> KeyPath:
+    return tuple(part for part in loc if not _is_tag(part))
+
+
 def _is_tag(part: str | int) -> bool:
     return isinstance(part, str) and part.startswith("<")
 
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    text = text if text.isprintable() else json.dumps(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
@@ -66,12 +72,10 @@ def _reason(details: ErrorDetails) -> str:
     if kind == "missing":
         return f"required, but not given{_needed_keys(details['loc'])}"
     if value is None and kind != "literal_error":
-        return "nothing is given: write a value, or remove the line for the default"
+        return f"nothing is given: write a value{_or_default(details['loc'])}"
     match kind:
-        case "int_type" | "int_parsing" | "int_from_float":
-            return _number_reason("a whole number", value, details["loc"])
-        case "float_type" | "float_parsing":
-            return _number_reason("a number", value, details["loc"])
+        case "int_type" | "int_from_float" | "float_type":
+            return _number_reason(kind, value, details["loc"])
         case "string_type":
             return "text is expected" + (": put it in quotes" if isinstance(value, int | float) else "")
         case "string_too_short":
@@ -81,9 +85,10 @@ def _reason(details: ErrorDetails) -> str:
         case "string_pattern_mismatch":
             return "must not hold control characters"
         case "literal_error":
-            return _word_reason(value, re.findall(r"'([^']*)'", context["expected"]))
+            count = ["a count"] if details["loc"][-1] == "<word>" else []
+            return _word_reason(value, count + re.findall(r"'([^']*)'", context["expected"]))
         case "model_type":
-            return f"keys of its own are expected{_needed_keys(details['loc'])}"
+            return f"`key: value` lines are expected{_needed_keys(details['loc'])}"
         case "tuple_type":
             return "a list is expected"
         case "too_short":
@@ -96,23 +101,29 @@ def _reason(details: ErrorDetails) -> str:
             return f"must be a multiple of {context['multiple_of']}"
         case "range" | "source":
             return details["msg"] + _misspelt(value)
+        case "less_than" if details["loc"][-1] == "<fraction>":
+            return "a fraction must be below 1, and a count is written without a point"
         case _:
             return _bound_reason(context) or details["msg"]
 
 
 def _bound_reason(context: dict[str, Any]) -> str:
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    return " and ".join(f"must be {word} {context[key]}" for key, word in words.items() if key in context)
+    return " and ".join(f"must be {word} {context[key]:g}" for key, word in words.items() if key in context)
 
 
-def _number_reason(expected: str, value: Any, loc: tuple[str | int, ...]) -> str:
-    if isinstance(value, str):
-        number = _as_number(value)
-        if isinstance(number, int) or (number is not None and expected == "a number"):
-            return f"{expected} is expected: write it without quotes"
+def _number_reason(kind: str, value: Any, loc: tuple[str | int, ...]) -> str:
+    """What kind of number is expected, and how to write what was meant."""
+    whole = kind != "float_type"
+    expected = "a whole number" if whole else "a number"
+    if loc[0] == "split":
+        whole, expected = False, "a count or a fraction"
+    number = _as_number(value) if isinstance(value, str) else None
+    if isinstance(number, int) or (number is not None and not whole):
+        return f"{expected} is expected: write it without quotes"
     if isinstance(value, float) and value.is_integer():
         return f"{expected} is expected: write {int(value)}"
-    forms = ", a list of them or a range" if loc[-1:] == ("<constant>",) else ""
+    forms = ", a list of them or a range" if loc[-1] == "<constant>" else ""
     return f"{expected}{forms} is expected"
 
 
@@ -142,9 +153,8 @@ def _unknown_reason(tagged: tuple[str | int, ...], path: KeyPath) -> str:
     key = str(path[-1])
     known = [name for section in _sections_at(tagged[:-1]) for name in section.model_fields]
     what = "unknown family" if path[:-1] == ("search", "space", "families") else "unknown key"
-    close = _closest(key, known) or [
-        name for name in _all_paths(StudySpec) if name.rpartition(".")[2].lower() == key.lower()
-    ]
+    elsewhere = [name for name in _all_paths(StudySpec) if name.rpartition(".")[2].lower() == key.lower()]
+    close = _closest(key, known) or [name for name in elsewhere if name != key_text(path)]
     return what + (_did_you_mean(close) or (f" (known here: {', '.join(known)})" if known else "; none belong here"))
 
 
@@ -162,6 +172,12 @@ def _needed_keys(loc: tuple[str | int, ...]) -> str:
     fields = [item for section in _sections_at(loc) for item in section.model_fields.items()]
     names = [name for name, field in fields if field.is_required()] or [name for name, _ in fields]
     return f" ({', '.join(names)})" if names else ""
+
+
+def _or_default(loc: tuple[str | int, ...]) -> str:
+    path = _untagged(loc)
+    fields = [section.model_fields.get(str(path[-1])) for section in _sections_at(path[:-1])]
+    return ", or remove the line for the default" if any(field and not field.is_required() for field in fields) else ""
 
 
 def _sections_at(loc: tuple[str | int, ...]) -> list[type[Section]]:

@@ -67,8 +67,8 @@ Source = Annotated[
     Discriminator(
         _source_form,
         custom_error_type="source",
-        custom_error_message="exactly one source is expected: {{images: PATH}}, {{manifest: PATH}}, {{tensors: PATH}} "
-        "or {{samples: COUNT}}",
+        custom_error_message="exactly one source is expected: {images: PATH}, {manifest: PATH}, {tensors: PATH} "
+        "or {samples: COUNT}",
     ),
 ]
 

@@ -9,7 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowrank_tune.errors import StudyFileError
-from lowrank_tune.spec.document import Document, KeyPath, Place, Problem, key_text, parse_yaml, study_file_error
+from lowrank_tune.spec.document import (
+    Document,
+    KeyPath,
+    Place,
+    Problem,
+    key_text,
+    one_line,
+    parse_yaml,
+    study_file_error,
+)
 from lowrank_tune.spec.explain import explain
 from lowrank_tune.spec.schema import StudySpec
 
@@ -79,8 +88,7 @@ def _read_text(path: Path) -> str:
 
 def _lay_over(document: Document, number: int, override: str) -> None:
     """Put one override's value into a document, or its problem into the document's problems."""
-    shown = override if override.isprintable() else ascii(override)[1:-1]
-    place = Place(number, 0, f"--set {shown}")
+    place = Place(number, 0, one_line(f"--set {override}"))
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -92,6 +100,7 @@ def _lay_over(document: Document, number: int, override: str) -> None:
         document.problems += [Problem(place, problem.removeprefix(f"{place.label}: ")) for problem in error.problems]
         return
     document.problems += given.problems
+    document.unreadable |= {path + inner for inner in given.unreadable}
     mapping = _mapping_at(document, path[:-1], place)
     if mapping is None:
         return

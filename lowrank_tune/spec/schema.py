@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lowrank_tune.spec.axes import (
     Axis,
@@ -72,11 +81,11 @@ LARGEST_GRID = 10_000
 
 
 def _share_form(value: Any) -> str:
-    return "<fraction>" if isinstance(value, float) else "<share>"
+    return "<fraction>" if isinstance(value, float) else "<count>"
 
 
 Share = Annotated[
-    Annotated[PositiveInt, Tag("<share>")] | Annotated[float, Field(strict=True, gt=0, lt=1), Tag("<fraction>")],
+    Annotated[PositiveInt, Tag("<count>")] | Annotated[float, Field(strict=True, gt=0, lt=1), Tag("<fraction>")],
     Discriminator(_share_form),
 ]
 
@@ -122,13 +131,22 @@ class SketchSpace(Section):
     """`sketch`: a learned sketch of the columns, B in closed form; nothing of its own to search."""
 
 
+def _absent_is_not_null(schema: dict[str, Any]) -> None:
+    """In a file a family with nothing after it is tried with its defaults; None here is one that is not named."""
+    schema["minProperties"] = 1
+    for family in schema["properties"].values():
+        family.pop("default")
+
+
 class FamiliesSpec(Section):
     """Which decomposers are tried, each with what it alone has; at least one."""
 
+    model_config = ConfigDict(json_schema_extra=_absent_is_not_null)
+
     direct: DirectSpace | None = None
-    """A network regresses both factors."""
+    """A network regresses both factors; nothing after it, and it has its defaults."""
     sketch: SketchSpace | None = None
-    """A learned sketch of the columns, B in closed form."""
+    """A learned sketch of the columns, B in closed form; nothing after it, and it has its defaults."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> FamiliesSpec:
@@ -154,7 +172,7 @@ class SpaceSpec(Section):
     batch_size: CountAxis = 8
     """Images a step."""
     families: FamiliesSpec
-    """Which decomposers are tried; an empty one has its defaults."""
+    """Which decomposers are tried, each with what it alone has; at least one."""
 
     def axes(self, family: str) -> dict[str, Axis]:
         """What a trial of a family chooses: first what every family has, then what it alone has."""
@@ -179,7 +197,7 @@ class SearchSpec(Section):
         if info.data.get("method") != "grid":
             return trials or DEFAULT_TRIALS
         if trials is not None:
-            raise rejected("a grid tries every combination of its lists: remove trials, or choose method random or tpe")
+            raise rejected("a grid tries every combination of its lists: make it null, or choose method random or tpe")
         return None
 
     @field_validator("space")
@@ -212,7 +230,7 @@ class TrainingSpec(Section):
     epochs: PositiveInt = 20
     """Passes over the training split."""
     patience: PositiveInt = 10
-    """Epochs in a row without a lower validation MSE before a trial stops; as many as epochs, and it never does."""
+    """Epochs in a row without a lower validation MSE before a trial stops; never, if as many as epochs."""
 
 
 class SchedulerSpec(Section):
@@ -308,10 +326,12 @@ class StudySpec(Section):
         training = info.data.get("training")
         if not isinstance(training, TrainingSpec) or scheduler.grace_epochs <= training.epochs:
             return scheduler
-        if scheduler.kind == "asha" and "grace_epochs" in scheduler.model_fields_set:
+        if "grace_epochs" not in scheduler.model_fields_set:
+            return scheduler.model_copy(update={"grace_epochs": training.epochs})
+        if scheduler.kind == "asha":
             reason = f"asha would stop nothing: at most training.epochs, {training.epochs}, or kind: none"
             raise rejected(reason, ("grace_epochs",))
-        return scheduler.model_copy(update={"grace_epochs": training.epochs})
+        return scheduler
 
     @field_validator("report")
     @classmethod
