@@ -49,7 +49,8 @@ def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]
         further = "; and others" if len(reasons) > 3 else ""
         remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {told}{further}")
     if pruned:
-        remarks.append(f"{len(pruned)} of {len(outcomes)} trials were stopped early by the scheduler")
+        were = "was" if len(pruned) == 1 else "were"
+        remarks.append(f"{len(pruned)} of {len(outcomes)} trials {were} stopped early by the scheduler")
     measured = {(row.method, row.rank) for row in rows}
     tried = Counter((outcome.config.family, outcome.config.rank) for outcome in outcomes)
     for (family, rank), number in sorted(tried.items()):

@@ -132,7 +132,7 @@ def loss_curves(outcome: TrialOutcome, history: list[dict[str, float]]) -> Figur
         quiet_grid(axes)
     for axes in figure.axes[-2:]:
         axes.set_xlabel("epoch")
-    figure.suptitle(_trial_title(outcome), fontsize=11)
+    figure.suptitle(_trial_title(outcome), fontsize=11, parse_math=False)
     return figure
 
 
@@ -158,17 +158,18 @@ def learning_curves(trials: Sequence[Trial]) -> Figure:
     """Draw every trial's validation residual ratio against epochs, a panel a family, coloured by rank.
 
     Args:
-        trials: outcomes with their histories.
+        trials: outcomes with their histories, at least one of them not empty.
 
     Returns:
         A figure, each panel with a scale of its own; the marker at a curve's end tells what stopped that trial.
     """
+    trials = [(outcome, history) for outcome, history in trials if history]
     families = in_order(outcome.config.family for outcome, _ in trials)
-    ranks = sorted({outcome.config.rank for outcome, _ in trials}) or [1]
-    figure = Figure(figsize=(max(5.5, 4.6 * max(len(families), 1)), 4.6), layout="constrained")
-    panels = figure.subplots(1, max(len(families), 1), squeeze=False)[0]
+    ranks = sorted({outcome.config.rank for outcome, _ in trials})
+    figure = Figure(figsize=(max(5.5, 4.6 * len(families)), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(families), squeeze=False)[0]
     colors, norm = _rank_colors(), LogNorm(ranks[0] / 1.2, ranks[-1] * 1.2)
-    for axes, family in zip(panels, families, strict=False):
+    for axes, family in zip(panels, families, strict=True):
         drawn = [1.0]
         for outcome, history in trials:
             epochs, values = series(history, "val_residual_ratio")
@@ -204,7 +205,7 @@ def _rank_bar(figure: Figure, panels: np.ndarray, ranks: list[int], colors: Colo
 
 
 def _stop_handles(trials: Sequence[Trial]) -> list[Line2D]:
-    present = {outcome.stopped_by for outcome, history in trials if history}
+    present = {outcome.stopped_by for outcome, _ in trials}
     return [
         Line2D([], [], color="#888888", linestyle="none", marker=marker, markeredgecolor="#222222", label=STOPPED[stop])
         for stop, marker in STOP_MARKERS.items()

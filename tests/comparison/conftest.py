@@ -1,0 +1,114 @@
+"""A small study on disk: a cache of [16, 24] images and saved decomposers, as the other rooms leave them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank_tune.comparison.compare import compare
+from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
+from lowrank_tune.records import Comparison, ComparisonRow, FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+
+TOKENS, DIM = 16, 24
+
+
+@dataclass
+class Study:
+    """What `compare` needs; trials are added one by one."""
+
+    directory: Path
+    x_NTD: Tensor
+    features: FeatureSet
+    split: Split
+    outcomes: list[TrialOutcome] = field(default_factory=list)
+
+    def add_trial(self, family: str, rank: int, *, spoil: Callable[[Path], None] | None = None, **ending: Any) -> str:
+        """Save an untrained, initialised model as a trial's best one."""
+        number = len(self.outcomes)
+        params = {"lambda_b": 1e-4, "lambda_ortho": 1e-3} if family == "direct" else {}
+        config = TrialConfig(
+            f"r{rank:03d}-{family}-{number:04d}", number, number, family, rank, 1e-3, 1e-5, 4, 5, 5, params
+        )
+        directory = self.directory / "trials" / config.trial_id
+        model = make_decomposer(config, TOKENS, DIM)
+        model.initialise([self.x_NTD[list(self.split.train)]], torch.Generator().manual_seed(0))
+        save_decomposer(model, directory / "best_model.safetensors")
+        if spoil:
+            spoil(directory / "best_model.safetensors")
+        figures = {"val_residual_ratio": 1.1, "val_mse": 0.1, "val_token_cosine": 0.9}
+        defaults = {"status": "finished", "stopped_by": "budget", "epochs": 5, "best_epoch": 4, "best": figures}
+        self.outcomes.append(
+            TrialOutcome(**{"config": config, "directory": str(directory), "seconds": 1.0, **defaults, **ending})
+        )
+        return config.trial_id
+
+    def compare(self, objective: str = "val_residual_ratio") -> Comparison:
+        return compare(self.features, self.split, self.outcomes, objective=objective, seed=3, directory=self.directory)
+
+    def test_images(self) -> Tensor:
+        return self.x_NTD[list(self.split.test)]
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.comparison.speed.SECONDS", 0.005)
+
+
+@pytest.fixture
+def make_study(tmp_path: Path) -> Callable[..., Study]:
+    def make(x_NTD: Tensor | None = None, *, test: int = 6, dtype: torch.dtype = torch.float32, **fields: Any) -> Study:
+        generator = torch.Generator().manual_seed(0)
+        if x_NTD is None:
+            x_NTD = torch.randn(20, TOKENS, DIM, generator=generator) * torch.logspace(0, -1.5, DIM)
+        cache = tmp_path / "cache"
+        (cache / "shards").mkdir(parents=True)
+        rows = []
+        for start in range(0, len(x_NTD), 8):
+            part, name = x_NTD[start : start + 8].to(dtype), f"{start:05d}.safetensors"
+            save_file({"features": part.contiguous()}, cache / "shards" / name)
+            rows += [FeatureRow(f"{start + row:064x}", name, row) for row in range(len(part))]
+        features = FeatureSet(
+            **{
+                "directory": str(cache),
+                "fingerprint": "0" * 16,
+                "encoder": "synthetic",
+                "weights": "pretrained",
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": TOKENS,
+                "dim": DIM,
+                "rows": tuple(rows),
+                "records_path": str(cache / "records.parquet"),
+                **fields,
+            }
+        )
+        images = len(x_NTD)
+        split = Split(tuple(range(10)), tuple(range(10, images - test)), tuple(range(images - test, images)))
+        directory = tmp_path / "study"
+        directory.mkdir()
+        return Study(directory, x_NTD.to(dtype).float(), features, split)
+
+    return make
+
+
+@pytest.fixture
+def study(make_study: Callable[..., Study]) -> Study:
+    """Two families at ranks 2 and 6."""
+    study = make_study()
+    for rank in (2, 6):
+        study.add_trial("sketch", rank)
+        study.add_trial("direct", rank)
+    return study
+
+
+def row_of(rows: tuple[ComparisonRow, ...], method: str, rank: int) -> ComparisonRow:
+    return next(row for row in rows if (row.method, row.rank) == (method, rank))
+
+
+@pytest.fixture
+def find_row() -> Callable[[tuple[ComparisonRow, ...], str, int], ComparisonRow]:
+    return row_of

@@ -1,0 +1,265 @@
+"""The comparison's figures against numpy, its files against their contract, and what it does with broken parts."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowrank_tune.comparison.store import read_comparison
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.decomposers import load_decomposer
+
+CONTRACT = [
+    "method", "rank", "n_images", "token_cosine_mean", "token_cosine_sd", "flat_cosine_mean", "mse_mean",
+    "residual_ratio_mean", "residual_ratio_max", "bytes_per_image", "images_per_second", "trial_id",
+]  # fmt: skip
+METHODS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd", "sketch", "direct"}
+
+
+def figures(x_ND, y_ND):
+    """Token cosine, flat cosine, mse and residual of one image, straight from their definitions."""
+    dots, lengths = (x_ND * y_ND).sum(1), np.linalg.norm(x_ND, axis=1) * np.linalg.norm(y_ND, axis=1)
+    flat = (x_ND * y_ND).sum() / (np.linalg.norm(x_ND) * np.linalg.norm(y_ND))
+    return (dots / lengths).mean(), flat, ((x_ND - y_ND) ** 2).mean(), ((x_ND - y_ND) ** 2).sum()
+
+
+def truncated(x_TD, rank):
+    u, s, vh = np.linalg.svd(x_TD.astype(np.float64), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_comparison_json_is_a_list_of_exactly_the_contracts_keys(study):
+    comparison = study.compare()
+    rows = strict((study.directory / "comparison.json").read_text())
+    assert all(list(row) == CONTRACT for row in rows)
+    assert rows == [asdict(row) for row in comparison.rows]
+    assert {(row["method"], row["rank"]) for row in rows} == {(method, rank) for method in METHODS for rank in (2, 6)}
+    assert {row["trial_id"] for row in rows if row["method"] in ("sketch", "direct")} == {
+        outcome.config.trial_id for outcome in study.outcomes
+    }
+    assert {row["trial_id"] for row in rows if row["method"] not in ("sketch", "direct")} == {""}
+    assert [path.name for path in study.directory.iterdir() if path.name.startswith(".")] == []
+
+
+def test_svds_rows_are_numpys_svd(study, find_row):
+    rows = study.compare().rows
+    images = study.test_images().double().numpy()
+    for rank in (2, 6):
+        expected = np.array([figures(x, truncated(x, rank)) for x in images])
+        row = find_row(rows, "svd", rank)
+        assert row.n_images == 6
+        assert row.token_cosine_mean == pytest.approx(expected[:, 0].mean(), rel=1e-9)
+        assert row.token_cosine_sd == pytest.approx(expected[:, 0].std(ddof=1), rel=1e-6)
+        assert row.flat_cosine_mean == pytest.approx(expected[:, 1].mean(), rel=1e-9)
+        assert row.mse_mean == pytest.approx(expected[:, 2].mean(), rel=1e-9)
+        assert (row.residual_ratio_mean, row.residual_ratio_max) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("family", ["sketch", "direct"])
+def test_a_trained_familys_row_is_its_models_reconstruction(study, find_row, family):
+    row = find_row(study.compare().rows, family, 6)
+    model = load_decomposer(study.directory / "trials" / row.trial_id / "best_model.safetensors")
+    with torch.inference_mode():
+        a_NTR, b_NRD = model(study.test_images())
+    made = (a_NTR.double() @ b_NRD.double()).numpy()
+    images = study.test_images().double().numpy()
+    expected = np.array([figures(x, y) for x, y in zip(images, made, strict=True)])
+    ratios = [figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in zip(images, made, strict=True)]
+    assert row.token_cosine_mean == pytest.approx(expected[:, 0].mean(), rel=1e-6)
+    assert row.flat_cosine_mean == pytest.approx(expected[:, 1].mean(), rel=1e-6)
+    assert row.mse_mean == pytest.approx(expected[:, 2].mean(), rel=1e-6)
+    assert row.residual_ratio_mean == pytest.approx(np.mean(ratios), rel=1e-6)
+    assert row.residual_ratio_max == pytest.approx(np.max(ratios), rel=1e-6)
+
+
+def test_pca_basis_knows_the_training_images_only(study, find_row):
+    train = study.x_NTD[list(study.split.train)].double().numpy()
+    moment = sum(x.T @ x / (x**2).sum() for x in train)
+    axes = np.linalg.eigh(moment)[1][:, ::-1][:, :6]
+    ratios = []
+    for x in study.test_images().double().numpy():
+        q = np.linalg.qr(x @ axes)[0]
+        ratios.append(figures(x, q @ (q.T @ x))[3] / figures(x, truncated(x, 6))[3])
+    assert find_row(study.compare().rows, "pca_basis", 6).residual_ratio_mean == pytest.approx(
+        np.mean(ratios), rel=1e-4
+    )
+
+
+def test_no_method_beats_the_optimum_on_any_image(study):
+    per_image = pd.read_parquet(study.compare().per_image_path)
+    assert per_image["residual_ratio"].min() >= 1 - 1e-6
+
+
+def test_per_image_figures_average_to_the_rows(study):
+    comparison = study.compare()
+    per_image = pd.read_parquet(comparison.per_image_path)
+    assert list(per_image.columns) == [
+        "method", "rank", "key", "index", "token_cosine", "flat_cosine", "mse", "residual", "residual_ratio"
+    ]  # fmt: skip
+    for row in comparison.rows:
+        own = per_image[(per_image["method"] == row.method) & (per_image["rank"] == row.rank)]
+        assert own["index"].tolist() == list(range(6))
+        assert own["key"].tolist() == [study.features.rows[index].key for index in study.split.test]
+        assert own["token_cosine"].mean() == pytest.approx(row.token_cosine_mean)
+        assert own["residual_ratio"].max() == pytest.approx(row.residual_ratio_max)
+
+
+def test_small_batches_change_no_figure(study, monkeypatch):
+    whole = study.compare()
+    monkeypatch.setattr("lowrank_tune.comparison.scoring.BATCH_NUMBERS", 4 * 16 * 24)
+    batched = study.compare()
+    for one, other in zip(whole.rows, batched.rows, strict=True):
+        assert asdict(replace(one, images_per_second=0)) == pytest.approx(asdict(replace(other, images_per_second=0)))
+
+
+def test_the_same_seed_draws_the_same_controls(study):
+    first, second = study.compare(), study.compare()
+    assert [row.residual_ratio_mean for row in first.rows] == [row.residual_ratio_mean for row in second.rows]
+
+
+def test_speeds_are_positive_and_sizes_are_those_of_the_caches_dtype(make_study, find_row):
+    study = make_study(dtype=torch.float16)
+    study.add_trial("sketch", 2)
+    comparison = study.compare()
+    assert all(row.images_per_second > 0 for row in comparison.rows)
+    assert find_row(comparison.rows, "svd", 2).bytes_per_image == (16 + 24) * 2 * 2
+    assert comparison.device.startswith("one CPU thread")
+
+
+@pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 0), ("val_token_cosine", 2)])
+def test_the_objective_picks_the_trial(make_study, find_row, objective, best):
+    study = make_study()
+    trials = [
+        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.5, "val_mse": 0.1, "val_token_cosine": 0.7}),
+        study.add_trial(
+            "sketch", 2, status="pruned", stopped_by="asha",
+            best={"val_residual_ratio": 1.2, "val_mse": 0.2, "val_token_cosine": 0.8},
+        ),
+        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.3, "val_mse": 0.3, "val_token_cosine": 0.9}),
+    ]  # fmt: skip
+    failed = {"val_residual_ratio": 1.0, "val_mse": 0.0, "val_token_cosine": 1.0}
+    study.add_trial("sketch", 2, status="failed", stopped_by="error", best=failed)
+    study.add_trial("sketch", 2, best_epoch=0, best={})
+    assert find_row(study.compare(objective).rows, "sketch", 2).trial_id == trials[best]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def not_a_number(path: Path) -> None:
+    weights = load_file(path)
+    metadata = load_metadata(path)
+    save_file({name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}, path, metadata)
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    return json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, cut])
+def test_the_next_best_stands_in_for_a_model_that_cannot_be_read(make_study, find_row, spoil):
+    study = make_study()
+    lost = study.add_trial("sketch", 2, best={"val_residual_ratio": 1.0}, spoil=spoil)
+    next_best = study.add_trial("sketch", 2)
+    comparison = study.compare()
+    assert find_row(comparison.rows, "sketch", 2).trial_id == next_best
+    assert any(lost in remark for remark in comparison.remarks)
+
+
+def test_a_model_of_another_shape_is_left_out(make_study):
+    study = make_study()
+    trial_id = study.add_trial("sketch", 2)
+    other = study.add_trial("sketch", 4)
+    (study.directory / "trials" / other / "best_model.safetensors").rename(
+        study.directory / "trials" / trial_id / "best_model.safetensors"
+    )
+    comparison = study.compare()
+    assert {row.method for row in comparison.rows if row.trial_id} == set()
+    assert any("a sketch model of rank 4 for [16, 24], not sketch of rank 2" in remark for remark in comparison.remarks)
+    assert "rank 4 has no sketch model: its one trial left none that can be used" in comparison.remarks
+
+
+def test_a_model_that_gives_nan_is_told_and_leaves_no_nan(make_study):
+    study = make_study()
+    study.add_trial("direct", 2, spoil=not_a_number)
+    comparison = study.compare()
+    strict((study.directory / "comparison.json").read_text())
+    assert "direct at rank 2 is left out: its factors are not finite on every test image" in comparison.remarks
+    assert set(pd.read_parquet(comparison.per_image_path)["method"]) == METHODS - {"sketch", "direct"}
+
+
+def test_one_test_image_has_no_spread(make_study):
+    study = make_study(test=1)
+    study.add_trial("sketch", 2)
+    comparison = study.compare()
+    assert {(row.n_images, row.token_cosine_sd) for row in comparison.rows} == {(1, 0.0)}
+    assert any(remark.startswith("one test image only") for remark in comparison.remarks)
+
+
+def test_images_of_zeros_are_left_out_and_told(make_study):
+    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(1))
+    x_NTD[[15, 18]] = 0
+    study = make_study(x_NTD)
+    study.add_trial("direct", 2)
+    comparison = study.compare()
+    assert {row.n_images for row in comparison.rows} == {4}
+    assert set(pd.read_parquet(comparison.per_image_path)["index"]) == {0, 2, 3, 5}
+    assert "2 of 6 test images hold nothing but zeros and are left out" in comparison.remarks
+
+
+def test_nothing_but_zeros_is_an_input_error(make_study):
+    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(1))
+    x_NTD[14:] = 0
+    study = make_study(x_NTD)
+    study.add_trial("sketch", 2)
+    with pytest.raises(InputError, match="every test image holds nothing but zeros"):
+        study.compare()
+
+
+def test_an_image_of_the_ranks_own_rank_has_ratio_one_where_it_is_reproduced(make_study, find_row):
+    generator = torch.Generator().manual_seed(2)
+    x_NTD = torch.randn(20, 16, 2, generator=generator) @ torch.randn(20, 2, 24, generator=generator)
+    x_NTD[16] = 3.0
+    study = make_study(x_NTD)
+    study.add_trial("sketch", 4)
+    rows = study.compare().rows
+    for method in ("svd", "sketch", "randomized_svd"):
+        assert find_row(rows, method, 4).residual_ratio_max == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("empty", ["test images", "trials"])
+def test_nothing_to_compare_is_an_input_error(study, empty):
+    if empty == "trials":
+        study.outcomes = []
+    else:
+        study.split = replace(study.split, test=())
+    with pytest.raises(InputError, match=f"no {empty} to compare"):
+        study.compare()
+
+
+def test_a_comparison_can_be_read_back(study):
+    written = study.compare()
+    assert written.remarks
+    assert read_comparison(study.directory) == written
+
+
+def test_a_damaged_comparison_is_an_input_error(study):
+    study.compare()
+    (study.directory / "comparison.json").write_text('[{"method": "svd"}]')
+    with pytest.raises(InputError, match=re.escape(str(study.directory))):
+        read_comparison(study.directory)

@@ -1,0 +1,82 @@
+"""What the remarks say, and when they are silent."""
+
+from dataclasses import replace
+
+import pytest
+
+from lowrank_tune.comparison.remarks import about_data, about_rivals, about_trials
+from lowrank_tune.records import ComparisonRow
+
+
+def row(method, ratio, speed, rank=4, trial_id=""):
+    return ComparisonRow(method, rank, 20, 0.9, 0.01, 0.9, 0.1, ratio, ratio, 100, speed, trial_id)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("random", ["random weights: these figures show the pipeline, not the science"]),
+        ("unknown", ["unknown weights: what made these features is not recorded, so compare within this study only"]),
+        ("pretrained", []),
+    ],
+)
+def test_weights(make_study, weights, said):
+    assert about_data(make_study(weights=weights).features, 80) == said
+
+
+@pytest.mark.parametrize(("images", "said"), [(1, "one test image only"), (9, "only 9 test images"), (10, None)])
+def test_few_images(make_study, images, said):
+    remarks = about_data(make_study().features, images)
+    assert [remark.startswith(said) for remark in remarks] == ([True] if said else [])
+
+
+def test_unusable_records(make_study):
+    assert about_data(make_study(quarantined=3).features, 80) == [
+        "3 of the source's records had no usable image and are not in any figure"
+    ]
+
+
+def test_a_control_that_wins_is_called_out_with_both_figures():
+    rows = [row("svd", 1.0, 10), row("randomized_svd", 1.01, 90), row("power_1", 1.1, 400),
+            row("random_sketch", 2.0, 900), row("direct", 1.3, 80, trial_id="r004-direct-0000")]  # fmt: skip
+    assert about_rivals(rows) == [
+        "at rank 4 randomized_svd, without training, beats direct: ρ 1.01 against 1.3, 90 against 80 images/s; "
+        "so does power_1"
+    ]
+
+
+def test_an_equal_control_wins_and_the_svd_counts_as_a_rival():
+    trained = row("sketch", 1.0, 10, trial_id="r004-sketch-0000")
+    assert about_rivals([row("svd", 1.0, 10), trained]) == [
+        "at rank 4 svd, without training, beats sketch: ρ 1 against 1, 10 against 10 images/s"
+    ]
+
+
+@pytest.mark.parametrize(
+    "control", [row("pca_basis", 1.1, 79), row("pca_basis", 1.31, 900), row("pca_basis", 1.0, 900, rank=8)]
+)
+def test_a_control_that_is_slower_or_worse_or_of_another_rank_is_not(control):
+    assert about_rivals([control, row("direct", 1.3, 80, trial_id="r004-direct-0000")]) == []
+
+
+def test_svd_rows_is_no_rival():
+    assert about_rivals([row("svd_rows", 1.0, 900), row("direct", 1.3, 80, trial_id="r004-direct-0000")]) == []
+
+
+def test_trials_that_ended_badly_are_counted_with_reasons(make_study):
+    study = make_study()
+    for reason in ("loss is nan in epoch 2", "out of memory", "loss is nan in epoch 2", "x", "y"):
+        study.add_trial("direct", 2, status="failed", stopped_by="error", reason=reason)
+    study.add_trial("sketch", 2, status="pruned", stopped_by="asha")
+    assert about_trials(study.outcomes, [row("sketch", 1.1, 1, rank=2)]) == [
+        "5 of 6 trials failed: loss is nan in epoch 2 (2x); out of memory; x; and others",
+        "1 of 6 trials was stopped early by the scheduler",
+        "rank 2 has no direct model: its 5 trials left none that can be used",
+    ]
+
+
+def test_a_study_without_trouble_is_silent(make_study):
+    study = make_study()
+    study.add_trial("sketch", 2)
+    study.outcomes = [replace(outcome, stopped_by="patience") for outcome in study.outcomes]
+    assert about_trials(study.outcomes, [row("sketch", 1.1, 1, rank=2)]) == []

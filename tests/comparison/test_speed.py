@@ -1,0 +1,49 @@
+"""Timing: one thread, bounded, and tidy afterwards."""
+
+import time
+
+import pytest
+import torch
+
+from lowrank_tune.comparison.speed import device_words, images_per_second
+
+
+def test_the_rate_is_images_over_a_runs_seconds():
+    calls = []
+
+    def decompose(x_NTD):
+        calls.append(len(x_NTD))
+        time.sleep(0.02)
+
+    rate = images_per_second(decompose, torch.zeros(8, 2, 2))
+    assert 8 / 0.2 < rate <= 8 / 0.02
+    assert calls == [1, 8]
+
+
+def test_quick_methods_are_run_several_times(monkeypatch):
+    monkeypatch.setattr("lowrank_tune.comparison.speed.SECONDS", 10.0)
+    calls = []
+    images_per_second(lambda x_NTD: calls.append(len(x_NTD)), torch.zeros(8, 2, 2))
+    assert calls == [1] + [8] * 9
+
+
+def test_one_thread_only_while_it_runs_even_when_it_raises():
+    seen = []
+
+    def decompose(x_NTD):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("no")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="no"):
+            images_per_second(decompose, torch.zeros(1, 2, 2))
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_processor_is_named():
+    assert device_words("cpu").removeprefix("one CPU thread (").removesuffix(")").strip()
