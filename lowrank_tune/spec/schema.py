@@ -106,13 +106,14 @@ class SplitSpec(Section):
         return self
 
     def counts(self, n_images: int) -> tuple[int, int]:
-        """How many of so many images validate and test; a fraction is rounded, and is one image at least.
+        """How many of so many images validate and test; a fraction is rounded down, and is one image at least.
 
         Returns:
             (validation, test); their sum may exceed `n_images`.
         """
+        # 0.29 of 100 is 28.999999999999996 in binary, and 29 to whoever wrote it.
         validation, test = (
-            share if isinstance(share, int) else max(1, round(share * n_images))
+            share if isinstance(share, int) else max(1, int(share * n_images + 1e-9))
             for share in (self.validation, self.test)
         )
         return validation, test

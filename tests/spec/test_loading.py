@@ -3,6 +3,8 @@
 A comment `# --set key.path=value` in one of them is an override.
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,32 @@ def test_whatever_is_set_the_answer_is_lines_and_never_a_traceback(key: str, val
         assert isinstance(parse_study(VALID, "study.yaml", [f"{key}={value}"]), StudySpec)
     except StudyFileError as error:
         assert all(problem.isprintable() for problem in error.problems)
+
+
+def key_paths(content: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield f"{prefix}{key}"
+        yield from key_paths(value, f"{prefix}{key}.")
+
+
+KEYS = list(key_paths(parse_study(VALID, "study.yaml").model_dump()))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["int", "uniform", "loguniform", "samples", "sketch", "rank"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(KEYS), values)
+def test_whatever_a_key_holds_the_answer_is_in_words_of_the_study_file(key: str, value: Any) -> None:
+    override = f"{key}={json.dumps(value)}"
+    try:
+        assert isinstance(parse_study(VALID, "study.yaml", [override]), StudySpec)
+    except StudyFileError as error:
+        for problem in error.problems:
+            assert "Input should be" not in problem
+            assert "<" not in problem.replace(override, "").partition(" (got ")[0]
