@@ -1,0 +1,136 @@
+"""What the curves show, read from the Figure objects, not from pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from lowrank_tune.report.curves import learning_curves, loss_curves, rank_curve
+from lowrank_tune.report.palette import BOUNDS, CONTROLS, in_order, look_of
+from lowrank_tune.report.scales import thinned
+
+
+def drawn(figure: Figure) -> None:
+    """Draw as a file would be: matplotlib computes ticks and layout only then, and warnings are errors."""
+    figure.savefig(io.BytesIO(), format="png")
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_the_rank_curve_draws_every_methods_two_figures(row):
+    rows = [row("svd", rank, 1.0, 1 - 0.4 / rank) for rank in (4, 16)]
+    rows += [row("sketch", rank, 1 + 1 / rank, 1 - 0.5 / rank, trial_id="t") for rank in (16, 4)]
+    figure = rank_curve(rows)
+    drawn(figure)
+    cosine, ratio = figure.axes
+    assert cosine.get_xlabel() == ratio.get_xlabel() == "rank"
+    assert cosine.get_ylabel() == "token cosine (finer towards 1)"
+    assert ratio.get_ylabel() == "residual ratio ρ (finer towards 1)"
+    assert list(lines(cosine)["sketch"].get_xdata()) == [4, 16]
+    assert list(lines(cosine)["sketch"].get_ydata()) == pytest.approx([1 - 0.5 / 4, 1 - 0.5 / 16])
+    assert list(lines(ratio)["sketch"].get_ydata()) == pytest.approx([1.25, 1.0625])
+    assert list(lines(ratio)["svd"].get_ydata()) == [1, 1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["svd", "sketch"]
+    assert [text.get_text() for text in cosine.get_xticklabels()] == ["4", "16"]
+
+
+def test_the_ratios_axis_tells_one_percent_from_two_beside_a_hundred(row):
+    rows = [row("svd", 4, 1.0), row("randomized_svd", 4, 1.01), row("sketch", 4, 1.02), row("direct", 4, 100.0)]
+    figure = rank_curve(rows)
+    drawn(figure)
+    axes = figure.axes[1]
+    heights = axes.transAxes.inverted().transform(axes.transData.transform([(4, rho) for rho in (1, 1.01, 1.02, 100)]))
+    assert np.diff(heights[:, 1]).min() > 0.03
+    assert 0 <= heights[0, 1] < heights[-1, 1] <= 1
+
+
+def test_the_cosine_axis_is_finer_towards_one_and_holds_an_exact_method(row):
+    figure = rank_curve([row("svd", 4, 1.0, 1.0), row("sketch", 4, 1.1, 0.99), row("direct", 4, 9.0, -0.2)])
+    drawn(figure)
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low < -0.2 and high > 0.999
+    at = dict(
+        zip((0.9, 0.99, 0.999), axes.transData.transform([(4, y) for y in (0.9, 0.99, 0.999)])[:, 1], strict=True)
+    )
+    assert at[0.99] - at[0.9] == pytest.approx(at[0.999] - at[0.99], rel=1e-3)
+
+
+@pytest.mark.parametrize("spread", [(1.0, 1.0), (1.0, 1.004), (1.0, 3.0), (1.0, 1e9)])
+def test_any_span_of_ratios_has_at_least_two_ticks_inside(row, spread):
+    figure = rank_curve([row("svd", 4, spread[0]), row("sketch", 4, spread[1])])
+    drawn(figure)
+    axes = figure.axes[1]
+    low, high = axes.get_ylim()
+    inside = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert 2 <= len(inside) <= 16
+
+
+def test_many_ranks_get_ticks_that_do_not_touch():
+    ranks = list(range(1, 257))
+    shown = thinned(ranks)
+    assert len(shown) <= 10
+    assert min(np.diff(np.log(shown))) >= np.log(256) / 9 - 1e-9
+    assert thinned([16, 32, 64, 128]) == [16, 32, 64, 128]
+
+
+def test_every_method_of_a_plot_looks_different():
+    trained = ["direct", "sketch", "refined", "new_one", "new_two"]
+    methods = in_order([*BOUNDS, *CONTROLS, *trained])
+    looks = [look_of(method, methods) for method in methods]
+    assert len({(look.color, look.marker) for look in looks}) == len(methods)
+    assert len({look.marker for look in looks}) == len(methods)
+
+
+def test_loss_curves_show_four_series_their_drop_and_their_best_epoch(outcome, history_of):
+    figure = loss_curves(outcome(stopped_by="patience", epochs=5, best_epoch=4), history_of(5))
+    drawn(figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "training loss", "validation MSE", "validation residual ratio ρ", "learning rate"
+    ]  # fmt: skip
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "epoch", "epoch"]
+    mse = figure.axes[1]
+    assert list(mse.get_lines()[0].get_ydata()) == pytest.approx([1.0, 0.5, 1 / 3, 0.25, 0.2])
+    star = lines(mse)["best epoch"]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (4, pytest.approx(0.25))
+    assert [line.get_xdata()[0] for line in mse.get_lines() if line.get_linestyle() == ":"] == [2.5]
+    assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (5 epochs), best at epoch 4 (★)"
+
+
+def test_a_failed_trials_curves_say_why_whatever_the_reason_holds(outcome, history_of):
+    failed = outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _")
+    figure = loss_curves(failed, history_of(1))
+    drawn(figure)
+    assert figure.get_suptitle() == "r003-sketch-0000: failed (1 epoch)\ncost $5^{ and _"
+    assert not any("best epoch" in lines(axes) for axes in figure.axes)
+
+
+def test_a_panel_without_a_finite_value_says_so(outcome):
+    figure = loss_curves(outcome(), [{"epoch": 1.0, "lr": 0.01}])
+    drawn(figure)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no finite values"]
+
+
+def test_learning_curves_mark_what_stopped_each_trial(outcome, history_of):
+    trials = [
+        (outcome("sketch", 2, 0), history_of(5)),
+        (outcome("sketch", 8, 1, stopped_by="asha"), history_of(2)),
+        (outcome("direct", 8, 2, stopped_by="error"), history_of(3, start=1e6)),
+        (outcome("refined", 8, 3, stopped_by="patience"), []),
+    ]
+    figure = learning_curves(trials)
+    drawn(figure)
+    direct, sketch, bar = figure.axes
+    assert (direct.get_title(), sketch.get_title(), bar.get_ylabel()) == ("direct", "sketch", "rank")
+    assert direct.get_ylabel() == "validation residual ratio ρ (finer towards 1)"
+    ends = [line for line in sketch.get_lines() if line.get_marker() != "None"]
+    assert [(line.get_marker(), line.get_xdata()[0]) for line in ends] == [("o", 5), ("v", 2)]
+    assert len({line.get_color() for line in ends}) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "ran its full budget", "stopped by ASHA", "failed"
+    ]  # fmt: skip
+    assert sketch.get_ylim()[1] < 10 < direct.get_ylim()[1]
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["2", "8"]

@@ -1,0 +1,110 @@
+"""Spatial pictures: the right numbers at the right places, on scales that may be compared."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.report.maps import spatial_figure
+from lowrank_tune.report.spatial import check_images, grid_shape, photograph, spatial_view
+
+
+@pytest.fixture
+def network(study):
+    return load_decomposer(study.directory / "trials" / "r003-sketch-0000" / "best_model.safetensors").eval()
+
+
+@pytest.fixture
+def view(study, network):
+    return spatial_view(FeatureMatrix(study.features), study.split, 1, rank=3, channels=2, network=network)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid"), [(256, (16, 16)), (12, (3, 4)), (576, (24, 24)), (13, (1, 13)), (1, (1, 1)), (128, (8, 16))]
+)
+def test_the_grid_follows_from_the_number_of_tokens(tokens, grid):
+    assert grid_shape(tokens) == grid
+
+
+def test_a_views_maps_are_numpys(study, view, network):
+    x_TD = FeatureMatrix(study.features).load([6])[0].double().numpy()
+    u, s, vh = np.linalg.svd(x_TD, full_matrices=False)
+    svd_TD = (u[:, :3] * s[:3]) @ vh[:3]
+    with torch.inference_mode():
+        a_NTR, b_NRD = network(torch.from_numpy(x_TD).float()[None])
+    sketch_TD = (a_NTR @ b_NRD)[0].double().numpy()
+    assert view.original_KHW == pytest.approx(np.stack([x_TD[:, k].reshape(3, 4) for k in (0, 1)]))
+    assert view.norm_HW == pytest.approx(np.linalg.norm(x_TD, axis=1).reshape(3, 4))
+    for shown, made_TD, method in zip(view.reconstructions, (svd_TD, sketch_TD), ("svd", "sketch"), strict=True):
+        assert shown.method == method
+        assert shown.maps_KHW == pytest.approx(np.stack([made_TD[:, k].reshape(3, 4) for k in (0, 1)]), abs=1e-5)
+        assert shown.error_HW == pytest.approx(np.sqrt(((x_TD - made_TD) ** 2).mean(1)).reshape(3, 4), abs=1e-5)
+        cosines = (x_TD * made_TD).sum(1) / (np.linalg.norm(x_TD, axis=1) * np.linalg.norm(made_TD, axis=1))
+        assert shown.token_cosine == pytest.approx(cosines.mean(), abs=1e-6)
+
+
+def test_more_channels_than_there_are_shows_all(study):
+    view = spatial_view(FeatureMatrix(study.features), study.split, 0, rank=1, channels=99, network=None)
+    assert view.channels == tuple(range(20))
+    assert [method.method for method in view.reconstructions] == ["svd"]
+
+
+def test_maps_that_are_compared_share_a_scale(view):
+    figure = spatial_figure(view)
+    figure.savefig(io.BytesIO(), format="png")
+    panels = [[axes for axes in figure.axes if axes.images][row * 3 : row * 3 + 3] for row in range(3)]
+    assert [axes.get_title() for axes in panels[1]] == ["channel 0", "svd", "sketch"]
+    for place, row in enumerate(panels[1:]):
+        limits = {axes.images[0].get_clim() for axes in row}
+        shown = np.stack([np.asarray(axes.images[0].get_array()) for axes in row])
+        assert limits == {(shown.min(), shown.max())}
+        assert shown[0] == pytest.approx(view.original_KHW[place])
+    errors = panels[0][1:]
+    assert [axes.get_title().splitlines()[0] for axes in errors] == ["svd: error", "sketch: error"]
+    highest = max(method.error_HW.max() for method in view.reconstructions)
+    assert {axes.images[0].get_clim() for axes in errors} == {(0.0, highest)}
+    bars = [axes for axes in figure.axes if not axes.images]
+    assert len(bars) == 3
+    assert bars[0].get_ylabel() == "RMS error of a token"
+
+
+def test_the_photograph_is_shown_where_it_is_at_hand(study, view):
+    assert view.photograph.shape == (448, 448, 3)
+    assert set(np.unique(view.photograph)) == {150}
+    titles = {axes.get_title() for axes in spatial_figure(view).axes}
+    assert "photograph" in titles and "token lengths" not in titles
+    without = spatial_view(FeatureMatrix(study.features), study.split, 3, rank=3, channels=1, network=None)
+    assert without.photograph is None
+    assert "token lengths" in {axes.get_title() for axes in spatial_figure(without).axes}
+
+
+def test_a_photograph_stands_upright(features, tmp_path):
+    picture = Image.new("RGB", (40, 20))
+    picture.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "cache" / "0.png", exif=exif)
+    shown = photograph(features, features.rows[0].key)
+    assert shown[50, 224].tolist() == [255, 0, 0]
+    assert shown[400, 224].tolist() == [0, 0, 0]
+
+
+def test_no_photograph_for_a_text_file_or_without_records(features, tmp_path):
+    (tmp_path / "cache" / "0.png").write_text("not a picture")
+    assert photograph(features, features.rows[0].key) is None
+    assert photograph(replace(features, records_path=str(tmp_path / "none.parquet")), features.rows[1].key) is None
+
+
+def test_an_image_that_is_not_there_is_an_input_error(study):
+    with pytest.raises(InputError, match=r"no image 4; the test split has 4 images, numbers 0 to 3"):
+        spatial_view(FeatureMatrix(study.features), study.split, 4, rank=3, channels=1, network=None)
+    with pytest.raises(InputError, match="no image -1"):
+        check_images([0, -1], 4)
+    with pytest.raises(InputError, match="1 image, number 0"):
+        check_images([1], 1)

@@ -1,0 +1,135 @@
+"""The whole report: its files, and the page as a parser and a browser without a network meet it."""
+
+import base64
+import io
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.report.write import write_report, write_spatial
+
+VOID = {"meta", "img", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and insists that tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.ids, self.links, self.images, self.cells, self.text = [], [], [], [], [], []
+        self.tags = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "th":
+            self.cells.append(attributes.get("scope"))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def report(study):
+    return write_report(study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory)
+
+
+def test_a_report_writes_its_files_and_no_others(study):
+    files = report(study)
+    assert files.html == study.directory / "report.html"
+    assert [path.name for path in files.plots] == [
+        "rank_curve.png", "learning_curves.png", "spatial-000-r003.png", "spatial-003-r003.png"
+    ]  # fmt: skip
+    assert [path.parent.name for path in files.loss_curves] == ["r003-sketch-0000", "r003-sketch-0001"]
+    for path in (*files.plots, *files.loss_curves):
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.width >= 300
+        assert path.stat().st_size < 200_000
+    left = {path.name for path in study.directory.rglob("*") if path.is_file()}
+    assert left == {"study.yaml", "report.html", "history.json", "best_model.safetensors", "loss_curves.png"} | {
+        path.name for path in files.plots
+    }
+
+
+def test_the_page_is_whole_by_itself(study):
+    page = Page(report(study).html.read_text(encoding="utf-8"))
+    assert page.tags & {"script", "link", "iframe"} == set()
+    for link in page.links:
+        assert link.startswith("data:image/png;base64,") or (link.startswith("#") and link[1:] in page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.images) == 5
+    for image in page.images:
+        assert len(image["alt"]) > 30
+        data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        Image.open(io.BytesIO(data)).verify()
+    assert set(page.cells) == {"col", "row", "rowgroup"}
+
+
+def test_the_page_says_what_matters_and_what_users_write_is_never_markup(study):
+    html = report(study).html.read_text(encoding="utf-8")
+    assert "<script>" not in html
+    assert "loss is &lt;nan&gt; in epoch 1" in html
+    text = " ".join(" ".join(Page(html).text).split())
+    assert "random weights: these figures show the pipeline, not the science" in text
+    assert "At rank 3 sketch reaches 0.9500 of SVD's 0.9500 token cosine (ρ 1.200)" in text
+    assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123" in text
+    assert "r003-sketch-0001" in text and "stopped by ASHA" in text
+    assert "failed: loss is <nan> in epoch 1" in text
+    assert "9: 4 train, 1 validate, 4 test" in text
+    assert "name: small # <script>alert(1)</script>" in text
+
+
+def test_an_image_that_the_split_lacks_is_told_and_costs_nothing_else(study):
+    study.split = replace(study.split, test=study.split.test[:2])
+    files = report(study)
+    assert [path.name for path in files.plots if path.name.startswith("spatial")] == ["spatial-000-r003.png"]
+    assert "report.images: there is no image 3; the test split has 2 images" in files.html.read_text(encoding="utf-8")
+
+
+def test_a_report_without_models_or_histories_shows_the_svd(study):
+    for outcome in study.outcomes[:2]:
+        (Path(outcome.directory) / "best_model.safetensors").write_bytes(b"damaged")
+        (Path(outcome.directory) / "history.json").unlink()
+    files = report(study)
+    assert files.loss_curves == ()
+    assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"]
+
+
+def test_a_second_report_replaces_the_first(study):
+    first = report(study)
+    before = first.html.read_text(encoding="utf-8")
+    assert report(study) == first
+    assert first.html.read_text(encoding="utf-8") == before
+
+
+def test_spatial_pictures_at_a_rank_that_no_trial_had_show_the_svd(study):
+    (picture,) = write_spatial(
+        study.features, study.split, study.outcomes, study.comparison, study.directory / "plots",
+        images=[1, 1], channels=3, rank=7,
+    )  # fmt: skip
+    assert picture.path.name == "spatial-001-r007.png"
+    assert "svd" in picture.alt and "sketch" not in picture.alt
+
+
+@pytest.mark.parametrize("rank", [0, 13])
+def test_spatial_pictures_at_an_impossible_rank_are_an_input_error(study, rank):
+    with pytest.raises(InputError, match=f"rank {rank}: these features have ranks 1 to 12"):
+        write_spatial(
+            study.features, study.split, study.outcomes, study.comparison, study.directory,
+            images=[0], channels=1, rank=rank,
+        )  # fmt: skip
