@@ -82,8 +82,8 @@ def run_trials(
                 trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
-                name=tune_dir.name,
-                storage_path=str(plan.study_dir.absolute()),
+                name="ray",
+                storage_path=str(tune_dir.absolute()),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
                 callbacks=[watch],

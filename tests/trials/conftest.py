@@ -1,83 +1,20 @@
-"""A tiny cache, a study on it, a tracker that only listens, and one Ray for the whole room."""
-
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 import torch
-from safetensors.torch import save_file
+from tiny_study import DIM, IMAGES, TOKENS, World, build_plan, make_world
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import measure_optimum
-from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan, make_plan
-from lowrank_tune.spec.schema import StudySpec
-
-TOKENS, DIM, IMAGES = 12, 20, 16
-SPLIT = Split(train=tuple(range(8)), validation=tuple(range(8, 12)), test=tuple(range(12, 16)))
-
-
-@dataclass
-class Listener:
-    """A tracker and a listener that remember what they were told."""
-
-    started: list[TrialConfig] = field(default_factory=list)
-    epochs: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
-    ended: list[TrialOutcome] = field(default_factory=list)
-
-    def trial_started(self, config: TrialConfig) -> None:
-        self.started.append(config)
-
-    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        self.epochs.append((trial_id, epoch, metrics))
-
-    def trial_ended(self, outcome: TrialOutcome) -> None:
-        self.ended.append(outcome)
-
-
-@dataclass(frozen=True)
-class World:
-    """What `run_trials` needs beside a plan."""
-
-    features: FeatureSet
-    optimum_path: Path
-    split: Split = SPLIT
-
-
-def write_features(directory: Path, x_NTD: torch.Tensor) -> FeatureSet:
-    """A one-shard cache that `FeatureMatrix` can open."""
-    (directory / "shards").mkdir(parents=True)
-    save_file({"features": x_NTD}, directory / "shards" / "00000.safetensors")
-    return FeatureSet(
-        directory=str(directory),
-        fingerprint="0" * 16,
-        encoder="synthetic",
-        weights="random",
-        dtype="float32",
-        tokens=x_NTD.shape[1],
-        dim=x_NTD.shape[2],
-        rows=tuple(FeatureRow(f"{n:064x}", "00000.safetensors", n) for n in range(len(x_NTD))),
-        records_path=str(directory / "records.parquet"),
-    )
-
-
-def make_world(directory: Path, x_NTD: torch.Tensor) -> World:
-    features = write_features(directory, x_NTD)
-    path = directory / "optimum.safetensors"
-    measure_optimum([FeatureMatrix(features).load(SPLIT.validation)]).save(path)
-    return World(features, path)
+from lowrank_tune.spec.plan import Plan
 
 
 @pytest.fixture(scope="session")
 def images_NTD() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    scale_D = torch.logspace(0, -2, DIM)
-    return torch.randn(IMAGES, TOKENS, DIM, generator=generator) * scale_D
+    return torch.randn(IMAGES, TOKENS, DIM, generator=generator) * torch.logspace(0, -2, DIM)
 
 
 @pytest.fixture(scope="session")
@@ -87,31 +24,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, images_NTD: torch.Tensor) ->
 
 @pytest.fixture
 def plan_of(tmp_path: Path) -> Callable[..., Plan]:
-    """Plan a study of two families at small ranks; keyword arguments replace sections of the file."""
-
-    def build(
-        space: dict[str, Any] | None = None, method: str = "grid", trials: int | None = None, **sections: Any
-    ) -> Plan:
-        default_space = {"families": {"sketch": {}}, "rank": [2, 4], "lr": 0.01, "batch_size": 4}
-        search: dict[str, Any] = {"method": method, "space": default_space | (space or {})}
-        if trials is not None:
-            search["trials"] = trials
-        study: dict[str, Any] = {
-            "name": "test",
-            "features": {"source": {"samples": 16}},
-            "search": search,
-            "training": {"epochs": 3, "patience": 3},
-            "scheduler": {"kind": "none"},
-            "resources": {"max_concurrent": 1},
-        }
-        spec = StudySpec.model_validate(study | sections)
-        return make_plan(spec, tmp_path / "results", datetime(2026, 1, 1, tzinfo=UTC))
-
-    return build
+    return partial(build_plan, tmp_path / "results")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
         address="local",

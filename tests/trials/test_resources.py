@@ -1,0 +1,41 @@
+from typing import Any
+
+import pytest
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.spec.schema import ResourcesSpec
+from lowrank_tune.trials.resources import trials_at_once
+
+
+def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("spec", "nodes", "expected"),
+    [
+        ({"cpus_per_trial": 1}, [node(CPU=2)], 2),
+        ({"cpus_per_trial": 2}, [node(CPU=3), node(CPU=5)], 3),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 0.1}, [node(CPU=64, GPU=1)], 10),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 0.25}, [node(CPU=2, GPU=1), node(CPU=64)], 2),
+        ({"cpus_per_trial": 0.5, "max_concurrent": 3}, [node(CPU=4)], 3),
+        ({"cpus_per_trial": 1, "max_concurrent": 9}, [node(CPU=4)], 4),
+        ({"cpus_per_trial": 1}, [node(CPU=2), node(alive=False, CPU=32)], 2),
+    ],
+)
+def test_as_many_trials_run_as_fit_on_the_nodes(spec: dict[str, Any], nodes: list[Any], expected: int) -> None:
+    assert trials_at_once(ResourcesSpec.model_validate(spec), nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([node(CPU=4)], r"gpus_per_trial: .* 1 GPU, .* more than 0"),
+        ([node(CPU=1, GPU=4)], r"cpus_per_trial: .* 2 CPU, .* more than 1"),
+        ([node(CPU=8), node(CPU=1, GPU=4)], r"2 CPU and 1 GPU together"),
+    ],
+)
+def test_a_trial_that_fits_nowhere_is_refused(nodes: list[Any], said: str) -> None:
+    spec = ResourcesSpec(cpus_per_trial=2, gpus_per_trial=1)
+    with pytest.raises(InputError, match=said):
+        trials_at_once(spec, nodes)

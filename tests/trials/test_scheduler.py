@@ -1,0 +1,106 @@
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from lowrank_tune.spec.plan import Plan
+from lowrank_tune.trials.scheduler import FairASHA, make_scheduler
+
+PlanOf = Callable[..., Plan]
+
+# Learning-rate quality 0 (best) to 2; at epoch 3 a low rank is worse than every high rank, whatever its rate.
+ERRORS = {(rank, quality): 1.0 / rank + 0.001 * quality for rank in (16, 64, 256) for quality in (0, 1, 2)}
+
+
+def trial_of(name: str, rank: int, family: str = "sketch") -> Any:
+    return SimpleNamespace(trial_id=name, config={"trial": {"rank": rank, "family": family}})
+
+
+def survivors(scheduler: Any, objective: str = "val_mse") -> set[tuple[int, int]]:
+    """Trials of three ranks and three qualities, high ranks first, all seen at epoch 3: who may go on."""
+    alive = set()
+    for (rank, quality), error in sorted(ERRORS.items(), key=lambda item: -item[0][0]):
+        trial = trial_of(f"{rank}-{quality}", rank)
+        scheduler.on_trial_add(None, trial)
+        value = 1 - error if objective == "val_token_cosine" else error
+        result = {"epoch": 3, objective: value, "stopped_by": ""}
+        if scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE:
+            alive.add((rank, quality))
+    return alive
+
+
+def fair(plan_of: PlanOf, **scheduler: Any) -> FairASHA:
+    plan = plan_of(
+        training={"epochs": 9, "patience": 9},
+        scheduler={"kind": "asha", "grace_epochs": 3, "reduction_factor": 3, **scheduler},
+        objective="val_mse",
+    )
+    made = make_scheduler(plan.spec)
+    assert isinstance(made, FairASHA)
+    return made
+
+
+def test_plain_asha_kills_the_low_ranks_and_ours_does_not(plan_of: PlanOf) -> None:
+    plain = AsyncHyperBandScheduler("epoch", "val_mse", "min", max_t=9, grace_period=3, reduction_factor=3)
+    assert survivors(plain) == {(256, 0)}
+    assert survivors(fair(plan_of)) == {(16, 0), (64, 0), (256, 0)}
+
+
+def test_competing_within_nothing_is_plain_asha(plan_of: PlanOf) -> None:
+    assert survivors(fair(plan_of, compete_within=[])) == {(256, 0)}
+
+
+def test_families_compete_apart_where_the_file_says_so(plan_of: PlanOf) -> None:
+    for within, verdict in ((["rank"], TrialScheduler.STOP), (["rank", "family"], TrialScheduler.CONTINUE)):
+        scheduler = fair(plan_of, compete_within=within)
+        for name, family, value in (("good", "sketch", 0.1), ("poor", "direct", 0.9)):
+            trial = trial_of(name, 16, family)
+            scheduler.on_trial_add(None, trial)
+            said = scheduler.on_trial_result(None, trial, {"epoch": 3, "val_mse": value, "stopped_by": ""})
+        assert said == verdict
+
+
+def test_nobody_is_stopped_before_the_grace_epochs_end(plan_of: PlanOf) -> None:
+    scheduler = fair(plan_of)
+    for name, value in (("good", 0.1), ("poor", 0.9)):
+        trial = trial_of(name, 16)
+        scheduler.on_trial_add(None, trial)
+        for epoch in (1, 2):
+            result = {"epoch": epoch, "val_mse": value, "stopped_by": ""}
+            assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+
+
+def test_a_cosine_is_better_when_it_is_higher(plan_of: PlanOf) -> None:
+    plan = plan_of(training={"epochs": 9}, scheduler={"kind": "asha", "grace_epochs": 3}, objective="val_token_cosine")
+    assert survivors(FairASHA(plan.spec), "val_token_cosine") == {(16, 0), (64, 0), (256, 0)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_failed_trial_counts_for_nobody(plan_of: PlanOf, value: float) -> None:
+    scheduler = fair(plan_of)
+    failed, next_one = trial_of("failed", 16), trial_of("next", 16)
+    result = {"epoch": 3, "val_mse": value, "stopped_by": "error"}
+    scheduler.on_trial_add(None, failed)
+    assert scheduler.on_trial_result(None, failed, result) == TrialScheduler.CONTINUE
+    scheduler.on_trial_complete(None, failed, result)
+    scheduler.on_trial_add(None, next_one)
+    going_on = {"epoch": 3, "val_mse": 5.0, "stopped_by": ""}
+    assert scheduler.on_trial_result(None, next_one, going_on) == TrialScheduler.CONTINUE
+
+
+def test_grace_longer_than_the_training_stops_nobody(plan_of: PlanOf) -> None:
+    plan = plan_of(training={"epochs": 2}, scheduler={"kind": "asha", "grace_epochs": 2}, objective="val_mse")
+    scheduler = FairASHA(
+        plan.spec.model_copy(update={"scheduler": plan.spec.scheduler.model_copy(update={"grace_epochs": 5})})
+    )
+    for name, value in (("good", 0.1), ("poor", 0.9)):
+        trial = trial_of(name, 16)
+        scheduler.on_trial_add(None, trial)
+        said = scheduler.on_trial_result(None, trial, {"epoch": 1, "val_mse": value, "stopped_by": ""})
+        assert said == TrialScheduler.CONTINUE
+
+
+def test_without_asha_trials_run_to_their_end(plan_of: PlanOf) -> None:
+    assert type(make_scheduler(plan_of(scheduler={"kind": "none"}).spec)) is FIFOScheduler

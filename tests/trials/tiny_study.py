@@ -1,0 +1,109 @@
+"""A tiny cache, studies on it, and watchers that remember."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.spec.plan import Plan, make_plan
+from lowrank_tune.spec.schema import StudySpec
+
+TOKENS, DIM, IMAGES = 12, 20, 16
+SPLIT = Split(train=tuple(range(8)), validation=tuple(range(8, 12)), test=tuple(range(12, 16)))
+
+
+@dataclass
+class Listener:
+    """A tracker that remembers what it was told, and a terminal that counts what it was shown."""
+
+    started: list[TrialConfig] = field(default_factory=list)
+    epochs: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
+    ended: list[TrialOutcome] = field(default_factory=list)
+    shown: list[Any] = field(default_factory=list)
+
+    def trial_started(self, config: TrialConfig) -> None:
+        self.started.append(config)
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        self.epochs.append((trial_id, epoch, metrics))
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        self.ended.append(outcome)
+
+    def as_listener(self) -> "Terminal":
+        return Terminal(self.shown)
+
+
+@dataclass
+class Terminal:
+    """A listener."""
+
+    shown: list[Any]
+
+    def trial_epoch(self, metrics: dict[str, Any]) -> None:
+        self.shown.append(metrics)
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        self.shown.append(outcome)
+
+
+@dataclass(frozen=True)
+class World:
+    """What `run_trials` needs beside a plan."""
+
+    features: FeatureSet
+    optimum_path: Path
+    split: Split = SPLIT
+
+
+def write_features(directory: Path, x_NTD: torch.Tensor) -> FeatureSet:
+    """A one-shard cache that `FeatureMatrix` can open."""
+    (directory / "shards").mkdir(parents=True)
+    save_file({"features": x_NTD}, directory / "shards" / "00000.safetensors")
+    return FeatureSet(
+        directory=str(directory),
+        fingerprint="0" * 16,
+        encoder="synthetic",
+        weights="random",
+        dtype="float32",
+        tokens=x_NTD.shape[1],
+        dim=x_NTD.shape[2],
+        rows=tuple(FeatureRow(f"{n:064x}", "00000.safetensors", n) for n in range(len(x_NTD))),
+        records_path=str(directory / "records.parquet"),
+    )
+
+
+def make_world(directory: Path, x_NTD: torch.Tensor) -> World:
+    features = write_features(directory, x_NTD)
+    path = directory / "optimum.safetensors"
+    measure_optimum([FeatureMatrix(features).load(SPLIT.validation)]).save(path)
+    return World(features, path)
+
+
+def build_plan(
+    results: Path,
+    space: dict[str, Any] | None = None,
+    method: str = "grid",
+    trials: int | None = None,
+    **sections: Any,
+) -> Plan:
+    """Plan a study of small ranks, one trial at a time; keyword arguments replace sections of the file."""
+    default_space = {"families": {"sketch": {}}, "rank": [2, 4], "lr": 0.001, "batch_size": 4}
+    search: dict[str, Any] = {"method": method, "space": default_space | (space or {})}
+    if trials is not None:
+        search["trials"] = trials
+    study: dict[str, Any] = {
+        "name": "test",
+        "features": {"source": {"samples": 16}},
+        "search": search,
+        "training": {"epochs": 3, "patience": 3},
+        "scheduler": {"kind": "none"},
+        "resources": {"max_concurrent": 1},
+    }
+    return make_plan(StudySpec.model_validate(study | sections), results, datetime(2026, 1, 1, tzinfo=UTC))
