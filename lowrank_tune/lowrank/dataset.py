@@ -21,8 +21,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 class FeatureMatrix:
     """The features of a study's images, read where they lie.
 
-    A shard is mapped when one of its rows is first asked for and stays mapped: its pages belong to the system's page
-    cache, which all processes share, so a process needs memory for the batches that it holds and for nothing else.
+    The first row asked for maps all shards, and they stay mapped: their pages belong to the system's page cache, which
+    all processes share, so a process needs memory for the batches that it holds and for nothing else.
 
     Args:
         features: The images, in the order that indices count.
@@ -51,10 +51,14 @@ class FeatureMatrix:
         Raises:
             CacheError: A shard is missing, is not a safetensors file, or does not hold what the cache says.
         """
+        if not self._shards:
+            # All at once: what mapping allocates for good, one shard at a time between batches, would split the heap
+            # under them, and the process would grow by a batch or two a shard.
+            self._shards = {name: self._map(name) for name in sorted({row.shard for row in self.features.rows})}
         x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype)
         for place, index in enumerate(indices):
             row = self.features.rows[index]
-            x_NTD[place].copy_(self._shard(row.shard)[row.row])
+            x_NTD[place].copy_(self._shards[row.shard][row.row])
         return x_NTD
 
     def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
@@ -66,12 +70,8 @@ class FeatureMatrix:
         for start in range(0, len(indices), size):
             yield self.load(indices[start : start + size], dtype)
 
-    def _shard(self, name: str) -> Tensor:
-        if name not in self._shards:
-            self._shards[name] = self._map(Path(self.features.directory) / "shards" / name)
-        return self._shards[name]
-
-    def _map(self, path: Path) -> Tensor:
+    def _map(self, name: str) -> Tensor:
+        path = Path(self.features.directory) / "shards" / name
         remedy = "run `lowrank-tune features verify`, then extract the cache again"
         try:
             with safe_open(path, framework="pt", device="cpu") as shard:

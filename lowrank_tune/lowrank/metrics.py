@@ -46,13 +46,15 @@ def measure(x_NTD: Tensor, a_NTR: Tensor, b_NRD: Tensor) -> Figures:
         The figures; not finite for an image whose factors are not.
     """
     x, y = x_NTD.double(), a_NTR.double() @ b_NRD.double()
-    dots_NT = torch.linalg.vecdot(x, y)
-    x_square_NT, y_square_NT = x.square().sum(-1), y.square().sum(-1)
-    residual_N = (x - y).square().sum((-2, -1))
+    x_energy_NT, y_energy_NT = _row_energy(x), _row_energy(y)
+    residual_NT = _row_energy(y.sub_(x))
+    # 2 x·y = |x|² + |y|² − |x − y|², which spares another pass over [N, T, D].
+    dots_NT = (x_energy_NT + y_energy_NT - residual_NT) / 2
+    residual_N = residual_NT.sum(-1)
     return Figures(
-        token_cosine_N=_cosine(dots_NT, x_square_NT, y_square_NT).mean(-1),
-        flat_cosine_N=_cosine(dots_NT.sum(-1), x_square_NT.sum(-1), y_square_NT.sum(-1)),
-        mse_N=residual_N / x[0].numel(),
+        token_cosine_N=_cosine(dots_NT, x_energy_NT, y_energy_NT).mean(-1),
+        flat_cosine_N=_cosine(dots_NT.sum(-1), x_energy_NT.sum(-1), y_energy_NT.sum(-1)),
+        mse_N=residual_N / (x.shape[-2] * x.shape[-1]),
         residual_N=residual_N,
     )
 
@@ -76,6 +78,11 @@ def residual_ratio(residual_N: Tensor, optimum_N: Tensor, energy_N: Tensor) -> T
     return torch.where((residual_N == 0) & (energy_N == 0), torch.ones_like(ratio_N), ratio_N)
 
 
-def _cosine(dots: Tensor, x_square: Tensor, y_square: Tensor) -> Tensor:
-    norms = x_square.sqrt() * y_square.sqrt()
+def _row_energy(x_NTD: Tensor) -> Tensor:
+    energy_NT: Tensor = torch.linalg.vector_norm(x_NTD, dim=-1).square()
+    return energy_NT
+
+
+def _cosine(dots: Tensor, x_energy: Tensor, y_energy: Tensor) -> Tensor:
+    norms = x_energy.sqrt() * y_energy.sqrt()
     return torch.where(norms == 0, torch.zeros_like(dots), dots / norms).clamp(-1, 1)

@@ -26,6 +26,10 @@ from lowrank_tune.lowrank.metrics import Figures
 
 Matrix = NDArray[np.float64]
 
+GRADED = 1e10
+"""λ_1 over the smallest token's energy above which an image goes through the SVD of X itself: squaring the matrix would
+cost that token's cosine more than 1e-6."""
+
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
@@ -106,24 +110,33 @@ def measure_optimum(x_batches: Iterable[Tensor]) -> Optimum:
 def _decompose(x_TD: Matrix, place: int) -> tuple[float, Matrix]:
     """Return ‖X‖² and the rows residual, token cosine, flat cosine [3, T]."""
     tokens, dim = x_TD.shape
-    wide = tokens <= dim
     # numpy computes a matrix times its own transpose by half the products (BLAS syrk).
-    gram = x_TD @ x_TD.T if wide else x_TD.T @ x_TD
+    gram = x_TD @ x_TD.T if tokens <= dim else x_TD.T @ x_TD
     energy = float(np.trace(gram))
     if not np.isfinite(energy):
         raise CacheError(f"image {place} of the split holds NaN or infinity; run `lowrank-tune features verify`")
-    eigenvalues, vectors = np.linalg.eigh(gram)
-    eigenvalues = np.maximum(eigenvalues, 0)  # ascending
-    shares_TK = vectors**2 * eigenvalues if wide else (x_TD @ vectors) ** 2
-    row_energy_T = np.diagonal(gram) if wide else np.einsum("td,td->t", x_TD, x_TD)
+    row_energy_T1 = np.diagonal(gram)[:, None] if tokens <= dim else np.square(x_TD).sum(axis=1, keepdims=True)
+    eigenvalues_K, shares_TK = _spectrum(x_TD, gram, row_energy_T1)
+    count = len(eigenvalues_K)
     curve = np.zeros((3, tokens))
-    count = len(eigenvalues)
-    curve[0, : count - 1] = np.cumsum(eigenvalues)[-2::-1]
-    explained_TK = np.cumsum(shares_TK[:, ::-1], axis=1)
-    curve[1, :count] = _cosine(explained_TK, row_energy_T[:, None]).mean(axis=0)
-    curve[2, :count] = _cosine(np.cumsum(eigenvalues[::-1]), np.float64(energy))
+    curve[0, : count - 1] = np.cumsum(eigenvalues_K)[-2::-1]
+    curve[1, :count] = _cosine(np.cumsum(shares_TK[:, ::-1], axis=1), row_energy_T1).mean(axis=0)
+    curve[2, :count] = _cosine(np.cumsum(eigenvalues_K[::-1]), np.float64(energy))
     curve[1:, count:] = curve[1:, count - 1 : count]
     return energy, curve
+
+
+def _spectrum(x_TD: Matrix, gram: Matrix, row_energy_T1: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the eigenvalues, ascending and not negative [K], and how much of each token each explains [T, K]."""
+    eigenvalues_K, vectors = np.linalg.eigh(gram)
+    smallest = row_energy_T1.min(initial=np.inf, where=row_energy_T1 > 0)
+    if eigenvalues_K[-1] > GRADED * smallest:
+        _, singular_K, axes_KD = np.linalg.svd(x_TD, full_matrices=False)
+        return singular_K[::-1] ** 2, (x_TD @ axes_KD[::-1].T) ** 2
+    eigenvalues_K = np.maximum(eigenvalues_K, 0)
+    if len(gram) == len(x_TD):
+        return eigenvalues_K, vectors**2 * eigenvalues_K
+    return eigenvalues_K, (x_TD @ vectors) ** 2
 
 
 def _cosine(explained: Matrix, total: Matrix | np.float64) -> Matrix:

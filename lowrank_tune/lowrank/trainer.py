@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import time
 from dataclasses import asdict
@@ -27,11 +28,14 @@ from lowrank_tune.lowrank.oracle import Optimum
 from lowrank_tune.lowrank.seeds import stream
 from lowrank_tune.records import Split, StoppedBy, TrialConfig
 
-INITIAL_IMAGES = 512
+logger = logging.getLogger(__name__)
+
+INITIAL_IMAGES = 256
 """Training images that a decomposer's start is fitted on, at most: a rank's axes need no more, and it then costs less
 than an epoch."""
 VALIDATION_BATCH = 16
 """Validation images in memory at a time."""
+FIGURES = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio")
 LR_FACTOR = 0.5
 """What the learning rate is multiplied by on a plateau."""
 LR_PATIENCE = 3
@@ -84,7 +88,7 @@ class Trainer:
         self._saved_epoch = 0
         self.model = make_decomposer(config, data.tokens, data.dim).to(device)
         self.best_model = copy.deepcopy(self.model)
-        self._optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self._optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = ReduceLROnPlateau(self._optimizer, factor=LR_FACTOR, patience=LR_PATIENCE)
 
     @property
@@ -114,11 +118,15 @@ class Trainer:
         if self.stopped_by is not None:
             raise RuntimeError(f"trial {self.config.trial_id} has stopped ({self.stopped_by})")
         started = time.perf_counter()
-        if self.epoch == 0:
-            self._initialise()
         row: dict[str, float] = {"epoch": self.epoch + 1, "lr": self._optimizer.param_groups[0]["lr"]}
-        row["train_loss"] = self._train()
-        row |= self._validate()
+        row |= dict.fromkeys(FIGURES, math.nan)
+        try:
+            if self.epoch == 0:
+                self._initialise()
+            row["train_loss"] = self._train()
+            row |= self._validate()
+        except torch.linalg.LinAlgError as error:
+            logger.warning("trial %s, epoch %d: %s", self.config.trial_id, row["epoch"], error)
         row["seconds"] = time.perf_counter() - started
         self._judge(row)
         return row
@@ -206,12 +214,11 @@ class Trainer:
 
     def _judge(self, row: dict[str, float]) -> None:
         """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""
-        names = ("val_mse", "val_token_cosine", "val_residual_ratio")
-        broken = [name for name in ("train_loss", *names) if not math.isfinite(row[name])]
+        broken = [name for name in FIGURES if not math.isfinite(row[name])]
         last = self.history[-1] if self.history else {}
         improved = not broken and row["val_mse"] < last.get("best_val_mse", math.inf)
-        source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in names}
-        row |= {f"best_{name}": source[name] for name in names}
+        source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in FIGURES[1:]}
+        row |= {f"best_{name}": source[name] for name in FIGURES[1:]}
         row["best_epoch"] = row["epoch"] if improved else last.get("best_epoch", 0)
         if broken:
             self.stopped_by = "error"

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowrank_tune.errors import CacheError
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rows_come_in_the_order_asked_for_from_any_shard(make_features, power_law, dtype):
+    x = power_law(10, 6, 9)
+    data = FeatureMatrix(make_features(x, dtype, shard_size=4))
+    stored = x.to(getattr(torch, dtype))
+    assert (len(data), data.tokens, data.dim, data.dtype) == (10, 6, 9, stored.dtype)
+    assert torch.equal(data.load([9, 0, 5, 5]), stored[[9, 0, 5, 5]].float())
+    assert torch.equal(data.load([3], data.dtype), stored[[3]])
+
+
+def test_batches_cover_the_images_once(make_features, power_law):
+    x = power_law(7, 4, 5)
+    batches = list(FeatureMatrix(make_features(x)).batches(range(7), 3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat(batches), x)
+
+
+def test_a_batch_is_the_callers_own(make_features, power_law):
+    x = power_law(2, 4, 5)
+    data = FeatureMatrix(make_features(x))
+    data.load([0]).zero_()
+    assert torch.equal(data.load([0]), x[:1])
+
+
+def test_nothing_is_read_before_it_is_asked_for(make_features, power_law):
+    features = make_features(power_law(4, 4, 5), shard_size=2)
+    (Path(features.directory) / "shards" / "00002.safetensors").unlink()
+    data = FeatureMatrix(features)
+    with pytest.raises(CacheError, match=r"00002\.safetensors.*features verify"):
+        data.load([0])
+
+
+@pytest.mark.parametrize(
+    "shard", [{"features": torch.zeros(2, 4, 6)}, {"features": torch.zeros(2, 4, 5).half()}, {"other": torch.zeros(1)}]
+)
+def test_a_shard_that_is_not_what_the_cache_says_is_refused(make_features, power_law, shard):
+    features = make_features(power_law(2, 4, 5))
+    save_file(shard, Path(features.directory) / "shards" / "00000.safetensors")
+    with pytest.raises(CacheError, match=r"00000\.safetensors"):
+        FeatureMatrix(features).load([0])
+
+
+def test_a_damaged_shard_is_refused(make_features, power_law):
+    features = make_features(power_law(2, 4, 5))
+    (Path(features.directory) / "shards" / "00000.safetensors").write_bytes(b"not a shard")
+    with pytest.raises(CacheError, match="cannot be read"):
+        FeatureMatrix(features).load([0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from Linux's /proc")
+def test_reading_the_whole_cache_needs_no_memory_of_ones_own(make_features):
+    size = 64 * 256 * 2048 * 2
+    data = FeatureMatrix(make_features(torch.ones(64, 256, 2048, dtype=torch.float16), "float16"))
+    data.load([0, 1])
+    before = _anonymous_bytes()
+    for batch in data.batches(range(64), 2):
+        assert batch[0, 0, 0] == 1
+    assert _anonymous_bytes() - before < size / 3
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

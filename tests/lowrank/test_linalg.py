@@ -1,0 +1,90 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
+
+HARD = ["gaussian", "equal columns", "ones", "zeros", "few dimensions", "giant row", "tiny", "huge", "graded columns"]
+
+
+@st.composite
+def hard_matrices(draw):
+    """Matrices [2, T, R] that a Cholesky of YᵀY trips over."""
+    tokens = draw(st.sampled_from([2, 3, 16, 100, 300]))
+    rank = draw(st.integers(1, min(tokens, 128)))
+    y = torch.randn(2, tokens, rank, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**32))))
+    match draw(st.sampled_from(HARD)):
+        case "equal columns":
+            y[:] = y[..., :1].clone()
+        case "ones":
+            y[:] = 1
+        case "zeros":
+            y[0] = 0
+            y[1, :, 0] = 0
+        case "few dimensions":
+            y = y[..., :1] @ y[:, :1] + y[..., -1:] @ y[:, -1:]
+        case "giant row":
+            y[:, 0] *= 1e4
+        case "tiny":
+            y *= 1e-15
+        case "huge":
+            y *= 1e15
+        case "graded columns":
+            y *= torch.logspace(-5, 5, rank)
+    return y
+
+
+@given(hard_matrices())
+@settings(deadline=None, max_examples=200)
+def test_the_basis_is_safe_in_float32_whatever_it_is_given(y):
+    y = y.requires_grad_()
+    q = orthonormalise(y)
+    assert q.isfinite().all()
+    assert torch.linalg.matrix_norm(q.detach(), 2).max() < 1 + 1e-4
+    q.square().sum().backward()
+    assert y.grad.isfinite().all()
+
+
+@given(hard_matrices())
+@settings(deadline=None, max_examples=100)
+def test_the_basis_spans_the_columns(y):
+    q = orthonormalise(y)
+    lost = torch.linalg.vector_norm(y - q @ (q.mT @ y), dim=-2)
+    assert (lost <= 1e-3 * torch.linalg.vector_norm(y, dim=-2)).all()
+
+
+def test_leading_columns_span_the_leading_columns_orthonormally():
+    y = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    q = orthonormalise(y)
+    torch.testing.assert_close(q.mT @ q, torch.eye(8).expand(3, 8, 8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(q[..., :3], orthonormalise(y[..., :3]), atol=1e-5, rtol=0)
+
+
+def test_what_is_not_finite_stays_visible():
+    y = torch.ones(2, 4, 2)
+    y[1, 3, 1] = torch.nan
+    q = orthonormalise(y)
+    assert q[0].isfinite().all()
+    assert q[1].isnan().any()
+
+
+@pytest.mark.parametrize("dim", [40, 1200], ids=["formed", "sketched"])
+def test_principal_axes_hold_the_most_energy(power_law, dim):
+    x = power_law(6, 30, dim)
+    axes = principal_axes(x.split(2), 10, torch.Generator().manual_seed(1))
+    unit = x.double() / torch.linalg.matrix_norm(x.double())[:, None, None]
+    best = torch.linalg.svdvals(unit.flatten(0, 1))[:10].square().sum()
+    torch.testing.assert_close(axes.mT @ axes, torch.eye(10, dtype=axes.dtype))
+    assert (unit @ axes).square().sum() > 0.999 * best
+    order = (unit @ axes).square().sum((0, 1))
+    assert (order.diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("dim", [40, 1200], ids=["formed", "sketched"])
+def test_more_principal_axes_than_dimensions_are_still_a_basis(dim):
+    x = torch.zeros(2, 3, dim)
+    x[:, :, :2] = 1
+    axes = principal_axes([x], 5, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(axes.mT @ axes, torch.eye(5, dtype=axes.dtype))
+    torch.testing.assert_close((x.double() @ axes[:, :1]).square().sum(), x.double().square().sum(), rtol=1e-6, atol=0)

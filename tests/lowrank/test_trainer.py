@@ -1,0 +1,218 @@
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from io import BytesIO
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.lowrank.metrics import measure, residual_ratio
+from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.trainer import Trainer
+from lowrank_tune.records import Split, TrialConfig
+
+SPLIT = Split(train=tuple(range(24)), validation=tuple(range(24, 32)), test=())
+DIRECT = TrialConfig(
+    trial_id="r004-direct-0000",
+    number=0,
+    seed=7,
+    family="direct",
+    rank=4,
+    lr=1e-3,
+    weight_decay=1e-5,
+    batch_size=4,
+    epochs=5,
+    patience=10,
+    family_params={"lambda_b": 1e-4, "lambda_ortho": 1e-3},
+)
+SKETCH = replace(DIRECT, trial_id="r004-sketch-0000", family="sketch", family_params={})
+BOTH = pytest.mark.parametrize("config", [DIRECT, SKETCH], ids=["direct", "sketch"])
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(make_features, power_law) -> MakeTrainer:
+    def make(config: TrialConfig, x_NTD: Tensor | None = None) -> Trainer:
+        x_NTD = power_law(32, 12, 20) if x_NTD is None else x_NTD
+        return Trainer(config, FeatureMatrix(make_features(x_NTD)), SPLIT, measure_optimum([x_NTD[24:]]))
+
+    return make
+
+
+def run(trainer: Trainer) -> list[dict[str, float]]:
+    rows = []
+    while trainer.stopped_by is None:
+        rows.append(trainer.step())
+    return rows
+
+
+def numbers(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@BOTH
+def test_training_lowers_the_error_and_ends_at_the_budget(make_trainer, config):
+    trainer = make_trainer(config)
+    rows = run(trainer)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[-1]["best_val_mse"] < rows[0]["val_mse"]
+    assert (trainer.stopped_by, trainer.reason, trainer.history) == ("budget", "", rows)
+
+
+def test_the_sketch_starts_from_the_training_images_axes(make_trainer, power_law):
+    tiny = replace(SKETCH, lr=1e-9, epochs=1)
+    trained = run(make_trainer(tiny))[0]["val_residual_ratio"]
+    unrelated = make_trainer(tiny)
+    unrelated.model.initialise = lambda x_batches, generator: None  # stays as drawn
+    assert 1 <= trained < 0.8 * run(unrelated)[0]["val_residual_ratio"]
+
+
+@BOTH
+def test_the_figures_are_the_best_models_own(make_trainer, power_law, config):
+    trainer = make_trainer(config)
+    best = min(run(trainer), key=lambda row: row["val_mse"])
+    last = trainer.history[-1]
+    assert trainer.best_epoch == last["best_epoch"] == best["epoch"]
+    assert last["best_val_residual_ratio"] == best["val_residual_ratio"]
+    x = power_law(32, 12, 20)[24:]
+    with torch.no_grad():
+        figures = measure(x, *trainer.best_model(x))
+    optimum = measure_optimum([x])
+    rho = residual_ratio(figures.residual_N, optimum.at(4).residual_N, optimum.energy_N)
+    assert rho.mean().item() == pytest.approx(best["val_residual_ratio"], rel=1e-6)
+    assert figures.mse_N.mean().item() == pytest.approx(best["val_mse"], rel=1e-6)
+    assert figures.token_cosine_N.mean().item() == pytest.approx(best["val_token_cosine"], rel=1e-6)
+
+
+@BOTH
+def test_the_same_seed_gives_the_same_numbers(make_trainer, config):
+    first = numbers(run(make_trainer(config)))
+    assert numbers(run(make_trainer(config))) == first
+    assert numbers(run(make_trainer(replace(config, seed=8)))) != first
+
+
+@BOTH
+def test_a_restored_trainer_goes_on_bit_for_bit(make_trainer, config):
+    whole = make_trainer(config)
+    rows = run(whole)
+    part = make_trainer(config)
+    part.step()
+    part.step()
+    file = BytesIO()
+    state = part.state()
+    torch.save(state, file)
+    part.step()  # what `state` returned must not follow it
+    file.seek(0)
+    for kept in (state, torch.load(file, weights_only=True)):
+        resumed = make_trainer(config)
+        resumed.restore(kept)
+        assert numbers(run(resumed)) == numbers(rows[2:])
+        for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        for mine, theirs in zip(resumed.best_model.parameters(), whole.best_model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_training_stops_after_its_patience(make_trainer):
+    trainer = make_trainer(replace(SKETCH, lr=30.0, epochs=50, patience=3))
+    rows = run(trainer)
+    assert trainer.stopped_by == "patience"
+    assert len(rows) == trainer.best_epoch + 3
+    with pytest.raises(RuntimeError, match="has stopped"):
+        trainer.step()
+
+
+def test_the_learning_rate_falls_on_a_plateau(make_trainer):
+    rows = run(make_trainer(replace(SKETCH, lr=30.0, epochs=12, patience=12)))
+    assert rows[-1]["lr"] < rows[0]["lr"] == 30.0
+
+
+@BOTH
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_end_it_as_an_error(make_features, power_law, config, value):
+    x = power_law(32, 12, 20)
+    optimum = measure_optimum([x[24:]])
+    x[3, 2, 1] = value
+    trainer = Trainer(config, FeatureMatrix(make_features(x)), SPLIT, optimum)
+    row = trainer.step()
+    assert trainer.stopped_by == "error"
+    assert trainer.reason.startswith("epoch 1: train_loss")
+    assert row["epoch"] == 1
+    assert row["best_epoch"] == trainer.best_epoch == 0
+    assert trainer.history == []
+
+
+def test_a_diverging_training_keeps_its_best_model(make_trainer, tmp_path):
+    trainer = make_trainer(DIRECT)
+    trainer.step()
+    best = trainer.step()
+    with torch.no_grad():
+        trainer.model.token_in.weight.fill_(torch.inf)
+    row = trainer.step()
+    assert (trainer.stopped_by, trainer.best_epoch, trainer.epoch) == ("error", 2, 2)
+    assert "epoch 3: train_loss, val_mse" in trainer.reason
+    assert row["best_val_mse"] == best["val_mse"]
+    trainer.save(tmp_path / "trial")
+    assert all(
+        weight.isfinite().all() for weight in load_decomposer(tmp_path / "trial/best_model.safetensors").parameters()
+    )
+
+
+@BOTH
+def test_saved_files_hold_the_trial(make_trainer, tmp_path, config):
+    directory = tmp_path / "trials" / config.trial_id
+    trainer = make_trainer(config)
+    run(trainer)
+    trainer.save(directory)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "best_model.safetensors",
+        "config.json",
+        "history.json",
+    ]
+    assert TrialConfig(**json.loads((directory / "config.json").read_text())) == config
+    assert json.loads((directory / "history.json").read_text()) == trainer.history
+    x = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    loaded = load_decomposer(directory / "best_model.safetensors")
+    assert torch.equal(loaded(x).b_NRD, trainer.best_model(x).b_NRD)
+
+
+def test_the_model_is_written_only_when_it_improved(make_trainer, tmp_path):
+    trainer = make_trainer(replace(SKETCH, lr=30.0, epochs=50, patience=3))
+    written = []
+    while trainer.stopped_by is None:
+        trainer.step()
+        trainer.save(tmp_path / "trial")
+        written.append((tmp_path / "trial/best_model.safetensors").stat().st_mtime_ns)
+    assert len(set(written)) == len({row["best_epoch"] for row in trainer.history}) < len(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "message"),
+    [
+        ({"rank": 13}, SPLIT, "rank 13"),
+        ({"family": "neural"}, SPLIT, "family neural"),
+        ({"family_params": {"lambda_b": 1.0}}, SPLIT, "lambda_ortho"),
+        ({}, replace(SPLIT, train=()), "an image each"),
+        ({}, replace(SPLIT, validation=(1,)), "optimum is of 8"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(make_features, power_law, change, split, message):
+    x = power_law(32, 12, 20)
+    with pytest.raises(InputError, match=message):
+        Trainer(replace(DIRECT, **change), FeatureMatrix(make_features(x)), split, measure_optimum([x[24:]]))
+
+
+def test_half_precision_caches_train_too(make_features, power_law):
+    x = power_law(32, 12, 20).half()
+    trainer = Trainer(SKETCH, FeatureMatrix(make_features(x, "float16")), SPLIT, measure_optimum([x[24:]]))
+    assert trainer.step()["val_residual_ratio"] >= 1
+
+
+def test_a_configuration_is_json(make_trainer):
+    assert json.loads(json.dumps(asdict(make_trainer(DIRECT).config))) == asdict(DIRECT)
