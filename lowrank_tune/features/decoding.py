@@ -1,0 +1,113 @@
+"""Image files -> pixels, on CPU workers that load neither torch nor transformers. N images, H = W pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lowrank_tune.features.jobs import ShardPlan, ShardResult, UnusableError
+
+MAX_ASPECT_RATIO = 200
+"""Qwen's own limit: beyond it an image resized to a square shows nothing of itself."""
+
+
+def decode_image(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
+    """Decode an image file, upright, in RGB, resized to a square without keeping its aspect ratio.
+
+    The result is what `qwen_vl_utils.fetch_image` gives for the upright image with `resized_height` and
+    `resized_width`, without its limits of 56 and 3584 pixels a side, and without loading torch.
+
+    Args:
+        data: the file's bytes.
+        image_size: pixels a side of the result.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        UnusableError: the bytes are no image, a truncated one, or one that is far too long and thin.
+    """
+    if not data:
+        raise UnusableError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Large photographs are no attack; beyond twice Pillow's limit the warning is an error anyway.
+            warnings.simplefilter("ignore")
+            return _decode(data, image_size)
+    except UnidentifiedImageError as error:
+        raise UnusableError("not an image in any format that Pillow knows") from error
+    except UnusableError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever a broken file makes them trip over
+        # Some messages name the buffer's address, which differs from run to run.
+        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the file", str(error))
+        raise UnusableError(reason or type(error).__name__) from error
+
+
+def decode_shard(row: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Read and decode the images of one shard.
+
+    Args:
+        row: `plan`, a `ShardPlan` as JSON.
+        image_size: pixels a side.
+
+    Returns:
+        `pixels`, uint8 [N, H, W, 3], of the images that could be decoded, their `keys` as JSON, and `result`, a
+        `ShardResult` as JSON, with the others.
+    """
+    plan = ShardPlan.load(row["plan"])
+    pixels: list[npt.NDArray[np.uint8]] = []
+    usable: list[str] = []
+    quarantined: list[tuple[str, str]] = []
+    failure = ""
+    for path, key in zip(plan.paths, plan.keys, strict=True):
+        try:
+            pixels.append(decode_image(read_unchanged(Path(path), key), image_size))
+            usable.append(key)
+        except UnusableError as error:
+            quarantined.append((key, str(error)))
+        except OSError as error:
+            failure, pixels, usable = f"{error}; run again", [], []
+            break
+    stacked = np.stack(pixels) if pixels else np.zeros((0, image_size, image_size, 3), np.uint8)
+    result = ShardResult(plan.shard, len(plan.keys), tuple(quarantined), failure, "input")
+    return {"pixels": stacked, "keys": json.dumps(usable), "result": result.dump()}
+
+
+def read_unchanged(path: Path, key: str) -> bytes:
+    """Read a file whose sha256 is known.
+
+    Raises:
+        OSError: it cannot be read, or has changed.
+    """
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != key:
+        raise OSError(f"{path}: changed while the extraction was running")
+    return data
+
+
+def _decode(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        ratio = max(width, height) / min(width, height)
+        if ratio > MAX_ASPECT_RATIO:
+            raise UnusableError(f"{width}x{height} pixels: the aspect ratio {ratio:.0f} is above {MAX_ASPECT_RATIO}")
+        upright = _rgb(ImageOps.exif_transpose(image))
+    return np.asarray(upright.resize((image_size, image_size)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    on_white = Image.new("RGB", image.size, (255, 255, 255))
+    on_white.paste(image, mask=image.getchannel("A"))
+    return on_white

@@ -1,0 +1,77 @@
+"""Which features are the same features: the fingerprint of a cache.
+
+It covers everything that can change a value and nothing else: no path, no name, no number of actors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from lowrank_tune.features.checkpoint import CheckpointConfig
+from lowrank_tune.spec.features import FeaturesSpec
+
+Identity = dict[str, Any]
+
+FORWARD_VERSION = 1
+"""Counts up with every change of the forward or decoding code that can change a value."""
+
+_VISION_DEFAULTS = {
+    "depth": None,
+    "fullatt_block_indexes": None,
+    "hidden_act": "silu",
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_heads": None,
+    "out_hidden_size": None,
+    "patch_size": None,
+    "rope_parameters": None,
+    "spatial_merge_size": None,
+    "temporal_patch_size": 2,
+    "window_size": None,
+}
+_PREPROCESSOR_KEYS = ("image_mean", "image_std", "rescale_factor")
+
+
+def image_identity(spec: FeaturesSpec, config: CheckpointConfig, weights_digest: str) -> Identity:
+    """What the features of an image depend on, beside its bytes."""
+    tokens, dim = config.shape(spec.encoder.image_size)
+    return {
+        "kind": "images",
+        "forward": FORWARD_VERSION,
+        "weights": weights_digest,
+        "vision": {key: config.vision.get(key, default) for key, default in _VISION_DEFAULTS.items()},
+        "preprocessing": {key: config.preprocessor.get(key) for key in _PREPROCESSOR_KEYS},
+        "image_size": spec.encoder.image_size,
+        "compute_dtype": spec.encoder.compute_dtype,
+        "store_dtype": spec.store_dtype,
+        "tokens": tokens,
+        "dim": dim,
+    }
+
+
+def tensor_identity(spec: FeaturesSpec, tokens: int, dim: int) -> Identity:
+    """What imported tensors depend on, beside the bytes of their files."""
+    return {
+        "kind": "tensors",
+        "forward": FORWARD_VERSION,
+        "store_dtype": spec.store_dtype,
+        "tokens": tokens,
+        "dim": dim,
+    }
+
+
+def fingerprint(identity: Identity) -> str:
+    """16 hex digits of the identity's sha256."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(expected: Identity, found: Identity) -> list[str]:
+    """One text for each field in which two identities differ, as `field: expected, found`."""
+    keys = sorted(expected.keys() | found.keys())
+    return [
+        f"{key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
+        for key in keys
+        if expected.get(key) != found.get(key)
+    ]

@@ -1,0 +1,197 @@
+"""Features of a study's images: what is cached is taken, the rest is extracted, and the cache is sealed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import ray
+from filelock import FileLock, Timeout
+from ray.exceptions import RayError
+
+from lowrank_tune.errors import CacheError, InputError, LowrankTuneError
+from lowrank_tune.features.cache import Contents, read_sealed, recover, seal
+from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
+from lowrank_tune.features.files import Quarantine, SourceFiles, hash_files
+from lowrank_tune.features.identity import fingerprint, image_identity, tensor_identity
+from lowrank_tune.features.jobs import Extraction, ImageEncoding, ShardPlan, ShardResult
+from lowrank_tune.features.pool import plan_pool
+from lowrank_tune.features.record_table import write_record_table
+from lowrank_tune.features.shards import SHARD_ROWS, shard_name
+from lowrank_tune.features.sources import SourceRecords, read_records
+from lowrank_tune.records import FeatureSet
+from lowrank_tune.spec.features import FeaturesSpec, TensorSource
+
+_logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def extract_features(
+    spec: FeaturesSpec, cache_root: Path, *, seed: int, on_progress: Progress | None = None
+) -> FeatureSet:
+    """Make sure that the features of every image of a source are cached.
+
+    What is cached already costs the hashing of the images' bytes; the rest runs on Ray Data, in the caller's Ray or,
+    where there is none, in a local one that is gone afterwards. A run that is killed at any moment is continued by the
+    next one.
+
+    Args:
+        spec: the source, the encoder and how features are kept.
+        cache_root: the folder of the caches, `results/features`; every Ray node must see it under this path.
+        seed: which crops, for sample images.
+        on_progress: called with the number of distinct images dealt with and their total.
+
+    Raises:
+        InputError: the source, the checkpoint or `cache_root` cannot be used, or too many images are broken.
+        CacheError: a cache with this fingerprint is damaged, or a shard could not be written.
+    """
+    try:
+        records = read_records(spec.source, cache_root, seed)
+        files = hash_files(records)
+        extraction = _plan_extraction(spec, cache_root, records)
+        directory = Path(extraction.directory)
+        contents = read_sealed(directory, extraction.identity)
+        quarantine = Quarantine(files, spec.max_quarantined)
+        quarantine.check(contents.quarantined if contents else {})
+        if contents is None or contents.missing(files.paths):
+            contents = _extend(extraction, spec.actors, files, quarantine, on_progress or (lambda done, total: None))
+        elif on_progress:
+            on_progress(len(files.paths), len(files.paths))
+        return _feature_set(extraction, contents, records, quarantine)
+    except OSError as error:
+        raise InputError(
+            f"{cache_root}: cannot hold the feature cache ({error}); free it, or choose another results directory"
+        ) from error
+
+
+def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, int]:
+    """Tokens and dim that `extract_features` will give, from configuration files or the first tensor alone.
+
+    Args:
+        spec: the source and the encoder.
+        cache_root: `tiny-random` is written below it at its first use.
+        seed: not used by any source's shape; here so that both functions are called alike.
+
+    Raises:
+        InputError: the checkpoint, or the directory of tensors, cannot be used.
+    """
+    if isinstance(spec.source, TensorSource):
+        return _first_shape(read_records(spec.source, cache_root, seed))
+    return read_checkpoint_config(spec.encoder.checkpoint, cache_root).shape(spec.encoder.image_size)
+
+
+def _plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords) -> Extraction:
+    root = cache_root.absolute()
+    if isinstance(spec.source, TensorSource):
+        identity = tensor_identity(spec, *_first_shape(records))
+        return Extraction(str(root / fingerprint(identity)), identity, "imported tensors", "unknown", None)
+    config = read_checkpoint_config(spec.encoder.checkpoint, root)
+    tower = find_tower(config, root)
+    identity = image_identity(spec, config, tower.digest())
+    encoding = ImageEncoding(config, tower, spec.encoder.image_size, spec.encoder.compute_dtype)
+    return Extraction(str(root / fingerprint(identity)), identity, config.name, config.weights, encoding)
+
+
+def _first_shape(records: SourceRecords) -> tuple[int, int]:
+    # torch takes seconds to import, and only ready tensors need it here.
+    from lowrank_tune.features.tensors import first_shape
+
+    return first_shape(path for path in records.paths if path is not None)
+
+
+def _extend(
+    extraction: Extraction,
+    actors: int | Literal["auto"],
+    files: SourceFiles,
+    quarantine: Quarantine,
+    on_progress: Progress,
+) -> Contents:
+    """Extract what is missing and seal the cache; one process at a time."""
+    directory = Path(extraction.directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _only_process(directory):
+        contents = recover(directory, extraction.identity)
+        missing = contents.missing(files.paths)
+        if missing:
+            total = len(files.paths)
+            cached = total - len(missing)
+            on_progress(cached, total)
+            reasons = dict(contents.quarantined)
+            with contextlib.closing(_make_shards(extraction, actors, _plan_shards(missing, files.paths))) as results:
+                for result in results:
+                    reasons |= dict(result.quarantined)
+                    quarantine.check(reasons)
+                    cached += result.images
+                    on_progress(cached, total)
+        return seal(directory, extraction.identity, extraction.encoder, extraction.weights)
+
+
+def _plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[ShardPlan]:
+    plans = []
+    for first in range(0, len(missing), SHARD_ROWS):
+        keys = tuple(missing[first : first + SHARD_ROWS])
+        plans.append(ShardPlan(shard_name(keys), keys, tuple(str(paths[key]) for key in keys)))
+    return plans
+
+
+def _make_shards(
+    extraction: Extraction, actors: int | Literal["auto"], plans: Sequence[ShardPlan]
+) -> Generator[ShardResult, None, None]:
+    """Have the shards made, and tell of each one; what was committed before a failure stays."""
+    # A run that finds everything in the cache spends no time on importing torch and Ray Data.
+    from lowrank_tune.features.workers import local_ray, run_extraction
+
+    with local_ray():
+        node_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        pool = plan_pool(actors, len(plans), ray.cluster_resources(), node_cpus)
+        _logger.info("extracting %d shards with %s", len(plans), pool)
+        try:
+            with contextlib.closing(run_extraction(extraction, plans, pool)) as results:
+                for result in results:
+                    if result.failure:
+                        raise (InputError if result.fault == "input" else CacheError)(result.failure)
+                    yield result
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LowrankTuneError(
+                f"the extraction into {extraction.directory} stopped ({reason}); what is committed stays, run again"
+            ) from error
+
+
+@contextlib.contextmanager
+def _only_process(directory: Path) -> Iterator[None]:
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _logger.warning("another process is extracting into %s: waiting for it", directory)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _feature_set(
+    extraction: Extraction, contents: Contents, records: SourceRecords, quarantine: Quarantine
+) -> FeatureSet:
+    files = quarantine.files
+    errors = quarantine.errors(contents.quarantined)
+    quarantine.check(contents.quarantined)
+    table = write_record_table(Path(extraction.directory), records, files.keys, errors)
+    return FeatureSet(
+        directory=extraction.directory,
+        fingerprint=Path(extraction.directory).name,
+        encoder=extraction.encoder,
+        weights=extraction.weights,
+        dtype=extraction.identity["store_dtype"],
+        tokens=extraction.identity["tokens"],
+        dim=extraction.identity["dim"],
+        rows=tuple(contents.rows[key] for key in files.paths if key in contents.rows),
+        records_path=str(table),
+        quarantined=sum(error is not None for error in errors),
+    )
