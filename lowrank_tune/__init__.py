@@ -1,0 +1,31 @@
+"""Hyperparameter studies of low-rank decomposition networks for visual tokens.
+
+    from lowrank_tune import load_study, open_features, run_study
+
+The names are loaded on first use: importing the package costs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+__all__ = ["load_study", "open_features", "run_study"]
+
+_HOMES = {
+    "load_study": "lowrank_tune.spec.loading",
+    "open_features": "lowrank_tune.study",
+    "run_study": "lowrank_tune.study",
+}
+
+# These libraries report their use to their makers by default, and read these variables when imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,61 @@
+"""The command line: argv becomes one call of the library, and an error becomes one message and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import NoReturn
+
+from lowrank_tune.errors import LowrankTuneError
+
+
+def main() -> NoReturn:
+    """Run the command in `sys.argv` and exit: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted."""
+    # `--debug` is wanted after a command has failed, so it may stand anywhere on the line.
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        _quieten()
+    sys.exit(run(arguments, debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run one command.
+
+    Args:
+        arguments: argv without the program's name.
+        debug: show tracebacks.
+
+    Returns:
+        The exit code.
+    """
+    from lowrank_tune.cli.app import app
+
+    try:
+        app(args=arguments, prog_name="lowrank-tune")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except LowrankTuneError as error:
+        if debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a defect of lowrank-tune; --debug anywhere on the line shows the traceback.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quieten() -> None:
+    """Keep the libraries' own chatter off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")

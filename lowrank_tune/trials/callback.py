@@ -58,6 +58,11 @@ class WatchTrials(Callback):
         self._listener = listener
         self.outcomes: dict[str, TrialOutcome] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes a copy of itself to disk, which nobody reads: a resumed study gets watchers of its own, and a
+        # tracker's thread could not be written anyway.
+        return {"outcomes": self.outcomes}
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
         _tell(self._tracker.trial_started, _config(trial))

@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from lowrank_tune.cli import run
+
+STUDIES = Path(__file__).parents[2] / "studies"
+QUICKSTART = str(STUDIES / "quickstart.yaml")
+
+
+def loaded_by(arguments: list[str]) -> set[str]:
+    """The heavy libraries that a command has loaded when it ends."""
+    code = (
+        "import sys, lowrank_tune.cli\n"
+        f"code = lowrank_tune.cli.run({arguments!r})\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "print('heavy:', *sorted(heavy))\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].removeprefix("heavy:").split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["validate", QUICKSTART], ["schema"]])
+def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> None:
+    assert loaded_by(arguments) == set()
+
+
+@pytest.mark.parametrize(
+    "command", ["validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor", "features"]
+)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Example: lowrank-tune" in text or command == "features"
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_valid_and_accepted_by_the_schema(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["validate", str(study)]) == 0
+    capsys.readouterr()
+    run(["schema"])
+    schema = json.loads(capsys.readouterr().out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    from ruamel.yaml import YAML
+
+    jsonschema.validate(YAML(typ="safe", pure=True).load(study), schema)
+
+
+def test_wrong_study_file_exits_2_with_its_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = tmp_path / "wrong.yaml"
+    study.write_text("name: wrong\nfeatures:\n  source: {samples: 9}\n  actorz: 2\nsearch: {space: {rank: 0, families: {sketch: }}}\n")
+    assert run(["validate", str(study)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "wrong.yaml:4" in lines[0]
+    assert "did you mean" in lines[0]
+    assert "wrong.yaml:5" in lines[1]
+
+
+def test_render_is_itself_a_study_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["render", QUICKSTART, "--set", "training.epochs=7"]) == 0
+    rendered = tmp_path / "rendered.yaml"
+    rendered.write_text(capsys.readouterr().out)
+    assert run(["render", str(rendered)]) == 0
+    assert capsys.readouterr().out == rendered.read_text()
+    assert "epochs: 7" in rendered.read_text()
+
+
+def test_unknown_command_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["valdate", QUICKSTART]) == 2
+    assert "valdate" in capsys.readouterr().err
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "lowrank_tune", "--help"], capture_output=True, text=True, check=True)
+    assert "lowrank-tune" in done.stdout
+
+
+def test_unexpected_error_is_one_line_without_debug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("lowrank_tune.cli.app.load_study", broken)
+    assert run(["validate", QUICKSTART]) == 1
+    brief = capsys.readouterr().err
+    assert "a defect" in brief
+    assert "Traceback" not in brief
+    assert run(["validate", QUICKSTART], debug=True) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""One real study, run once: photographs, the tiny tower, Ray Data, Ray Tune, Optuna and MLflow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_tune import run_study
+from lowrank_tune.study import StudyProgress, StudyResult
+
+STUDY = """\
+name: small
+seed: 3
+features:
+  source: {samples: 30}
+  encoder: {checkpoint: tiny-random, image_size: 112, compute_dtype: float32}
+split: {validation: 5, test: 6}
+search:
+  method: grid
+  space:
+    rank: [2, 4]
+    lr: [1e-3, 1e-2]
+    batch_size: 4
+    families: {direct: , sketch: }
+training: {epochs: 3, patience: 2}
+scheduler: {kind: asha, grace_epochs: 1, reduction_factor: 2}
+resources: {max_concurrent: 1}
+report: {images: [0, 5], channels: 3}
+"""
+
+
+class Witness(StudyProgress):
+    """Remembers what a study told."""
+
+    def __init__(self) -> None:
+        self.image_calls: list[tuple[int, int]] = []
+        self.ended: list[str] = []
+        self.ratios: list[float] = []
+
+    def images(self, done: int, total: int) -> None:
+        self.image_calls.append((done, total))
+
+    def trial_epoch(self, metrics: dict[str, Any]) -> None:
+        self.ratios.append(metrics["val_residual_ratio"])
+
+    def trial_ended(self, outcome: Any) -> None:
+        self.ended.append(outcome.config.trial_id)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished study and what was seen of it."""
+
+    results: Path
+    study_file: Path
+    result: StudyResult
+    witness: Witness
+
+    def again(self, **keywords: Any) -> StudyResult:
+        return run_study(self.study_file, results=self.results, **keywords)
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ran:
+    home = tmp_path_factory.mktemp("study")
+    study_file = home / "small.yaml"
+    study_file.write_text(STUDY)
+    witness = Witness()
+    result = run_study(study_file, results=home / "results", progress=witness)
+    return Ran(home / "results", study_file, result, witness)
+
+
+@pytest.fixture
+def write_study(tmp_path: Path) -> Callable[..., Path]:
+    """Write the small study with some of its lines replaced."""
+
+    def write(**replacements: str) -> Path:
+        text = STUDY
+        for key, value in replacements.items():
+            lines = [f"{key}: {value}" if line.startswith(f"{key}:") else line for line in text.splitlines()]
+            text = "\n".join(lines) + "\n"
+        path = tmp_path / "study.yaml"
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,148 @@
+import json
+import math
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from lowrank_tune import open_features
+from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.study import run_trial
+from tests.e2e.conftest import Ran, Witness
+
+CONTROLS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd"}
+
+
+def test_every_image_is_extracted_once_and_every_trial_ends(ran: Ran) -> None:
+    assert ran.witness.image_calls[-1] == (30, 30)
+    assert sorted(ran.witness.ended) == sorted(outcome.config.trial_id for outcome in ran.result.outcomes)
+    assert len(ran.result.outcomes) == 8
+    assert {outcome.status for outcome in ran.result.outcomes} <= {"finished", "pruned"}
+
+
+def test_every_epoch_knows_its_distance_to_the_optimum(ran: Ran) -> None:
+    assert len(ran.witness.ratios) == sum(outcome.epochs for outcome in ran.result.outcomes)
+    assert all(ratio >= 1 - 1e-6 for ratio in ran.witness.ratios)
+
+
+def test_results_directory_holds_what_the_contract_names(ran: Ran) -> None:
+    directory = ran.result.directory
+    assert directory == ran.results / "studies" / ran.result.study_id
+    for name in (
+        "study.yaml", "study.resolved.yaml", "plan.json", "status.json", "tune", "comparison.json",
+        "per_image.parquet", "plots/rank_curve.png", "report.html",
+    ):  # fmt: skip
+        assert (directory / name).exists(), name
+    assert (directory / "study.yaml").read_text() == ran.study_file.read_text()
+    assert json.loads((directory / "status.json").read_text())["state"] == "finished"
+    for outcome in ran.result.outcomes:
+        names = {path.name for path in Path(outcome.directory).iterdir()}
+        assert {"best_model.safetensors", "config.json", "history.json", "loss_curves.png"} <= names
+
+
+def test_comparison_has_every_method_at_every_rank(ran: Ran) -> None:
+    rows = json.loads((ran.result.directory / "comparison.json").read_text())
+    assert {(row["method"], row["rank"]) for row in rows} == {
+        (method, rank) for method in CONTROLS | {"direct", "sketch"} for rank in (2, 4)
+    }
+    for row in rows:
+        assert row["n_images"] == 6
+        assert row["residual_ratio_mean"] >= 1 - 1e-6
+        assert (row["trial_id"] != "") == (row["method"] in {"direct", "sketch"})
+    svd = [row for row in rows if row["method"] == "svd"]
+    assert [row["residual_ratio_mean"] for row in svd] == pytest.approx([1, 1])
+    sketch, random = ([row for row in rows if row["method"] == name] for name in ("sketch", "random_sketch"))
+    assert all(s["residual_ratio_mean"] < r["residual_ratio_mean"] for s, r in zip(sketch, random, strict=True))
+
+
+def test_per_image_table_averages_to_the_comparison(ran: Ran) -> None:
+    table = pd.read_parquet(ran.result.directory / "per_image.parquet")
+    means = table.groupby(["method", "rank"])["residual_ratio"].mean()
+    for row in ran.result.comparison.rows:
+        assert row.residual_ratio_mean == pytest.approx(means[row.method, row.rank], rel=1e-6)
+
+
+def test_random_weights_are_named(ran: Ran) -> None:
+    assert ran.result.features.weights == "random"
+    assert any("random weights" in remark for remark in ran.result.comparison.remarks)
+    assert "random weights" in (ran.result.directory / "report.html").read_text()
+
+
+def test_best_model_decomposes_the_features_it_was_trained_on(ran: Ran) -> None:
+    outcome = next(o for o in ran.result.outcomes if o.config.family == "sketch" and o.config.rank == 4)
+    features = open_features(ran.result.features.directory)
+    assert len(features) == 30
+    x_NTD = features.load([0, 1])
+    factors = load_decomposer(Path(outcome.directory) / "best_model.safetensors")(x_NTD)
+    assert factors.a_NTR.shape == (2, 16, 4)
+    assert factors.b_NRD.shape == (2, 4, features.dim)
+
+
+def test_mlflow_has_one_parent_and_one_run_a_trial(ran: Ran) -> None:
+    client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("small")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    mine = [run for run in runs if run.data.tags["lowrank.study_id"] == ran.result.study_id]
+    (parent,) = (run for run in mine if run.data.tags["lowrank.kind"] == "study")
+    children = {run.data.tags["lowrank.trial_id"]: run for run in mine if run.data.tags["lowrank.kind"] == "trial"}
+    assert children.keys() == {outcome.config.trial_id for outcome in ran.result.outcomes}
+    for outcome in ran.result.outcomes:
+        child = children[outcome.config.trial_id]
+        assert child.info.status == "FINISHED"
+        assert child.info.run_name == outcome.config.trial_id
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["lowrank.stopped_by"] == outcome.stopped_by
+        assert child.data.metrics["best_val_residual_ratio"] == pytest.approx(outcome.best["val_residual_ratio"])
+        history = client.get_metric_history(child.info.run_id, "val_residual_ratio")
+        assert [point.step for point in history] == list(range(1, outcome.epochs + 1))
+    _check_parent(client, parent, ran)
+
+
+def _check_parent(client: MlflowClient, parent: Run, ran: Ran) -> None:
+    assert parent.info.status == "FINISHED"
+    for row in ran.result.comparison.rows:
+        history = client.get_metric_history(parent.info.run_id, f"test.{row.method}.residual_ratio")
+        values = {point.step: point.value for point in history}
+        assert values[row.rank] == pytest.approx(row.residual_ratio_mean)
+        assert all(math.isfinite(value) for value in values.values())
+    artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "comparison.json", "per_image.parquet", "plots", "study.yaml"} <= artifacts
+
+
+def test_optuna_opens_the_study(ran: Ran) -> None:
+    journal = ran.result.directory / "tune" / "optuna.journal"
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    (name,) = optuna.get_all_study_names(storage)
+    states = [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
+    pruned = sum(outcome.status == "pruned" for outcome in ran.result.outcomes)
+    assert states.count(optuna.trial.TrialState.PRUNED) == pruned
+    assert states.count(optuna.trial.TrialState.COMPLETE) == len(states) - pruned == 8 - pruned
+
+
+def test_second_run_extracts_nothing_and_gives_the_same_numbers(ran: Ran) -> None:
+    witness = Witness()
+    second = ran.again(progress=witness)
+    assert witness.image_calls == []
+    assert second.study_id != ran.result.study_id
+    assert second.features.fingerprint == ran.result.features.fingerprint
+    assert [o.best for o in second.outcomes] == [o.best for o in ran.result.outcomes]
+    figures = [
+        {(row.method, row.rank): (row.token_cosine_mean, row.residual_ratio_mean) for row in result.comparison.rows}
+        for result in (ran.result, second)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_one_trial_in_this_process_gives_the_numbers_of_the_study(ran: Ran) -> None:
+    outcome = run_trial(ran.study_file, results=ran.results)
+    in_study = ran.result.outcomes[0]
+    assert outcome.config == in_study.config
+    shared = min(outcome.epochs, in_study.epochs)
+    histories = [
+        json.loads((Path(o.directory) / "history.json").read_text())[:shared] for o in (outcome, in_study)
+    ]
+    first, second = ([row["val_mse"] for row in history] for history in histories)
+    assert first == second
