@@ -52,11 +52,17 @@ def score(
         images = pd.DataFrame({"key": keys, "index": places})
         measured += len(images)
         x_NTD = x_NTD.to(device)
+        exact_NTD = x_NTD.double()
         best = {rank: optimum.at(rank) for rank in ranks}
         figures: dict[Kind, Figures] = {("svd", rank): best[rank] for rank in ranks}
         for method in methods:
-            if (method.name, method.rank) not in broken:
-                figures[method.name, method.rank] = _figures(method, x_NTD, broken)
+            kind = (method.name, method.rank)
+            if kind not in broken:
+                result = _figures(method, x_NTD, exact_NTD)
+                if isinstance(result, str):
+                    broken[kind] = result
+                else:
+                    figures[kind] = result
         for kind, of_kind in figures.items():
             ratio_N = residual_ratio(of_kind.residual_N, best[kind[1]].residual_N, optimum.energy_N)
             frames.append(_frame(kind, images, of_kind, ratio_N))
@@ -81,17 +87,15 @@ def _batches(data: FeatureMatrix, test: Sequence[int]) -> Iterator[tuple[list[in
             yield (start + np.flatnonzero(seen_N.numpy())).tolist(), x_NTD, measure_optimum([x_NTD])
 
 
-def _figures(method: Method, x_NTD: Tensor, broken: dict[Kind, str]) -> Figures:
-    """Measure a method on a batch; when it raises or gives a number that is not finite, note that in `broken`."""
+def _figures(method: Method, x_NTD: Tensor, exact_NTD: Tensor) -> Figures | str:
+    """Measure a method on a batch, given in float32 and in float64; return why not, when it breaks on it."""
     try:
         with torch.inference_mode():
-            figures = Figures(*(figure_N.cpu() for figure_N in measure(x_NTD, *method.decompose(x_NTD))))
+            figures = Figures(*(figure_N.cpu() for figure_N in measure(exact_NTD, *method.decompose(x_NTD))))
     except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
-        broken[method.name, method.rank] = str(error).strip().splitlines()[0]
-        return Figures(*(torch.full((len(x_NTD),), torch.nan, dtype=torch.float64) for _ in Figures._fields))
-    if not all(bool(figure_N.isfinite().all()) for figure_N in figures):
-        broken[method.name, method.rank] = "its factors are not finite on every test image"
-    return figures
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    finite = all(bool(figure_N.isfinite().all()) for figure_N in figures)
+    return figures if finite else "its factors are not finite on every test image"
 
 
 def _frame(kind: Kind, images: pd.DataFrame, figures: Figures, ratio_N: Tensor) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank import controls
 from lowrank_tune.lowrank.decomposers import load_decomposer
 
 CONTRACT = [
@@ -263,3 +264,22 @@ def test_a_damaged_comparison_is_an_input_error(study):
     (study.directory / "comparison.json").write_text('[{"method": "svd"}]')
     with pytest.raises(InputError, match=re.escape(str(study.directory))):
         read_comparison(study.directory)
+
+
+def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monkeypatch):
+    monkeypatch.setattr("lowrank_tune.comparison.scoring.BATCH_NUMBERS", 2 * 16 * 24)
+    calls = []
+
+    def fails_second(x_NTD, rank, generator):
+        calls.append(rank)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("not positive definite\nmore")
+        return original(x_NTD, rank, generator)
+
+    original = controls.power_1
+    monkeypatch.setattr(controls, "power_1", fails_second)
+    comparison = study.compare()
+    assert "power_1 at rank 6 is left out: not positive definite" in comparison.remarks
+    assert {row.rank for row in comparison.rows if row.method == "power_1"} == {2}
+    per_image = pd.read_parquet(comparison.per_image_path)
+    assert set(per_image[per_image["method"] == "power_1"]["rank"]) == {2}
