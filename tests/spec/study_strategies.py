@@ -28,7 +28,7 @@ reals = axis(positives, "uniform", "loguniform")
 sources = st.one_of(
     st.fixed_dictionaries({"images": texts}),
     st.fixed_dictionaries(
-        {"manifest": texts.map(lambda text: f"{text}.csv")},
+        {"manifest": texts.map(lambda text: f"{text}x.csv")},
         optional={"image_column": texts, "root": texts},
     ),
     st.fixed_dictionaries({"tensors": texts}),
