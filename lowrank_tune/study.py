@@ -1,10 +1,4 @@
-"""The story of a study, from its file to its report, and the ways into it from a program.
-
-    from lowrank_tune import load_study, open_features, run_study
-
-    result = run_study("studies/quickstart.yaml")
-    result.comparison.rows[0].residual_ratio_mean
-"""
+"""The story of a study, from its file to its report, and the ways into it from a program."""
 
 from __future__ import annotations
 
@@ -231,7 +225,9 @@ def results_directory(results: str | Path | None) -> Path:
     """
     name = str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
     if "://" in name:
-        raise InputError(f"results directory {name}: only local and mounted paths are supported; mount it, or pass --results DIR")
+        raise InputError(
+            f"results directory {name}: only local and mounted paths can be used; mount it, or pass --results DIR"
+        )
     path = Path(name).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)

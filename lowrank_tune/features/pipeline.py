@@ -52,7 +52,7 @@ def extract_features(
     try:
         records = read_records(spec.source, cache_root, seed)
         files = hash_files(records)
-        extraction = _plan_extraction(spec, cache_root, records)
+        extraction = plan_extraction(spec, cache_root, records)
         directory = Path(extraction.directory)
         contents = read_sealed(directory, extraction.identity)
         quarantine = Quarantine(files, spec.max_quarantined)
@@ -84,7 +84,7 @@ def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, i
     return read_checkpoint_config(spec.encoder.checkpoint, cache_root).shape(spec.encoder.image_size)
 
 
-def _plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords) -> Extraction:
+def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords) -> Extraction:
     root = cache_root.absolute()
     if isinstance(spec.source, TensorSource):
         identity = tensor_identity(spec, *_first_shape(records))

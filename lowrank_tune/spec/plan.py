@@ -16,8 +16,8 @@ from typing import Any
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
-from lowrank_tune.spec.axes import combinations, first_value, largest_value
-from lowrank_tune.spec.schema import DEFAULT_TRIALS, Axis, SplitSpec, StudySpec
+from lowrank_tune.spec.axes import Axis, combinations, first_value, largest_value
+from lowrank_tune.spec.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
 
 _SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
 _BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -123,9 +123,14 @@ def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
             yield {"family": family, **dict(zip(axes, values, strict=True))}
 
 
-def first_params(spec: StudySpec) -> dict[str, Any]:
-    """One point to try a study file with: its first family, each list's first value, each range's middle."""
-    family = next(iter(spec.search.space.families.chosen()))
+def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
+    """One point to try a study file with: each list's first value, each range's middle.
+
+    Args:
+        spec: the study.
+        family: which of its families; the first by default.
+    """
+    family = family or next(iter(spec.search.space.families.chosen()))
     axes: dict[str, Axis] = spec.search.space.axes(family)
     return {"family": family, **{name: first_value(axis) for name, axis in axes.items()}}
 

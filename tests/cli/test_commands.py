@@ -55,7 +55,10 @@ def test_every_study_of_the_repository_is_valid_and_accepted_by_the_schema(
 
 def test_wrong_study_file_exits_2_with_its_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = tmp_path / "wrong.yaml"
-    study.write_text("name: wrong\nfeatures:\n  source: {samples: 9}\n  actorz: 2\nsearch: {space: {rank: 0, families: {sketch: }}}\n")
+    study.write_text(
+        "name: wrong\nfeatures:\n  source: {samples: 9}\n  actorz: 2\n"
+        "search: {space: {rank: 0, families: {sketch: }}}\n"
+    )
     assert run(["validate", str(study)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

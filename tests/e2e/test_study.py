@@ -141,8 +141,6 @@ def test_one_trial_in_this_process_gives_the_numbers_of_the_study(ran: Ran) -> N
     in_study = ran.result.outcomes[0]
     assert outcome.config == in_study.config
     shared = min(outcome.epochs, in_study.epochs)
-    histories = [
-        json.loads((Path(o.directory) / "history.json").read_text())[:shared] for o in (outcome, in_study)
-    ]
+    histories = [json.loads((Path(o.directory) / "history.json").read_text())[:shared] for o in (outcome, in_study)]
     first, second = ([row["val_mse"] for row in history] for history in histories)
     assert first == second

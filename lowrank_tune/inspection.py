@@ -1,0 +1,238 @@
+"""Looks at a study, a results directory and a machine without running anything: `plan`, `doctor` and `features`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.features.cache import open_cache
+from lowrank_tune.features.survey import survey_features, try_images
+from lowrank_tune.lowrank.decomposers import make_decomposer
+from lowrank_tune.records import TrialConfig
+from lowrank_tune.spec.plan import (
+    Plan,
+    cache_bytes,
+    first_params,
+    make_plan,
+    max_rank,
+    plan_cost,
+    split_images,
+    trial_config,
+)
+from lowrank_tune.spec.schema import StudySpec
+from lowrank_tune.study import check_ranks, results_directory
+from lowrank_tune.tracking.store import Store, probe, resolve_store
+
+PACKAGES = ("torch", "transformers", "ray", "optuna", "mlflow")
+TRIED_IMAGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that `doctor` looked at.
+
+    Attributes:
+        name: what it is.
+        passed: whether it is as a study needs it.
+        finding: what was found; for a failure, with the remedy.
+    """
+
+    name: str
+    passed: bool
+    finding: str
+
+
+def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]:
+    """What a study will do and need.
+
+    `worker_seconds_at_most` comes from timing a step of the largest configuration of each family on random numbers in
+    this process: what the whole budget would take one worker, with no trial stopped early.
+
+    Args:
+        spec: the study.
+        results: the results directory.
+
+    Returns:
+        Facts by name, fit for JSON; sizes in bytes, times in seconds.
+
+    Raises:
+        InputError: the study's data, encoder or ranks cannot be used.
+    """
+    plan = make_plan(spec, results_directory(results), datetime.now(UTC))
+    survey = survey_features(spec.features, plan.features_root, spec.seed)
+    check_ranks(spec, survey.tokens, survey.dim)
+    cost = plan_cost(plan)
+    usable = survey.images - survey.quarantined
+    split = split_images([str(image) for image in range(usable)], spec.split, spec.seed)
+    steps = [_measure_step(config, survey.tokens, survey.dim) for config in _largest(plan)]
+    steps_an_epoch = -(-len(split.train) // _largest(plan)[0].batch_size)
+    mean_step = sum(seconds for seconds, _ in steps) / len(steps)
+    return {
+        "name": spec.name,
+        "method": spec.search.method,
+        "trials": cost.n_trials,
+        "epochs_at_most": cost.max_epochs,
+        "combinations": cost.combinations,
+        "images": survey.images,
+        "images_cached": survey.cached,
+        "images_to_extract": usable - survey.cached,
+        "images_quarantined": survey.quarantined,
+        "split": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
+        "features_shape": [survey.tokens, survey.dim],
+        "encoder": survey.encoder,
+        "weights": survey.weights,
+        "cache": survey.directory,
+        "cache_bytes": cache_bytes(usable, survey.tokens, survey.dim, spec.features.store_dtype),
+        "memory_bytes_per_trial": max(memory for _, memory in steps),
+        "worker_seconds_at_most": round(mean_step * steps_an_epoch * cost.max_epochs, 1),
+    }
+
+
+def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
+    """Check the installation and, given a study, its data, encoder and cache.
+
+    Args:
+        spec: a study; None checks the machine alone.
+        results: the results directory.
+    """
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    checks = [
+        Check("python", True, f"{platform.python_version()}; {versions}"),
+        Check("device", True, _device()),
+        _check("results", lambda: f"{results_directory(results)} is writable"),
+    ]
+    if not checks[-1].passed:
+        return checks
+    home = results_directory(results)
+    store = resolve_store(spec.tracking.uri if spec else None, home)
+    checks.append(_check("tracking", lambda: _describe_store(store)))
+    if spec is not None:
+        cache_root = home / "features"
+        checks.append(_check("features", lambda: _describe_survey(spec, cache_root)))
+        checks.append(_check("encoder", lambda: _describe_images(spec, cache_root)))
+    return checks
+
+
+def describe_caches(results: str | Path | None) -> list[dict[str, Any]]:
+    """A row a feature cache in a results directory; one that cannot be opened says so."""
+    return [_cache_row(directory) for directory in _cache_directories(results)]
+
+
+def find_cache(results: str | Path | None, name: str) -> Path:
+    """The one cache whose name begins with `name`.
+
+    Raises:
+        InputError: none does, or several do.
+    """
+    directories = _cache_directories(results)
+    found = [directory for directory in directories if name and directory.name.startswith(name)]
+    if len(found) != 1:
+        known = ", ".join(directory.name for directory in found or directories) or "none"
+        raise InputError(f"feature cache {name}: {'several begin so' if found else 'not here'}; caches: {known}")
+    return found[0]
+
+
+def describe_cache(directory: Path) -> dict[str, Any]:
+    """What a cache holds and what made it.
+
+    Raises:
+        CacheError: it is unsealed or damaged.
+    """
+    manifest = json.loads((directory / "manifest.json").read_text()) if (directory / "manifest.json").exists() else {}
+    features = open_cache(directory)
+    return {
+        **_cache_row(directory),
+        "quarantined": features.quarantined,
+        "shards": len({row.shard for row in features.rows}),
+        "records": features.records_path,
+        "identity": manifest.get("identity", {}),
+    }
+
+
+def _cache_directories(results: str | Path | None) -> list[Path]:
+    root = results_directory(results) / "features"
+    return sorted(path.parent for path in root.glob("*/shards"))
+
+
+def _cache_row(directory: Path) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in (directory / "shards").iterdir())
+    row: dict[str, Any] = {"fingerprint": directory.name, "images": "-", "shape": "-", "dtype": "-", "bytes": size}
+    try:
+        features = open_cache(directory)
+    except LowrankTuneError as error:
+        return row | {"weights": "-", "encoder": str(error)}
+    row |= {"images": len(features.rows), "shape": [features.tokens, features.dim], "dtype": features.dtype}
+    return row | {"weights": features.weights, "encoder": features.encoder}
+
+
+def _largest(plan: Plan) -> list[TrialConfig]:
+    """The configuration of each family that needs most."""
+    return [
+        trial_config(plan, 0, {**first_params(plan.spec, family), "rank": max_rank(plan.spec)})
+        for family in plan.spec.search.space.families.chosen()
+    ]
+
+
+def _measure_step(config: TrialConfig, tokens: int, dim: int) -> tuple[float, int]:
+    """Seconds and bytes of a training step; five times the weights: they, their best copy, gradients, two moments."""
+    model = make_decomposer(config, tokens, dim)
+    x_NTD = torch.randn(config.batch_size, tokens, dim, generator=torch.Generator().manual_seed(0))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.autograd.backward(model.loss(x_NTD))
+        times.append(time.perf_counter() - started)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return min(times), 5 * weights + 4 * x_NTD.numel() * x_NTD.element_size()
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except LowrankTuneError as error:
+        return Check(name, False, str(error))
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return f"no GPU; {os.cpu_count()} CPU cores"
+
+
+def _describe_store(store: Store) -> str:
+    probe(store)
+    return f"{store.shown} answers"
+
+
+def _describe_survey(spec: StudySpec, cache_root: Path) -> str:
+    survey = survey_features(spec.features, cache_root, spec.seed)
+    check_ranks(spec, survey.tokens, survey.dim)
+    return (
+        f"{survey.records} records, {survey.images} distinct images, {survey.cached} cached, "
+        f"{survey.quarantined} quarantined; {survey.encoder} ({survey.weights} weights) gives "
+        f"[{survey.tokens}, {survey.dim}] each"
+    )
+
+
+def _describe_images(spec: StudySpec, cache_root: Path) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = try_images(spec.features, cache_root, spec.seed, TRIED_IMAGES, device)
+    broken = [image for image in images if image.error]
+    if broken:
+        raise InputError("; ".join(f"{image.path}: {image.error}" for image in broken))
+    lines = [
+        f"{Path(image.path).name} {list(image.shape)} in [{image.low:.3g}, {image.high:.3g}], {image.seconds:.2f} s"
+        for image in images
+    ]
+    return "; ".join(lines)
