@@ -164,7 +164,7 @@ def _trial(outcome: TrialOutcome) -> dict[str, Any]:
     ending = STOPPED[outcome.stopped_by]
     return {
         "id": config.trial_id,
-        "settings": ", ".join(f"{name} {value:.4g}" for name, value in settings.items()),
+        "settings": [f"{name} {value:.4g}" for name, value in settings.items()],
         "ending": f"{ending}: {outcome.reason}" if outcome.reason else ending,
         "epochs": outcome.epochs,
         "best_epoch": outcome.best_epoch or ABSENT,
