@@ -14,7 +14,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lowrank_tune.spec.document import Document, KeyPath, Problem, key_text
-from lowrank_tune.spec.schema import Section, StudySpec
+from lowrank_tune.spec.schema import StudySpec
+from lowrank_tune.spec.section import Section
 
 _LONGEST_VALUE = 60
 
@@ -109,7 +110,7 @@ def _reason(details: ErrorDetails) -> str:
 
 def _bound_reason(context: dict[str, Any]) -> str:
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    return " and ".join(f"must be {word} {context[key]:g}" for key, word in words.items() if key in context)
+    return " and ".join(f"must be {word} {context[key]:.15g}" for key, word in words.items() if key in context)
 
 
 def _number_reason(kind: str, value: Any, loc: tuple[str | int, ...]) -> str:

@@ -11,16 +11,10 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from lowrank_tune.spec.schema import (
-    FamiliesSpec,
-    FeaturesSpec,
-    IntRange,
-    LogUniformRange,
-    Section,
-    StudySpec,
-    TensorSource,
-    UniformRange,
-)
+from lowrank_tune.spec.axes import IntRange, LogUniformRange, UniformRange
+from lowrank_tune.spec.features import FeaturesSpec, TensorSource
+from lowrank_tune.spec.schema import FamiliesSpec, StudySpec
+from lowrank_tune.spec.section import Section
 
 _SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _INDENT = 2

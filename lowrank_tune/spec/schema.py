@@ -23,20 +23,14 @@ from pydantic import (
 from lowrank_tune.spec.axes import (
     Axis,
     CountAxis,
-    IntRange,
-    LogUniformRange,
     LrAxis,
-    UniformRange,
     WeightAxis,
     combinations,
     largest_value,
 )
 from lowrank_tune.spec.features import (
     TOKEN_PIXELS,
-    EncoderSpec,
     FeaturesSpec,
-    ImageSource,
-    ManifestSource,
     SampleSource,
     TensorSource,
 )
@@ -49,32 +43,6 @@ from lowrank_tune.spec.section import (
     distinct,
     rejected,
 )
-
-__all__ = [
-    "Axis",
-    "DirectSpace",
-    "EncoderSpec",
-    "FamiliesSpec",
-    "FeaturesSpec",
-    "ImageSource",
-    "IntRange",
-    "LogUniformRange",
-    "ManifestSource",
-    "ReportSpec",
-    "ResourcesSpec",
-    "SampleSource",
-    "SchedulerSpec",
-    "SearchSpec",
-    "Section",
-    "SketchSpace",
-    "SpaceSpec",
-    "SplitSpec",
-    "StudySpec",
-    "TensorSource",
-    "TrackingSpec",
-    "TrainingSpec",
-    "UniformRange",
-]
 
 DEFAULT_TRIALS = 20
 LARGEST_GRID = 10_000

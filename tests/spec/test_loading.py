@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_tune.errors import StudyFileError
+from lowrank_tune.spec.axes import LogUniformRange
 from lowrank_tune.spec.loading import load_study, parse_study
-from lowrank_tune.spec.schema import DirectSpace, LogUniformRange, SketchSpace, StudySpec
+from lowrank_tune.spec.schema import DirectSpace, SketchSpace, StudySpec
 
 GOLDEN = Path(__file__).parent / "golden"
 VALID = """\

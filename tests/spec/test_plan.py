@@ -74,7 +74,7 @@ def test_other_methods_have_no_grid_but_a_number_of_trials() -> None:
     assert (plan.grid, plan.n_trials) == ((), 3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(studies())
 def test_every_study_has_a_plan_that_json_can_hold(spec: StudySpec) -> None:
     plan = make_plan(spec, RESULTS, START)

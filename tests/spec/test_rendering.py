@@ -22,7 +22,7 @@ def plain(text: str) -> Any:
     return YAML(typ="safe", pure=True).load(text)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(studies())
 def test_what_is_rendered_reads_back_as_the_same_study(spec: StudySpec) -> None:
     text = render_study(spec)
