@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import astuple, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -15,6 +18,7 @@ from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
@@ -74,11 +78,15 @@ def best_of_each_rank(rows: tuple[ComparisonRow, ...]) -> tuple[ComparisonRow, .
 
 
 def _log_table(client: MlflowClient, parent: str, comparison: Comparison) -> None:
-    # log_table appends to what is there: a second delivery would double every row.
-    if any(file.path == _TABLE for file in client.list_artifacts(parent)):
-        return
-    names = [field.name for field in fields(ComparisonRow)]
-    client.log_table(parent, {name: [asdict(row)[name] for row in comparison.rows] for name in names}, _TABLE)
+    # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
+    columns = [field.name for field in fields(ComparisonRow)]
+    data = [[_json_value(value) for value in astuple(row)] for row in comparison.rows]
+    client.log_dict(parent, {"columns": columns, "data": data}, _TABLE)
+    client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": _TABLE, "type": "table"}]))
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _log_models(client: MlflowClient, parent: str, comparison: Comparison, outcomes: tuple[TrialOutcome, ...]) -> None:

@@ -17,7 +17,6 @@ from mlflow.tracking.client import MlflowClient
 from lowrank_tune.errors import TrackingError
 from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
-from lowrank_tune.tracking.comparison import log_comparison
 from lowrank_tune.tracking.events import Compared, EpochsEnded, Event, RunStatus, StudyEnded, TrialEnded, TrialStarted
 from lowrank_tune.tracking.points import log_points
 from lowrank_tune.tracking.store import Store
@@ -75,6 +74,9 @@ class StudyRuns:
             case TrialEnded(outcome, at):
                 self._end_trial(outcome, at)
             case Compared():
+                # MLflow's model side takes another second to import, and is needed by the last event only.
+                from lowrank_tune.tracking.comparison import log_comparison
+
                 log_comparison(self._client, self._parent, self._children, event)
             case StudyEnded(status, at):
                 self._end_study(status, at)

@@ -11,9 +11,9 @@ import re
 import sqlite3
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from lowrank_tune.errors import TrackingError
 
@@ -55,6 +55,8 @@ def set_mlflow_defaults() -> None:
     """Keep MLflow quiet and quick to give up, unless the environment says otherwise; call before importing it."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # About type hints of its own, whenever its model side is imported.
+    warnings.filterwarnings("ignore", r".*Any type hint is inferred as AnyType", UserWarning)
 
 
 def resolve_store(uri: str | None, results: Path) -> Store:
@@ -71,10 +73,7 @@ def local_uri(results: Path) -> str:
 
 def redact(text: str) -> str:
     """Take user names, passwords and query strings out of every address in a text."""
-    if "://" in text and not re.search(r"\s", text):
-        parts = urlsplit(text)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return re.sub(r"://[^\s/@]+@", "://", text)
+    return re.sub(r"(://[^\s?]*)\?\S+", r"\1", re.sub(r"://[^\s/]+@", "://", text))
 
 
 def probe(store: Store) -> None:

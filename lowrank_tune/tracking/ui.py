@@ -40,9 +40,11 @@ def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int
         raise InputError(f"{results / 'mlflow.db'}: no study has been tracked here yet; run one, or pass --results DIR")
     _check_port(host, port)
     set_mlflow_defaults()
+    # Seven processes that nothing here asks anything of.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", local_uri(results)]
     command += ["--artifacts-destination", str(results.absolute() / "mlartifacts")]
-    command += ["--host", host, "--port", str(port)]
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
     # A session of its own: MLflow's workers and job runners outlive their parent unless the whole group is ended.
     server = subprocess.Popen(command, start_new_session=True)
     previous = signal.signal(signal.SIGTERM, _interrupt)

@@ -100,7 +100,7 @@ class EventWriter:
                 return
             except Exception as error:
                 failure = error
-            if not self._is_passing(failure):
+            if not self._may_pass(failure):
                 self._drop(failure)
                 return
             logger.debug("tracking delayed: %s", failure)
@@ -115,6 +115,13 @@ class EventWriter:
                 self._closing.wait(wait)
             wait = min(2 * wait, 15.0)
         self._undelivered += 1
+
+    def _may_pass(self, failure: Exception) -> bool:
+        try:
+            return self._is_passing(failure)
+        except Exception:
+            logger.debug("cannot tell whether a failure may pass", exc_info=True)
+            return False
 
     def _drop(self, error: Exception) -> None:
         self._undelivered += 1

@@ -1,0 +1,95 @@
+import http.server
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tracked_study import build_plan
+
+from lowrank_tune.errors import TrackingError
+from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.tracking.store import Store, probe, redact, resolve_store
+
+
+@contextmanager
+def server(status: int) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_the_study_file_comes_before_the_environment_and_that_before_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve_store(None, tmp_path) == Store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlartifacts")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert resolve_store(None, tmp_path) == Store("http://tracker:5000", None)
+    assert resolve_store("http://mine:1", tmp_path) == Store("http://mine:1", None)
+
+
+def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        plan = build_plan(tmp_path, tracking={"uri": f"http://me:secret@127.0.0.1:{port}"})
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match=f"http://127.0.0.1:{port} does not answer .*tracking.uri") as raised:
+            StudyTracker(plan)
+    assert time.monotonic() - started < 10
+    assert "secret" not in str(raised.value)
+
+
+def test_a_name_that_resolves_nowhere_is_an_error() -> None:
+    with pytest.raises(TrackingError, match="http://no-such-host.invalid"):
+        probe(Store("http://no-such-host.invalid:5000", None))
+
+
+@pytest.mark.parametrize("status", [200, 401, 404])
+def test_a_server_that_answers_anything_sane_is_alive(status: int) -> None:
+    with server(status) as uri:
+        probe(Store(uri, None))
+
+
+def test_a_server_that_answers_500_is_not() -> None:
+    with server(500) as uri, pytest.raises(TrackingError, match="answers 500"):
+        probe(Store(uri, None))
+
+
+def test_a_database_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="unable to open database file"):
+        probe(resolve_store(f"sqlite:///{tmp_path}/missing/mlflow.db", tmp_path))
+
+
+def test_a_database_that_another_process_holds_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.tracking.store._PROBE_TIMEOUT_S", 0.1)
+    holder = sqlite3.connect(tmp_path / "mlflow.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(TrackingError, match="locked"):
+        probe(resolve_store(None, tmp_path))
+    holder.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:5000/base?token=x", "http://host:5000/base"),
+        ("postgresql://me:secret@host/db", "postgresql://host/db"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+        ("failed to reach http://me:secret@host/x today", "failed to reach http://host/x today"),
+        ("nothing to hide", "nothing to hide"),
+    ],
+)
+def test_credentials_never_show(text: str, shown: str) -> None:
+    assert redact(text) == shown
