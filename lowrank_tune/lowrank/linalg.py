@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-
 JITTER = 1e-12
 """What `orthonormalise` adds to a correlation matrix, relative to its size: above the rounding of float64 products over
 any number of tokens that fits into memory, below what float32 columns resolve squared."""
@@ -103,4 +102,5 @@ def _weigh(x_NTD: Tensor, test_DK: Tensor | None) -> Tensor:
     """Return a batch's share of C [D, D], or of CΩ [D, K], in float64."""
     lengths_N11 = torch.linalg.vector_norm(x_NTD, dim=(-2, -1), keepdim=True)
     rows = (x_NTD / lengths_N11.clamp_min(torch.finfo(x_NTD.dtype).tiny)).flatten(0, 1)
-    return (rows.mT @ (rows if test_DK is None else rows @ test_DK)).double()
+    share: Tensor = (rows.mT @ (rows if test_DK is None else rows @ test_DK)).double()
+    return share

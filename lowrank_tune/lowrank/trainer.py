@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 INITIAL_IMAGES = 256
 """Training images that a decomposer's start is fitted on, at most: a rank's axes need no more, and it then costs less
 than an epoch."""
-VALIDATION_BATCH = 16
+VALIDATION_BATCH = 8
 """Validation images in memory at a time."""
 FIGURES = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio")
 LR_FACTOR = 0.5
@@ -125,7 +125,7 @@ class Trainer:
                 self._initialise()
             row["train_loss"] = self._train()
             row |= self._validate()
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in its __all__
             logger.warning("trial %s, epoch %d: %s", self.config.trial_id, row["epoch"], error)
         row["seconds"] = time.perf_counter() - started
         self._judge(row)
