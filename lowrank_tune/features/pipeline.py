@@ -57,10 +57,11 @@ def extract_features(
         contents = read_sealed(directory, extraction.identity)
         quarantine = Quarantine(files, spec.max_quarantined)
         quarantine.check(contents.quarantined if contents else {})
+        progress = on_progress or (lambda done, total: None)
         if contents is None or contents.missing(files.paths):
-            contents = _extend(extraction, spec.actors, files, quarantine, on_progress or (lambda done, total: None))
-        elif on_progress:
-            on_progress(len(files.paths), len(files.paths))
+            contents = _extend(extraction, spec.actors, files, quarantine, progress)
+        else:
+            progress(len(files.paths), len(files.paths))
         return _feature_set(extraction, contents, records, quarantine)
     except OSError as error:
         raise InputError(
@@ -85,6 +86,16 @@ def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, i
 
 
 def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords) -> Extraction:
+    """Find out what the features depend on, and so which cache holds them; no weight is loaded.
+
+    Args:
+        spec: the encoder and how features are kept.
+        cache_root: the folder of the caches.
+        records: the source; the first usable one of ready tensors gives their shape.
+
+    Raises:
+        InputError: the checkpoint, or the directory of tensors, cannot be used.
+    """
     root = cache_root.absolute()
     if isinstance(spec.source, TensorSource):
         identity = tensor_identity(spec, *_first_shape(records))
@@ -116,17 +127,17 @@ def _extend(
     with _only_process(directory):
         contents = recover(directory, extraction.identity)
         missing = contents.missing(files.paths)
+        total = len(files.paths)
+        done = total - len(missing)
+        on_progress(done, total)
         if missing:
-            total = len(files.paths)
-            cached = total - len(missing)
-            on_progress(cached, total)
             reasons = dict(contents.quarantined)
             with contextlib.closing(_make_shards(extraction, actors, _plan_shards(missing, files.paths))) as results:
                 for result in results:
                     reasons |= dict(result.quarantined)
                     quarantine.check(reasons)
-                    cached += result.images
-                    on_progress(cached, total)
+                    done += result.images
+                    on_progress(done, total)
         return seal(directory, extraction.identity, extraction.encoder, extraction.weights)
 
 

@@ -9,6 +9,13 @@ from typing import Literal
 
 from lowrank_tune.errors import InputError
 
+DECODE_CPUS = 0.5
+"""What a decoding task reserves: it waits for storage about as long as it computes.
+
+Ray Data fuses a task stage into the actor stage behind it when both reserve the same. An encoder reserves half a CPU
+only on clusters so small that decoding inside it does no harm.
+"""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -19,16 +26,12 @@ class Pool:
         gpus_each: GPUs an encoder; 0 where the cluster has none.
         cpus_each: CPUs an encoder reserves.
         threads: torch threads an encoder.
-        decoders: decoding tasks at a time, at most.
-        decode_cpus: CPUs that each of them reserves.
     """
 
     actors: int
     gpus_each: float
     cpus_each: float
     threads: int
-    decoders: int
-    decode_cpus: float
 
 
 def plan_pool(
@@ -53,7 +56,7 @@ def plan_pool(
         raise InputError(
             f"features.actors: {actors} encoders need a CPU each, the Ray cluster has {cpus:g}; ask for fewer"
         )
-    decoding = max(1, cpus // 4) if cpus > 1 else 0.5
+    decoding = max(1, cpus // 4) if cpus > 1 else DECODE_CPUS
     cpus_each = min((cpus - decoding) / actors, largest_node_cpus, 1 if gpus else largest_node_cpus)
     cpus_each = float(int(cpus_each)) if cpus_each >= 1 else math.floor(cpus_each * 100) / 100
     return Pool(
@@ -62,7 +65,4 @@ def plan_pool(
         gpus_each=1 / math.ceil(actors / gpus) if gpus else 0,
         cpus_each=cpus_each,
         threads=max(1, int(cpus_each)),
-        # Ray Data fuses a task stage into an actor stage of the same size, and would then decode inside the encoders.
-        decoders=max(actors + 1, int(decoding)),
-        decode_cpus=min(1.0, decoding),
     )

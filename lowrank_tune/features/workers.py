@@ -24,7 +24,7 @@ from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.features.commit import commit_shard, to_stored
 from lowrank_tune.features.decoding import decode_shard, read_unchanged
 from lowrank_tune.features.jobs import Extraction, ShardPlan, ShardResult, UnusableError
-from lowrank_tune.features.pool import Pool
+from lowrank_tune.features.pool import DECODE_CPUS, Pool
 from lowrank_tune.features.tensors import check_shape, load_tensor
 
 BATCH_ON_CPU = 4
@@ -50,11 +50,10 @@ def run_extraction(
         rows = [{"plan": plan.dump()} for plan in plans]
         shards = ray.data.from_items(rows, override_num_blocks=len(rows))
         if extraction.encoding is None:
-            results = shards.map(import_shard, fn_kwargs={"extraction": extraction}, num_cpus=pool.decode_cpus)
+            results = shards.map(import_shard, fn_kwargs={"extraction": extraction})
         else:
             size = {"image_size": extraction.encoding.image_size}
-            decoders = ray.data.TaskPoolStrategy(size=pool.decoders)
-            decoded = shards.map(decode_shard, fn_kwargs=size, compute=decoders, num_cpus=pool.decode_cpus)
+            decoded = shards.map(decode_shard, fn_kwargs=size, num_cpus=DECODE_CPUS)
             results = decoded.map_batches(
                 ShardEncoder,
                 fn_constructor_kwargs={"extraction": extraction, "threads": pool.threads},

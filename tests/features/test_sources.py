@@ -1,0 +1,169 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.record_table import write_record_table
+from lowrank_tune.features.sources import read_records
+from lowrank_tune.spec.features import FeaturesSpec
+
+GROUNDING = [
+    {
+        "image": "a/1.jpg",
+        "question": "What is the brand?",
+        "boxes": [{"label": "logo", "xyxy": [1, 2, 30, 40]}, {"label": "text", "xyxy": [5, 6, 70, 80]}],
+    },
+    {"image": "a/2.jpg", "question": "Which number?", "boxes": []},
+    {"image": "a/1.jpg", "question": "What colour?", "boxes": [{"label": "cup", "xyxy": [0.5, 1.5, 3, 4]}]},
+]
+
+
+def records_of(source, root=Path("unused"), seed=0):
+    return read_records(FeaturesSpec.model_validate({"source": source}).source, root, seed)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b.jpg", "a/2.PNG", "a/deep/1.webp", "notes.txt", "a/table.csv"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    return tmp_path / "photos"
+
+
+def test_a_directory_is_searched_recursively_for_images_only(tree):
+    found = [str(path.relative_to(tree)) for path in records_of({"images": str(tree)}).paths]
+    assert found == ["a/2.PNG", "a/deep/1.webp", "b.jpg"]
+
+
+def test_a_glob_is_relative_to_the_working_directory(tree, monkeypatch):
+    monkeypatch.chdir(tree.parent)
+    assert records_of({"images": "photos/**/*.PNG"}).paths == (tree / "a/2.PNG",)
+    assert [path.name for path in records_of({"images": "photos/*"}).paths] == ["b.jpg", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nowhere", "no such directory"),
+        ("empty", "no images in it"),
+        ("photos/*.tiff", "matches no file"),
+        ("photos/notes.txt", "is a file"),
+    ],
+)
+def test_a_place_without_images_is_named(tree, monkeypatch, pattern, message):
+    monkeypatch.chdir(tree.parent)
+    (tree.parent / "empty").mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        records_of({"images": pattern})
+    assert pattern in str(error.value)
+    assert "features.source.images" in str(error.value)
+
+
+def write_manifest(path, records):
+    frame = pd.DataFrame(records)
+    match path.suffix:
+        case ".json":
+            path.write_text(json.dumps(records))
+        case ".jsonl":
+            path.write_text("".join(json.dumps(record) + "\n\n" for record in records))
+        case ".csv":
+            frame.assign(boxes=frame.boxes.map(json.dumps)).to_csv(path, index=False)
+        case ".parquet":
+            frame.to_parquet(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_grounding_records_keep_their_columns_in_every_format(tmp_path, suffix):
+    path = tmp_path / f"data{suffix}"
+    write_manifest(path, GROUNDING)
+    records = records_of({"manifest": str(path)})
+    assert records.paths == tuple(tmp_path / record["image"] for record in GROUNDING)
+    rows = records.columns.to_pylist()
+    assert [row["question"] for row in rows] == [record["question"] for record in GROUNDING]
+    boxes = [json.loads(row["boxes"]) if suffix == ".csv" else row["boxes"] for row in rows]
+    assert boxes == [record["boxes"] for record in GROUNDING]
+
+
+def test_nested_columns_survive_into_the_record_table(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"info": {"version": 1}, "data": [{**record, "key": "mine"} for record in GROUNDING]}))
+    records = records_of({"manifest": str(path)})
+    table = write_record_table(tmp_path, records, ["k1", None, "k1"], [None, "gone", None])
+    frame = pd.read_parquet(table)
+    assert list(frame.record) == [0, 1, 2]
+    assert frame.key.tolist()[0] == "k1"
+    assert frame.error.tolist()[1] == "gone"
+    assert list(frame.source_key) == ["mine"] * 3
+    assert frame.boxes[0][1]["label"] == "text"
+    assert write_record_table(tmp_path, records, ["k1", None, "k1"], [None, "gone", None]) == table
+
+
+def test_a_column_without_a_common_type_is_kept_as_json_text(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"image": "1.jpg", "answer": 3}\n{"image": "2.jpg", "answer": ["three"]}\n{"image": "3.jpg"}\n')
+    assert records_of({"manifest": str(path)}).columns["answer"].to_pylist() == ["3", '["three"]', None]
+
+
+def test_numbers_as_file_names_stay_text_in_csv(tmp_path):
+    (tmp_path / "data.csv").write_text("image,score\n0001,1.5\n0002,2\n")
+    assert [path.name for path in records_of({"manifest": str(tmp_path / "data.csv")}).paths] == ["0001", "0002"]
+
+
+def test_root_replaces_the_manifests_folder_and_absolute_paths_stay(tmp_path):
+    root = tmp_path / "elsewhere"
+    root.mkdir()
+    (tmp_path / "data.json").write_text(json.dumps([{"photo": "1.jpg"}, {"photo": "/data/2.jpg"}, {"photo": None}]))
+    source = {"manifest": str(tmp_path / "data.json"), "image_column": "photo", "root": str(root)}
+    assert records_of(source).paths == (root / "1.jpg", Path("/data/2.jpg"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.json", '[{"imag": "1.jpg", "question": "?"}]', "did you mean imag"),
+        ("data.json", "[{", "cannot be read as JSON"),
+        ("data.json", '{"train": [{"image": "1"}], "test": [{"image": "2"}]}', "2 lists of records"),
+        ("data.json", "[]", "has no records"),
+        ("data.json", '[{"image": 7}]', "holds int64, not paths"),
+        ("data.jsonl", '{"image": "1.jpg"}\n{"image"\n', "line 2"),
+        ("data.csv", "image\n1.jpg,too,many\n", "cannot be read as CSV"),
+        ("data.parquet", "no parquet", "cannot be read as PARQUET"),
+    ],
+)
+def test_an_unreadable_manifest_says_what_is_wrong(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        records_of({"manifest": str(tmp_path / name)})
+    assert name in str(error.value)
+
+
+def test_a_missing_manifest_and_a_missing_root_are_named(tmp_path):
+    (tmp_path / "annotations.json").write_text('[{"image": "1.jpg"}]')
+    with pytest.raises(InputError, match=r"no such file.*did you mean annotations\.json"):
+        records_of({"manifest": str(tmp_path / "annotation.json")})
+    with pytest.raises(InputError, match=r"gone: no such directory; correct features\.source\.root"):
+        records_of({"manifest": str(tmp_path / "annotations.json"), "root": str(tmp_path / "gone")})
+
+
+def test_tensor_files_are_sorted_by_number(tmp_path):
+    for number in (10, 9, 100, 2):
+        torch.save(torch.zeros(2, 2), tmp_path / f"features_{number}.pt")
+    (tmp_path / "features_x.pt").write_bytes(b"")
+    records = records_of({"tensors": str(tmp_path)})
+    assert [path.name for path in records.paths] == [f"features_{number}.pt" for number in (2, 9, 10, 100)]
+    assert records.columns["number"].to_pylist() == [2, 9, 10, 100]
+
+
+@pytest.mark.parametrize(("name", "message"), [("gone", "no such directory"), ("", "no file named features_N.pt")])
+def test_a_directory_without_tensors_is_named(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        records_of({"tensors": str(tmp_path / name)})
+
+
+def test_samples_tell_where_they_were_cut(tmp_path):
+    records = records_of({"samples": 4}, tmp_path, seed=5)
+    assert all(path.is_file() for path in records.paths)
+    assert records.columns.column_names == ["photograph", "left", "top", "size"]
