@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
+import torch
 
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.errors import InputError, LowrankTuneError
@@ -22,6 +23,7 @@ from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.report.spatial import check_images
 from lowrank_tune.report.write import write_report
 from lowrank_tune.spec.loading import load_study
 from lowrank_tune.spec.plan import (
@@ -116,6 +118,7 @@ def run_study(
         stack.enter_context(ray_session(address))
         features = _extract(plan, progress)
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
+        check_images(plan.spec.report.images, len(split.test))
         progress.stage(f"measuring the optimum of {len(split.validation)} validation images at every rank")
         optimum_path = directory / "optimum.safetensors"
         validation_optimum(features, split).save(optimum_path)
@@ -124,7 +127,13 @@ def run_study(
         outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
         progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
         comparison = compare(
-            features, split, outcomes, objective=plan.spec.objective, seed=plan.spec.seed, directory=directory
+            features,
+            split,
+            outcomes,
+            objective=plan.spec.objective,
+            seed=plan.spec.seed,
+            directory=directory,
+            device=_device(plan.spec),
         )
         progress.stage("writing the report")
         write_report(plan, features, split, outcomes, comparison, directory)
@@ -162,7 +171,13 @@ def run_trial(
         progress.stage(f"training {config.trial_id} in this process")
         optimum = validation_optimum(features, split)
         return run_one_trial(
-            config, features, split, optimum, directory / "trials" / config.trial_id, progress.trial_epoch
+            config,
+            features,
+            split,
+            optimum,
+            directory / "trials" / config.trial_id,
+            progress.trial_epoch,
+            _device(plan.spec),
         )
 
 
@@ -286,9 +301,18 @@ def ray_session(address: str | None = None) -> Iterator[None]:
 
 def _plan(study: str | Path | StudySpec, results: str | Path | None, overrides: Sequence[str]) -> Plan:
     spec = study if isinstance(study, StudySpec) else load_study(Path(study), overrides)
-    plan = make_plan(spec, results_directory(results), datetime.now(UTC))
+    home, started = results_directory(results), datetime.now(UTC)
+    plan = make_plan(spec, home, started)
+    while plan.study_dir.exists():
+        started += timedelta(seconds=1)
+        plan = make_plan(spec, home, started)
     check_ranks(spec, *probe_shape(spec.features, plan.features_root, spec.seed))
     return plan
+
+
+def _device(spec: StudySpec) -> str:
+    """Where this process computes what the trials compute: on a GPU when they ask for one and it is here."""
+    return "cuda" if spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
 
 
 def _extract(plan: Plan, progress: StudyProgress) -> FeatureSet:

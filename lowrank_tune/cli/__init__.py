@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
 from typing import NoReturn
 
-from lowrank_tune.errors import LowrankTuneError
+from lowrank_tune.errors import LowrankTuneError, StudyFileError
+
+INTERRUPTED = 130
 
 
 def main() -> NoReturn:
@@ -37,12 +40,19 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     try:
         app(args=arguments, prog_name="lowrank-tune")
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        code = stop.code if isinstance(stop.code, int) else 0
+        if code == INTERRUPTED:
+            line = shlex.join(["lowrank-tune", *arguments])
+            print(f"interrupted; what is cached stays cached. Start again with: {line}", file=sys.stderr)
+        return code
+    except StudyFileError as error:
+        # Each line begins with file:line, where editors jump to.
+        print(error, file=sys.stderr)
+        return error.exit_code
     except LowrankTuneError as error:
         if debug:
             traceback.print_exc()
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if debug:
