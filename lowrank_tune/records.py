@@ -19,7 +19,7 @@ class FeatureRow:
     """Where one image's features lie in a cache: tensor `features` of `shard`, at index `row`.
 
     Attributes:
-        key: sha256 of the image's bytes (of the tensor's bytes for imported tensors), 64 hex digits.
+        key: sha256 of the image file's bytes (of the `.pt` file's for imported tensors), 64 hex digits.
         shard: file name under the cache's `shards/`.
         row: index along the shard's first axis.
     """
@@ -42,8 +42,8 @@ class FeatureSet:
         tokens: T, rows of each image's matrix.
         dim: D, its columns.
         rows: one a distinct usable image, in the order of the source.
-        records_path: parquet with one row a record of the user's source (`record`, `key`, `path`, `error` and all of the
-            user's own columns); records that share an image share a key.
+        records_path: parquet with one row a record of the user's source (`record`, `key`, `path`, `error` and all of
+            the user's own columns); records that share an image share a key.
         quarantined: how many records had no usable image.
     """
 

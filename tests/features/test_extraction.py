@@ -191,7 +191,7 @@ def test_missing_files_of_a_manifest_count_as_broken(root, folder, tmp_path):
     assert (len(features.rows), features.quarantined) == (1, 2)
 
 
-def test_samples_extend_the_cache_and_reach_bfloat16(extracted, tmp_path, root):
+def test_samples_of_the_same_encoder_extend_the_cache(extracted, root):
     before = snapshot(root / extracted[0].fingerprint / "shards")
     features = extract_features(images_spec({"samples": 6}), root, seed=3)
     assert features.fingerprint == extracted[0].fingerprint
@@ -225,14 +225,15 @@ def tensors_spec(folder, **keys):
     return FeaturesSpec.model_validate({"source": {"tensors": str(folder)}, **keys})
 
 
-def test_ready_tensors_are_imported_in_numeric_order(tensor_folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_ready_tensors_are_imported_in_numeric_order(tensor_folder, tmp_path, dtype):
     root = tmp_path / "features"
-    spec = tensors_spec(tensor_folder)
+    spec = tensors_spec(tensor_folder, store_dtype=dtype)
     assert probe_shape(spec, root, 0) == (6, 10)
     features = extract_features(spec, root, seed=0)
     assert (features.tokens, features.dim, features.weights) == (6, 10, "unknown")
     for number, row in enumerate(features.rows):
-        expected = torch.load(tensor_folder / f"features_{number}.pt", weights_only=True).half()
+        expected = torch.load(tensor_folder / f"features_{number}.pt", weights_only=True).to(getattr(torch, dtype))
         assert torch.equal(stored(features, row), expected)
     assert pd.read_parquet(features.records_path).number.tolist() == list(range(12))
     assert verify_cache(root / features.fingerprint) == []
