@@ -8,24 +8,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lowrank_tune.errors import TrackingError
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.events import Compared, Epoch, EpochsEnded, RunStatus, StudyEnded, TrialEnded, TrialStarted
-from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.store import probe, redact, resolve_store, set_mlflow_defaults
 from lowrank_tune.tracking.writer import Deliver, EventWriter
 
 
 class StudyTracker:
     """Tracks one study in MLflow: a parent run, and a child a trial.
 
-    As a context manager it ends every run with the status that the block ended with. MLflow itself is imported on a
-    thread, when the first trial starts: importing it takes longer than starting that trial.
+    As a context manager it ends every run with the status that the block ended with. A server is asked for the study's
+    run at once, so that a refusal costs no training. A local database needs no such question: MLflow is then imported
+    on a thread when the first trial starts, for importing it takes longer than starting that trial.
 
     Args:
         plan: the study.
 
     Raises:
-        TrackingError: the store does not answer.
+        TrackingError: the store does not answer, or refuses; raised by the constructor or on entering the block.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -34,8 +36,19 @@ class StudyTracker:
         self.store = resolve_store(plan.spec.tracking.uri, plan.results)
         probe(self.store)
         self._writer = EventWriter(self._connect, _is_passing)
+        self._deliver: Deliver | None = None
 
     def __enter__(self) -> Self:
+        if not self.store.is_local:
+            try:
+                self._deliver = self._connect()
+            except TrackingError:
+                raise
+            except Exception as error:
+                raise TrackingError(
+                    f"tracking server {self.store.shown} refuses the study: {redact(str(error))}; check its address "
+                    "and credentials, or name another in tracking.uri"
+                ) from error
         return self
 
     def __exit__(
@@ -79,11 +92,13 @@ class StudyTracker:
         Args:
             status: the parent's; trials that never ended are KILLED.
         """
-        if status == "FINISHED" or self._writer.started:
+        if status == "FINISHED" or self._deliver is not None or self._writer.started:
             self._writer.put(StudyEnded(status, _now()))
         self._writer.close()
 
     def _connect(self) -> Deliver:
+        if self._deliver is not None:
+            return self._deliver
         from lowrank_tune.tracking.runs import StudyRuns
 
         return StudyRuns(self._plan, self.store).deliver

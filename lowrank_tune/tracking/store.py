@@ -24,6 +24,7 @@ _DEFAULTS = {
     # MLflow's own are 7 retries of 120 s each: a dead server would hold the end of a study for a quarter of an hour.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 

@@ -14,6 +14,8 @@ from lowrank_tune.tracking.store import redact
 
 logger = logging.getLogger(__name__)
 
+_REASON_LENGTH = 300
+
 Deliver = Callable[[Event], None]
 
 
@@ -125,7 +127,7 @@ class EventWriter:
 
     def _drop(self, error: Exception) -> None:
         self._undelivered += 1
-        reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])
+        reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:_REASON_LENGTH]
         if reason not in self._reasons and len(self._reasons) < 10:
             self._reasons.append(reason)
             logger.debug("tracking failed", exc_info=error)

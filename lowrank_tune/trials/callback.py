@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,32 +43,47 @@ class TrialListener(Protocol):
         """A trial is over."""
 
 
-class WatchTrials(Callback):
-    """Tells the tracker and the listener of every trial's start, epochs and end, and keeps the outcomes.
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """Who is told of a study's trials.
 
-    Args:
+    Attributes:
         trials_dir: `studies/<study_id>/trials`.
         tracker: told first.
         listener: told next, when there is one.
-
-    Attributes:
         outcomes: of the trials that are over, by trial id.
     """
 
-    def __init__(self, trials_dir: Path, tracker: TrialTracker, listener: TrialListener | None = None) -> None:
-        self._trials_dir = trials_dir
-        self._tracker = tracker
-        self._listener = listener
-        self.outcomes: dict[str, TrialOutcome] = {}
+    trials_dir: Path
+    tracker: TrialTracker
+    listener: TrialListener | None = None
+    outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune writes a copy of itself to disk, which nobody reads: a resumed study gets watchers of its own, and a
-        # tracker's thread could not be written anyway.
-        return {"outcomes": self.outcomes}
+
+@contextmanager
+def told_to(audience: Audience) -> Iterator[str]:
+    """Let the callback of a study that is run in this block tell `audience`.
+
+    Yields:
+        What RAY_TUNE_CALLBACKS must hold. A callback that Tuner is handed as an object makes Ray import MLflow, only to
+        count it in its usage statistics: two seconds before the first trial.
+    """
+    token = _AUDIENCE.set(audience)
+    try:
+        yield f"{WatchTrials.__module__}.{WatchTrials.__name__}"
+    finally:
+        _AUDIENCE.reset(token)
+
+
+class WatchTrials(Callback):
+    """Tells its audience of every trial's start, epochs and end; Tune makes it by its name."""
+
+    def __init__(self) -> None:
+        self._audience = _AUDIENCE.get()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
-        _tell(self._tracker.trial_started, _config(trial))
+        _tell(self._audience.tracker.trial_started, _config(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -73,9 +91,9 @@ class WatchTrials(Callback):
         """An epoch ended."""
         trial_id = _config(trial).trial_id
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
-        _tell(self._tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
-        if self._listener is not None:
-            _tell(self._listener.trial_epoch, {"trial_id": trial_id, **metrics})
+        _tell(self._audience.tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
+        if self._audience.listener is not None:
+            _tell(self._audience.listener.trial_epoch, {"trial_id": trial_id, **metrics})
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial is over by its own word or the scheduler's."""
@@ -87,12 +105,15 @@ class WatchTrials(Callback):
 
     def _end(self, trial: Trial, crash: str) -> None:
         config, last = _config(trial), trial.last_result or {}
-        directory = self._trials_dir / config.trial_id
+        directory = self._audience.trials_dir / config.trial_id
         outcome = outcome_of(config, last, directory, float(last.get("time_total_s", 0.0)), crash)
-        self.outcomes[config.trial_id] = outcome
-        _tell(self._tracker.trial_ended, outcome)
-        if self._listener is not None:
-            _tell(self._listener.trial_ended, outcome)
+        self._audience.outcomes[config.trial_id] = outcome
+        _tell(self._audience.tracker.trial_ended, outcome)
+        if self._audience.listener is not None:
+            _tell(self._audience.listener.trial_ended, outcome)
+
+
+_AUDIENCE: ContextVar[Audience] = ContextVar("audience")
 
 
 def _config(trial: Trial) -> TrialConfig:

@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial
 from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialOutcome, TrialTracker
 from lowrank_tune.spec.plan import Plan
-from lowrank_tune.trials.callback import TrialListener, WatchTrials
+from lowrank_tune.trials.callback import Audience, TrialListener, told_to
 from lowrank_tune.trials.paths import write_material
 from lowrank_tune.trials.resources import trials_at_once
 from lowrank_tune.trials.scheduler import make_scheduler
@@ -67,8 +67,8 @@ def run_trials(
     tune_dir, trials_dir = plan.study_dir / "tune", plan.study_dir / "trials"
     paths = write_material(tune_dir, features, split, optimum_path)
     searcher = StudySearcher(plan, open_optuna_study(plan, tune_dir / "optuna.journal"))
-    watch = WatchTrials(trials_dir, tracker, listener)
-    with _quiet_tune():
+    audience = Audience(trials_dir, tracker, listener)
+    with told_to(audience) as callback, _quiet_tune(callback):
         tuner = tune.Tuner(
             TrialActor,
             param_space=actor_config(paths, trials_dir, resources.cpus_per_trial, resources.gpus_per_trial),
@@ -86,16 +86,15 @@ def run_trials(
                 storage_path=str(tune_dir.absolute()),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
-                callbacks=[watch],
             ),
         )
         try:
             tuner.fit()
         finally:
             searcher.abandon()
-    if len(watch.outcomes) < plan.n_trials:
+    if len(audience.outcomes) < plan.n_trials:
         raise KeyboardInterrupt
-    outcomes = tuple(sorted(watch.outcomes.values(), key=lambda outcome: outcome.config.number))
+    outcomes = tuple(sorted(audience.outcomes.values(), key=lambda outcome: outcome.config.number))
     _require_one_success(outcomes)
     return outcomes
 
@@ -113,13 +112,13 @@ def _trial_id(trial: Trial) -> str:
 
 
 @contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Tune without its own output, and the process as it was before: Tune keeps its handler of Ctrl-C."""
+def _quiet_tune(callback: str) -> Iterator[None]:
+    """Tune with this callback and no output, and the process as it was before: Tune keeps its handler of Ctrl-C."""
     loggers = {name: logging.getLogger(name) for name in ("ray.tune", "ray.train")}
     levels = {name: logger.level for name, logger in loggers.items()}
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)} if in_main else {}
-    with _environment(_ENVIRONMENT):
+    with _environment(_ENVIRONMENT | {"RAY_TUNE_CALLBACKS": callback}):
         for logger in loggers.values():
             logger.setLevel(logging.CRITICAL)
         try:

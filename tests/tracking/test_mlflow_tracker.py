@@ -13,8 +13,6 @@ from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri
 
-# MLflow's own use of SQLAlchemy 2.1.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
 SKETCH, DIRECT, BAD, RUNNING = config_of(0), config_of(1, "direct", 4), config_of(2), config_of(3)
 

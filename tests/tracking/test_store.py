@@ -22,6 +22,8 @@ def server(status: int) -> Iterator[str]:
             self.send_response(status)
             self.end_headers()
 
+        do_POST = do_GET
+
         def log_message(self, *args: object) -> None: ...
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
@@ -48,6 +50,14 @@ def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(t
         with pytest.raises(TrackingError, match=f"http://127.0.0.1:{port} does not answer .*tracking.uri") as raised:
             StudyTracker(plan)
     assert time.monotonic() - started < 10
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(tmp_path: Path) -> None:
+    with server(404) as uri:
+        tracker = StudyTracker(build_plan(tmp_path, tracking={"uri": uri.replace("//", "//me:secret@")}))
+        with pytest.raises(TrackingError, match=f"{uri} refuses the study.*credentials") as raised:
+            tracker.__enter__()
     assert "secret" not in str(raised.value)
 
 

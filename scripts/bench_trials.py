@@ -1,0 +1,143 @@
+"""What starting a trial costs beyond its training, in a study on a Ray of this machine.
+
+    .venv/bin/python scripts/bench_trials.py [--trials 24] [--epochs 4] [--at-once 1]
+
+About a minute; tiny synthetic features, so that little but the starting is left. Every number comes from this one run:
+compare ratios, not machines. Wanted: at most 0.3 s a trial.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+import torch
+from safetensors.torch import save_file
+
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.spec.plan import Plan, make_plan
+from lowrank_tune.spec.schema import StudySpec
+from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.trials.run import run_trials
+
+TOKENS, DIM, IMAGES = 16, 32, 24
+SPLIT = Split(tuple(range(16)), tuple(range(16, 20)), tuple(range(20, 24)))
+WANTED_S = 0.3
+
+
+@dataclass
+class Clock:
+    """A tracker that notes when each trial starts and ends, and passes it on."""
+
+    behind: StudyTracker | None = None
+    starts: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+
+    def trial_started(self, config: TrialConfig) -> None:
+        """Note a start."""
+        self.starts.append(time.perf_counter())
+        if self.behind:
+            self.behind.trial_started(config)
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Pass it on."""
+        if self.behind:
+            self.behind.trial_epoch(trial_id, epoch, metrics)
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """Note an end."""
+        self.ends.append(time.perf_counter())
+        if self.behind:
+            self.behind.trial_ended(outcome)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=1)
+    sizes = parser.parse_args()
+    ray.init(address="local", num_cpus=sizes.at_once, include_dashboard=False, log_to_driver=False,
+             logging_level=logging.ERROR, object_store_memory=200_000_000)  # fmt: skip
+    print(f"{sizes.trials} trials of {sizes.epochs} epochs, {sizes.at_once} at once\n")
+    print(f"{'tracked by':<16}{'first trial, s':>16}{'start, s':>10}{'of wanted':>11}{'training, s':>13}")
+    with tempfile.TemporaryDirectory() as folder:
+        features, optimum_path = _features(Path(folder))
+        for name in ("nobody", "MLflow, sqlite"):
+            plan = _plan(Path(folder) / name.split(",")[0], sizes.trials, sizes.epochs, sizes.at_once)
+            plan.results.mkdir()
+            clock = Clock()
+            began = time.perf_counter()
+            if name == "nobody":
+                outcomes = run_trials(plan, features, SPLIT, optimum_path, clock)
+            else:
+                with StudyTracker(plan) as clock.behind:
+                    outcomes = run_trials(plan, features, SPLIT, optimum_path, clock)
+            start, training = _costs(clock, outcomes, sizes.at_once)
+            first = clock.starts[0] - began
+            print(f"{name:<16}{first:>16.2f}{start:>10.3f}{start / WANTED_S:>11.2f}{training:>13.3f}")
+    ray.shutdown()
+
+
+def _costs(clock: Clock, outcomes: Sequence[TrialOutcome], at_once: int) -> tuple[float, float]:
+    """Seconds a trial beyond its training, and of training, over the trials after the first ones on their actors."""
+    later = outcomes[at_once:]
+    wall = clock.ends[-1] - clock.ends[at_once - 1]
+    training = sum(outcome.seconds for outcome in later) / len(later)
+    return wall * at_once / len(later) - training, training
+
+
+def _plan(results: Path, trials: int, epochs: int, at_once: int) -> Plan:
+    study = {
+        "name": "bench",
+        "features": {"source": {"samples": IMAGES}},
+        "search": {
+            "method": "random",
+            "trials": trials,
+            "space": {"families": {"direct": {}, "sketch": {}}, "rank": [2, 4, 8], "lr": {"loguniform": [1e-4, 1e-2]}},
+        },
+        "training": {"epochs": epochs},
+        "scheduler": {"kind": "none"},
+        "resources": {"max_concurrent": at_once},
+    }
+    return make_plan(StudySpec.model_validate(study), results, datetime.now(UTC))
+
+
+def _features(folder: Path) -> tuple[FeatureSet, Path]:
+    """A cache of random features, and the optimum of its validation split."""
+    (folder / "shards").mkdir()
+    x_NTD = torch.randn(IMAGES, TOKENS, DIM, generator=torch.Generator().manual_seed(0))
+    save_file({"features": x_NTD}, folder / "shards" / "00000.safetensors")
+    rows = tuple(FeatureRow(f"{number:064x}", "00000.safetensors", number) for number in range(IMAGES))
+    features = FeatureSet(
+        directory=str(folder),
+        fingerprint="0" * 16,
+        encoder="synthetic",
+        weights="random",
+        dtype="float32",
+        tokens=TOKENS,
+        dim=DIM,
+        rows=rows,
+        records_path=str(folder / "records.parquet"),
+    )
+    optimum_path = folder / "optimum.safetensors"
+    measure_optimum([FeatureMatrix(features).load(SPLIT.validation)]).save(optimum_path)
+    return features, optimum_path
+
+
+if __name__ == "__main__":
+    main()
