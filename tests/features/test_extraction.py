@@ -22,11 +22,7 @@ from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.spec.features import FeaturesSpec
 
-pytestmark = [
-    pytest.mark.usefixtures("ray_cluster"),
-    # Ray Data sets its own deprecated defaults while it makes its context.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
-]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SIZE = 56
 MANY = 70
