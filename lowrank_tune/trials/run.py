@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import tune
@@ -65,31 +66,17 @@ def run_trials(
     resources = plan.spec.resources
     at_once = trials_at_once(resources, ray.nodes())
     tune_dir, trials_dir = plan.study_dir / "tune", plan.study_dir / "trials"
-    paths = write_material(tune_dir, features, split, optimum_path)
+    shared = actor_config(
+        write_material(tune_dir, features, split, optimum_path),
+        trials_dir,
+        resources.cpus_per_trial,
+        resources.gpus_per_trial,
+    )
     searcher = StudySearcher(plan, open_optuna_study(plan, tune_dir / "optuna.journal"))
     audience = Audience(trials_dir, tracker, listener)
     with told_to(audience) as callback, _quiet_tune(callback):
-        tuner = tune.Tuner(
-            TrialActor,
-            param_space=actor_config(paths, trials_dir, resources.cpus_per_trial, resources.gpus_per_trial),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=make_scheduler(plan.spec),
-                num_samples=plan.n_trials,
-                max_concurrent_trials=at_once,
-                reuse_actors=True,
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="ray",
-                storage_path=str(tune_dir.absolute()),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                verbose=0,
-            ),
-        )
         try:
-            tuner.fit()
+            _tuner(plan, searcher, shared, at_once, tune_dir).fit()
         finally:
             searcher.abandon()
     if len(audience.outcomes) < plan.n_trials:
@@ -97,6 +84,28 @@ def run_trials(
     outcomes = tuple(sorted(audience.outcomes.values(), key=lambda outcome: outcome.config.number))
     _require_one_success(outcomes)
     return outcomes
+
+
+def _tuner(plan: Plan, searcher: StudySearcher, shared: dict[str, Any], at_once: int, tune_dir: Path) -> tune.Tuner:
+    return tune.Tuner(
+        TrialActor,
+        param_space=shared,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=make_scheduler(plan.spec),
+            num_samples=plan.n_trials,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(tune_dir.absolute()),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
 
 
 def _require_one_success(outcomes: tuple[TrialOutcome, ...]) -> None:

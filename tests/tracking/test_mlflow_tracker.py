@@ -13,7 +13,6 @@ from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri
 
-
 SKETCH, DIRECT, BAD, RUNNING = config_of(0), config_of(1, "direct", 4), config_of(2), config_of(3)
 
 
