@@ -7,7 +7,7 @@
     ├── TrackingError           the MLflow server or database does not answer
     └── StudyFailedError        the study ended without a single usable trial
 
-A message names the thing, the place and the remedy, in that order, and ends without a traceback unless `--debug` is given.
+A message names the thing, the place and the remedy, in that order; a traceback needs `--debug`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 import torch
 
 from lowrank_tune.comparison.compare import compare
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import open_cache
 from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.lowrank.dataset import FeatureMatrix
@@ -25,6 +23,7 @@ from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.report.write import write_report
+from lowrank_tune.session import ray_session
 from lowrank_tune.spec.loading import load_study
 from lowrank_tune.spec.plan import (
     Plan,
@@ -40,8 +39,6 @@ from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.run import run_trials
-
-logger = logging.getLogger(__name__)
 
 StudyState = Literal["running", "finished", "failed", "stopped"]
 
@@ -268,35 +265,6 @@ def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
             f"search.space.rank: {highest} is above min(tokens, dim) = min({tokens}, {dim}) = {min(tokens, dim)}, "
             "the rank of the features themselves; lower it"
         )
-
-
-@contextmanager
-def ray_session(address: str | None = None) -> Iterator[None]:
-    """A Ray to work in: the caller's, when there is one already; else the cluster at `address`, else a local one.
-
-    Args:
-        address: as for `ray.init`; RAY_ADDRESS when None.
-
-    Raises:
-        LowrankTuneError: the cluster does not answer.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    address = address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        place = address or "on this machine"
-        raise LowrankTuneError(f"Ray {place} did not start or answer: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _plan(study: str | Path | StudySpec, results: str | Path | None, overrides: Sequence[str]) -> Plan:

@@ -67,5 +67,6 @@ def _quieten() -> None:
     """Keep the libraries' own chatter off the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger().setLevel(logging.ERROR)
+    for name in (None, "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -63,12 +63,16 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a whole study: features, trials, comparison, report, MLflow."""
-    from lowrank_tune.cli.progress import TerminalProgress
-    from lowrank_tune.cli.tables import print_study, study_json
-    from lowrank_tune.study import run_study
+    from lowrank_tune.session import ray_session
 
-    with TerminalProgress() as progress:
-        result = run_study(study, results=results, overrides=overrides or (), address=address, progress=progress)
+    load_study(study, overrides or ())  # a wrong file is told before anything starts
+    with ray_session(address, meanwhile=("torch", "pandas", "matplotlib.figure")):
+        from lowrank_tune.cli.progress import TerminalProgress
+        from lowrank_tune.cli.tables import print_study, study_json
+        from lowrank_tune.study import run_study
+
+        with TerminalProgress() as progress:
+            result = run_study(study, results=results, overrides=overrides or (), address=address, progress=progress)
     print(json.dumps(study_json(result), indent=2)) if as_json else print_study(result)
 
 

@@ -63,10 +63,10 @@ def rank_curve(rows: Sequence[ComparisonRow]) -> Figure:
     for axes in (cosine, ratio):
         rank_axis(axes, sorted({row.rank for row in rows}))
         quiet_grid(axes)
-    cosine.set_title("Token cosine, mean over test images", fontsize=11)
+    cosine.set_title("Token cosine: mean, band ± sd over test images", fontsize=11)
     cosine.set_ylabel("token cosine (finer towards 1)")
     spread_towards_one(cosine, [row.token_cosine_mean for row in rows])
-    ratio.set_title("Residual ratio, mean over test images", fontsize=11)
+    ratio.set_title("Residual ratio: mean, band to the worst test image", fontsize=11)
     ratio.set_ylabel("residual ratio ρ (finer towards 1)")
     spread_above_one(
         ratio, [1.0, *(row.residual_ratio_mean for row in rows), *(row.residual_ratio_max for row in rows)]

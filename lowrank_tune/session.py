@@ -1,0 +1,57 @@
+"""The Ray that a study works in.
+
+This module loads nothing but Ray, so that Ray can be on its way up while the rest is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import ray
+
+from lowrank_tune.errors import LowrankTuneError
+
+
+@contextmanager
+def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> Iterator[None]:
+    """A Ray to work in: the caller's, when there is one already; else the cluster at `address`, else a local one.
+
+    Args:
+        address: as for `ray.init`; RAY_ADDRESS when None.
+        meanwhile: modules to import on a thread while Ray starts; either takes seconds. Ray itself must start on this
+            thread: its processes end with the thread that started them.
+
+    Raises:
+        LowrankTuneError: the cluster does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    imports = Thread(target=lambda: [importlib.import_module(name) for name in meanwhile], daemon=True)
+    imports.start()
+    _start(address or os.environ.get("RAY_ADDRESS"))
+    imports.join()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    # Importing Ray sets this level; left alone, starting Ray is told as a warning.
+    logging.getLogger("ray").setLevel(logging.getLogger().level)
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        place = address or "on this machine"
+        raise LowrankTuneError(f"Ray {place} did not start or answer: {error}") from error
