@@ -26,7 +26,7 @@ from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.run import run_trials
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 PlanOf = Callable[..., Plan]
 
