@@ -66,7 +66,7 @@ def actors() -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def grid(ray_session: None, world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def grid(ray_cluster: None, world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Two families at two ranks, all combinations."""
     pids: set[int] = set()
 
