@@ -95,6 +95,7 @@ class TrialConfig:
         epochs: the budget.
         patience: epochs in a row without a lower validation MSE before the trial stops.
         family_params: what this family alone has (`lambda_b`, `lambda_ortho`, `steps`).
+        nested_ranks: the ranks that this one training serves, the highest is `rank`; empty when it serves `rank` alone.
     """
 
     trial_id: str
@@ -108,6 +109,11 @@ class TrialConfig:
     epochs: int
     patience: int
     family_params: dict[str, float] = field(default_factory=dict)
+    nested_ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take the list that JSON makes of a tuple."""
+        object.__setattr__(self, "nested_ranks", tuple(self.nested_ranks))
 
 
 @dataclass(frozen=True, slots=True)

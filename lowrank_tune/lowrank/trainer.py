@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
+from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.files import write_whole
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.oracle import Optimum
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 INITIAL_IMAGES = 256
 """Training images that a decomposer's start is fitted on, at most: a rank's axes need no more, and it then costs less
 than an epoch."""
+CONDENSED_BYTES = 256 * 2**20
+"""Memory for what training images condense to, kept from epoch to epoch where all of it fits: 1024 Gram matrices of
+256 tokens. A constant, so that a trial's memory does not grow with the cache."""
 VALIDATION_BATCH = 8
 """Validation images in memory at a time."""
 FIGURES = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio")
@@ -83,7 +86,9 @@ class Trainer:
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
         self._energy_N = optimum.energy_N
-        self._floor_N = optimum.at(config.rank).residual_N
+        self._ranks = config.nested_ranks or (config.rank,)
+        self._floors = [optimum.at(rank).residual_N for rank in self._ranks]
+        self._condensed: Tensor | None = None
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
         self.model = make_decomposer(config, data.tokens, data.dim).to(device)
@@ -181,36 +186,57 @@ class Trainer:
         starts = range(0, len(images), size)
         self.model.initialise((self._load(images[start : start + size]) for start in starts), generator)
 
+    def _condense(self) -> Tensor | None:
+        """Return what the training images condense to, made once; None where it is X itself or too much to keep."""
+        if type(self.model).condense is Decomposer.condense:
+            return None
+        if self._condensed is None:
+            train, size = self.split.train, self.config.batch_size
+            first = self.model.condense(self._load(train[:1]))
+            if len(train) * first.nbytes > CONDENSED_BYTES:
+                return None
+            self._condensed = first.new_empty(len(train), *first.shape[1:])
+            for start in range(0, len(train), size):
+                self._condensed[start : start + size] = self.model.condense(self._load(train[start : start + size]))
+        return self._condensed
+
     def _train(self) -> float:
         """Return the mean loss of an epoch."""
         train, size = self.split.train, self.config.batch_size
         order = torch.randperm(len(train), generator=self._order).tolist()
         total = torch.zeros((), device=self.device)
         self.model.train()
+        kept = self._condense()
         for start in range(0, len(order), size):
-            images = [train[place] for place in order[start : start + size]]
+            places = order[start : start + size]
             self._optimizer.zero_grad()
-            loss = self.model.loss(self._load(images))
+            if kept is None:
+                loss = self.model.loss(self._load([train[place] for place in places]))
+            else:
+                loss = self.model.condensed_loss(kept[places])
             torch.autograd.backward(loss)
             self._optimizer.step()
-            total += loss.detach() * len(images)
+            total += loss.detach() * len(places)
         return total.item() / len(train)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         self.model.eval()
         images = self.split.validation
-        parts: list[Figures] = []
+        parts: list[list[Figures]] = [[] for _ in self._ranks]
         for start in range(0, len(images), VALIDATION_BATCH):
             x_NTD = self._load(images[start : start + VALIDATION_BATCH])
             a_NTR, b_NRD = self.model(x_NTD)
-            parts.append(Figures(*(figure.cpu() for figure in measure(x_NTD, a_NTR, b_NRD))))
-        figures = Figures(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        return {
-            "val_mse": figures.mse_N.mean().item(),
-            "val_token_cosine": figures.token_cosine_N.mean().item(),
-            "val_residual_ratio": residual_ratio(figures.residual_N, self._floor_N, self._energy_N).mean().item(),
-        }
+            for rank, own in zip(self._ranks, parts, strict=True):
+                # An ordered basis: the leading columns are the factors of a lower rank.
+                figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
+                own.append(Figures(*(figure.cpu() for figure in figures)))
+        rows = []
+        for own, floor_N in zip(parts, self._floors, strict=True):
+            figures = Figures(*(torch.cat(column) for column in zip(*own, strict=True)))
+            ratio_N = residual_ratio(figures.residual_N, floor_N, self._energy_N)
+            rows.append(torch.stack([figures.mse_N.mean(), figures.token_cosine_N.mean(), ratio_N.mean()]))
+        return dict(zip(FIGURES[1:], torch.stack(rows).mean(0).tolist(), strict=True))
 
     def _judge(self, row: dict[str, float]) -> None:
         """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""

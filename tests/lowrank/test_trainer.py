@@ -215,4 +215,4 @@ def test_half_precision_caches_train_too(make_features, power_law):
 
 
 def test_a_configuration_is_json(make_trainer):
-    assert json.loads(json.dumps(asdict(make_trainer(DIRECT).config))) == asdict(DIRECT)
+    assert TrialConfig(**json.loads(json.dumps(asdict(make_trainer(DIRECT).config)))) == DIRECT

@@ -6,7 +6,7 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -48,6 +48,8 @@ class Decomposer(nn.Module, ABC):
     """The name in the study file."""
     params: ClassVar[tuple[str, ...]] = ()
     """The names of the hyperparameters that this family alone has."""
+    ordered: ClassVar[bool] = False
+    """Whether `forward` serves lower ranks, too, by leading columns: one training can then serve them all."""
 
     def __init__(
         self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
@@ -66,6 +68,7 @@ class Decomposer(nn.Module, ABC):
         self.dim = dim
         self.rank = rank
         self.family_params = dict(params)
+        self.loss_ranks: tuple[int, ...] = (rank,)
 
     @abstractmethod
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
@@ -80,12 +83,47 @@ class Decomposer(nn.Module, ABC):
             InputError: This family, or this model, has no factors of that rank.
         """
 
-    @abstractmethod
     def loss(self, x_NTD: Tensor) -> Tensor:
-        """Return the scalar that training lowers, averaged over images [N, T, D].
+        """Return the scalar that training lowers, averaged over images [N, T, D]."""
+        return self.condensed_loss(self.condense(x_NTD))
+
+    def condense(self, x_NTD: Tensor) -> Tensor:
+        """Return all that `condensed_loss` needs of images [N, T, D], one entry an image; by default X itself.
+
+        It depends on no weight that training changes, so that training may keep it from epoch to epoch.
+        """
+        return x_NTD
+
+    @abstractmethod
+    def condensed_loss(self, condensed: Tensor) -> Tensor:
+        """Return `loss` from what `condense` returned.
 
         A family is free in how: from reconstructions, or from the Gram matrices alone.
         """
+
+    def nest(self, ranks: Sequence[int]) -> None:
+        """Let `loss` weigh several ranks, so that one training serves them all.
+
+        Args:
+            ranks: Each at most `self.rank`.
+
+        Raises:
+            InputError: The family's basis is not ordered, or a rank exceeds the model's.
+        """
+        if not self.ordered:
+            raise InputError(f"family {self.family} has no ordered basis to nest ranks in; list the ranks instead")
+        self.loss_ranks = tuple(self.check_rank(rank) for rank in sorted(set(ranks)))
+
+    def weigh_ranks(self, residual_R: Tensor) -> Tensor:
+        """Return the scalar to lower from the mean residual at each rank 1..R, [R].
+
+        Each of `loss_ranks` weighs by the inverse of its residual, so that a percent counts alike at every rank; the
+        value is the residual at the highest of them.
+        """
+        chosen = residual_R[[rank - 1 for rank in self.loss_ranks]]
+        fixed = chosen.detach().clamp_min(torch.finfo(chosen.dtype).tiny)
+        loss: Tensor = (chosen * (fixed[-1] / fixed)).mean()
+        return loss
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
         """Set the weights from training images before the first epoch; by default they stay as drawn.

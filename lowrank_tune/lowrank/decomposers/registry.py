@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer
 from lowrank_tune.lowrank.decomposers.direct import Direct
+from lowrank_tune.lowrank.decomposers.refined import Refined
 from lowrank_tune.lowrank.decomposers.sketch import Sketch
 from lowrank_tune.lowrank.files import write_whole
 from lowrank_tune.lowrank.seeds import stream
 from lowrank_tune.records import TrialConfig
 
-FAMILIES: Mapping[str, type[Decomposer]] = {cls.family: cls for cls in (Direct, Sketch)}
+FAMILIES: Mapping[str, type[Decomposer]] = {cls.family: cls for cls in (Direct, Sketch, Refined)}
 
 
 def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
@@ -30,9 +31,13 @@ def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
         dim: D of the features.
 
     Raises:
-        InputError: There is no such family, it takes other parameters, or the rank exceeds min(tokens, dim).
+        InputError: There is no such family, it takes other parameters, the rank exceeds min(tokens, dim), or ranks
+            are nested in a family without an ordered basis.
     """
-    return _make(config.family, tokens, dim, config.rank, config.family_params, stream(config.seed, "weights"))
+    model = _make(config.family, tokens, dim, config.rank, config.family_params, stream(config.seed, "weights"))
+    if config.nested_ranks:
+        model.nest(config.nested_ranks)
+    return model
 
 
 def save_decomposer(model: Decomposer, path: Path) -> None:

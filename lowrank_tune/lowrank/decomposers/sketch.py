@@ -25,6 +25,7 @@ class Sketch(Decomposer):
     """
 
     family = "sketch"
+    ordered = True
 
     def __init__(
         self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
@@ -44,12 +45,11 @@ class Sketch(Decomposer):
         a_NTR = orthonormalise(x_NTD @ self.omega_DR[:, : self.check_rank(rank)])
         return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
-    def loss(self, x_NTD: Tensor) -> Tensor:
-        """Return 1 − tr(QᵀGQ) / tr G with Q = A and G = XXᵀ, the residual's share of the energy.
+    def condensed_loss(self, condensed: Tensor) -> Tensor:
+        """Return 1 − tr(QᵀGQ) / tr G of images [N, T, D] with Q = A and G = XXᵀ, the residual's share of the energy.
 
         tr(QᵀGQ) is taken as ‖QᵀX‖², which for R < T costs less than forming G.
         """
-        _, b_NRD = self(x_NTD)
-        energy_N = x_NTD.square().sum((-2, -1)).clamp_min(torch.finfo(x_NTD.dtype).tiny)
-        loss: Tensor = (1 - b_NRD.square().sum((-2, -1)) / energy_N).mean()
-        return loss
+        _, b_NRD = self(condensed)
+        energy_N1 = condensed.square().sum((-2, -1))[:, None].clamp_min(torch.finfo(condensed.dtype).tiny)
+        return self.weigh_ranks((1 - b_NRD.square().sum(-1).cumsum(-1) / energy_N1).mean(0))
