@@ -96,6 +96,7 @@ class TrialConfig:
         patience: epochs in a row without a lower validation MSE before the trial stops.
         family_params: what this family alone has (`lambda_b`, `lambda_ortho`, `steps`).
         nested_ranks: the ranks that this one training serves, the highest is `rank`; empty when it serves `rank` alone.
+        confirms: the trial whose configuration this training repeats with a fresh seed; empty for a trial of the search.
     """
 
     trial_id: str
@@ -110,10 +111,16 @@ class TrialConfig:
     patience: int
     family_params: dict[str, float] = field(default_factory=dict)
     nested_ranks: tuple[int, ...] = ()
+    confirms: str = ""
 
     def __post_init__(self) -> None:
         """Take the list that JSON makes of a tuple."""
         object.__setattr__(self, "nested_ranks", tuple(self.nested_ranks))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank that the trained model serves."""
+        return self.nested_ranks or (self.rank,)
 
 
 @dataclass(frozen=True, slots=True)

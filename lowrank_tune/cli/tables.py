@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +36,14 @@ def print_study(result: StudyResult) -> None:
     results = result.directory.parent.parent
     console.print(f"\nStudy {result.study_id}: {result.directory}", markup=False, soft_wrap=True)
     console.print(f"Report: {result.directory / 'report.html'}", markup=False, soft_wrap=True)
-    console.print(f"Open the MLflow UI: lowrank-tune ui --results {shlex.quote(str(results))}", soft_wrap=True)
+    console.print(f"Open the MLflow UI: {_program()} ui --results {shlex.quote(str(results))}", soft_wrap=True)
+
+
+def _program() -> str:
+    """The command as it can be typed here: by its name when the PATH has it, else where it lies."""
+    if shutil.which("lowrank-tune"):
+        return "lowrank-tune"
+    return shlex.quote(os.path.relpath(Path(sys.executable).parent / "lowrank-tune"))
 
 
 def study_json(result: StudyResult) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def compare(
         lacking = "test images" if outcomes else "trials"
         raise InputError(f"{directory.name}: there are no {lacking} to compare; change the study file")
     data = FeatureMatrix(features)
-    ranks = sorted({outcome.config.rank for outcome in outcomes})
+    ranks = sorted({rank for outcome in outcomes for rank in outcome.config.ranks})
     axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
     models, lost = trained(outcomes, features, objective, device)
     methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]

@@ -79,15 +79,15 @@ def trained(
     """
     methods: list[Method] = []
     remarks: list[str] = []
-    for family, rank in sorted({(outcome.config.family, outcome.config.rank) for outcome in outcomes}):
-        kind = [outcome for outcome in outcomes if (outcome.config.family, outcome.config.rank) == (family, rank)]
+    for family, rank in sorted({(trial.config.family, rank) for trial in outcomes for rank in trial.config.ranks}):
+        kind = [trial for trial in outcomes if trial.config.family == family and rank in trial.config.ranks]
         for outcome in ranked(kind, objective):
             try:
                 model = _load(outcome, features).to(device).eval()
             except InputError as error:
                 remarks.append(f"The model of trial {outcome.config.trial_id} is left out: {error}.")
                 continue
-            methods.append(Method(family, rank, model, outcome.config.trial_id))
+            methods.append(Method(family, rank, partial(model, rank=rank), outcome.config.trial_id))
             break
     return methods, remarks
 

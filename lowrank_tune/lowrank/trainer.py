@@ -86,8 +86,7 @@ class Trainer:
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
         self._energy_N = optimum.energy_N
-        self._ranks = config.nested_ranks or (config.rank,)
-        self._floors = [optimum.at(rank).residual_N for rank in self._ranks]
+        self._floors = [optimum.at(rank).residual_N for rank in config.ranks]
         self._condensed: Tensor | None = None
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
@@ -223,11 +222,11 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         self.model.eval()
         images = self.split.validation
-        parts: list[list[Figures]] = [[] for _ in self._ranks]
+        parts: list[list[Figures]] = [[] for _ in self.config.ranks]
         for start in range(0, len(images), VALIDATION_BATCH):
             x_NTD = self._load(images[start : start + VALIDATION_BATCH])
             a_NTR, b_NRD = self.model(x_NTD)
-            for rank, own in zip(self._ranks, parts, strict=True):
+            for rank, own in zip(self.config.ranks, parts, strict=True):
                 # An ordered basis: the leading columns are the factors of a lower rank.
                 figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
                 own.append(Figures(*(figure.cpu() for figure in figures)))

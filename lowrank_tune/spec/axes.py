@@ -3,6 +3,7 @@
     rank: 128                          a constant
     rank: [32, 64, 128]                a grid's axis, or a choice
     rank: {int: [16, 128]}             a range of whole numbers
+    rank: {nested: [32, 64, 128]}      of ranks alone: one training serves them all
     lr: {loguniform: [1e-4, 1e-2]}     or `uniform`: a range of numbers
 
 A union's tag stands between `<` and `>`, so that an error's path can be told from the keys of the file.
@@ -46,6 +47,17 @@ class IntRange(Section):
     """[low, high]"""
 
 
+class NestedRanks(Section):
+    """Ranks that one training serves, by leading columns of one ordered basis; the highest is the model's rank."""
+
+    nested: Annotated[
+        tuple[PositiveInt, ...],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(distinct),
+    ]
+    """[rank, rank, …]"""
+
+
 Range = UniformRange | LogUniformRange | IntRange
 Axis = float | tuple[float, ...] | Range
 
@@ -63,6 +75,10 @@ def _whole_form(value: Any) -> str | None:
     return _form(value, ["int"])
 
 
+def _rank_form(value: Any) -> str | None:
+    return _form(value, ["int", "nested"])
+
+
 def _real_form(value: Any) -> str | None:
     return _form(value, ["uniform", "loguniform"])
 
@@ -72,13 +88,28 @@ _WHOLE = Discriminator(
     custom_error_type="range",
     custom_error_message="a range of whole numbers is {int: [low, high]}",
 )
+_RANK = Discriminator(
+    _rank_form,
+    custom_error_type="range",
+    custom_error_message="ranks are a list, {int: [low, high]}, or {nested: [rank, rank]} for one training of all",
+)
 _REAL = Discriminator(
     _real_form,
     custom_error_type="range",
     custom_error_message="a range is {uniform: [low, high]} or {loguniform: [low, high]}",
 )
 
-CountAxis = Annotated[
+MOST_STEPS = 8
+"""Of `refined`; with these it is at the optimum up to float32."""
+
+
+def _few_steps(axis: int | tuple[int, ...] | IntRange) -> int | tuple[int, ...] | IntRange:
+    if largest_value(axis) > MOST_STEPS:
+        raise rejected(f"more than {MOST_STEPS} steps gain nothing: lower it")
+    return axis
+
+
+_Counts = (
     Annotated[PositiveInt, Tag("<constant>")]
     | Annotated[
         tuple[PositiveInt, ...],
@@ -86,9 +117,11 @@ CountAxis = Annotated[
         AfterValidator(distinct),
         Tag("<list>"),
     ]
-    | Annotated[IntRange, Tag("<int>")],
-    _WHOLE,
-]
+    | Annotated[IntRange, Tag("<int>")]
+)
+CountAxis = Annotated[_Counts, _WHOLE]
+RankAxis = Annotated[_Counts | Annotated[NestedRanks, Tag("<nested>")], _RANK]
+StepsAxis = Annotated[CountAxis, AfterValidator(_few_steps)]
 LrAxis = Annotated[
     Annotated[PositiveFloat, Tag("<constant>")]
     | Annotated[
@@ -140,8 +173,10 @@ def first_value(axis: Axis) -> float:
             return constant
 
 
-def largest_value(axis: int | tuple[int, ...] | IntRange) -> int:
+def largest_value(axis: int | tuple[int, ...] | IntRange | NestedRanks) -> int:
     """The highest whole number that an axis can give."""
     if isinstance(axis, IntRange):
         return axis.int[1]
+    if isinstance(axis, NestedRanks):
+        return max(axis.nested)
     return max(axis) if isinstance(axis, tuple) else axis

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,27 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
         epochs=plan.spec.training.epochs,
         patience=plan.spec.training.patience,
         family_params={name: value for name, value in params.items() if name not in _SHARED_PARAMS},
+        nested_ranks=plan.spec.search.space.nested_ranks,
+    )
+
+
+def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialConfig:
+    """A trial's configuration with a fresh seed, to see how much of its figures was luck.
+
+    Args:
+        plan: the study.
+        config: a trial of its search.
+        repeat: which repetition, from 1.
+
+    Returns:
+        The same training under the id `<trial_id>-s<repeat>`, its seed derived from the study's seed, the trial's number
+        and the repetition.
+    """
+    return replace(
+        config,
+        trial_id=f"{config.trial_id}-s{repeat}",
+        seed=int(_digest(f"{plan.spec.seed}:trial:{config.number}:repeat:{repeat}")[:8], 16),
+        confirms=config.trial_id,
     )
 
 

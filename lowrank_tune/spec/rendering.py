@@ -11,7 +11,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from lowrank_tune.spec.axes import IntRange, LogUniformRange, UniformRange
+from lowrank_tune.spec.axes import IntRange, LogUniformRange, NestedRanks, UniformRange
 from lowrank_tune.spec.features import FeaturesSpec, TensorSource
 from lowrank_tune.spec.schema import FamiliesSpec, StudySpec
 from lowrank_tune.spec.section import Section
@@ -65,7 +65,7 @@ def _is_absent(section: Section, name: str) -> bool:
 
 
 def _node(value: Any, depth: int) -> Any:
-    if isinstance(value, UniformRange | LogUniformRange | IntRange):
+    if isinstance(value, UniformRange | LogUniformRange | IntRange | NestedRanks):
         node = CommentedMap({name: _node(bounds, depth) for name, bounds in value})
         node.fa.set_flow_style()
         return node

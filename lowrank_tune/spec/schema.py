@@ -24,6 +24,9 @@ from lowrank_tune.spec.axes import (
     Axis,
     CountAxis,
     LrAxis,
+    NestedRanks,
+    RankAxis,
+    StepsAxis,
     WeightAxis,
     combinations,
     largest_value,
@@ -100,6 +103,13 @@ class SketchSpace(Section):
     """`sketch`: a learned sketch of the columns, B in closed form; nothing of its own to search."""
 
 
+class RefinedSpace(Section):
+    """`refined`: a filter of each image's Gram matrix sharpens a basis of its tokens, B in closed form."""
+
+    steps: StepsAxis = 2
+    """Products with the Gram matrix in the filter; a step more brings ρ nearer to 1 and costs time."""
+
+
 def _absent_is_not_null(schema: dict[str, Any]) -> None:
     """In a file a family with nothing after it is tried with its defaults; None here is one that is not named."""
     schema["minProperties"] = 1
@@ -116,6 +126,8 @@ class FamiliesSpec(Section):
     """A network regresses both factors; nothing after it, and it has its defaults."""
     sketch: SketchSpace | None = None
     """A learned sketch of the columns, B in closed form; nothing after it, and it has its defaults."""
+    refined: RefinedSpace | None = None
+    """A basis sharpened by a learned filter, B in closed form; nothing after it, and it has its defaults."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> FamiliesSpec:
@@ -132,8 +144,8 @@ class FamiliesSpec(Section):
 class SpaceSpec(Section):
     """What is searched."""
 
-    rank: CountAxis = 128
-    """R, the columns of A and rows of B."""
+    rank: RankAxis = 128
+    """R, the columns of A and rows of B; {nested: [16, 32, 64]} trains one model for all of them."""
     lr: LrAxis = 1e-3
     """AdamW's learning rate at the start."""
     weight_decay: WeightAxis = 1e-5
@@ -143,10 +155,28 @@ class SpaceSpec(Section):
     families: FamiliesSpec
     """Which decomposers are tried, each with what it alone has; at least one."""
 
+    @field_validator("families")
+    @classmethod
+    def _ordered_where_nested(cls, families: FamiliesSpec, info: ValidationInfo) -> FamiliesSpec:
+        if isinstance(info.data.get("rank"), NestedRanks) and families.direct is not None:
+            reason = "nested ranks need an ordered basis, which direct has not: remove it, or make rank a list"
+            raise rejected(reason, ("direct",))
+        return families
+
+    @property
+    def nested_ranks(self) -> tuple[int, ...]:
+        """The ranks that each training serves, rising; empty where each serves the one that it was given."""
+        return tuple(sorted(self.rank.nested)) if isinstance(self.rank, NestedRanks) else ()
+
     def axes(self, family: str) -> dict[str, Axis]:
-        """What a trial of a family chooses: first what every family has, then what it alone has."""
+        """What a trial of a family chooses: first what every family has, then what it alone has.
+
+        Nested ranks leave nothing to choose: the rank is the highest of them.
+        """
         own = self.families.chosen()[family]
         shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
+        if isinstance(self.rank, NestedRanks):
+            shared["rank"] = largest_value(self.rank)
         return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
 
 
@@ -242,12 +272,14 @@ class TrackingSpec(Section):
 
 
 class ReportSpec(Section):
-    """The post-study pictures."""
+    """The post-study figures and pictures."""
 
     images: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], AfterValidator(distinct)] = (0,)
     """Which images of the test split get spatial pictures, counted from 0."""
     channels: PositiveInt = 8
     """How many channels each shows."""
+    confirm_seeds: Annotated[int, Field(strict=True, ge=0)] = 3
+    """How often the best configuration of each rank is trained again, each time with a fresh seed; 0 for never."""
 
 
 class StudySpec(Section):

@@ -53,12 +53,17 @@ def studies(draw: st.DrawFn) -> StudySpec:
         features["encoder"] = {"image_size": 448, **draw(optional(checkpoint=texts))}
     grid = draw(st.booleans())
     scale = axis(positives) if grid else reals
+    nested = draw(st.booleans())
+    ranks = st.lists(st.integers(1, 256), min_size=1, max_size=3, unique=True)
+    families = {
+        "sketch": st.just({}),
+        "refined": optional(steps=axis(st.integers(1, 8), *([] if grid else ["int"]))),
+        **({} if nested else {"direct": optional(lambda_b=scale, lambda_ortho=scale)}),
+    }
     space = {
-        "rank": draw(axis(st.integers(1, 256), *([] if grid else ["int"]))),
+        "rank": {"nested": draw(ranks)} if nested else draw(axis(st.integers(1, 256), *([] if grid else ["int"]))),
         **draw(optional(lr=scale, weight_decay=scale, batch_size=axis(counts, *([] if grid else ["int"])))),
-        "families": draw(
-            optional(direct=optional(lambda_b=scale, lambda_ortho=scale), sketch=st.just({})).filter(bool)
-        ),
+        "families": draw(optional(**families).filter(bool)),
     }
     method = {"method": "grid"} if grid else draw(optional(method=st.sampled_from(["random", "tpe"]), trials=counts))
     return StudySpec.model_validate(
@@ -79,7 +84,9 @@ def studies(draw: st.DrawFn) -> StudySpec:
                     objective=st.sampled_from(["val_residual_ratio", "val_mse", "val_token_cosine"]),
                     resources=optional(cpus_per_trial=positives, gpus_per_trial=st.floats(0, 1), max_concurrent=counts),
                     tracking=optional(uri=texts, experiment=texts),
-                    report=optional(images=st.just([0]) | st.just([]), channels=counts),
+                    report=optional(
+                        images=st.just([0]) | st.just([]), channels=counts, confirm_seeds=st.integers(0, 5)
+                    ),
                 )
             ),
         }

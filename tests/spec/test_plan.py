@@ -15,6 +15,7 @@ from lowrank_tune.spec.loading import load_study, parse_study
 from lowrank_tune.spec.plan import (
     Plan,
     cache_bytes,
+    confirmation_config,
     first_params,
     grid_points,
     make_plan,
@@ -136,6 +137,19 @@ def test_a_trial_has_a_readable_name_a_seed_of_its_own_and_only_its_familys_para
     assert all(0 <= config.seed < 2**32 for config in configs)
     assert configs[3] == trial_config(plan_of(started=START + timedelta(days=1)), 3, plan.grid[3])
     assert configs[3].seed != trial_config(plan_of(GRID, "seed=8"), 3, plan.grid[3]).seed
+
+
+def test_a_repetition_is_its_trial_with_a_fresh_seed_and_a_name_that_says_so() -> None:
+    plan = plan_of()
+    trials = [trial_config(plan, number, params) for number, params in enumerate(plan.grid)]
+    repeats = [confirmation_config(plan, trial, repeat) for trial in trials for repeat in (1, 2, 3)]
+    first = repeats[0]
+    assert (first.trial_id, first.confirms) == ("r008-direct-0000-s1", "r008-direct-0000")
+    assert replace(first, trial_id=trials[0].trial_id, seed=trials[0].seed, confirms="") == trials[0]
+    assert len({config.seed for config in (*trials, *repeats)}) == len(trials) + len(repeats)
+    later = plan_of(started=START + timedelta(days=1))
+    assert confirmation_config(later, trials[0], 1) == first
+    assert confirmation_config(plan_of(GRID, "seed=8"), trials[0], 1).seed != first.seed
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
 
 OVERSAMPLING = 16
 """W − R. Without it the filter has nothing to tell wanted from unwanted by; the eigendecomposition grows with W³."""
-MOST_STEPS = 8
 STEPS_BETWEEN = 2
 """Steps after which the basis is made orthonormal again: a third would take float32's range on images whose
 eigenvalues span six decades."""
@@ -55,14 +54,14 @@ class Refined(Decomposer):
         self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
     ) -> None:
         super().__init__(tokens, dim, rank, params, generator)
-        steps = params["steps"]
-        if steps not in range(1, MOST_STEPS + 1):
-            raise InputError(f"family refined: steps {steps:g} must be a whole number of 1 to {MOST_STEPS}")
+        steps = int(params["steps"])
+        if steps < 1 or steps != params["steps"]:
+            raise InputError(f"family refined: steps {params['steps']:g} must be a whole number, 1 at least")
         width = max(1, min(tokens, dim, rank + OVERSAMPLING) - 1)
         self.register_buffer("omega_D1", torch.randn(dim, 1, generator=generator))
         self.register_buffer("start_TW", torch.randn(tokens, width, generator=generator))
         # The Chebyshev polynomial's zeros: of all filters of this degree it is the least at most over [0, θ].
-        angles = torch.arange(1, 2 * int(steps), 2) * (math.pi / (2 * int(steps)))
+        angles = torch.arange(1, 2 * steps, 2) * (math.pi / (2 * steps))
         self.zeros_K = nn.Parameter(torch.logit((1 + angles.cos()) / 2))
 
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
