@@ -57,7 +57,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     """What a study will do and need.
 
     `worker_seconds_at_most` comes from timing a step of the largest configuration of each family on random numbers in
-    this process: what the whole budget would take one worker, with no trial stopped early.
+    this process: what the whole budget, confirmations included, would take one worker with no training stopped early.
 
     Args:
         spec: the study.
@@ -78,11 +78,13 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     steps = [_measure_step(config, survey.tokens, survey.dim) for config in _largest(plan)]
     steps_an_epoch = -(-len(split.train) // _largest(plan)[0].batch_size)
     mean_step = sum(seconds for seconds, _ in steps) / len(steps)
+    epochs = cost.max_epochs + cost.confirmations * spec.training.epochs
     return {
         "name": spec.name,
         "method": spec.search.method,
         "trials": cost.n_trials,
         "epochs_at_most": cost.max_epochs,
+        "confirmations_at_most": cost.confirmations,
         "combinations": cost.combinations,
         "images": survey.images,
         "images_cached": survey.cached,
@@ -95,7 +97,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "cache": survey.directory,
         "cache_bytes": cache_bytes(usable, survey.tokens, survey.dim, spec.features.store_dtype),
         "memory_bytes_per_trial": max(memory for _, memory in steps),
-        "worker_seconds_at_most": round(mean_step * steps_an_epoch * cost.max_epochs, 1),
+        "worker_seconds_at_most": round(mean_step * steps_an_epoch * epochs, 1),
     }
 
 

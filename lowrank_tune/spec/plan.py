@@ -61,11 +61,13 @@ class PlanCost:
     Attributes:
         n_trials: trials at most.
         max_epochs: epochs of all trials together when none is stopped early.
+        confirmations: trainings that repeat the best of each rank with fresh seeds, at most.
         combinations: points of each family's space; None where a range makes them endless.
     """
 
     n_trials: int
     max_epochs: int
+    confirmations: int
     combinations: dict[str, int | None]
 
 
@@ -220,10 +222,13 @@ def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
 def plan_cost(plan: Plan) -> PlanCost:
     """The part of a study's cost that needs no look at its images."""
     space = plan.spec.search.space
+    axes = {family: space.axes(family) for family in space.families.chosen()}
+    ranks = combinations([next(iter(axes.values()))["rank"]]) or plan.n_trials
     return PlanCost(
         n_trials=plan.n_trials,
         max_epochs=plan.n_trials * plan.spec.training.epochs,
-        combinations={family: combinations(space.axes(family).values()) for family in space.families.chosen()},
+        confirmations=min(ranks, plan.n_trials) * plan.spec.report.confirm_seeds,
+        combinations={family: combinations(own.values()) for family, own in axes.items()},
     )
 
 

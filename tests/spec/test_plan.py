@@ -1,6 +1,7 @@
 """The plan is a pure function of the study and its start."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,16 @@ def test_the_cost_of_the_reference_study_is_the_missions() -> None:
 def test_a_range_has_no_number_of_combinations() -> None:
     plan = plan_of(GRID, "search.method=tpe", "search.space.families.direct.lambda_b={uniform: [0, 1]}")
     assert plan_cost(plan).combinations == {"direct": None, "sketch": 4}
+
+
+@pytest.mark.parametrize(
+    ("rank", "seeds", "expected"), [("8", 3, 3), ("[4, 6, 8]", 3, 9), ("[4, 6, 8]", 0, 0), ("{int: [2, 10]}", 2, 8)]
+)
+def test_the_best_of_each_rank_is_repeated_and_no_more_often_than_there_are_trials(
+    rank: str, seeds: int, expected: int
+) -> None:
+    overrides = ["search.method=random", "search.trials=4", f"search.space.rank={rank}"]
+    assert plan_cost(plan_of(GRID, *overrides, f"report.confirm_seeds={seeds}")).confirmations == expected
 
 
 shares = st.one_of(st.integers(1, 20), st.floats(0.01, 0.45))
