@@ -227,3 +227,21 @@ def test_an_interruption_is_passed_on_and_leaves_no_trial_running(plan_of: PlanO
 def test_a_trial_that_no_node_can_hold_is_refused(plan_of: PlanOf, world: World) -> None:
     with pytest.raises(InputError, match=r"resources.gpus_per_trial: .* 0.5 GPU, .* more than 0"):
         run(plan_of(resources={"gpus_per_trial": 0.5}), world)
+
+
+def test_a_study_may_steer_by_the_token_cosine_which_is_better_when_higher(plan_of: PlanOf, world: World) -> None:
+    plan = plan_of(
+        DIRECT | {"rank": 4, "lr": [0.001, SLOW]},
+        scheduler={"kind": "asha", "grace_epochs": 2, "reduction_factor": 2},
+        objective="val_token_cosine",
+    )
+    outcomes = run(plan, world)
+    learned, slow = outcomes
+    assert [outcome.status for outcome in outcomes] == ["finished", "pruned"]
+    storage = JournalStorage(JournalFileBackend(str(plan.study_dir / "tune" / "optuna.journal")))
+    study = optuna.load_study(study_name=plan.study_id, storage=storage)
+    assert study.direction.name == "MAXIMIZE"
+    assert slow.best["val_token_cosine"] < learned.best["val_token_cosine"] == study.best_value
+    for outcome, trial in zip(outcomes, study.trials, strict=True):
+        history = json.loads((Path(outcome.directory) / "history.json").read_text())
+        assert list(trial.intermediate_values.values()) == [row["val_token_cosine"] for row in history]

@@ -1,0 +1,113 @@
+"""One pass of Ray Tune over a study's trainings: its resources, its actors, and no output of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+
+from lowrank_tune.spec.plan import Plan
+from lowrank_tune.trials.callback import Audience, told_to
+from lowrank_tune.trials.paths import MaterialPaths
+from lowrank_tune.trials.resources import trials_at_once
+from lowrank_tune.trials.trainable import TrialActor, actor_config
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result.json, progress.csv and TensorBoard files beside ours
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # an outcome carries its reason
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer reporter prints tables whatever the verbosity
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # The journal and the trials' own files hold all that a resumed study needs; Tune's snapshots of itself would only
+    # be written, once at the start and once at the end.
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+}
+
+
+def run_on_tune(
+    plan: Plan,
+    material: MaterialPaths,
+    audience: Audience,
+    name: str,
+    *,
+    space: Mapping[str, Any] | None = None,
+    **search: Any,
+) -> None:
+    """Let Tune train, as many at a time as fit; Ray is initialised by the caller.
+
+    Args:
+        plan: the study.
+        material: what its trainings share.
+        audience: told of each; holds every outcome afterwards, unless Tune was interrupted.
+        name: of Tune's own folder in `tune/`.
+        space: `trial`, a TrialConfig as a dict or Tune's choice among several, where no searcher suggests it.
+        search: of `TuneConfig`: `search_alg`, `scheduler`, `num_samples`.
+
+    Raises:
+        InputError: a training asks for more than any node has.
+    """
+    resources = plan.spec.resources
+    at_once = trials_at_once(resources, ray.nodes())
+    shared = actor_config(material, audience.trials_dir, resources.cpus_per_trial, resources.gpus_per_trial)
+    with told_to(audience) as callback, _quiet_tune(callback):
+        tune.Tuner(
+            TrialActor,
+            param_space={**shared, **(space or {})},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=at_once,
+                reuse_actors=True,
+                trial_name_creator=_trial_id,
+                trial_dirname_creator=_trial_id,
+                **search,
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str((plan.study_dir / "tune").absolute()),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+
+
+def _trial_id(trial: Trial) -> str:
+    return str(trial.config["trial"]["trial_id"])
+
+
+@contextmanager
+def _quiet_tune(callback: str) -> Iterator[None]:
+    """Tune with this callback and no output, and the process as it was before: Tune keeps its handler of Ctrl-C."""
+    loggers = {name: logging.getLogger(name) for name in ("ray.tune", "ray.train")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)} if in_main else {}
+    with _environment(_ENVIRONMENT | {"RAY_TUNE_CALLBACKS": callback}):
+        for logger in loggers.values():
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for name, logger in loggers.items():
+                logger.setLevel(levels[name])
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
