@@ -96,7 +96,7 @@ class TrialConfig:
         patience: epochs in a row without a lower validation MSE before the trial stops.
         family_params: what this family alone has (`lambda_b`, `lambda_ortho`, `steps`).
         nested_ranks: the ranks that this one training serves, the highest is `rank`; empty when it serves `rank` alone.
-        confirms: the trial whose configuration this training repeats with a fresh seed; empty for a trial of the search.
+        confirms: the trial whose configuration this training repeats with a fresh seed; empty for the search's own.
     """
 
     trial_id: str
@@ -167,6 +167,14 @@ class ComparisonRow:
         bytes_per_image: A and B in the cache's dtype.
         images_per_second: decompositions (A and B, no reconstruction) on one CPU thread or on the study's GPU.
         trial_id: the trial behind it; empty for methods without training.
+        seeds: how many further trainings of that trial's configuration, each with a fresh seed, the next four are of.
+        residual_ratio_seed_mean: mean over those seeds of each model's `residual_ratio_mean`; None without seeds.
+        residual_ratio_seed_sd: its standard deviation over seeds; None below two.
+        token_cosine_seed_mean: likewise of `token_cosine_mean`.
+        token_cosine_seed_sd: its standard deviation over seeds; None below two.
+        token_cosine_minus_svd: mean over images of this method's token cosine minus the SVD's on the same image.
+        token_cosine_minus_svd_low: lower end of its 95 % confidence interval; None for a single image.
+        token_cosine_minus_svd_high: upper end.
     """
 
     method: str
@@ -181,6 +189,54 @@ class ComparisonRow:
     bytes_per_image: int
     images_per_second: float
     trial_id: str = ""
+    seeds: int = 0
+    residual_ratio_seed_mean: float | None = None
+    residual_ratio_seed_sd: float | None = None
+    token_cosine_seed_mean: float | None = None
+    token_cosine_seed_sd: float | None = None
+    token_cosine_minus_svd: float | None = None
+    token_cosine_minus_svd_low: float | None = None
+    token_cosine_minus_svd_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """One candidate of a trade-off.
+
+    Attributes:
+        method: a trained family, a control, or an SVD.
+        rank: R.
+        x: what is paid; less is better.
+        y: what is got.
+        trial_id: the trial behind it; empty for methods without training.
+        on_front: whether no other candidate pays no more and gets no less, one of the two strictly.
+    """
+
+    method: str
+    rank: int
+    x: float
+    y: float
+    trial_id: str = ""
+    on_front: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """A two-objective trade-off with all its candidates, by rising `x`.
+
+    Attributes:
+        name: `search` or `storage`.
+        x: the figure that `FrontPoint.x` is.
+        y: the figure that `FrontPoint.y` is.
+        better: which `y` is better.
+        points: every candidate.
+    """
+
+    name: str
+    x: str
+    y: str
+    better: Literal["lower", "higher"]
+    points: tuple[FrontPoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +248,16 @@ class Comparison:
         per_image_path: `per_image.parquet`: method, rank, key, split index and the figures of each image.
         device: what the speeds were measured on, for people.
         remarks: sentences a reader must not miss (random weights, a control that wins, a rank without a model).
+        data: what the figures were measured on, for people: images, features, encoder and its weights.
+        fronts: the trade-offs of `pareto.json`.
     """
 
     rows: tuple[ComparisonRow, ...]
     per_image_path: str
     device: str
     remarks: tuple[str, ...] = ()
+    data: str = ""
+    fronts: tuple[Front, ...] = ()
 
 
 class TrialTracker(Protocol):

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
-from lowrank_tune.comparison.methods import Method, trained, untrained
+from lowrank_tune.comparison.methods import Method, repeated, trained, untrained
+from lowrank_tune.comparison.pareto import pareto_fronts
+from lowrank_tune.comparison.rows import make_rows
 from lowrank_tune.comparison.scoring import Kind, score
 from lowrank_tune.comparison.speed import BATCH, device_words, images_per_second
 from lowrank_tune.comparison.store import write_comparison
@@ -22,7 +23,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes
 from lowrank_tune.lowrank.seeds import stream
-from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 
 PCA_IMAGES = 512
 """Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
@@ -37,9 +38,14 @@ def compare(
     objective: str,
     seed: int,
     directory: Path,
+    confirmations: Sequence[TrialOutcome] = (),
     device: str = "cpu",
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
+
+    A row's own figures are those of the model that stands behind it. Which model that is, the validation split decided,
+    so on the test split they are honest for that model; what its configuration gives with another seed, `confirmations`
+    tell.
 
     Speeds are measured one method at a time, so they are only worth comparing when nothing else runs.
 
@@ -49,7 +55,8 @@ def compare(
         outcomes: every trial of the study.
         objective: what picks the best trial of a family and rank: `val_residual_ratio`, `val_mse`, `val_token_cosine`.
         seed: the study's; draws the controls' random starts.
-        directory: where `comparison.json` and `per_image.parquet` go.
+        directory: where `comparison.json`, `per_image.parquet` and `pareto.json` go.
+        confirmations: further trainings of the best configurations, with fresh seeds.
         device: where methods run and are timed; a GPU when the study trained on one.
 
     Returns:
@@ -67,20 +74,33 @@ def compare(
     axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
     models, lost = trained(outcomes, features, objective, device)
     methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]
-    per_image, left_out = score(data, split.test, ranks, methods, device)
+    repeats, lost_repeats = repeated(confirmations, features, device)
+    per_image, left_out = score(data, split.test, ranks, [*methods, *repeats], device)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if (method.name, method.rank) in measured]
-    rows = _rows(data, per_image, sound, _speeds(data, split, ranks, sound, device))
+    rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
     remarks = [
         *say.about_data(features, rows[0].n_images),
         *say.about_rivals(rows),
         *say.about_trials(outcomes, rows),
+        *say.about_confirmations(confirmations, rows),
         *lost,
+        *lost_repeats,
         *left_out,
     ]
-    return write_comparison(directory, rows, per_image, device_words(device), remarks)
+    comparison = Comparison(
+        rows=tuple(rows),
+        per_image_path=str(directory / "per_image.parquet"),
+        device=device_words(device),
+        remarks=tuple(remarks),
+        data=say.data_words(features, rows[0].n_images),
+        fronts=pareto_fronts(outcomes, rows),
+    )
+    own = ~per_image["method"].isin({repeat.name for repeat in repeats})
+    write_comparison(directory, comparison, per_image[own].reset_index(drop=True))
+    return comparison
 
 
 def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
@@ -100,29 +120,3 @@ def _speeds(
     for method in methods:
         speeds[method.name, method.rank] = images_per_second(method.decompose, x_NTD)
     return speeds
-
-
-def _rows(
-    data: FeatureMatrix, per_image: pd.DataFrame, methods: Sequence[Method], speeds: dict[Kind, float]
-) -> list[ComparisonRow]:
-    trials = {(method.name, method.rank): method.trial_id for method in methods}
-    rows = []
-    for name, rank in sorted(speeds, key=lambda kind: kind[1]):
-        images = per_image[(per_image["method"] == name) & (per_image["rank"] == rank)]
-        rows.append(
-            ComparisonRow(
-                method=name,
-                rank=rank,
-                n_images=len(images),
-                token_cosine_mean=float(images["token_cosine"].mean()),
-                token_cosine_sd=float(images["token_cosine"].std(ddof=1)) if len(images) > 1 else 0.0,
-                flat_cosine_mean=float(images["flat_cosine"].mean()),
-                mse_mean=float(images["mse"].mean()),
-                residual_ratio_mean=float(images["residual_ratio"].mean()),
-                residual_ratio_max=float(images["residual_ratio"].max()),
-                bytes_per_image=(data.tokens + data.dim) * rank * data.dtype.itemsize,
-                images_per_second=speeds[name, rank],
-                trial_id=trials.get((name, rank), ""),
-            )
-        )
-    return rows

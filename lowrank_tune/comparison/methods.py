@@ -33,12 +33,14 @@ class Method:
         rank: R.
         decompose: features [N, T, D] to factors.
         trial_id: the trial behind it; empty for methods without training.
+        confirms: the trial whose configuration this one repeats; empty for all else.
     """
 
     name: str
     rank: int
     decompose: Callable[[Tensor], Factors]
     trial_id: str = ""
+    confirms: str = ""
 
 
 def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
@@ -90,6 +92,53 @@ def trained(
             methods.append(Method(family, rank, partial(model, rank=rank), outcome.config.trial_id))
             break
     return methods, remarks
+
+
+def repeated(
+    confirmations: Sequence[TrialOutcome], features: FeatureSet, device: str
+) -> tuple[list[Method], list[str]]:
+    """Load the models that repeat a trial's configuration, each as a method with its own trial's id for a name.
+
+    Args:
+        confirmations: the repetitions; failed ones have no model.
+        features: whose shape the models must have.
+        device: where the models go.
+
+    Returns:
+        The methods, and a sentence for each model that could not be used.
+    """
+    methods: list[Method] = []
+    remarks: list[str] = []
+    for outcome in confirmations:
+        if outcome.status == "failed" or not outcome.best_epoch:
+            continue
+        config = outcome.config
+        try:
+            model = _load(outcome, features).to(device).eval()
+        except InputError as error:
+            remarks.append(f"The model of repetition {config.trial_id} is left out: {error}.")
+            continue
+        methods += [
+            Method(config.trial_id, rank, partial(model, rank=rank), config.trial_id, config.confirms)
+            for rank in config.ranks
+        ]
+    return methods, remarks
+
+
+def winners(outcomes: Sequence[TrialOutcome], objective: str) -> list[TrialOutcome]:
+    """Choose the best trial of each rank, over all families; of nested ranks, the best of those that serve the same.
+
+    Args:
+        outcomes: the study's trials.
+        objective: what picks the best, a key of `TrialOutcome.best`.
+
+    Returns:
+        By rising rank; a rank without a usable trial has none.
+    """
+    best: dict[tuple[int, ...], TrialOutcome] = {}
+    for outcome in ranked(outcomes, objective):
+        best.setdefault(outcome.config.ranks, outcome)
+    return [best[ranks] for ranks in sorted(best)]
 
 
 def ranked(outcomes: Sequence[TrialOutcome], objective: str) -> list[TrialOutcome]:

@@ -10,6 +10,20 @@ from lowrank_tune.records import ComparisonRow, FeatureSet, TrialOutcome
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""
+ROUNDING = 1e-6
+"""Ratios that differ by no more than this part are equal: float32 factors are no finer."""
+
+
+def data_words(features: FeatureSet, test_images: int) -> str:
+    """Name what the figures were measured on: `16 test images, [256, 2048] features of tiny-random (random weights)`.
+
+    Args:
+        features: the study's.
+        test_images: how many images were measured.
+    """
+    images = "1 test image" if test_images == 1 else f"{test_images} test images"
+    shape = f"[{features.tokens}, {features.dim}]"
+    return f"{images}, {shape} features of {features.encoder} ({features.weights} weights)"
 
 
 def about_data(features: FeatureSet, test_images: int) -> list[str]:
@@ -44,15 +58,12 @@ def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     pruned = [outcome for outcome in outcomes if outcome.status == "pruned"]
     if failed:
-        reasons = Counter(outcome.reason or "no reason given" for outcome in failed)
-        told = "; ".join(f"{reason} ({number}x)" if number > 1 else reason for reason, number in reasons.most_common(3))
-        further = "; and others" if len(reasons) > 3 else ""
-        remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {told}{further}")
+        remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {_reasons(failed)}")
     if pruned:
         were = "was" if len(pruned) == 1 else "were"
         remarks.append(f"{len(pruned)} of {len(outcomes)} trials {were} stopped early by the scheduler")
     measured = {(row.method, row.rank) for row in rows}
-    tried = Counter((outcome.config.family, outcome.config.rank) for outcome in outcomes)
+    tried = Counter((outcome.config.family, rank) for outcome in outcomes for rank in outcome.config.ranks)
     for (family, rank), number in sorted(tried.items()):
         if (family, rank) not in measured:
             trials = "its one trial" if number == 1 else f"its {number} trials"
@@ -60,11 +71,30 @@ def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]
     return remarks
 
 
+def about_confirmations(confirmations: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]) -> list[str]:
+    """Say which repetitions failed, and whose figures stand in no row.
+
+    Args:
+        confirmations: every repetition of the study.
+        rows: the comparison's.
+    """
+    remarks = []
+    standing = {row.trial_id for row in rows}
+    for trial_id in dict.fromkeys(outcome.config.confirms for outcome in confirmations):
+        own = [outcome for outcome in confirmations if outcome.config.confirms == trial_id]
+        failed = [outcome for outcome in own if outcome.status == "failed"]
+        if failed:
+            remarks.append(f"{len(failed)} of {len(own)} repetitions of {trial_id} failed: {_reasons(failed)}")
+        if trial_id not in standing:
+            remarks.append(f"{trial_id} was repeated, but its own model is in no row, so neither are its repetitions")
+    return remarks
+
+
 def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
     """Call out each trained family that needs no training to be matched: a rival has no worse ρ in no more time.
 
     Args:
-        rows: the comparison's.
+        rows: the comparison's; the SVD and the controls in it are the rivals.
     """
     remarks = []
     for row in rows:
@@ -75,19 +105,28 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
             for other in rows
             if other.rank == row.rank
             and other.method in (*CONTROLS, "svd")
-            and other.residual_ratio_mean <= row.residual_ratio_mean
+            and other.residual_ratio_mean <= row.residual_ratio_mean * (1 + ROUNDING)
             and other.images_per_second >= row.images_per_second
         ]
         if rivals:
             best = min(rivals, key=lambda other: (other.residual_ratio_mean, -other.images_per_second))
             more = [other.method for other in rivals if other is not best]
             also = f"; so {'does' if len(more) == 1 else 'do'} {', '.join(more)}" if more else ""
+            tie = best.residual_ratio_mean >= row.residual_ratio_mean * (1 - ROUNDING)
+            verb = "matches" if tie and best.images_per_second == row.images_per_second else "beats"
             remarks.append(
-                f"at rank {row.rank} {best.method}, without training, beats {row.method}: "
+                f"at rank {row.rank} {best.method}, without training, {verb} {row.method}: "
                 f"ρ {_plain(best.residual_ratio_mean)} against {_plain(row.residual_ratio_mean)}, "
                 f"{_plain(best.images_per_second)} against {_plain(row.images_per_second)} images/s{also}"
             )
     return remarks
+
+
+def _reasons(failed: Sequence[TrialOutcome]) -> str:
+    """Count why trainings failed, the most frequent reasons first."""
+    reasons = Counter(outcome.reason or "no reason given" for outcome in failed)
+    told = "; ".join(f"{reason} ({number}x)" if number > 1 else reason for reason, number in reasons.most_common(3))
+    return told + ("; and others" if len(reasons) > 3 else "")
 
 
 def _plain(value: float) -> str:

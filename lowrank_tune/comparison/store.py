@@ -1,11 +1,15 @@
-"""A comparison on disk: `comparison.json`, a list of rows, and `per_image.parquet`, a row a method, rank and image."""
+"""A comparison on disk.
+
+`comparison.json` is a list of rows, `per_image.parquet` has a row a method, rank and image, and `pareto.json` is a list
+of trade-offs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -13,36 +17,27 @@ import pyarrow.parquet as pq
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.files import write_whole
-from lowrank_tune.records import Comparison, ComparisonRow
+from lowrank_tune.records import Comparison, ComparisonRow, Front, FrontPoint
 
-_DEVICE, _REMARKS = b"lowrank_tune.device", b"lowrank_tune.remarks"
+_DEVICE, _REMARKS, _DATA = b"lowrank_tune.device", b"lowrank_tune.remarks", b"lowrank_tune.data"
 
 
-def write_comparison(
-    directory: Path, rows: Sequence[ComparisonRow], per_image: pd.DataFrame, device: str, remarks: Sequence[str]
-) -> Comparison:
-    """Write a comparison's two files, each whole or not at all.
+def write_comparison(directory: Path, comparison: Comparison, per_image: pd.DataFrame) -> None:
+    """Write a comparison's files, each whole or not at all.
 
-    `comparison.json` is a list by contract, so the device and the remarks travel in the parquet file's own metadata.
+    `comparison.json` is a list by contract, so device, data and remarks travel in the parquet file's own metadata.
 
     Args:
         directory: the study's.
-        rows: one a (method, rank), every figure finite.
+        comparison: what to write, every figure finite; its `per_image_path` lies in the directory.
         per_image: one row a (method, rank, image).
-        device: what the speeds were measured on.
-        remarks: what a reader must not miss.
-
-    Returns:
-        The record of it.
     """
-    per_image_path = directory / "per_image.parquet"
     table = pa.Table.from_pandas(per_image, preserve_index=False)
-    notes = {_DEVICE: device, _REMARKS: json.dumps(list(remarks))}
+    notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
-    write_whole(per_image_path, lambda path: pq.write_table(table, path))
-    text = json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
-    write_whole(directory / "comparison.json", lambda path: _write_text(path, text))
-    return Comparison(tuple(rows), str(per_image_path), device, tuple(remarks))
+    write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
+    _write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
+    _write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
 
 
 def read_comparison(directory: Path) -> Comparison:
@@ -57,14 +52,21 @@ def read_comparison(directory: Path) -> Comparison:
     path, per_image_path = directory / "comparison.json", directory / "per_image.parquet"
     try:
         rows = tuple(ComparisonRow(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+        fronts = tuple(_front(**front) for front in json.loads((directory / "pareto.json").read_text(encoding="utf-8")))
         notes = pq.read_schema(per_image_path).metadata or {}
         remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{directory}: no readable comparison lies there ({error}); run `lowrank-tune compare` on the study"
         ) from error
-    return Comparison(rows, str(per_image_path), notes.get(_DEVICE, b"").decode(), remarks)
+    device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
+    return Comparison(rows, str(per_image_path), device, remarks, data, fronts)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _front(points: list[dict[str, Any]], **front: Any) -> Front:
+    return Front(points=tuple(FrontPoint(**point) for point in points), **front)
+
+
+def _write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

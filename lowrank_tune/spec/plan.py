@@ -179,8 +179,8 @@ def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialCo
         repeat: which repetition, from 1.
 
     Returns:
-        The same training under the id `<trial_id>-s<repeat>`, its seed derived from the study's seed, the trial's number
-        and the repetition.
+        The same training under the id `<trial_id>-s<repeat>`, its seed derived from the study's, the trial's number and
+        the repetition.
     """
     return replace(
         config,

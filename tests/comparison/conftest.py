@@ -1,7 +1,7 @@
 """A small study on disk: a cache of [16, 24] images and saved decomposers, as the other rooms leave them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Study:
     features: FeatureSet
     split: Split
     outcomes: list[TrialOutcome] = field(default_factory=list)
+    confirmations: list[TrialOutcome] = field(default_factory=list)
 
     def add_trial(self, family: str, rank: int, *, spoil: Callable[[Path], None] | None = None, **ending: Any) -> str:
         """Save an untrained, initialised model as a trial's best one."""
@@ -47,8 +48,31 @@ class Study:
         )
         return config.trial_id
 
+    def repeat(self, trial_id: str, seed: int, **ending: Any) -> TrialOutcome:
+        """Save a model like a trial's, started with another seed and nudged, as a repetition's."""
+        (trial,) = (outcome for outcome in self.outcomes if outcome.config.trial_id == trial_id)
+        number = sum(outcome.config.confirms == trial_id for outcome in self.confirmations) + 1
+        config = replace(trial.config, trial_id=f"{trial_id}-s{number}", seed=seed, confirms=trial_id)
+        model, generator = make_decomposer(config, TOKENS, DIM), torch.Generator().manual_seed(seed)
+        model.initialise([self.x_NTD[list(self.split.train)]], generator)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+        directory = self.directory / "trials" / config.trial_id
+        save_decomposer(model, directory / "best_model.safetensors")
+        self.confirmations.append(replace(trial, config=config, directory=str(directory), **ending))
+        return self.confirmations[-1]
+
     def compare(self, objective: str = "val_residual_ratio") -> Comparison:
-        return compare(self.features, self.split, self.outcomes, objective=objective, seed=3, directory=self.directory)
+        return compare(
+            self.features,
+            self.split,
+            self.outcomes,
+            objective=objective,
+            seed=3,
+            directory=self.directory,
+            confirmations=self.confirmations,
+        )
 
     def test_images(self) -> Tensor:
         return self.x_NTD[list(self.split.test)]

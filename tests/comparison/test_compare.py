@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import ttest_rel
 
+from lowrank_tune.comparison.methods import winners
 from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import controls
@@ -19,6 +21,10 @@ from lowrank_tune.lowrank.decomposers import load_decomposer
 CONTRACT = [
     "method", "rank", "n_images", "token_cosine_mean", "token_cosine_sd", "flat_cosine_mean", "mse_mean",
     "residual_ratio_mean", "residual_ratio_max", "bytes_per_image", "images_per_second", "trial_id",
+]  # fmt: skip
+FURTHER = [
+    "seeds", "residual_ratio_seed_mean", "residual_ratio_seed_sd", "token_cosine_seed_mean", "token_cosine_seed_sd",
+    "token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high",
 ]  # fmt: skip
 METHODS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd", "sketch", "direct"}
 
@@ -42,10 +48,10 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_comparison_json_is_a_list_of_exactly_the_contracts_keys(study):
+def test_comparison_json_is_a_list_of_the_contracts_keys_and_then_of_what_seeds_and_pairs_tell(study):
     comparison = study.compare()
     rows = strict((study.directory / "comparison.json").read_text())
-    assert all(list(row) == CONTRACT for row in rows)
+    assert all(list(row) == CONTRACT + FURTHER for row in rows)
     assert rows == [asdict(row) for row in comparison.rows]
     assert {(row["method"], row["rank"]) for row in rows} == {(method, rank) for method in METHODS for rank in (2, 6)}
     assert {row["trial_id"] for row in rows if row["method"] in ("sketch", "direct")} == {
@@ -208,7 +214,10 @@ def test_one_test_image_has_no_spread(make_study):
     study = make_study(test=1)
     study.add_trial("sketch", 2)
     comparison = study.compare()
-    assert {(row.n_images, row.token_cosine_sd) for row in comparison.rows} == {(1, 0.0)}
+    assert {(row.n_images, row.token_cosine_sd, row.token_cosine_minus_svd_low) for row in comparison.rows} == {
+        (1, 0.0, None)
+    }
+    assert all(row.token_cosine_minus_svd is not None for row in comparison.rows)
     assert any(remark.startswith("one test image only") for remark in comparison.remarks)
 
 
@@ -283,3 +292,110 @@ def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monke
     assert {row.rank for row in comparison.rows if row.method == "power_1"} == {2}
     per_image = pd.read_parquet(comparison.per_image_path)
     assert set(per_image[per_image["method"] == "power_1"]["rank"]) == {2}
+
+
+def test_the_difference_to_the_svd_is_paired_image_by_image(study, find_row):
+    comparison = study.compare()
+    per_image = pd.read_parquet(comparison.per_image_path)
+    for row in comparison.rows:
+        cosines = [
+            per_image[(per_image["method"] == method) & (per_image["rank"] == row.rank)]["token_cosine"].to_numpy()
+            for method in (row.method, "svd")
+        ]
+        low, high = row.token_cosine_minus_svd_low, row.token_cosine_minus_svd_high
+        assert row.token_cosine_minus_svd == pytest.approx((cosines[0] - cosines[1]).mean(), abs=1e-12)
+        if row.method == "svd":
+            assert (low, high) == (0.0, 0.0)
+        else:
+            expected = ttest_rel(*cosines).confidence_interval(0.95)
+            assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert find_row(comparison.rows, "random_sketch", 2).token_cosine_minus_svd_high < 0
+
+
+def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(study, find_row):
+    trial_id = find_row(study.compare().rows, "direct", 6).trial_id
+    alone = find_row(study.compare().rows, "direct", 6)
+    repeats = [study.repeat(trial_id, seed) for seed in (11, 12, 13)]
+    comparison = study.compare()
+    row = find_row(comparison.rows, "direct", 6)
+    ratios, cosines = [], []
+    for repeat in repeats:
+        a_NTR, b_NRD = load_decomposer(Path(repeat.directory) / "best_model.safetensors")(study.test_images())
+        made = (a_NTR.double() @ b_NRD.double()).detach().numpy()
+        images = study.test_images().double().numpy()
+        ratios.append(
+            np.mean([figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in zip(images, made, strict=True)])
+        )
+        cosines.append(np.mean([figures(x, y)[0] for x, y in zip(images, made, strict=True)]))
+    assert row.seeds == 3
+    assert (row.residual_ratio_seed_mean, row.residual_ratio_seed_sd) == pytest.approx(
+        (np.mean(ratios), np.std(ratios, ddof=1)), rel=1e-5
+    )
+    assert (row.token_cosine_seed_mean, row.token_cosine_seed_sd) == pytest.approx(
+        (np.mean(cosines), np.std(cosines, ddof=1)), rel=1e-4
+    )
+    assert (row.trial_id, row.residual_ratio_mean) == (trial_id, alone.residual_ratio_mean)
+    others = [other for other in comparison.rows if other is not row]
+    assert {(other.seeds, other.residual_ratio_seed_mean, other.token_cosine_seed_sd) for other in others} == {
+        (0, None, None)
+    }
+    assert set(pd.read_parquet(comparison.per_image_path)["method"]) == METHODS
+    assert read_comparison(study.directory) == comparison
+
+
+def test_one_seed_has_a_mean_and_no_spread(study, find_row):
+    trial_id = find_row(study.compare().rows, "sketch", 2).trial_id
+    study.repeat(trial_id, 11)
+    row = find_row(study.compare().rows, "sketch", 2)
+    assert row.seeds == 1
+    assert row.residual_ratio_seed_mean > 1
+    assert (row.residual_ratio_seed_sd, row.token_cosine_seed_sd) == (None, None)
+
+
+def test_a_repetition_that_failed_or_lost_its_model_is_told_and_the_others_count(study, find_row):
+    trial_id = find_row(study.compare().rows, "sketch", 2).trial_id
+    study.repeat(trial_id, 11)
+    study.repeat(trial_id, 12, status="failed", stopped_by="error", reason="epoch 1: val_mse not finite")
+    lost = study.repeat(trial_id, 13)
+    (Path(lost.directory) / "best_model.safetensors").unlink()
+    comparison = study.compare()
+    assert find_row(comparison.rows, "sketch", 2).seeds == 1
+    assert f"1 of 3 repetitions of {trial_id} failed: epoch 1: val_mse not finite" in comparison.remarks
+    assert any(f"repetition {lost.config.trial_id} is left out" in remark for remark in comparison.remarks)
+
+
+def test_repetitions_of_a_model_that_is_lost_are_in_no_row(make_study):
+    study = make_study()
+    lost = study.add_trial("sketch", 2, best={"val_residual_ratio": 1.0}, spoil=Path.unlink)
+    study.add_trial("sketch", 2)
+    study.repeat(lost, 11)
+    comparison = study.compare()
+    assert {row.seeds for row in comparison.rows} == {0}
+    assert f"{lost} was repeated, but its own model is in no row, so neither are its repetitions" in comparison.remarks
+
+
+def test_the_comparison_names_its_data_and_weights(study):
+    assert study.compare().data == "6 test images, [16, 24] features of synthetic (pretrained weights)"
+
+
+@pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 2), ("val_token_cosine", 0)])
+def test_the_winner_of_a_rank_is_the_best_over_its_families(make_study, objective, best):
+    study = make_study()
+    trials = [
+        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.5, "val_mse": 0.3, "val_token_cosine": 0.9}),
+        study.add_trial("direct", 2, best={"val_residual_ratio": 1.2, "val_mse": 0.2, "val_token_cosine": 0.8}),
+        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.3, "val_mse": 0.1, "val_token_cosine": 0.7}),
+    ]
+    other = study.add_trial("sketch", 6)
+    study.add_trial("sketch", 4, status="failed", stopped_by="error", best={objective: 0.0})
+    assert [outcome.config.trial_id for outcome in winners(study.outcomes, objective)] == [trials[best], other]
+
+
+def test_trials_that_serve_the_same_nested_ranks_have_one_winner(make_study):
+    study = make_study()
+    for ratio in (1.3, 1.1):
+        study.add_trial("sketch", 6, best={"val_residual_ratio": ratio})
+    study.outcomes = [
+        replace(outcome, config=replace(outcome.config, nested_ranks=(2, 6))) for outcome in study.outcomes
+    ]
+    assert winners(study.outcomes, "val_residual_ratio") == [study.outcomes[1]]

@@ -48,12 +48,33 @@ def test_a_control_that_wins_is_called_out_with_both_figures():
 def test_an_equal_control_wins_and_the_svd_counts_as_a_rival():
     trained = row("sketch", 1.0, 10, trial_id="r004-sketch-0000")
     assert about_rivals([row("svd", 1.0, 10), trained]) == [
-        "at rank 4 svd, without training, beats sketch: ρ 1 against 1, 10 against 10 images/s"
+        "at rank 4 svd, without training, matches sketch: ρ 1 against 1, 10 against 10 images/s"
     ]
 
 
 @pytest.mark.parametrize(
-    "control", [row("pca_basis", 1.1, 79), row("pca_basis", 1.31, 900), row("pca_basis", 1.0, 900, rank=8)]
+    ("control", "verb"),
+    [
+        (row("power_1", 1.3, 80), "matches"),
+        (row("power_1", 1.3, 81), "beats"),
+        (row("power_1", 1.29, 80), "beats"),
+        (row("power_1", 1.3 * (1 + 1e-7), 80), "matches"),
+        (row("power_1", 1.3 * (1 - 1e-7), 80), "matches"),
+    ],
+)
+def test_a_tie_is_called_out_as_one_and_rounding_makes_no_winner(control, verb):
+    (remark,) = about_rivals([control, row("direct", 1.3, 80, trial_id="r004-direct-0000")])
+    assert f"power_1, without training, {verb} direct" in remark
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        row("pca_basis", 1.1, 79),
+        row("pca_basis", 1.31, 900),
+        row("pca_basis", 1.30001, 900),
+        row("pca_basis", 1.0, 900, rank=8),
+    ],
 )
 def test_a_control_that_is_slower_or_worse_or_of_another_rank_is_not(control):
     assert about_rivals([control, row("direct", 1.3, 80, trial_id="r004-direct-0000")]) == []
