@@ -57,10 +57,11 @@ def orthonormalise(y_NTR: Tensor) -> Tensor:
 
 
 def orthonormalise_once(y_NTR: Tensor) -> Tensor:
-    """Return a basis of each matrix's columns by one pass of CholeskyQR in float64, at half the cost of two.
+    """Return a basis of each matrix's columns by one pass of CholeskyQR, at half the cost of two or less.
 
-    It is orthonormal up to κ² · 1e-16, κ the condition of Y with columns of length one: for columns near eigenvectors,
-    and as a step between products, where a basis that is only nearly orthonormal does no harm.
+    YᵀY and its Cholesky factor are in float64, the solution with it in the dtype of Y. The basis is orthonormal up to
+    κ times that dtype's rounding, and to κ² · 1e-16, with κ the condition of Y with columns of length one: good for
+    columns near eigenvectors; and, in float64, before another product, where a nearly orthonormal basis does no harm.
 
     Args:
         y_NTR: Matrices [N, T, R], R ≤ T.
@@ -70,27 +71,30 @@ def orthonormalise_once(y_NTR: Tensor) -> Tensor:
     """
     y = y_NTR.double()
     rank = y.shape[-1]
-    inner_NRR = y.mT @ y if y.requires_grad else gram(y.mT)
+    inner_NRR = gram(y.mT)
     squares_NR = inner_NRR.diagonal(dim1=-2, dim2=-1)
-    # Eigenvalues go down to the rounding of y's dtype beside the largest, and columns may hold their squares.
-    noise_N1 = torch.finfo(y_NTR.dtype).eps ** 4 * squares_NR.detach().sum(-1, keepdim=True)
-    lengths_NR = torch.maximum(squares_NR, noise_N1).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
-    identity = torch.eye(rank, dtype=y.dtype, device=y.device)
+    # Eigenvalues go down to float32's rounding beside the largest, and columns may hold their squares.
+    noise_N1 = torch.finfo(torch.float32).eps ** 4 * squares_NR.detach().sum(-1, keepdim=True)
+    lengths_NR = torch.maximum(squares_NR, noise_N1).clamp_min(torch.finfo(torch.float32).tiny ** 2).sqrt()
     correlation = inner_NRR / (lengths_NR[..., :, None] * lengths_NR[..., None, :])
-    factor, failed_N = torch.linalg.cholesky_ex(correlation + (rank + 100) * SMALL_JITTER * identity)
-    upper = torch.where(failed_N[..., None, None] == 0, factor, torch.nan).mT * lengths_NR[..., None, :]
-    q_NTR: Tensor = torch.linalg.solve_triangular(upper, y, upper=True, left=False)
-    return q_NTR.to(y_NTR.dtype)
+    jitter = (rank + 100) * SMALL_JITTER * torch.eye(rank, dtype=y.dtype, device=y.device)
+    upper = _upper_factor(correlation + jitter) * lengths_NR[..., None, :]
+    q_NTR: Tensor = torch.linalg.solve_triangular(upper.to(y_NTR.dtype), y_NTR, upper=True, left=False)
+    return q_NTR
 
 
 def _cholesky_pass(y_NTR: Tensor) -> Tensor:
     rank = y_NTR.shape[-1]
     correlation = y_NTR.mT @ y_NTR + rank * JITTER * torch.eye(rank, dtype=y_NTR.dtype, device=y_NTR.device)
-    # The checked variant would wait for the GPU, and raise where NaN features should make NaN figures.
-    factor, failed_N = torch.linalg.cholesky_ex(correlation)
-    upper = torch.where(failed_N[..., None, None] == 0, factor, torch.nan).mT
-    q_NTR: Tensor = torch.linalg.solve_triangular(upper, y_NTR, upper=True, left=False)
+    q_NTR: Tensor = torch.linalg.solve_triangular(_upper_factor(correlation), y_NTR, upper=True, left=False)
     return q_NTR
+
+
+def _upper_factor(positive_NRR: Tensor) -> Tensor:
+    """Return U with UᵀU the positive definite matrix; NaN where it is none."""
+    # The checked variant would wait for the GPU, and raise where NaN features should make NaN figures.
+    factor, failed_N = torch.linalg.cholesky_ex(positive_NRR)
+    return torch.where(failed_N[..., None, None] == 0, factor, torch.nan).mT
 
 
 def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Generator) -> Tensor:

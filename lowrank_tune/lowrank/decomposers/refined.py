@@ -33,6 +33,10 @@ from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
 
 OVERSAMPLING = 16
 """W − R. Without it the filter has nothing to tell wanted from unwanted by; the eigendecomposition grows with W³."""
+POWERS_AT_RANK_1 = 8
+"""Products with XXᵀ, beyond the one that every rank has, from Xω to q; they fall with the rank."""
+PACE = 50.0
+"""What the zeros' logits are stored divided by: a learning rate of 1e-3 then moves a zero by about a percent a step."""
 STEPS_BETWEEN = 2
 """Steps after which the basis is made orthonormal again: a third would take float32's range on images whose
 eigenvalues span six decades."""
@@ -62,7 +66,7 @@ class Refined(Decomposer):
         self.register_buffer("start_TW", torch.randn(tokens, width, generator=generator))
         # The Chebyshev polynomial's zeros: of all filters of this degree it is the least at most over [0, θ].
         angles = torch.arange(1, 2 * steps, 2) * (math.pi / (2 * steps))
-        self.zeros_K = nn.Parameter(torch.logit((1 + angles.cos()) / 2))
+        self.zeros_K = nn.Parameter(torch.logit((1 + angles.cos()) / 2) / PACE)
 
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
         """Decompose images [N, T, D], at the model's rank or a smaller one; in float32 also under autocast."""
@@ -70,7 +74,10 @@ class Refined(Decomposer):
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
             q_NT1, gram_NTT = self._deflate(x_NTD)
-            a_NTR = torch.cat([q_NT1, self._basis(gram_NTT, count - 1)], -1)
+            basis_NTR = self._basis(gram_NTT, count - 1)
+            # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
+            basis_NTR = basis_NTR - q_NT1 * (q_NT1.mT @ basis_NTR)
+            a_NTR = torch.cat([q_NT1, basis_NTR], -1)
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
     @torch.no_grad()
@@ -93,9 +100,11 @@ class Refined(Decomposer):
     def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return q [N, T, 1] and the Gram matrices of X − qqᵀX, over ‖X‖² [N, T, T]."""
         q_NT1 = _unit((self.omega_D1.mT @ x_NTD.mT).mT)
-        q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
+        # At a low rank q is all or most of A; at a high one it need only lie among the leading directions.
+        for _ in range(1 + POWERS_AT_RANK_1 // self.rank):
+            q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
         row_N1D = q_NT1.mT @ x_NTD
-        gram_NTT = gram(torch.baddbmm(x_NTD, q_NT1, row_N1D, alpha=-1))
+        gram_NTT = gram(torch.addcmul(x_NTD, q_NT1, row_N1D, value=-1))
         energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1) + row_N1D.square().sum((-2, -1))
         return q_NT1, gram_NTT / energy_N.clamp_min(torch.finfo(x_NTD.dtype).tiny)[:, None, None]
 
@@ -103,17 +112,18 @@ class Refined(Decomposer):
         """Return the leading `count` columns of the filtered basis [N, T, count]."""
         with torch.no_grad():
             ritz_NTR, product_NTR, floor_N11 = self._ritz(gram_NTT, count)
-        zeros = torch.sigmoid(self.zeros_K)
+        zeros = torch.sigmoid(PACE * self.zeros_K)
         basis_NTR = product_NTR - zeros[0] * floor_N11 * ritz_NTR
         for step, zero in enumerate(zeros[1:], start=1):
             if step % STEPS_BETWEEN == 0:
                 basis_NTR = orthonormalise_once(basis_NTR)
             basis_NTR = gram_NTT @ basis_NTR - zero * floor_N11 * basis_NTR
-        return orthonormalise_once(basis_NTR)
+        return orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
 
     def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the Ritz vectors in order [N, T, count], G times them, and the smallest Ritz value [N, 1, 1]."""
-        q_NTW = orthonormalise_once(gram_NTT @ self.start_TW)
+        # In float64: the columns are all but parallel on an image with a few dominating directions.
+        q_NTW = orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
         product_NTW = gram_NTT @ q_NTW
         values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
         leading_NWR = vectors_NWW.flip(-1)[..., :count]

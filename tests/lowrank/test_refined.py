@@ -1,0 +1,211 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.decomposers.direct import Direct
+from lowrank_tune.lowrank.decomposers.refined import Refined
+from lowrank_tune.lowrank.decomposers.sketch import Sketch
+from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
+from lowrank_tune.lowrank.metrics import measure, residual_ratio
+from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.trainer import Trainer
+from lowrank_tune.records import Split, TrialConfig
+
+CONFIG = TrialConfig(
+    trial_id="r024-refined-0000",
+    number=0,
+    seed=0,
+    family="refined",
+    rank=24,
+    lr=1e-3,
+    weight_decay=0.0,
+    batch_size=4,
+    epochs=4,
+    patience=4,
+    family_params={"steps": 2},
+)
+
+
+def made(tokens, dim, rank, steps=2, seed=0):
+    return Refined(tokens, dim, rank, {"steps": steps}, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def ratios(model, x, rank=None):
+    optimum = measure_optimum([x])
+    a, b = model(x, rank)
+    return residual_ratio(measure(x, a, b).residual_N, optimum.at(a.shape[-1]).residual_N, optimum.energy_N)
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(64, 128), (100, 300), (128, 128), (96, 40)])
+@pytest.mark.parametrize("rank", [1, 4, 16, 32])
+def test_it_is_near_the_optimum_without_training(power_law, tokens, dim, rank):
+    rho = ratios(made(tokens, dim, rank), power_law(4, tokens, dim))
+    assert rho.mean() < 1.02
+    assert rho.max() < 1.05
+
+
+@pytest.mark.parametrize("rank", [2, 16, 32])
+def test_another_step_comes_nearer(power_law, rank):
+    x = power_law(4, 100, 200)
+    rho = [ratios(made(100, 200, rank, steps), x).mean() for steps in (1, 2, 3, 5)]
+    assert rho == sorted(rho, reverse=True)
+    assert rho[-1] < 1.003
+
+
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_nearly_equal_tokens_do_not_hide_what_tells_them_apart(power_law, rank):
+    x = power_law(4, 80, 160, decay=1.5)
+    x = x + 300 * torch.randn(4, 1, 160, generator=torch.Generator().manual_seed(1))
+    assert ratios(made(80, 160, rank), x).max() < 1.05
+
+
+@given(
+    seed=st.integers(0, 1000),
+    spread=st.floats(0, 6),
+    zero_rows=st.integers(0, 30),
+    giant=st.sampled_from([1.0, 1e2, 1e4]),
+    true_rank=st.integers(1, 40),
+    rank=st.sampled_from([1, 7, 24, 40]),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_spectrum_gives_safe_factors_and_gradients(seed, spread, zero_rows, giant, true_rank, rank):
+    generator = torch.Generator().manual_seed(seed)
+    sigma = 10 ** -torch.linspace(0, spread, true_rank)
+    x = torch.randn(2, 40, true_rank, generator=generator) * sigma @ torch.randn(true_rank, 50, generator=generator)
+    x[:, :zero_rows] = 0
+    x[:, -1] *= giant
+    model = made(40, 50, rank, seed=seed)
+    model.loss(x).backward()
+    assert model.zeros_K.grad is not None
+    assert model.zeros_K.grad.isfinite().all()
+    rho = ratios(model, x)
+    assert (rho >= 1 - 1e-6).all()
+    assert (rho < 1.5).all()
+
+
+def test_equal_singular_values_are_no_trouble():
+    x = torch.linalg.qr(torch.randn(3, 60, 60, generator=torch.Generator().manual_seed(0))).Q
+    model = made(60, 60, 20)
+    model.loss(x).backward()
+    assert model.zeros_K.grad.isfinite().all()
+    torch.testing.assert_close(ratios(model, x), torch.ones(3, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_autocast_changes_nothing(power_law):
+    x, model = power_law(2, 40, 60), made(40, 60, 12)
+    plain = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within, loss = model(x), model.loss(x)
+        loss.backward()
+    assert torch.equal(plain.a_NTR, within.a_NTR)
+    assert torch.equal(plain.b_NRD, within.b_NRD)
+    assert torch.equal(loss, model.loss(x))
+
+
+def test_half_precision_features_are_computed_in_float32(power_law):
+    x, model = power_law(2, 40, 60).half(), made(40, 60, 12)
+    assert torch.equal(model(x).a_NTR, model(x.float()).a_NTR)
+
+
+def test_the_loss_is_the_residuals_share_of_the_energy(power_law):
+    x, model = power_law(3, 40, 60), made(40, 60, 12)
+    residual_N = measure(x, *(factor.detach() for factor in model(x))).residual_N
+    share = (residual_N / x.double().square().sum((-2, -1))).mean()
+    torch.testing.assert_close(model.loss(x).double(), share, atol=1e-6, rtol=1e-4)
+
+
+def test_the_gradient_is_that_of_the_loss(power_law):
+    condensed = made(80, 120, 6).condense(power_law(2, 80, 120, decay=0.3)).double()
+    model = made(80, 120, 6).double()
+    model.condensed_loss(condensed).backward()
+    for place in range(2):
+        values = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                model.zeros_K[place] += step
+                values.append(model.condensed_loss(condensed).item())
+                model.zeros_K[place] -= step
+        assert model.zeros_K.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-2)
+
+
+@pytest.mark.parametrize("steps", [0, 1.5, -2])
+def test_steps_are_counted(steps):
+    with pytest.raises(InputError, match="steps"):
+        made(12, 20, 4, steps)
+
+
+def test_training_keeps_gram_matrices_and_lowers_the_ratio(make_features, power_law):
+    data = FeatureMatrix(make_features(power_law(24, 96, 128, decay=0.5)))
+    split = Split(tuple(range(16)), tuple(range(16, 24)), ())
+    trainer = Trainer(CONFIG, data, split, measure_optimum([data.load(split.validation)]))
+    untrained = trainer.model.loss(data.load(split.train)).item()
+    while trainer.stopped_by is None:
+        trainer.step()
+    assert trainer.model.loss(data.load(split.train)).item() < untrained
+    ratio = [row["val_residual_ratio"] for row in trainer.history]
+    assert ratio[-1] < ratio[0] < 1.03
+
+
+def test_too_many_gram_matrices_are_made_anew_with_the_same_numbers(make_features, power_law, monkeypatch):
+    data = FeatureMatrix(make_features(power_law(12, 40, 60)))
+    split = Split(tuple(range(8)), tuple(range(8, 12)), ())
+    losses = []
+    for budget in (2**20, 0):
+        monkeypatch.setattr("lowrank_tune.lowrank.trainer.CONDENSED_BYTES", budget)
+        trainer = Trainer(replace(CONFIG, rank=8), data, split, measure_optimum([data.load(split.validation)]))
+        losses.append([trainer.step()["train_loss"] for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_one_nested_training_serves_every_rank(make_features, power_law):
+    data = FeatureMatrix(make_features(power_law(24, 64, 96)))
+    split = Split(tuple(range(16)), tuple(range(16, 24)), ())
+    ranks = (4, 8, 16, 24)
+    trainer = Trainer(replace(CONFIG, nested_ranks=ranks), data, split, measure_optimum([data.load(split.validation)]))
+    row = trainer.step()
+    means = [ratios(trainer.best_model, data.load(split.validation), rank).mean().item() for rank in ranks]
+    assert all(mean < 1.03 for mean in means)
+    assert row["val_residual_ratio"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+
+
+def test_a_nested_loss_weighs_every_rank_alike():
+    model = Sketch(12, 20, 4, {}, torch.Generator().manual_seed(0))
+    model.nest([4, 2])
+    residual = torch.tensor([0.5, 0.4, 0.2, 0.1], requires_grad=True)
+    loss = model.weigh_ranks(residual)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.1)
+    relative = residual.grad * residual.detach()
+    assert relative.tolist() == pytest.approx([0, 0.05, 0, 0.05])
+
+
+def test_ranks_nest_in_an_ordered_basis_only():
+    with pytest.raises(InputError, match="direct has no ordered basis"):
+        Direct(12, 20, 4, {"lambda_b": 0, "lambda_ortho": 0}, torch.Generator()).nest([2, 4])
+    with pytest.raises(InputError, match="rank 5"):
+        made(12, 20, 4).nest([5])
+
+
+def test_a_symmetric_product_is_the_product():
+    x = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        product = gram(x.to(dtype))
+        assert product.dtype == dtype
+        torch.testing.assert_close(product, x.to(dtype) @ x.to(dtype).mT)
+    assert gram(x.requires_grad_()).requires_grad
+
+
+def test_one_pass_is_enough_for_columns_near_eigenvectors():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.linalg.qr(torch.randn(2, 50, 10, generator=generator, dtype=torch.float64)).Q
+    y = base * 10.0 ** -torch.arange(10) + 1e-12 * torch.randn(2, 50, 10, generator=generator, dtype=torch.float64)
+    q = orthonormalise_once(y)
+    torch.testing.assert_close(q.mT @ q, torch.eye(10, dtype=torch.float64).expand(2, -1, -1), atol=1e-6, rtol=0)
+    assert orthonormalise_once(torch.zeros(1, 5, 2)).isfinite().all()
+    assert orthonormalise_once(torch.zeros(1, 5, 0)).shape == (1, 5, 0)
