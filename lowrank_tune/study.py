@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from lowrank_tune.comparison.compare import compare
+from lowrank_tune.comparison.methods import winners
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import open_cache
 from lowrank_tune.features.pipeline import extract_features, probe_shape
@@ -37,6 +38,7 @@ from lowrank_tune.spec.plan import (
 from lowrank_tune.spec.rendering import render_study
 from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.trials.confirm import confirm_trials
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.run import run_trials
 
@@ -53,7 +55,7 @@ class StudyProgress:
         """So many of the images that the cache lacked are in it now."""
 
     def trials(self, total: int) -> None:
-        """So many trials begin."""
+        """So many trainings begin: the search's trials, then the repetitions of its best."""
 
     def trial_epoch(self, metrics: dict[str, Any]) -> None:
         """A trial finished an epoch: its `trial_id`, `epoch` and figures."""
@@ -74,6 +76,7 @@ class StudyResult:
         outcomes: every trial, in the order of their numbers.
         comparison: the figures on the test split.
         untracked: what MLflow was not told, and why; empty when it knows everything.
+        confirmations: the best configuration of each rank, trained again with fresh seeds.
     """
 
     study_id: str
@@ -83,6 +86,7 @@ class StudyResult:
     outcomes: tuple[TrialOutcome, ...]
     comparison: Comparison
     untracked: tuple[str, ...]
+    confirmations: tuple[TrialOutcome, ...] = ()
 
 
 def run_study(
@@ -93,7 +97,7 @@ def run_study(
     address: str | None = None,
     progress: StudyProgress | None = None,
 ) -> StudyResult:
-    """Run a whole study: features, trials, comparison, report, MLflow.
+    """Run a whole study: features, trials, confirmation, comparison, report, MLflow.
 
     Args:
         study: a study file, or a spec that `load_study` gave.
@@ -122,6 +126,9 @@ def run_study(
         progress.stage(f"training {plan.n_trials} trials on {len(split.train)} images")
         progress.trials(plan.n_trials)
         outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
+        best = winners(outcomes, plan.spec.objective)
+        _announce_confirmation(progress, len(best) * plan.spec.report.confirm_seeds)
+        confirmations = confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
         progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
         comparison = compare(
             features,
@@ -130,12 +137,15 @@ def run_study(
             objective=plan.spec.objective,
             seed=plan.spec.seed,
             directory=directory,
+            confirmations=confirmations,
             device=_device(plan.spec),
         )
         progress.stage("writing the report")
-        write_report(plan, features, split, outcomes, comparison, directory)
-        tracker.log_comparison(comparison, outcomes, directory)
-    return StudyResult(plan.study_id, directory, features, split, outcomes, comparison, tracker.problems)
+        write_report(plan, features, split, outcomes, comparison, directory, confirmations)
+        tracker.log_comparison(comparison, (*outcomes, *confirmations), directory)
+    return StudyResult(
+        plan.study_id, directory, features, split, outcomes, comparison, tracker.problems, confirmations
+    )
 
 
 def run_trial(
@@ -281,6 +291,12 @@ def _plan(study: str | Path | StudySpec, results: str | Path | None, overrides: 
 def _device(spec: StudySpec) -> str:
     """Where this process computes what the trials compute: on a GPU when they ask for one and it is here."""
     return "cuda" if spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
+
+
+def _announce_confirmation(progress: StudyProgress, repetitions: int) -> None:
+    if repetitions:
+        progress.stage(f"training the best of each rank again with fresh seeds: {repetitions} repetitions")
+        progress.trials(repetitions)
 
 
 def _extract(plan: Plan, progress: StudyProgress) -> FeatureSet:

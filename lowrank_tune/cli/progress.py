@@ -55,8 +55,8 @@ class TerminalProgress(StudyProgress):
         self._move("extracting", done, total, "images/s")
 
     def trials(self, total: int) -> None:
-        """Open the bar of the trials."""
-        self._trials = total
+        """Open the bar of the trials, or of the repetitions after them."""
+        self._trials, self._ended = total, 0
         self._move("training", 0, total, "trials/s")
 
     def trial_epoch(self, metrics: dict[str, Any]) -> None:

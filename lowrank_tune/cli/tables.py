@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lowrank_tune.inspection import Check
 from lowrank_tune.records import FeatureSet, TrialOutcome
-from lowrank_tune.report.terminal import comparison_table
+from lowrank_tune.report.terminal import comparison_tables
 from lowrank_tune.report.words import summary
 from lowrank_tune.study import StudyResult
 
@@ -28,7 +28,7 @@ def _console() -> Console:
 def print_study(result: StudyResult) -> None:
     """Print what a study found, where it lies and the line that opens the MLflow UI."""
     console = _console()
-    console.print(comparison_table(result.comparison))
+    console.print(comparison_tables(result.comparison))
     for sentence in (*summary(result.comparison, result.outcomes), *result.comparison.remarks):
         console.print(f"- {sentence}", markup=False)
     for problem in result.untracked:
@@ -54,6 +54,7 @@ def study_json(result: StudyResult) -> dict[str, Any]:
         "comparison": [asdict(row) for row in result.comparison.rows],
         "remarks": list(result.comparison.remarks),
         "trials": [asdict(outcome) for outcome in result.outcomes],
+        "confirmations": [asdict(outcome) for outcome in result.confirmations],
         "untracked": list(result.untracked),
     }
 

@@ -45,7 +45,7 @@ def rank_curve(rows: Sequence[ComparisonRow]) -> Figure:
 
     Returns:
         A figure of two panels. Bands, for the trained families: ± 1 sd over images of the token cosine, and up to the
-        worst image's residual ratio.
+        worst image's residual ratio. Whiskers: mean ± sd over fresh seeds, where there are any.
     """
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     cosine, ratio = figure.subplots(1, 2)
@@ -60,18 +60,24 @@ def rank_curve(rows: Sequence[ComparisonRow]) -> Figure:
             _band(
                 ratio, own, [row.residual_ratio_mean for row in own], [row.residual_ratio_max for row in own], methods
             )
+            _seed_whiskers(cosine, ratio, [row for row in own if row.seeds], methods)
     for axes in (cosine, ratio):
         rank_axis(axes, sorted({row.rank for row in rows}))
         quiet_grid(axes)
     cosine.set_title("Token cosine: mean, band ± sd over test images", fontsize=11)
     cosine.set_ylabel("token cosine (finer towards 1)")
-    spread_towards_one(cosine, [row.token_cosine_mean for row in rows])
+    spread_towards_one(
+        cosine, [value for row in rows for value in (row.token_cosine_mean, row.token_cosine_seed_mean) if value]
+    )
     ratio.set_title("Residual ratio: mean, band to the worst test image", fontsize=11)
     ratio.set_ylabel("residual ratio ρ (finer towards 1)")
     spread_above_one(
         ratio, [1.0, *(row.residual_ratio_mean for row in rows), *(row.residual_ratio_max for row in rows)]
     )
     handles, labels = cosine.get_legend_handles_labels()
+    if any(row.seeds for row in rows):
+        handles.append(Line2D([], [], color="#444444", marker="_", markersize=9, linestyle="none"))
+        labels.append("mean ± sd over fresh seeds")
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(len(labels), 1)), frameon=False)
     return figure
 
@@ -92,6 +98,20 @@ def _rank_line(axes: Axes, rows: Sequence[ComparisonRow], values: Sequence[float
 def _band(axes: Axes, rows: Sequence[ComparisonRow], low: ArrayLike, high: ArrayLike, methods: Sequence[str]) -> None:
     color = look_of(rows[0].method, methods).color
     axes.fill_between([row.rank for row in rows], low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _seed_whiskers(cosine: Axes, ratio: Axes, rows: Sequence[ComparisonRow], methods: Sequence[str]) -> None:
+    for row in rows:
+        # Beside the line's own marker, which would hide a short whisker.
+        place, color = row.rank * 1.08, look_of(row.method, methods).color
+        for axes, mean, sd, most in (
+            (cosine, row.token_cosine_seed_mean, row.token_cosine_seed_sd, 1.0),
+            (ratio, row.residual_ratio_seed_mean, row.residual_ratio_seed_sd, np.inf),
+        ):
+            if mean is not None:
+                low, high = max(mean - (sd or 0), 1.0 if axes is ratio else -1.0), min(mean + (sd or 0), most)
+                axes.vlines(place, low, high, color=color, linewidth=1.4)
+                axes.plot([place] * 3, [low, mean, high], color=color, marker="_", markersize=9, linestyle="none")
 
 
 def loss_curves(outcome: TrialOutcome, history: list[dict[str, float]]) -> Figure:

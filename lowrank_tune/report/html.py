@@ -19,9 +19,11 @@ from lowrank_tune.report.words import (
     STOPPED,
     cosine_text,
     count,
+    difference_text,
     duration_text,
     rate_text,
     ratio_text,
+    seed_texts,
     summary,
 )
 
@@ -106,6 +108,7 @@ def render(contents: Contents, sections: Sequence[Section], loss_curves: Sequenc
         remarks=comparison.remarks,
         facts=_facts(contents),
         test_images=count(comparison.rows[0].n_images, "test image") if comparison.rows else "no test image",
+        seeds=max((row.seeds for row in comparison.rows), default=0),
         device=comparison.device,
         groups=[
             {"rank": group.rank, "cells": [_cell(cell) for cell in group.cells]} for group in rank_groups(comparison)
@@ -136,13 +139,15 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
 
 def _cell(cell: Cell) -> dict[str, Any]:
     row = cell.row
-    texts = [ABSENT] * 6
+    texts = [ABSENT] * 9
     if row is not None:
         texts = [
             f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
             ratio_text(row.residual_ratio_mean),
             ratio_text(row.residual_ratio_max),
             rate_text(row.images_per_second),
+            difference_text(row),
+            *seed_texts(row),
             cosine_text(row.flat_cosine_mean),
             f"{row.bytes_per_image / 1024:,.1f}",
         ]

@@ -104,7 +104,7 @@ def spatial_view(
         data: the study's features.
         split: whose test images are counted.
         image: position in the test split, from 0.
-        rank: R of the SVD; the network's own, where there is one.
+        rank: R of the SVD and of the network, which must serve it.
         channels: how many channels to show, the first ones; all D when there are fewer.
         network: a trained decomposer in evaluation mode on the CPU, or None.
 
@@ -121,7 +121,7 @@ def spatial_view(
     reconstructions = [_reconstruction("svd", x_TD, (u[:, :rank] * s[:rank]) @ vh[:rank], shown)]
     if network is not None:
         with torch.inference_mode():
-            a_NTR, b_NRD = network(x_TD[None])
+            a_NTR, b_NRD = network(x_TD[None], rank)
         reconstructions.append(_reconstruction(network.family, x_TD, a_NTR[0].double() @ b_NRD[0].double(), shown))
     return SpatialView(
         image=image,

@@ -47,6 +47,39 @@ def ratio_text(value: float) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
+def spread_text(mean: str, spread: float | None, decimals: int) -> str:
+    """A mean with its spread, `1.214 ± 0.003`.
+
+    Args:
+        mean: as it is shown.
+        spread: a standard deviation or half an interval; None where there is none.
+        decimals: the mean's.
+    """
+    if spread is None or not math.isfinite(spread):
+        return mean
+    return f"{mean} ± {spread:.{decimals}f}"
+
+
+def difference_text(row: ComparisonRow) -> str:
+    """The token cosine minus the SVD's, image by image, and half its 95 % interval: `-0.0132 ± 0.0021`."""
+    mean, low, high = row.token_cosine_minus_svd, row.token_cosine_minus_svd_low, row.token_cosine_minus_svd_high
+    if mean is None:
+        return ABSENT
+    half = None if low is None or high is None else (high - low) / 2
+    return spread_text(f"{mean:+.4f}" if mean else "0", half if mean else None, 4)
+
+
+def seed_texts(row: ComparisonRow) -> tuple[str, str]:
+    """The residual ratio and the token cosine over fresh seeds, each mean ± sd."""
+    ratio, cosine = row.residual_ratio_seed_mean, row.token_cosine_seed_mean
+    if ratio is None or cosine is None:
+        return ABSENT, ABSENT
+    return (
+        spread_text(ratio_text(ratio), row.residual_ratio_seed_sd, 3 if ratio < 10 else 1),
+        spread_text(cosine_text(cosine), row.token_cosine_seed_sd, 4),
+    )
+
+
 def rate_text(value: float) -> str:
     """Images a second, three significant digits, thousands separated."""
     if not math.isfinite(value) or value <= 0:
@@ -69,7 +102,7 @@ def duration_text(seconds: float) -> str:
 
 
 def summary(comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> list[str]:
-    """Say in plain words what the study found: one sentence a rank, and what it took.
+    """Say in plain words what the study found: a sentence a rank, one on its repetitions, and what it took.
 
     Args:
         comparison: the post-study figures.
@@ -80,6 +113,7 @@ def summary(comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> list[st
     """
     ranks = sorted({row.rank for row in comparison.rows})
     sentences = [_rank_sentence([row for row in comparison.rows if row.rank == rank]) for rank in ranks]
+    sentences += [_seeds_sentence(row) for row in comparison.rows if row.seeds]
     if outcomes:
         epochs = count(sum(trial.epochs for trial in outcomes), "epoch")
         spent = duration_text(sum(trial.seconds for trial in outcomes))
@@ -96,6 +130,14 @@ def _rank_sentence(rows: Sequence[ComparisonRow]) -> str:
     if trained is None:
         return f"At rank {rows[0].rank} no trained model stands beside {bound}; {beside}."
     return f"At rank {rows[0].rank} {trained.method} reaches {_figures(trained, bound)}; {beside}."
+
+
+def _seeds_sentence(row: ComparisonRow) -> str:
+    ratio, cosine = seed_texts(row)
+    return (
+        f"At rank {row.rank} the configuration of {row.trial_id}, trained again with {count(row.seeds, 'fresh seed')}, "
+        f"reaches ρ {ratio} and a token cosine of {cosine}."
+    )
 
 
 def _figures(row: ComparisonRow, bound: str = "") -> str:

@@ -13,13 +13,14 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
 from lowrank_tune.lowrank.files import write_whole
-from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, Front, Split, TrialOutcome
 from lowrank_tune.report.curves import Trial, learning_curves, loss_curves, rank_curve
 from lowrank_tune.report.history import read_history
 from lowrank_tune.report.html import Contents, Picture, Section, render
 from lowrank_tune.report.maps import spatial_figure
 from lowrank_tune.report.palette import in_order, is_trained
 from lowrank_tune.report.spatial import SpatialView, check_images, spatial_view
+from lowrank_tune.report.tradeoffs import pareto_figure
 from lowrank_tune.report.words import best_row, count
 from lowrank_tune.spec.plan import Plan
 
@@ -51,6 +52,7 @@ def write_report(
     outcomes: Sequence[TrialOutcome],
     comparison: Comparison,
     directory: Path,
+    confirmations: Sequence[TrialOutcome] = (),
 ) -> ReportFiles:
     """Write everything a person looks at after a study.
 
@@ -61,6 +63,7 @@ def write_report(
         outcomes: every trial.
         comparison: the post-study figures.
         directory: the study's; holds `study.yaml`, which the report repeats.
+        confirmations: repetitions of the best trials; each gets its loss curves beside its model.
 
     Returns:
         The files written. An image that the test split does not have is told in the report's remarks instead of failing
@@ -72,6 +75,8 @@ def write_report(
     plots = directory / "plots"
     trials: list[Trial] = [(outcome, read_history(Path(outcome.directory))) for outcome in outcomes]
     curves = [Section("ranks", "Figures by rank", (_rank_picture(comparison, plots),))] if comparison.rows else []
+    if comparison.fronts:
+        curves.append(Section("tradeoffs", "Trade-offs", (_pareto_picture(comparison.fronts, plots),)))
     if any(history for _, history in trials):
         curves.append(Section("learning", "Learning", (_learning_picture(trials, plots),)))
     try:
@@ -84,6 +89,7 @@ def write_report(
         features, split, outcomes, comparison, plots, images=images, channels=plan.spec.report.channels
     )
     sections = [*curves, Section("places", "Where on the image", tuple(maps))]
+    trials += [(outcome, read_history(Path(outcome.directory))) for outcome in confirmations]
     losses = [_loss_picture(outcome, history) for outcome, history in trials if history]
     standing = {row.trial_id for row in comparison.rows}
     contents = Contents(
@@ -174,7 +180,23 @@ def _rank_picture(comparison: Comparison, plots: Path) -> Picture:
         "The comparison table has the same figures.",
         caption="Solid: trained. Dashed: controls without training. Black: the SVD, the bound. Bands of "
         "trained families: ± 1 sd of the token cosine over images, and up to the worst image's ρ. Both axes are finer "
-        "towards 1.",
+        "towards 1." + (" Whiskers: mean ± sd over fresh seeds." if any(row.seeds for row in comparison.rows) else ""),
+    )
+
+
+def _pareto_picture(fronts: Sequence[Front], plots: Path) -> Picture:
+    members = "; ".join(
+        f"{front.name}: " + ", ".join(f"{p.trial_id or p.method} at rank {p.rank}" for p in front.points if p.on_front)
+        for front in fronts
+    )
+    return _saved(
+        pareto_figure(fronts),
+        plots / "pareto.png",
+        title="What a rank and a byte buy",
+        alt=f"Scatter charts of cost against quality. On the fronts, {members}. pareto.json has every figure.",
+        caption=f"Filled and joined: the Pareto front, which nothing beats in both figures. {members[:1].upper()}"
+        f"{members[1:]}. Trials by validation figures, methods by test figures; a rank has the same bytes whatever the "
+        "method.",
     )
 
 

@@ -25,7 +25,7 @@ from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.events import Compared
 from lowrank_tune.tracking.points import log_points
 
-_FILES = ("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet")
+_FILES = ("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet", "pareto.json")
 _TABLE = "comparison_table.json"
 _MODEL_FILE = "best_model.safetensors"
 
@@ -36,7 +36,7 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
     Args:
         client: the store's.
         parent: the study's run.
-        children: the trials' runs by trial id; each gets its loss curves.
+        children: the trials' and repetitions' runs by trial id; each gets its loss curves.
         event: what was compared, and the study's directory.
     """
     comparison, directory = event.comparison, event.directory
@@ -44,12 +44,10 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
         client,
         parent,
         (
-            point
+            (f"test.{row.method}.{figure}", value, row.rank, event.at)
             for row in comparison.rows
-            for point in (
-                (f"test.{row.method}.token_cosine", row.token_cosine_mean, row.rank, event.at),
-                (f"test.{row.method}.residual_ratio", row.residual_ratio_mean, row.rank, event.at),
-            )
+            for figure, value in _figures(row).items()
+            if value is not None
         ),
     )
     if comparison.remarks:
@@ -65,6 +63,16 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
         if curves.is_file() and outcome.config.trial_id in children:
             client.log_artifact(children[outcome.config.trial_id], str(curves))
     _log_models(client, parent, comparison, event.outcomes)
+
+
+def _figures(row: ComparisonRow) -> dict[str, float | None]:
+    return {
+        "token_cosine": row.token_cosine_mean,
+        "residual_ratio": row.residual_ratio_mean,
+        "token_cosine_minus_svd": row.token_cosine_minus_svd,
+        "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
+        "residual_ratio_seed_sd": row.residual_ratio_seed_sd,
+    }
 
 
 def best_of_each_rank(rows: tuple[ComparisonRow, ...]) -> tuple[ComparisonRow, ...]:

@@ -81,7 +81,7 @@ class StudyTracker:
 
         Args:
             comparison: the figures.
-            outcomes: every trial's.
+            outcomes: every trial's and every repetition's.
             directory: `studies/<study_id>`, where plots, report and study file lie.
         """
         self._writer.put(Compared(comparison, tuple(outcomes), directory, _now()))

@@ -1,4 +1,4 @@
-"""A study's runs in MLflow: one parent, one child a trial, each found again before it is made.
+"""A study's runs in MLflow: one parent, one child a trial or repetition, each found again before it is made.
 
 Only the tracker's thread comes here: importing MLflow takes seconds, and sqlite wants one writer.
 """
@@ -104,6 +104,7 @@ class StudyRuns:
             "epochs": spec.training.epochs,
             "patience": spec.training.patience,
             "seed": spec.seed,
+            "confirm_seeds": spec.report.confirm_seeds,
             "encoder": spec.features.encoder.checkpoint,
         }
         self._log_params(run.info.run_id, params)
@@ -113,11 +114,13 @@ class StudyRuns:
         run_id = self._children.get(config.trial_id) or self._find(f"lowrank.trial_id = '{config.trial_id}'")
         if run_id is None:
             tags = {
-                "lowrank.kind": "trial",
+                "lowrank.kind": "confirmation" if config.confirms else "trial",
                 "lowrank.study_id": self._plan.study_id,
                 "lowrank.trial_id": config.trial_id,
                 "mlflow.parentRunId": self._parent,
             }
+            if config.confirms:
+                tags["lowrank.confirms"] = config.confirms
             run = self._client.create_run(self._experiment, start_time=at, tags=tags, run_name=config.trial_id)
             run_id = str(run.info.run_id)
         else:

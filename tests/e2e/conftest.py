@@ -27,7 +27,7 @@ search:
 training: {epochs: 3, patience: 2}
 scheduler: {kind: asha, grace_epochs: 1, reduction_factor: 2}
 resources: {max_concurrent: 1}
-report: {images: [0, 5], channels: 3, confirm_seeds: 0}
+report: {images: [0, 5], channels: 3, confirm_seeds: 2}
 """
 
 

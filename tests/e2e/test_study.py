@@ -18,13 +18,15 @@ CONTROLS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomi
 
 def test_every_image_is_extracted_once_and_every_trial_ends(ran: Ran) -> None:
     assert ran.witness.image_calls[-1] == (30, 30)
-    assert sorted(ran.witness.ended) == sorted(outcome.config.trial_id for outcome in ran.result.outcomes)
+    trainings = (*ran.result.outcomes, *ran.result.confirmations)
+    assert sorted(ran.witness.ended) == sorted(outcome.config.trial_id for outcome in trainings)
     assert len(ran.result.outcomes) == 8
     assert {outcome.status for outcome in ran.result.outcomes} <= {"finished", "pruned"}
 
 
 def test_every_epoch_knows_its_distance_to_the_optimum(ran: Ran) -> None:
-    assert len(ran.witness.ratios) == sum(outcome.epochs for outcome in ran.result.outcomes)
+    trainings = (*ran.result.outcomes, *ran.result.confirmations)
+    assert len(ran.witness.ratios) == sum(outcome.epochs for outcome in trainings)
     assert all(ratio >= 1 - 1e-6 for ratio in ran.witness.ratios)
 
 
@@ -33,12 +35,12 @@ def test_results_directory_holds_what_the_contract_names(ran: Ran) -> None:
     assert directory == ran.results / "studies" / ran.result.study_id
     for name in (
         "study.yaml", "study.resolved.yaml", "plan.json", "status.json", "tune", "comparison.json",
-        "per_image.parquet", "plots/rank_curve.png", "report.html",
+        "per_image.parquet", "pareto.json", "plots/rank_curve.png", "plots/pareto.png", "report.html",
     ):  # fmt: skip
         assert (directory / name).exists(), name
     assert (directory / "study.yaml").read_text() == ran.study_file.read_text()
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"
-    for outcome in ran.result.outcomes:
+    for outcome in (*ran.result.outcomes, *ran.result.confirmations):
         names = {path.name for path in Path(outcome.directory).iterdir()}
         assert {"best_model.safetensors", "config.json", "history.json", "loss_curves.png"} <= names
 
@@ -65,6 +67,45 @@ def test_per_image_table_averages_to_the_comparison(ran: Ran) -> None:
         assert row.residual_ratio_mean == pytest.approx(means[row.method, row.rank], rel=1e-6)
 
 
+def test_the_best_of_each_rank_is_confirmed_and_nothing_else(ran: Ran) -> None:
+    repeats = ran.result.confirmations
+    best = {
+        rank: min(
+            (outcome for outcome in ran.result.outcomes if outcome.config.rank == rank),
+            key=lambda outcome: outcome.best["val_residual_ratio"],
+        )
+        for rank in (2, 4)
+    }
+    assert [outcome.config.confirms for outcome in repeats] == [best[rank].config.trial_id for rank in (2, 2, 4, 4)]
+    assert {outcome.status for outcome in repeats} == {"finished"}
+    assert len({outcome.config.seed for outcome in (*ran.result.outcomes, *repeats)}) == 8 + 4
+    confirmed = {row.trial_id: row for row in ran.result.comparison.rows if row.seeds}
+    assert confirmed.keys() == {outcome.config.trial_id for outcome in best.values()}
+    for row in confirmed.values():
+        assert row.seeds == 2
+        assert (row.residual_ratio_seed_mean or 0) >= 1 - 1e-6
+        assert row.residual_ratio_seed_sd is not None
+
+
+def test_every_method_is_held_against_the_svd_image_by_image(ran: Ran) -> None:
+    table = pd.read_parquet(ran.result.directory / "per_image.parquet")
+    cosines = table.pivot(index=["rank", "key"], columns="method", values="token_cosine")
+    for row in ran.result.comparison.rows:
+        difference = (cosines[row.method] - cosines["svd"]).loc[row.rank].mean()
+        assert row.token_cosine_minus_svd == pytest.approx(difference, abs=1e-9)
+        low, high = row.token_cosine_minus_svd_low, row.token_cosine_minus_svd_high
+        assert low is not None and high is not None
+        assert low <= difference <= high
+
+
+def test_trade_offs_hold_every_trial_and_every_method(ran: Ran) -> None:
+    search, storage = json.loads((ran.result.directory / "pareto.json").read_text())
+    assert {point["trial_id"] for point in search["points"]} == {o.config.trial_id for o in ran.result.outcomes}
+    assert len(storage["points"]) == len(ran.result.comparison.rows)
+    for front in (search, storage):
+        assert any(point["on_front"] for point in front["points"])
+
+
 def test_random_weights_are_named(ran: Ran) -> None:
     assert ran.result.features.weights == "random"
     assert any("random weights" in remark for remark in ran.result.comparison.remarks)
@@ -89,6 +130,9 @@ def test_mlflow_has_one_parent_and_one_run_a_trial(ran: Ran) -> None:
     mine = [run for run in runs if run.data.tags["lowrank.study_id"] == ran.result.study_id]
     (parent,) = (run for run in mine if run.data.tags["lowrank.kind"] == "study")
     children = {run.data.tags["lowrank.trial_id"]: run for run in mine if run.data.tags["lowrank.kind"] == "trial"}
+    repeats = {run.info.run_name: run for run in mine if run.data.tags["lowrank.kind"] == "confirmation"}
+    assert repeats.keys() == {outcome.config.trial_id for outcome in ran.result.confirmations}
+    assert len(mine) == 1 + len(children) + len(repeats)
     assert children.keys() == {outcome.config.trial_id for outcome in ran.result.outcomes}
     for outcome in ran.result.outcomes:
         child = children[outcome.config.trial_id]
@@ -110,7 +154,7 @@ def _check_parent(client: MlflowClient, parent: Run, ran: Ran) -> None:
         assert values[row.rank] == pytest.approx(row.residual_ratio_mean)
         assert all(math.isfinite(value) for value in values.values())
     artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert {"report.html", "comparison.json", "per_image.parquet", "plots", "study.yaml"} <= artifacts
+    assert {"report.html", "comparison.json", "per_image.parquet", "pareto.json", "plots", "study.yaml"} <= artifacts
 
 
 def test_optuna_opens_the_study(ran: Ran) -> None:
@@ -130,6 +174,7 @@ def test_second_run_extracts_nothing_and_gives_the_same_numbers(ran: Ran) -> Non
     assert second.study_id != ran.result.study_id
     assert second.features.fingerprint == ran.result.features.fingerprint
     assert [o.best for o in second.outcomes] == [o.best for o in ran.result.outcomes]
+    assert [o.best for o in second.confirmations] == [o.best for o in ran.result.confirmations]
     figures = [
         {(row.method, row.rank): (row.token_cosine_mean, row.residual_ratio_mean) for row in result.comparison.rows}
         for result in (ran.result, second)

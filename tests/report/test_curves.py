@@ -134,3 +134,22 @@ def test_learning_curves_mark_what_stopped_each_trial(outcome, history_of):
     ]  # fmt: skip
     assert sketch.get_ylim()[1] < 10 < direct.get_ylim()[1]
     assert [text.get_text() for text in bar.get_yticklabels()] == ["2", "8"]
+
+
+def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds(row):
+    seeds = {
+        "seeds": 3, "residual_ratio_seed_mean": 1.3, "residual_ratio_seed_sd": 0.5,
+        "token_cosine_seed_mean": 0.9, "token_cosine_seed_sd": 0.2,
+    }  # fmt: skip
+    one = {"seeds": 1, "residual_ratio_seed_mean": 1.2, "token_cosine_seed_mean": 0.95}
+    rows = [row("sketch", 4, 1.2, trial_id="t", **seeds), row("sketch", 8, 1.2, trial_id="u", **one)]
+    figure = rank_curve([row("svd", 4, 1.0), row("svd", 8, 1.0), *rows])
+    drawn(figure)
+    whiskers = [
+        [list(line.get_ydata()) for line in axes.get_lines() if line.get_marker() == "_"] for axes in figure.axes
+    ]
+    assert whiskers == [
+        [pytest.approx([0.7, 0.9, 1.0]), pytest.approx([0.95] * 3)],
+        [pytest.approx([1.0, 1.3, 1.8]), pytest.approx([1.2] * 3)],
+    ]
+    assert "mean ± sd over fresh seeds" in [text.get_text() for text in figure.legends[0].get_texts()]

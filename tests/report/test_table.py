@@ -1,16 +1,17 @@
 """The rank x method table, as data and on a terminal of 80 columns."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
 from lowrank_tune.report.table import rank_groups
-from lowrank_tune.report.terminal import comparison_table
+from lowrank_tune.report.terminal import comparison_tables
 
 
 def printed(comparison) -> list[str]:
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(comparison_table(comparison))
+    console.print(comparison_tables(comparison))
     return console.file.getvalue().splitlines()
 
 
@@ -45,6 +46,35 @@ def test_a_terminal_of_80_columns_shows_every_figure(row, comparison_of):
     star = next(line for line in lines if "★" in line and "sketch" in line)
     assert star.split() == ["sketch", "★", "0.9887", "±", "0.0021", "1.034", "1.138", "123"]
     assert next(line for line in lines if "randomized_svd" in line).split()[-1] == "1,230"
-    assert sum("—" in line for line in lines) == 2
+    assert sum("—" in line for line in lines) == 3
     assert "one CPU thread (test)" in text
     assert "…" not in text
+
+
+def test_what_is_known_of_trained_methods_alone_fits_80_columns_too(row, comparison_of):
+    pair = {
+        "token_cosine_minus_svd": -0.01321,
+        "token_cosine_minus_svd_low": -0.015,
+        "token_cosine_minus_svd_high": -0.011,
+    }
+    seeds = {
+        "seeds": 3, "residual_ratio_seed_mean": 1.2149, "residual_ratio_seed_sd": 0.0126,
+        "token_cosine_seed_mean": 0.90641, "token_cosine_seed_sd": 0.00034,
+    }  # fmt: skip
+    comparison = comparison_of(
+        row("svd", 128, 1.0), row("refined", 128, 1.2, trial_id="t", **pair, **seeds),
+        row("direct", 128, 34.0, trial_id="u", token_cosine_minus_svd=-0.2), row("power_1", 128, 1.1),
+    )  # fmt: skip
+    lines = printed(replace(comparison, data="16 test images, [256, 2048] features of a checkpoint (random weights)"))
+    assert max(len(line) for line in lines) <= 80
+    assert "16 test images, [256, 2048] features" in " ".join(lines)
+    below = lines[next(n for n, line in enumerate(lines) if line.startswith("Trained")) :]
+    star = next(line for line in below if "refined ★" in line)
+    assert " ".join(star.split()) == "refined ★ -0.0132 ± 0.0020 3 1.215 ± 0.013 0.9064 ± 0.0003"
+    direct = next(line for line in below if "direct" in line)
+    assert " ".join(direct.split()) == "128 direct -0.2000 — — —"
+    assert not any("power_1" in line or "…" in line for line in below)
+
+
+def test_without_a_trained_method_there_is_one_table(row, comparison_of):
+    assert not any(line.startswith("Trained") for line in printed(comparison_of(row("svd", 4, 1.0))))

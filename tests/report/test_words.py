@@ -2,7 +2,15 @@
 
 import pytest
 
-from lowrank_tune.report.words import cosine_text, duration_text, rate_text, ratio_text, summary
+from lowrank_tune.report.words import (
+    cosine_text,
+    difference_text,
+    duration_text,
+    rate_text,
+    ratio_text,
+    seed_texts,
+    summary,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +53,38 @@ def test_the_summary_says_what_each_rank_reached(row, comparison_of, outcome):
         "the best control, randomized_svd, 0.9892 (ρ 1.010).",
         "2 trials trained for 8 epochs in all, 4.0 s of training.",
     ]
+
+
+def test_the_summary_says_what_a_winner_gives_with_fresh_seeds(row, comparison_of):
+    seeds = {"seeds": 2, "residual_ratio_seed_mean": 1.25, "residual_ratio_seed_sd": 0.02}
+    cosines = {"token_cosine_seed_mean": 0.94, "token_cosine_seed_sd": 0.001}
+    winner = row("sketch", 64, 1.2, 0.95, trial_id="r064-sketch-0003", **seeds, **cosines)
+    assert summary(comparison_of(row("svd", 64, 1.0), winner), [])[1:] == [
+        "At rank 64 the configuration of r064-sketch-0003, trained again with 2 fresh seeds, reaches ρ 1.250 ± 0.020 "
+        "and a token cosine of 0.9400 ± 0.0010."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ((None, None, None), "—"),
+        ((0.0, 0.0, 0.0), "0"),
+        ((-0.25, None, None), "-0.2500"),
+        ((0.0012, -0.0001, 0.0025), "+0.0012 ± 0.0013"),
+    ],
+)
+def test_a_difference_has_its_sign_and_its_interval(row, fields, expected):
+    names = ("token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high")
+    assert difference_text(row("sketch", 4, **dict(zip(names, fields, strict=True)))) == expected
+
+
+def test_one_seed_has_no_spread_and_a_far_ratio_few_digits(row):
+    one = row("direct", 4, seeds=1, residual_ratio_seed_mean=34.56, token_cosine_seed_mean=0.8)
+    assert seed_texts(one) == ("34.6", "0.8000")
+    two = row(
+        "direct", 4, seeds=2, residual_ratio_seed_mean=34.56, residual_ratio_seed_sd=2.345,
+        token_cosine_seed_mean=0.8, token_cosine_seed_sd=0.01,
+    )  # fmt: skip
+    assert seed_texts(two) == ("34.6 ± 2.3", "0.8000 ± 0.0100")
+    assert seed_texts(row("svd", 4)) == ("—", "—")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lowrank_tune.errors import InputError
+from lowrank_tune.records import Front, FrontPoint
 from lowrank_tune.report.write import write_report, write_spatial
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -133,3 +134,36 @@ def test_spatial_pictures_at_an_impossible_rank_are_an_input_error(study, rank):
             study.features, study.split, study.outcomes, study.comparison, study.directory,
             images=[0], channels=1, rank=rank,
         )  # fmt: skip
+
+
+def test_trade_offs_and_repetitions_are_shown_where_there_are_any(study):
+    first, second = study.outcomes[:2]
+    config = replace(first.config, trial_id="r003-sketch-0000-s1", confirms=first.config.trial_id)
+    repetition = replace(second, config=config, directory=str(study.directory / "trials" / config.trial_id))
+    Path(repetition.directory).mkdir(parents=True)
+    (Path(repetition.directory) / "history.json").write_text((Path(second.directory) / "history.json").read_text())
+    svd, control, trained = study.comparison.rows
+    seeds = {"seeds": 1, "residual_ratio_seed_mean": 1.31, "token_cosine_seed_mean": 0.94}
+    difference = {
+        "token_cosine_minus_svd": -0.05,
+        "token_cosine_minus_svd_low": -0.07,
+        "token_cosine_minus_svd_high": -0.03,
+    }
+    point = FrontPoint("sketch", 3, 3, 0.25, first.config.trial_id, on_front=True)
+    study.comparison = replace(
+        study.comparison,
+        rows=(svd, control, replace(trained, **seeds, **difference)),
+        fronts=(Front("search", "rank", "val_mse", "lower", (point,)),),
+    )
+    files = write_report(
+        study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory, [repetition]
+    )
+    assert [path.name for path in files.plots][:2] == ["rank_curve.png", "pareto.png"]
+    assert files.loss_curves[-1] == Path(repetition.directory) / "loss_curves.png"
+    page = Page(files.html.read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    assert "tradeoffs" in page.ids
+    assert "search: r003-sketch-0000 at rank 3" in " ".join(image["alt"] for image in page.images)
+    assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123 -0.0500 ± 0.0200 1.310 0.9400" in text
+    assert "trained again with 1 fresh seed." in text
+    assert "trained again with 1 fresh seed, reaches ρ 1.310 and a token cosine of 0.9400" in text

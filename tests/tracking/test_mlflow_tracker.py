@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -69,6 +70,24 @@ def test_a_trials_run_says_what_was_tried_and_how_it_went(plan: Plan) -> None:
     assert run.data.metrics["best_val_mse"] == 0.3
     assert run.data.tags["lowrank.stopped_by"] == "patience"
     assert run.info.status == "FINISHED"
+
+
+def test_a_repetition_is_a_child_of_another_kind_than_a_trial(plan: Plan) -> None:
+    repetition = replace(SKETCH, trial_id=f"{SKETCH.trial_id}-s1", seed=99, confirms=SKETCH.trial_id)
+    with StudyTracker(plan) as tracker:
+        for config in (SKETCH, repetition):
+            tracker.trial_started(config)
+            tracker.trial_epoch(config.trial_id, 1, metrics_of(1))
+            tracker.trial_ended(outcome_of(plan, config))
+    reader = read(plan)
+    assert [run.info.run_name for run in reader.runs("trial")] == [SKETCH.trial_id]
+    (run,) = reader.runs("confirmation")
+    trial = reader.trial(SKETCH.trial_id)
+    assert (run.info.run_name, run.data.tags["lowrank.confirms"]) == (repetition.trial_id, SKETCH.trial_id)
+    assert run.data.tags["mlflow.parentRunId"] == reader.parent().info.run_id
+    assert run.data.tags["lowrank.stopped_by"] == "budget"
+    assert run.data.metrics.keys() == trial.data.metrics.keys()
+    assert run.data.params == trial.data.params | {"seed": "99"}
 
 
 @pytest.mark.parametrize(("stopped_by", "status"), [("budget", "FINISHED"), ("asha", "FINISHED"), ("error", "FAILED")])
@@ -154,7 +173,7 @@ def test_the_comparison_lies_in_the_parent_with_rank_as_its_step(plan: Plan) -> 
     assert reader.history(parent, "test.direct.residual_ratio") == [(4, pytest.approx(1.2))]
     assert reader.artifacts(parent) == {
         *("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet"),
-        *("comparison_table.json", "plots"),
+        *("pareto.json", "comparison_table.json", "plots"),
     }
     assert reader.artifacts(parent, "plots") == {"plots/rank_curve.png"}
     assert reader.artifacts(reader.trial(SKETCH.trial_id)) == {"loss_curves.png"}

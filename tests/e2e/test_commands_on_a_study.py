@@ -1,0 +1,122 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowrank_tune.cli import run
+from tests.e2e.conftest import STUDY, Ran
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def printed(capsys: pytest.CaptureFixture[str], ran: Ran, *arguments: str) -> tuple[int, str]:
+    """Exit code and stdout of a command on the results of the study."""
+    capsys.readouterr()
+    code = run([*arguments, "--results", str(ran.results)])
+    return code, capsys.readouterr().out
+
+
+def test_plan_counts_what_the_study_did(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = printed(capsys, ran, "plan", str(ran.study_file), "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["trials"] == len(ran.result.outcomes)
+    assert facts["images_cached"] == facts["images"] == 30
+    assert facts["images_to_extract"] == 0
+    assert facts["split"] == {"train": 19, "validation": 5, "test": 6}
+    assert facts["features_shape"] == [ran.result.features.tokens, ran.result.features.dim]
+    assert facts["cache"] == ran.result.features.directory
+    assert facts["worker_seconds_about"] > 0
+
+
+def test_doctor_looks_at_everything_and_finds_it_sound(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = printed(capsys, ran, "doctor", str(ran.study_file), "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert code == 0
+    assert checks.keys() == {"python", "device", "results", "tracking", "features", "encoder"}
+    assert f"[16, {ran.result.features.dim}]" in checks["encoder"]["finding"]
+    assert "30 cached" in checks["features"]["finding"]
+
+
+def test_doctor_fails_on_images_that_are_not_there(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = printed(capsys, ran, "doctor", str(ran.study_file), "--set", "features.source={images: nowhere/}")
+    assert code == 1
+    assert "nowhere: no such directory" in out
+
+
+def test_features_are_listed_shown_and_verified(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    name = ran.result.features.fingerprint
+    _, out = printed(capsys, ran, "features", "ls", "--json")
+    assert [cache["fingerprint"] for cache in json.loads(out)] == [name]
+    _, out = printed(capsys, ran, "features", "show", name[:6], "--json")
+    assert json.loads(out)["images"] == 30
+    code, out = printed(capsys, ran, "features", "verify", name, "--full", "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+    assert printed(capsys, ran, "features", "show", "none-such")[0] == 2
+
+
+def test_verify_names_a_flipped_bit(ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    source = Path(ran.result.features.directory)
+    copy = tmp_path / "features" / source.name
+    shutil.copytree(source, copy)
+    shard = next((copy / "shards").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    capsys.readouterr()
+    assert run(["features", "verify", source.name, "--full", "--results", str(tmp_path)]) == 1
+    assert shard.name in capsys.readouterr().out
+
+
+def test_trial_and_extract_print_pure_json(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = printed(capsys, ran, "trial", str(ran.study_file), "--json")
+    assert (code, json.loads(out)["status"]) == (0, "finished")
+    code, out = printed(capsys, ran, "extract", str(ran.study_file), "--json")
+    assert (code, json.loads(out)["images"]) == (0, 30)
+
+
+def test_rank_above_the_features_own_exits_2(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = printed(capsys, ran, "run", str(ran.study_file), "--set", "search.space.rank=17")
+    assert code == 2
+
+
+def test_no_secret_of_an_address_is_printed_or_kept(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    for key in ("uri", "urri"):
+        address = f"tracking.{key}=http://someone:s3cret@127.0.0.1:9"
+        assert run(["run", str(ran.study_file), "--results", str(ran.results), "--set", address]) == 2
+    printed_all = "".join(capsys.readouterr())
+    assert "MLFLOW_TRACKING_PASSWORD" in printed_all
+    assert "s3cret" not in printed_all
+
+
+def test_a_ray_that_nobody_started_is_told_at_once(ran: Ran) -> None:
+    command = [sys.executable, "-m", "lowrank_tune", "run", str(ran.study_file), "--results", str(ran.results)]
+    done = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_stops_a_study_as_an_interruption_does(tmp_path: Path) -> None:
+    study = tmp_path / "long.yaml"
+    study.write_text(STUDY.replace("epochs: 3, patience: 2", "epochs: 5000, patience: 5000"))
+    command = [sys.executable, "-m", "lowrank_tune", "run", str(study), "--results", str(tmp_path / "results")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        for line in process.stderr or ():
+            if "training" in line:
+                break
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        told = process.stderr.read() if process.stderr else ""
+    assert process.returncode == 130
+    assert "Start again with" in told
+    (status,) = (tmp_path / "results" / "studies").glob("*/status.json")
+    assert json.loads(status.read_text())["state"] == "stopped"
