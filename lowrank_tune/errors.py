@@ -12,6 +12,8 @@ A message names the thing, the place and the remedy, in that order; a traceback 
 
 from __future__ import annotations
 
+import re
+
 
 class LowrankTuneError(Exception):
     """The base of every deliberate error; the command line prints its message and exits with `exit_code`."""
@@ -34,8 +36,8 @@ class StudyFileError(InputError):
 
     def __init__(self, problems: list[str]) -> None:
         """Keep the problems, one a line."""
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [redact(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 class CacheError(LowrankTuneError):
@@ -48,3 +50,8 @@ class TrackingError(LowrankTuneError):
 
 class StudyFailedError(LowrankTuneError):
     """No trial of the study gave a model: the message holds the reasons, most frequent first."""
+
+
+def redact(text: str) -> str:
+    """Take user names, passwords and query strings out of every address in a text, for messages and files."""
+    return re.sub(r"(://[^\s?]*)\?\S+", r"\1", re.sub(r"://[^\s\"']*@", "://", text))

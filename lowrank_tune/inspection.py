@@ -19,7 +19,8 @@ from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.features.cache import open_cache
 from lowrank_tune.features.survey import survey_features, try_images
 from lowrank_tune.lowrank.decomposers import make_decomposer
-from lowrank_tune.records import TrialConfig
+from lowrank_tune.lowrank.metrics import measure
+from lowrank_tune.records import Split, TrialConfig
 from lowrank_tune.spec.plan import (
     Plan,
     cache_bytes,
@@ -56,8 +57,9 @@ class Check:
 def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]:
     """What a study will do and need.
 
-    `worker_seconds_at_most` comes from timing a step of the largest configuration of each family on random numbers in
-    this process: what the whole budget, confirmations included, would take one worker with no training stopped early.
+    `worker_seconds_about` comes from timing a step and a validation batch of the largest configuration of the slowest
+    family on random numbers in this process: about what the whole budget, confirmations included, would take one worker
+    if no training were stopped early.
 
     Args:
         spec: the study.
@@ -75,9 +77,8 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     cost = plan_cost(plan)
     usable = survey.images - survey.quarantined
     split = split_images([str(image) for image in range(usable)], spec.split, spec.seed)
-    steps = [_measure_step(config, survey.tokens, survey.dim) for config in _largest(plan)]
-    steps_an_epoch = -(-len(split.train) // _largest(plan)[0].batch_size)
-    mean_step = sum(seconds for seconds, _ in steps) / len(steps)
+    torch.set_num_threads(max(1, int(spec.resources.cpus_per_trial)))
+    measured = [_measure_epoch(config, survey.tokens, survey.dim, split) for config in _largest(plan)]
     epochs = cost.max_epochs + cost.confirmations * spec.training.epochs
     return {
         "name": spec.name,
@@ -86,6 +87,8 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "epochs_at_most": cost.max_epochs,
         "confirmations_at_most": cost.confirmations,
         "combinations": cost.combinations,
+        "records": survey.records,
+        "records_unreadable": survey.unreadable,
         "images": survey.images,
         "images_cached": survey.cached,
         "images_to_extract": usable - survey.cached,
@@ -96,8 +99,8 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "weights": survey.weights,
         "cache": survey.directory,
         "cache_bytes": cache_bytes(usable, survey.tokens, survey.dim, spec.features.store_dtype),
-        "memory_bytes_per_trial": max(memory for _, memory in steps),
-        "worker_seconds_at_most": round(mean_step * steps_an_epoch * epochs, 1),
+        "model_and_batch_bytes_per_trial": max(memory for _, memory in measured),
+        "worker_seconds_about": round(max(seconds for seconds, _ in measured) * epochs, 1),
     }
 
 
@@ -186,17 +189,26 @@ def _largest(plan: Plan) -> list[TrialConfig]:
     ]
 
 
-def _measure_step(config: TrialConfig, tokens: int, dim: int) -> tuple[float, int]:
-    """Seconds and bytes of a training step; five times the weights: they, their best copy, gradients, two moments."""
+def _measure_epoch(config: TrialConfig, tokens: int, dim: int, split: Split) -> tuple[float, int]:
+    """Seconds of an epoch, and bytes: weights, their best copy, gradients, AdamW's two moments, and a batch."""
     model = make_decomposer(config, tokens, dim)
     x_NTD = torch.randn(config.batch_size, tokens, dim, generator=torch.Generator().manual_seed(0))
+    step = _seconds(lambda: torch.autograd.backward(model.loss(x_NTD)))
+    with torch.no_grad():
+        validation = _seconds(lambda: measure(x_NTD, *model(x_NTD)))
+    batches = -(-len(split.train) // config.batch_size), -(-len(split.validation) // config.batch_size)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return batches[0] * step + batches[1] * validation, 5 * weights + 4 * x_NTD.numel() * x_NTD.element_size()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The quickest of three runs: the first ones warm up."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        torch.autograd.backward(model.loss(x_NTD))
+        work()
         times.append(time.perf_counter() - started)
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return min(times), 5 * weights + 4 * x_NTD.numel() * x_NTD.element_size()
+    return min(times)
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:
@@ -221,8 +233,8 @@ def _describe_survey(spec: StudySpec, cache_root: Path) -> str:
     survey = survey_features(spec.features, cache_root, spec.seed)
     check_ranks(spec, survey.tokens, survey.dim)
     return (
-        f"{survey.records} records, {survey.images} distinct images, {survey.cached} cached, "
-        f"{survey.quarantined} quarantined; {survey.encoder} ({survey.weights} weights) gives "
+        f"{survey.records} records, {survey.unreadable} unreadable, {survey.images} distinct images, "
+        f"{survey.cached} cached, {survey.quarantined} quarantined; {survey.encoder} ({survey.weights} weights) gives "
         f"[{survey.tokens}, {survey.dim}] each"
     )
 

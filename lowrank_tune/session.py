@@ -8,14 +8,19 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import Thread
+from types import FrameType
 from typing import Any
 
 import ray
 
 from lowrank_tune.errors import LowrankTuneError
+
+_KNOCK_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -33,14 +38,32 @@ def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> It
     if ray.is_initialized():
         yield
         return
-    imports = Thread(target=lambda: [importlib.import_module(name) for name in meanwhile], daemon=True)
+    imports = threading.Thread(target=lambda: [importlib.import_module(name) for name in meanwhile], daemon=True)
     imports.start()
     _start(address or os.environ.get("RAY_ADDRESS"))
     imports.join()
     try:
-        yield
+        with _terminated_like_interrupted():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which `kill` and schedulers send, ends a study as Ctrl-C does; Ray's own handler would abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _start(address: str | None) -> None:
@@ -49,9 +72,21 @@ def _start(address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.getLogger().level)
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+    except (OSError, RuntimeError) as error:
         place = address or "on this machine"
         raise LowrankTuneError(f"Ray {place} did not start or answer: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Find out within seconds whether anything listens at `host:port`; Ray itself would wait for minutes.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()

@@ -38,6 +38,7 @@ from lowrank_tune.spec.plan import (
 from lowrank_tune.spec.rendering import render_study
 from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.trials.confirm import confirm_trials
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.run import run_trials
@@ -76,6 +77,7 @@ class StudyResult:
         outcomes: every trial, in the order of their numbers.
         comparison: the figures on the test split.
         untracked: what MLflow was not told, and why; empty when it knows everything.
+        tracked_by: the MLflow server's address; empty for the results directory's own database.
         confirmations: the best configuration of each rank, trained again with fresh seeds.
     """
 
@@ -87,6 +89,7 @@ class StudyResult:
     comparison: Comparison
     untracked: tuple[str, ...]
     confirmations: tuple[TrialOutcome, ...] = ()
+    tracked_by: str = ""
 
 
 def run_study(
@@ -114,8 +117,8 @@ def run_study(
     progress = progress or StudyProgress()
     plan = _plan(study, results, overrides)
     with ExitStack() as stack:
-        directory = stack.enter_context(_study_directory(plan, study, overrides))
         tracker = stack.enter_context(StudyTracker(plan))
+        directory = stack.enter_context(_study_directory(plan, study, overrides))
         stack.enter_context(ray_session(address))
         features = _extract(plan, progress)
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
@@ -144,7 +147,15 @@ def run_study(
         write_report(plan, features, split, outcomes, comparison, directory, confirmations)
         tracker.log_comparison(comparison, (*outcomes, *confirmations), directory)
     return StudyResult(
-        plan.study_id, directory, features, split, outcomes, comparison, tracker.problems, confirmations
+        study_id=plan.study_id,
+        directory=directory,
+        features=features,
+        split=split,
+        outcomes=outcomes,
+        comparison=comparison,
+        untracked=tracker.problems,
+        confirmations=confirmations,
+        tracked_by="" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown,
     )
 
 
@@ -250,7 +261,7 @@ def results_directory(results: str | Path | None) -> Path:
         raise InputError(
             f"results directory {name}: only local and mounted paths can be used; mount it, or pass --results DIR"
         )
-    path = Path(name).expanduser().absolute()
+    path = Path(os.path.abspath(Path(name).expanduser()))
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -324,7 +335,7 @@ def _study_directory(plan: Plan, study: str | Path | StudySpec, overrides: Seque
     try:
         yield directory
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         _write_status(directory, "stopped" if stopped else "failed", started, reason=str(error))
         raise
     _write_status(directory, "finished", started)

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from typing import NoReturn
 
-from lowrank_tune.errors import LowrankTuneError, StudyFileError
+from lowrank_tune.errors import LowrankTuneError, StudyFileError, redact
 
 INTERRUPTED = 130
 
@@ -42,7 +42,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
         if code == INTERRUPTED:
-            line = shlex.join(["lowrank-tune", *arguments])
+            line = redact(shlex.join(["lowrank-tune", *arguments]))
             print(f"interrupted; what is cached stays cached. Start again with: {line}", file=sys.stderr)
         return code
     except StudyFileError as error:

@@ -12,6 +12,7 @@ import typer
 
 from lowrank_tune.cli.features import features_app
 from lowrank_tune.cli.options import Address, Json, Overrides, Results, StudyFile
+from lowrank_tune.errors import StudyFileError
 from lowrank_tune.spec.loading import load_study
 from lowrank_tune.spec.rendering import render_study, study_schema
 
@@ -26,10 +27,16 @@ app.add_typer(features_app, name="features")
 
 
 @app.command(epilog="Example: lowrank-tune validate studies/quickstart.yaml")
-def validate(study: StudyFile, overrides: Overrides = None) -> None:
+def validate(study: StudyFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a study file; every error comes with its line."""
-    spec = load_study(study, overrides or ())
-    print(f"{study}: a valid study file, {spec.name}")
+    try:
+        spec = load_study(study, overrides or ())
+    except StudyFileError as error:
+        if not as_json:
+            raise
+        print(json.dumps({"valid": False, "problems": error.problems}, indent=2))
+        raise typer.Exit(error.exit_code) from None
+    print(json.dumps({"valid": True, "name": spec.name}) if as_json else f"{study}: a valid study file, {spec.name}")
 
 
 @app.command(epilog="Example: lowrank-tune plan studies/quickstart.yaml --json")

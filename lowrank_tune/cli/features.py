@@ -42,6 +42,7 @@ def verify(
     name: CacheName,
     results: Results = None,
     full: Annotated[bool, typer.Option("--full", help="Read every row and compare its checksum.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a cache against its manifest; exit 1 and name every difference when it is damaged."""
     from lowrank_tune.features.cache import verify_cache
@@ -49,8 +50,13 @@ def verify(
 
     directory: Path = find_cache(results, name)
     problems = verify_cache(directory, full=full)
-    for problem in problems:
-        print(problem)
+    if as_json:
+        print(json.dumps({"fingerprint": directory.name, "problems": problems}, indent=2))
+    else:
+        for problem in problems:
+            print(problem)
     if problems:
         raise typer.Exit(1)
-    print(f"{directory.name}: {'every row matches its checksum' if full else 'sealed, and every shard has its size'}")
+    if not as_json:
+        found = "every row matches its checksum" if full else "sealed, and every shard has its size"
+        print(f"{directory.name}: {found}")

@@ -36,7 +36,10 @@ def print_study(result: StudyResult) -> None:
     results = result.directory.parent.parent
     console.print(f"\nStudy {result.study_id}: {result.directory}", markup=False, soft_wrap=True)
     console.print(f"Report: {result.directory / 'report.html'}", markup=False, soft_wrap=True)
-    console.print(f"Open the MLflow UI: {_program()} ui --results {shlex.quote(str(results))}", soft_wrap=True)
+    if result.tracked_by:
+        console.print(f"Open the MLflow UI: {result.tracked_by}", markup=False, soft_wrap=True)
+    else:
+        console.print(f"Open the MLflow UI: {_program()} ui --results {shlex.quote(str(results))}", soft_wrap=True)
 
 
 def _program() -> str:
@@ -85,10 +88,10 @@ def features_facts(features: FeatureSet) -> dict[str, Any]:
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Print names and values in two columns."""
-    table = Table.grid(padding=(0, 2))
+    width = max(len(name) for name in facts)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value))
-    _console().print(table)
+        # Not a rich table: a path that wraps cannot be copied.
+        print(f"{name.replace('_', ' '):<{width}}  {value}")
 
 
 def print_caches(caches: Sequence[Mapping[str, Any]]) -> None:

@@ -41,8 +41,8 @@ def hash_files(records: SourceRecords) -> SourceFiles:
         try:
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest(), None
-        except OSError as error:
-            return None, error.strerror or type(error).__name__
+        except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+            return None, getattr(error, "strerror", None) or str(error)
 
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         keys, errors = zip(*threads.map(digest, records.paths), strict=True)

@@ -93,7 +93,9 @@ def _read_csv(path: Path, image_column: str) -> pa.Table:
 
 
 def _read_parquet(path: Path, image_column: str) -> pa.Table:
-    return pyarrow.parquet.read_table(path)
+    table = pyarrow.parquet.read_table(path)
+    plain = [column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column for column in table]
+    return pa.table(plain, names=table.column_names)
 
 
 _READERS: dict[str, Callable[[Path, str], pa.Table]] = {

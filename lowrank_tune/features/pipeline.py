@@ -23,6 +23,7 @@ from lowrank_tune.features.record_table import write_record_table
 from lowrank_tune.features.shards import SHARD_ROWS, shard_name
 from lowrank_tune.features.sources import SourceRecords, read_records
 from lowrank_tune.records import FeatureSet
+from lowrank_tune.session import ray_session
 from lowrank_tune.spec.features import FeaturesSpec, TensorSource
 
 _logger = logging.getLogger(__name__)
@@ -154,9 +155,9 @@ def _make_shards(
 ) -> Generator[ShardResult, None, None]:
     """Have the shards made, and tell of each one; what was committed before a failure stays."""
     # A run that finds everything in the cache spends no time on importing torch and Ray Data.
-    from lowrank_tune.features.workers import local_ray, run_extraction
+    from lowrank_tune.features.workers import run_extraction
 
-    with local_ray():
+    with ray_session():
         node_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         pool = plan_pool(actors, len(plans), ray.cluster_resources(), node_cpus)
         _logger.info("extracting %d shards with %s", len(plans), pool)

@@ -14,7 +14,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import read_sealed
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.files import hash_files
+from lowrank_tune.features.files import Quarantine, hash_files
 from lowrank_tune.features.jobs import UnusableError
 from lowrank_tune.features.pipeline import plan_extraction
 from lowrank_tune.features.sources import read_records
@@ -31,7 +31,8 @@ class Survey:
         encoder: what makes the features, for people.
         weights: `random`, `pretrained` or `unknown`.
         records: the source's records.
-        images: distinct readable files among them.
+        unreadable: records whose file is missing or cannot be read.
+        images: distinct readable files among the rest.
         cached: how many of those the cache holds.
         quarantined: how many of those are known to be unusable.
         tokens: T, rows of an image's matrix.
@@ -42,6 +43,7 @@ class Survey:
     encoder: str
     weights: str
     records: int
+    unreadable: int
     images: int
     cached: int
     quarantined: int
@@ -79,7 +81,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
         seed: which crops, for sample images.
 
     Raises:
-        InputError: the source or the checkpoint cannot be used.
+        InputError: the source or the checkpoint cannot be used, or more of its files than may be are broken.
         CacheError: there is a cache, and it is damaged.
     """
     records = read_records(spec.source, cache_root, seed)
@@ -87,11 +89,13 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
     extraction = plan_extraction(spec, cache_root, records)
     contents = read_sealed(Path(extraction.directory), extraction.identity)
     rows, quarantined = (contents.rows, contents.quarantined) if contents else ({}, {})
+    Quarantine(files, spec.max_quarantined).check(quarantined)
     return Survey(
         directory=extraction.directory,
         encoder=extraction.encoder,
         weights=extraction.weights,
         records=len(records.paths),
+        unreadable=sum(key is None for key in files.keys),
         images=len(files.paths),
         cached=sum(key in rows for key in files.paths),
         quarantined=sum(key in quarantined for key in files.paths),

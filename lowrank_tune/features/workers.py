@@ -20,7 +20,7 @@ import ray
 import ray.data
 import torch
 
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError
 from lowrank_tune.features.commit import commit_shard, to_stored
 from lowrank_tune.features.decoding import decode_shard, read_unchanged
 from lowrank_tune.features.jobs import Extraction, ShardPlan, ShardResult, UnusableError
@@ -161,22 +161,6 @@ def _commit(
         failure = f"{extraction.directory}: shard {result.shard} cannot be written ({error}); make room and run again"
         return replace(result, failure=failure, fault="cache")
     return replace(result, quarantined=tuple(quarantined))
-
-
-@contextmanager
-def local_ray() -> Iterator[None]:
-    """The caller's Ray; where there is none, one of this machine's for as long as the block runs."""
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError) as error:
-        raise LowrankTuneError(f"Ray did not start on this machine: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.palette import in_order
 from lowrank_tune.report.table import Cell, rank_groups
 from lowrank_tune.report.words import (
@@ -108,7 +108,7 @@ def render(contents: Contents, sections: Sequence[Section], loss_curves: Sequenc
         remarks=comparison.remarks,
         facts=_facts(contents),
         test_images=count(comparison.rows[0].n_images, "test image") if comparison.rows else "no test image",
-        seeds=max((row.seeds for row in comparison.rows), default=0),
+        repeated=[_repeated(row) for row in comparison.rows if row.seeds],
         device=comparison.device,
         groups=[
             {"rank": group.rank, "cells": [_cell(cell) for cell in group.cells]} for group in rank_groups(comparison)
@@ -139,7 +139,7 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
 
 def _cell(cell: Cell) -> dict[str, Any]:
     row = cell.row
-    texts = [ABSENT] * 9
+    texts = [ABSENT] * 7
     if row is not None:
         texts = [
             f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
@@ -147,11 +147,19 @@ def _cell(cell: Cell) -> dict[str, Any]:
             ratio_text(row.residual_ratio_max),
             rate_text(row.images_per_second),
             difference_text(row),
-            *seed_texts(row),
             cosine_text(row.flat_cosine_mean),
             f"{row.bytes_per_image / 1024:,.1f}",
         ]
     return {"method": cell.method, "best": cell.best, "texts": texts, "trial_id": row.trial_id if row else ""}
+
+
+def _repeated(row: ComparisonRow) -> dict[str, Any]:
+    ratio, cosine = seed_texts(row)
+    return {
+        "rank": row.rank,
+        "trial_id": row.trial_id,
+        "texts": [ratio_text(row.residual_ratio_mean), cosine_text(row.token_cosine_mean), row.seeds, ratio, cosine],
+    }
 
 
 def _by_rank(outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:

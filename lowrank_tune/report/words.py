@@ -66,7 +66,8 @@ def difference_text(row: ComparisonRow) -> str:
     if mean is None:
         return ABSENT
     half = None if low is None or high is None else (high - low) / 2
-    return spread_text(f"{mean:+.4f}" if mean else "0", half if mean else None, 4)
+    # A sign before nothing but zeros would claim a direction that four digits do not show.
+    return spread_text(f"{mean:+.4f}" if abs(mean) >= 5e-5 else "0.0000", half, 4)
 
 
 def seed_texts(row: ComparisonRow) -> tuple[str, str]:

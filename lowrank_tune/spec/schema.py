@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from lowrank_tune.errors import redact
 from lowrank_tune.spec.axes import (
     Axis,
     CountAxis,
@@ -269,6 +270,17 @@ class TrackingSpec(Section):
     """A server or database; by default MLFLOW_TRACKING_URI, else sqlite in the results directory."""
     experiment: Text | None = None
     """The experiment's name; the study's by default."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        # A study file is copied into results, MLflow and the report.
+        if uri and redact(uri) != uri.split("?")[0]:
+            raise rejected(
+                "an address in a study file must not hold a user name or password: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or give the whole address in MLFLOW_TRACKING_URI"
+            )
+        return uri
 
 
 class ReportSpec(Section):

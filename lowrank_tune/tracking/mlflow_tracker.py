@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lowrank_tune.errors import TrackingError
+from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.events import Compared, Epoch, EpochsEnded, RunStatus, StudyEnded, TrialEnded, TrialStarted
-from lowrank_tune.tracking.store import probe, redact, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
 from lowrank_tune.tracking.writer import Deliver, EventWriter
 
 

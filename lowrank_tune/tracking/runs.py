@@ -16,6 +16,7 @@ from mlflow.tracking.client import MlflowClient
 
 from lowrank_tune.errors import TrackingError
 from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.spec.features import TensorSource
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.events import Compared, EpochsEnded, Event, RunStatus, StudyEnded, TrialEnded, TrialStarted
 from lowrank_tune.tracking.points import log_points
@@ -95,7 +96,9 @@ class StudyRuns:
             "lowrank.study_id": plan.study_id,
             "lowrank.spec_hash": plan.spec_hash,
         }
-        run = self._client.create_run(self._experiment, tags=tags, run_name=plan.study_id)
+        # MLflow may be reached only now, when trials have begun.
+        started = int(plan.started.timestamp() * 1000)
+        run = self._client.create_run(self._experiment, start_time=started, tags=tags, run_name=plan.study_id)
         params = {
             "method": spec.search.method,
             "trials": plan.n_trials,
@@ -105,7 +108,7 @@ class StudyRuns:
             "patience": spec.training.patience,
             "seed": spec.seed,
             "confirm_seeds": spec.report.confirm_seeds,
-            "encoder": spec.features.encoder.checkpoint,
+            "encoder": "none" if isinstance(spec.features.source, TensorSource) else spec.features.encoder.checkpoint,
         }
         self._log_params(run.info.run_id, params)
         return str(run.info.run_id)

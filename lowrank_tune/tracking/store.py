@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sqlite3
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_tune.errors import TrackingError
+from lowrank_tune.errors import TrackingError, redact
 
 _PROBE_TIMEOUT_S = 5.0
 _DEFAULTS = {
@@ -70,11 +69,6 @@ def resolve_store(uri: str | None, results: Path) -> Store:
 def local_uri(results: Path) -> str:
     """The address of a results directory's own database."""
     return f"sqlite:///{results.absolute() / 'mlflow.db'}"
-
-
-def redact(text: str) -> str:
-    """Take user names, passwords and query strings out of every address in a text."""
-    return re.sub(r"(://[^\s?]*)\?\S+", r"\1", re.sub(r"://[^\s/]+@", "://", text))
 
 
 def probe(store: Store) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -15,11 +14,6 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
 
 _GRACE_S = 5.0
-
-
-def ui_command(results: Path) -> str:
-    """The line that opens the UI, for people to copy."""
-    return f"lowrank-tune ui --results {shlex.quote(str(results))}"
 
 
 def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int:

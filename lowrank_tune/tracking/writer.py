@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from lowrank_tune.errors import redact
 from lowrank_tune.tracking.events import Event, coalesce
-from lowrank_tune.tracking.store import redact
 
 logger = logging.getLogger(__name__)
 

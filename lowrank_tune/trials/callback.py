@@ -80,6 +80,7 @@ class WatchTrials(Callback):
 
     def __init__(self) -> None:
         self._audience = _AUDIENCE.get()
+        self._seconds: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
@@ -91,6 +92,8 @@ class WatchTrials(Callback):
         """An epoch ended."""
         trial_id = _config(trial).trial_id
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
+        # Tune's own clock would count the imports of an actor's first trial as training.
+        self._seconds[trial_id] = self._seconds.get(trial_id, 0.0) + metrics.get("seconds", 0.0)
         _tell(self._audience.tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
         if self._audience.listener is not None:
             _tell(self._audience.listener.trial_epoch, {"trial_id": trial_id, **metrics})
@@ -106,7 +109,7 @@ class WatchTrials(Callback):
     def _end(self, trial: Trial, crash: str) -> None:
         config, last = _config(trial), trial.last_result or {}
         directory = self._audience.trials_dir / config.trial_id
-        outcome = outcome_of(config, last, directory, float(last.get("time_total_s", 0.0)), crash)
+        outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
         self._audience.outcomes[config.trial_id] = outcome
         _tell(self._audience.tracker.trial_ended, outcome)
         if self._audience.listener is not None:

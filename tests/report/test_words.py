@@ -69,7 +69,8 @@ def test_the_summary_says_what_a_winner_gives_with_fresh_seeds(row, comparison_o
     ("fields", "expected"),
     [
         ((None, None, None), "—"),
-        ((0.0, 0.0, 0.0), "0"),
+        ((0.0, 0.0, 0.0), "0.0000 ± 0.0000"),
+        ((-1e-6, None, None), "0.0000"),
         ((-0.25, None, None), "-0.2500"),
         ((0.0012, -0.0001, 0.0025), "+0.0012 ± 0.0013"),
     ],

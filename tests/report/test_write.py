@@ -164,6 +164,6 @@ def test_trade_offs_and_repetitions_are_shown_where_there_are_any(study):
     text = " ".join(" ".join(page.text).split())
     assert "tradeoffs" in page.ids
     assert "search: r003-sketch-0000 at rank 3" in " ".join(image["alt"] for image in page.images)
-    assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123 -0.0500 ± 0.0200 1.310 0.9400" in text
-    assert "trained again with 1 fresh seed." in text
+    assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123 -0.0500 ± 0.0200 0.9500" in text
+    assert "r003-sketch-0000 3 1.200 0.9500 1 1.310 0.9400" in text
     assert "trained again with 1 fresh seed, reaches ρ 1.310 and a token cosine of 0.9400" in text

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tracked_study import build_plan
 
-from lowrank_tune.errors import TrackingError
+from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.tracking.store import Store, probe, redact, resolve_store
+from lowrank_tune.tracking.store import Store, probe, resolve_store
 
 
 @contextmanager

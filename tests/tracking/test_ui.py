@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.tracking.ui import serve_ui, ui_command
+from lowrank_tune.tracking.ui import serve_ui
 
 SERVE = (
     "import sys; from pathlib import Path; from lowrank_tune.tracking.ui import serve_ui; "
@@ -24,10 +24,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def test_the_line_that_opens_it_can_be_pasted() -> None:
-    assert ui_command(Path("my results")) == "lowrank-tune ui --results 'my results'"
 
 
 def test_there_must_be_something_to_show(tmp_path: Path) -> None:
