@@ -69,16 +69,13 @@ def orthonormalise_once(y_NTR: Tensor) -> Tensor:
     Returns:
         As `orthonormalise`.
     """
-    y = y_NTR.double()
-    rank = y.shape[-1]
-    inner_NRR = gram(y.mT)
+    inner_NRR = gram(y_NTR.double().mT)
     squares_NR = inner_NRR.diagonal(dim1=-2, dim2=-1)
     # Eigenvalues go down to float32's rounding beside the largest, and columns may hold their squares.
     noise_N1 = torch.finfo(torch.float32).eps ** 4 * squares_NR.detach().sum(-1, keepdim=True)
-    lengths_NR = torch.maximum(squares_NR, noise_N1).clamp_min(torch.finfo(torch.float32).tiny ** 2).sqrt()
-    correlation = inner_NRR / (lengths_NR[..., :, None] * lengths_NR[..., None, :])
-    jitter = (rank + 100) * SMALL_JITTER * torch.eye(rank, dtype=y.dtype, device=y.device)
-    upper = _upper_factor(correlation + jitter) * lengths_NR[..., None, :]
+    floor_NR = torch.maximum(squares_NR, noise_N1).clamp_min(torch.finfo(torch.float32).tiny ** 2)
+    jitter_NR = floor_NR - squares_NR + (y_NTR.shape[-1] + 100) * SMALL_JITTER * floor_NR
+    upper = _upper_factor(inner_NRR + torch.diag_embed(jitter_NR))
     q_NTR: Tensor = torch.linalg.solve_triangular(upper.to(y_NTR.dtype), y_NTR, upper=True, left=False)
     return q_NTR
 
@@ -94,7 +91,7 @@ def _upper_factor(positive_NRR: Tensor) -> Tensor:
     """Return U with UᵀU the positive definite matrix; NaN where it is none."""
     # The checked variant would wait for the GPU, and raise where NaN features should make NaN figures.
     factor, failed_N = torch.linalg.cholesky_ex(positive_NRR)
-    return torch.where(failed_N[..., None, None] == 0, factor, torch.nan).mT
+    return (factor + torch.where(failed_N == 0, 0.0, torch.nan).to(factor)[..., None, None]).mT
 
 
 def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Generator) -> Tensor:

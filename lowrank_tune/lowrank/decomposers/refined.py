@@ -31,7 +31,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
 from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
 
-OVERSAMPLING = 16
+OVERSAMPLING = 12
 """W − R. Without it the filter has nothing to tell wanted from unwanted by; the eigendecomposition grows with W³."""
 POWERS_AT_RANK_1 = 8
 """Products with XXᵀ, beyond the one that every rank has, from Xω to q; they fall with the rank."""
@@ -51,7 +51,7 @@ class Refined(Decomposer):
     family = "refined"
     params = ("steps",)
     ordered = True
-    omega_D1: Tensor
+    omega_D: Tensor
     start_TW: Tensor
 
     def __init__(
@@ -62,7 +62,7 @@ class Refined(Decomposer):
         if steps < 1 or steps != params["steps"]:
             raise InputError(f"family refined: steps {params['steps']:g} must be a whole number, 1 at least")
         width = max(1, min(tokens, dim, rank + OVERSAMPLING) - 1)
-        self.register_buffer("omega_D1", torch.randn(dim, 1, generator=generator))
+        self.register_buffer("omega_D", torch.randn(dim, generator=generator))
         self.register_buffer("start_TW", torch.randn(tokens, width, generator=generator))
         # The Chebyshev polynomial's zeros: of all filters of this degree it is the least at most over [0, θ].
         angles = torch.arange(1, 2 * steps, 2) * (math.pi / (2 * steps))
@@ -76,7 +76,7 @@ class Refined(Decomposer):
             q_NT1, gram_NTT = self._deflate(x_NTD)
             basis_NTR = self._basis(gram_NTT, count - 1)
             # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
-            basis_NTR = basis_NTR - q_NT1 * (q_NT1.mT @ basis_NTR)
+            basis_NTR = torch.addcmul(basis_NTR, q_NT1, q_NT1.mT @ basis_NTR, value=-1)
             a_NTR = torch.cat([q_NT1, basis_NTR], -1)
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
@@ -99,7 +99,7 @@ class Refined(Decomposer):
 
     def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return q [N, T, 1] and the Gram matrices of X − qqᵀX, over ‖X‖² [N, T, T]."""
-        q_NT1 = _unit((self.omega_D1.mT @ x_NTD.mT).mT)
+        q_NT1 = _unit((x_NTD @ self.omega_D)[..., None])
         # At a low rank q is all or most of A; at a high one it need only lie among the leading directions.
         for _ in range(1 + POWERS_AT_RANK_1 // self.rank):
             q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
@@ -111,23 +111,23 @@ class Refined(Decomposer):
     def _basis(self, gram_NTT: Tensor, count: int) -> Tensor:
         """Return the leading `count` columns of the filtered basis [N, T, count]."""
         with torch.no_grad():
-            ritz_NTR, product_NTR, floor_N11 = self._ritz(gram_NTT, count)
+            q_NTW = self._start(gram_NTT)
+            product_NTW = gram_NTT @ q_NTW
+            values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
+            leading_NWR = vectors_NWW.flip(-1)[..., :count]
+            floor_N11 = values_NW[:, :1, None].clamp_min(0)
         zeros = torch.sigmoid(PACE * self.zeros_K)
-        basis_NTR = product_NTR - zeros[0] * floor_N11 * ritz_NTR
+        basis_NTR = (product_NTW - zeros[0] * floor_N11 * q_NTW) @ leading_NWR
         for step, zero in enumerate(zeros[1:], start=1):
             if step % STEPS_BETWEEN == 0:
                 basis_NTR = orthonormalise_once(basis_NTR)
-            basis_NTR = gram_NTT @ basis_NTR - zero * floor_N11 * basis_NTR
+            basis_NTR = torch.baddbmm(zero * -floor_N11 * basis_NTR, gram_NTT, basis_NTR)
         return orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
 
-    def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the Ritz vectors in order [N, T, count], G times them, and the smallest Ritz value [N, 1, 1]."""
+    def _start(self, gram_NTT: Tensor) -> Tensor:
+        """Return Q [N, T, W]."""
         # In float64: the columns are all but parallel on an image with a few dominating directions.
-        q_NTW = orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
-        product_NTW = gram_NTT @ q_NTW
-        values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
-        leading_NWR = vectors_NWW.flip(-1)[..., :count]
-        return q_NTW @ leading_NWR, product_NTW @ leading_NWR, values_NW[:, :1, None].clamp_min(0)
+        return orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
 
 
 def _unit(y_NT1: Tensor) -> Tensor:
