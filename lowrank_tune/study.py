@@ -123,15 +123,10 @@ def run_study(
         features = _extract(plan, progress)
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
         check_images(plan.spec.report.images, len(split.test))
-        progress.stage(f"measuring the optimum of {len(split.validation)} validation images at every rank")
-        optimum_path = directory / "optimum.safetensors"
-        validation_optimum(features, split).save(optimum_path)
-        progress.stage(f"training {plan.n_trials} trials on {len(split.train)} images")
-        progress.trials(plan.n_trials)
+        optimum_path = _save_optimum(features, split, directory, progress)
+        _announce(progress, f"training {plan.n_trials} trials on {len(split.train)} images", plan.n_trials)
         outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
-        best = winners(outcomes, plan.spec.objective)
-        _announce_confirmation(progress, len(best) * plan.spec.report.confirm_seeds)
-        confirmations = confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
+        confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
         progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
         comparison = compare(
             features,
@@ -304,10 +299,32 @@ def _device(spec: StudySpec) -> str:
     return "cuda" if spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
 
 
-def _announce_confirmation(progress: StudyProgress, repetitions: int) -> None:
+def _save_optimum(features: FeatureSet, split: Split, directory: Path, progress: StudyProgress) -> Path:
+    progress.stage(f"measuring the optimum of {len(split.validation)} validation images at every rank")
+    path = directory / "optimum.safetensors"
+    validation_optimum(features, split).save(path)
+    return path
+
+
+def _announce(progress: StudyProgress, stage: str, trainings: int) -> None:
+    progress.stage(stage)
+    progress.trials(trainings)
+
+
+def _confirm(
+    plan: Plan,
+    outcomes: Sequence[TrialOutcome],
+    features: FeatureSet,
+    split: Split,
+    optimum_path: Path,
+    tracker: StudyTracker,
+    progress: StudyProgress,
+) -> tuple[TrialOutcome, ...]:
+    best = winners(outcomes, plan.spec.objective)
+    repetitions = len(best) * plan.spec.report.confirm_seeds
     if repetitions:
-        progress.stage(f"training the best of each rank again with fresh seeds: {repetitions} repetitions")
-        progress.trials(repetitions)
+        _announce(progress, f"training the best of each rank again: {repetitions} with fresh seeds", repetitions)
+    return confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
 
 
 def _extract(plan: Plan, progress: StudyProgress) -> FeatureSet:

@@ -43,11 +43,8 @@ def compare(
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
 
-    A row's own figures are those of the model that stands behind it. Which model that is, the validation split decided,
-    so on the test split they are honest for that model; what its configuration gives with another seed, `confirmations`
-    tell.
-
-    Speeds are measured one method at a time, so they are only worth comparing when nothing else runs.
+    The validation split chose the model behind a row, so its test figures are honest for that model; what its
+    configuration gives with other seeds, `confirmations` tell. Speeds are only worth comparing when nothing else runs.
 
     Args:
         features: the study's.
@@ -81,20 +78,11 @@ def compare(
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if (method.name, method.rank) in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
-    remarks = [
-        *say.about_data(features, rows[0].n_images),
-        *say.about_rivals(rows),
-        *say.about_trials(outcomes, rows),
-        *say.about_confirmations(confirmations, rows),
-        *lost,
-        *lost_repeats,
-        *left_out,
-    ]
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_words(device),
-        remarks=tuple(remarks),
+        remarks=(*say.about_study(features, outcomes, confirmations, rows), *lost, *lost_repeats, *left_out),
         data=say.data_words(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
     )

@@ -26,6 +26,28 @@ def data_words(features: FeatureSet, test_images: int) -> str:
     return f"{images}, {shape} features of {features.encoder} ({features.weights} weights)"
 
 
+def about_study(
+    features: FeatureSet,
+    outcomes: Sequence[TrialOutcome],
+    confirmations: Sequence[TrialOutcome],
+    rows: Sequence[ComparisonRow],
+) -> list[str]:
+    """Say everything that a study's records give cause to say.
+
+    Args:
+        features: the study's.
+        outcomes: every trial.
+        confirmations: every repetition.
+        rows: the comparison's, at least one.
+    """
+    return [
+        *about_data(features, rows[0].n_images),
+        *about_rivals(rows),
+        *about_trials(outcomes, rows),
+        *about_confirmations(confirmations, rows),
+    ]
+
+
 def about_data(features: FeatureSet, test_images: int) -> list[str]:
     """Say what the features are worth: whose weights made them, what is missing, how many judge.
 

@@ -74,11 +74,6 @@ def write_report(
     """
     plots = directory / "plots"
     trials: list[Trial] = [(outcome, read_history(Path(outcome.directory))) for outcome in outcomes]
-    curves = [Section("ranks", "Figures by rank", (_rank_picture(comparison, plots),))] if comparison.rows else []
-    if comparison.fronts:
-        curves.append(Section("tradeoffs", "Trade-offs", (_pareto_picture(comparison.fronts, plots),)))
-    if any(history for _, history in trials):
-        curves.append(Section("learning", "Learning", (_learning_picture(trials, plots),)))
     try:
         check_images(plan.spec.report.images, len(split.test))
     except InputError as error:
@@ -88,7 +83,7 @@ def write_report(
     maps = write_spatial(
         features, split, outcomes, comparison, plots, images=images, channels=plan.spec.report.channels
     )
-    sections = [*curves, Section("places", "Where on the image", tuple(maps))]
+    sections = [*_curves(comparison, trials, plots), Section("places", "Where on the image", tuple(maps))]
     trials += [(outcome, read_history(Path(outcome.directory))) for outcome in confirmations]
     losses = [_loss_picture(outcome, history) for outcome, history in trials if history]
     standing = {row.trial_id for row in comparison.rows}
@@ -155,6 +150,17 @@ def write_spatial(
     return [_spatial_picture(view, plots) for view in views]
 
 
+def _curves(comparison: Comparison, trials: Sequence[Trial], plots: Path) -> list[Section]:
+    sections = []
+    if comparison.rows:
+        sections.append(Section("ranks", "Figures by rank", (_rank_picture(comparison, plots),)))
+    if comparison.fronts:
+        sections.append(Section("tradeoffs", "Trade-offs", (_pareto_picture(comparison.fronts, plots),)))
+    if any(history for _, history in trials):
+        sections.append(Section("learning", "Learning", (_learning_picture(trials, plots),)))
+    return sections
+
+
 def _best_network(
     outcomes: Sequence[TrialOutcome], comparison: Comparison, rank: int | None
 ) -> tuple[int, Decomposer | None]:
@@ -194,7 +200,7 @@ def _pareto_picture(fronts: Sequence[Front], plots: Path) -> Picture:
         plots / "pareto.png",
         title="What a rank and a byte buy",
         alt=f"Scatter charts of cost against quality. On the fronts, {members}. pareto.json has every figure.",
-        caption=f"Filled and joined: the Pareto front, which nothing beats in both figures. {members[:1].upper()}"
+        caption=f"Filled and joined: the Pareto front, which nothing beats. {members[:1].upper()}"
         f"{members[1:]}. Trials by validation figures, methods by test figures; a rank has the same bytes whatever the "
         "method.",
     )
