@@ -129,7 +129,7 @@ def _log_model(
         model_uuid=entry.model_id,
         model_id=entry.model_id,
         run_id=parent,
-        signature=_signature(tokens, dim, row.rank),
+        signature=_signature(tokens, dim),
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
@@ -145,11 +145,12 @@ def _log_model(
     client.log_outputs(parent, [LoggedModelOutput(entry.model_id, step=row.rank)])
 
 
-def _signature(tokens: int, dim: int, rank: int) -> ModelSignature:
+def _signature(tokens: int, dim: int) -> ModelSignature:
     single = np.dtype("float32")
+    # A model of nested ranks gives its highest, whichever rank it is logged for.
     return ModelSignature(
         inputs=Schema([TensorSpec(single, (-1, tokens, dim))]),
-        outputs=Schema([TensorSpec(single, (-1, tokens, rank), "a"), TensorSpec(single, (-1, rank, dim), "b")]),
+        outputs=Schema([TensorSpec(single, (-1, tokens, -1), "a"), TensorSpec(single, (-1, -1, dim), "b")]),
     )
 
 
