@@ -91,7 +91,9 @@ def _upper_factor(positive_NRR: Tensor) -> Tensor:
     """Return U with UᵀU the positive definite matrix; NaN where it is none."""
     # The checked variant would wait for the GPU, and raise where NaN features should make NaN figures.
     factor, failed_N = torch.linalg.cholesky_ex(positive_NRR)
-    return (factor + torch.where(failed_N == 0, 0.0, torch.nan).to(factor)[..., None, None]).mT
+    broken_N: Tensor = torch.where(failed_N == 0, 0.0, torch.nan).to(factor)
+    upper: Tensor = (factor + broken_N[..., None, None]).mT
+    return upper
 
 
 def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Generator) -> Tensor:

@@ -34,8 +34,8 @@ INITIAL_IMAGES = 256
 """Training images that a decomposer's start is fitted on, at most: a rank's axes need no more, and it then costs less
 than an epoch."""
 CONDENSED_BYTES = 256 * 2**20
-"""Memory for what training images condense to, kept from epoch to epoch where all of it fits: 1024 Gram matrices of
-256 tokens. A constant, so that a trial's memory does not grow with the cache."""
+"""Memory for what training images condense to, kept from epoch to epoch where all of it fits: 500 images of 256
+tokens at rank 128. A constant, so that a trial's memory does not grow with the cache."""
 VALIDATION_BATCH = 8
 """Validation images in memory at a time."""
 FIGURES = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio")
@@ -87,7 +87,7 @@ class Trainer:
         self.reason = ""
         self._energy_N = optimum.energy_N
         self._floors = [optimum.at(rank).residual_N for rank in config.ranks]
-        self._condensed: Tensor | None = None
+        self._condensed: list[Tensor] = []
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
         self.model = make_decomposer(config, data.tokens, data.dim).to(device)
@@ -185,18 +185,18 @@ class Trainer:
         starts = range(0, len(images), size)
         self.model.initialise((self._load(images[start : start + size]) for start in starts), generator)
 
-    def _condense(self) -> Tensor | None:
-        """Return what the training images condense to, made once; None where it is X itself or too much to keep."""
-        if type(self.model).condense is Decomposer.condense:
-            return None
-        if self._condensed is None:
-            train, size = self.split.train, self.config.batch_size
-            first = self.model.condense(self._load(train[:1]))
-            if len(train) * first.nbytes > CONDENSED_BYTES:
-                return None
-            self._condensed = first.new_empty(len(train), *first.shape[1:])
+    def _condense(self) -> list[Tensor]:
+        """Return what the training images condense to, made once; nothing where it is X itself or too much to keep."""
+        train, size = self.split.train, self.config.batch_size
+        if type(self.model).condense is Decomposer.condense or self._condensed:
+            return self._condensed
+        one = self.model.condense(self._load(train[:1]))
+        if len(train) * sum(part.nbytes for part in one) <= CONDENSED_BYTES:
+            self._condensed = [part.new_empty(len(train), *part.shape[1:]) for part in one]
             for start in range(0, len(train), size):
-                self._condensed[start : start + size] = self.model.condense(self._load(train[start : start + size]))
+                parts = self.model.condense(self._load(train[start : start + size]))
+                for whole, part in zip(self._condensed, parts, strict=True):
+                    whole[start : start + size] = part
         return self._condensed
 
     def _train(self) -> float:
@@ -209,10 +209,10 @@ class Trainer:
         for start in range(0, len(order), size):
             places = order[start : start + size]
             self._optimizer.zero_grad()
-            if kept is None:
-                loss = self.model.loss(self._load([train[place] for place in places]))
+            if kept:
+                loss = self.model.condensed_loss(*(part[places] for part in kept))
             else:
-                loss = self.model.condensed_loss(kept[places])
+                loss = self.model.loss(self._load([train[place] for place in places]))
             torch.autograd.backward(loss)
             self._optimizer.step()
             total += loss.detach() * len(places)

@@ -50,6 +50,12 @@ def test_it_is_near_the_optimum_without_training(power_law, tokens, dim, rank):
     assert rho.max() < 1.05
 
 
+@pytest.mark.parametrize(("tokens", "dim"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize("rank", [52, 60, 64])
+def test_ranks_up_to_the_full_one_leave_no_room_and_do_no_harm(power_law, tokens, dim, rank):
+    assert ratios(made(tokens, dim, rank), power_law(4, tokens, dim)).max() < 1.01
+
+
 @pytest.mark.parametrize("rank", [2, 16, 32])
 def test_another_step_comes_nearer(power_law, rank):
     x = power_law(4, 100, 200)
@@ -121,15 +127,15 @@ def test_the_loss_is_the_residuals_share_of_the_energy(power_law):
 
 
 def test_the_gradient_is_that_of_the_loss(power_law):
-    condensed = made(80, 120, 6).condense(power_law(2, 80, 120, decay=0.3)).double()
+    condensed = [part.double() for part in made(80, 120, 6).condense(power_law(2, 80, 120, decay=0.3))]
     model = made(80, 120, 6).double()
-    model.condensed_loss(condensed).backward()
+    model.condensed_loss(*condensed).backward()
     for place in range(2):
         values = []
         for step in (1e-6, -1e-6):
             with torch.no_grad():
                 model.zeros_K[place] += step
-                values.append(model.condensed_loss(condensed).item())
+                values.append(model.condensed_loss(*condensed).item())
                 model.zeros_K[place] -= step
         assert model.zeros_K.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-2)
 

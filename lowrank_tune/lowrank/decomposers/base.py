@@ -85,17 +85,17 @@ class Decomposer(nn.Module, ABC):
 
     def loss(self, x_NTD: Tensor) -> Tensor:
         """Return the scalar that training lowers, averaged over images [N, T, D]."""
-        return self.condensed_loss(self.condense(x_NTD))
+        return self.condensed_loss(*self.condense(x_NTD))
 
-    def condense(self, x_NTD: Tensor) -> Tensor:
+    def condense(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
         """Return all that `condensed_loss` needs of images [N, T, D], one entry an image; by default X itself.
 
         It depends on no weight that training changes, so that training may keep it from epoch to epoch.
         """
-        return x_NTD
+        return (x_NTD,)
 
     @abstractmethod
-    def condensed_loss(self, condensed: Tensor) -> Tensor:
+    def condensed_loss(self, *condensed: Tensor) -> Tensor:
         """Return `loss` from what `condense` returned.
 
         A family is free in how: from reconstructions, or from the Gram matrices alone.

@@ -50,10 +50,11 @@ class Direct(Decomposer):
         b_NRD = self.component_out(functional.gelu(self.component_RH + pooled_N1H)) * scale_N11
         return Factors(a_NTR, b_NRD)
 
-    def condensed_loss(self, condensed: Tensor) -> Tensor:
+    def condensed_loss(self, *condensed: Tensor) -> Tensor:
         """Return the three-term loss of images [N, T, D]."""
-        a_NTR, b_NRD = self(condensed)
-        return three_term_loss(condensed, a_NTR, b_NRD, **self.family_params)
+        (x_NTD,) = condensed
+        a_NTR, b_NRD = self(x_NTD)
+        return three_term_loss(x_NTD, a_NTR, b_NRD, **self.family_params)
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

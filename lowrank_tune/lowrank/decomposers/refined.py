@@ -35,6 +35,9 @@ OVERSAMPLING = 12
 """W − R. Without it the filter has nothing to tell wanted from unwanted by; the eigendecomposition grows with W³."""
 POWERS_AT_RANK_1 = 8
 """Products with XXᵀ, beyond the one that every rank has, from Xω to q; they fall with the rank."""
+START = 0.9
+"""Where the zeros begin. Chebyshev's would do the least harm over all of [0, θ]; but the products before have left
+little near 0, and what is left stands near θ."""
 PACE = 50.0
 """What the zeros' logits are stored divided by: a learning rate of 1e-3 then moves a zero by about a percent a step."""
 STEPS_BETWEEN = 2
@@ -64,9 +67,7 @@ class Refined(Decomposer):
         width = max(1, min(tokens, dim, rank + OVERSAMPLING) - 1)
         self.register_buffer("omega_D", torch.randn(dim, generator=generator))
         self.register_buffer("start_TW", torch.randn(tokens, width, generator=generator))
-        # The Chebyshev polynomial's zeros: of all filters of this degree it is the least at most over [0, θ].
-        angles = torch.arange(1, 2 * steps, 2) * (math.pi / (2 * steps))
-        self.zeros_K = nn.Parameter(torch.logit((1 + angles.cos()) / 2) / PACE)
+        self.zeros_K = nn.Parameter(torch.full((steps,), math.log(START / (1 - START)) / PACE))
 
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
         """Decompose images [N, T, D], at the model's rank or a smaller one; in float32 also under autocast."""
@@ -74,27 +75,29 @@ class Refined(Decomposer):
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
             q_NT1, gram_NTT = self._deflate(x_NTD)
-            basis_NTR = self._basis(gram_NTT, count - 1)
+            basis_NTR = self._filter(gram_NTT, *self._ritz(gram_NTT, count - 1))
             # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
             basis_NTR = torch.addcmul(basis_NTR, q_NT1, q_NT1.mT @ basis_NTR, value=-1)
             a_NTR = torch.cat([q_NT1, basis_NTR], -1)
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
     @torch.no_grad()
-    def condense(self, x_NTD: Tensor) -> Tensor:
-        """Return X'X'ᵀ / ‖X‖² [N, T, T]: what the dominating direction leaves, as shares of the image's energy."""
+    def condense(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
+        """Return G [N, T, T] and what the filter starts from: no weight that is learned has a part in them."""
         with torch.autocast(x_NTD.device.type, enabled=False):
-            return self._deflate(x_NTD.to(self.start_TW.dtype))[1]
+            gram_NTT = self._deflate(x_NTD.to(self.start_TW.dtype))[1]
+            return gram_NTT, *self._ritz(gram_NTT, self.rank - 1)
 
-    def condensed_loss(self, condensed: Tensor) -> Tensor:
-        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from Gram matrices [N, T, T].
+    def condensed_loss(self, *condensed: Tensor) -> Tensor:
+        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from what `condense` returned.
 
         With q among A's columns it is tr G − tr(A'ᵀGA') of the deflated G and the other columns A'.
         """
-        with torch.autocast(condensed.device.type, enabled=False):
-            a_NTR = self._basis(condensed, self.rank - 1)
-            kept_NR = (a_NTR * (condensed @ a_NTR)).sum(-2)
-            left_N1 = condensed.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        gram_NTT = condensed[0]
+        with torch.autocast(gram_NTT.device.type, enabled=False):
+            a_NTR = self._filter(*condensed)
+            kept_NR = (a_NTR * (gram_NTT @ a_NTR)).sum(-2)
+            left_N1 = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
             return self.weigh_ranks((left_N1 - torch.cat([torch.zeros_like(left_N1), kept_NR.cumsum(-1)], -1)).mean(0))
 
     def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,26 +111,26 @@ class Refined(Decomposer):
         energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1) + row_N1D.square().sum((-2, -1))
         return q_NT1, gram_NTT / energy_N.clamp_min(torch.finfo(x_NTD.dtype).tiny)[:, None, None]
 
-    def _basis(self, gram_NTT: Tensor, count: int) -> Tensor:
-        """Return the leading `count` columns of the filtered basis [N, T, count]."""
-        with torch.no_grad():
-            q_NTW = self._start(gram_NTT)
-            product_NTW = gram_NTT @ q_NTW
-            values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
-            leading_NWR = vectors_NWW.flip(-1)[..., :count]
-            floor_N11 = values_NW[:, :1, None].clamp_min(0)
+    def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the leading Ritz vectors [N, T, count], G times them, and θ [N, 1, 1]."""
+        # In float64: the columns are all but parallel on an image with a few dominating directions.
+        q_NTW = orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
+        product_NTW = gram_NTT @ q_NTW
+        values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
+        leading_NWR = vectors_NWW.flip(-1)[..., :count]
+        # At full rank all are wanted, and no zero may stand near the least of them.
+        theta_N11 = values_NW[:, :1, None].clamp_min(0) * (values_NW.shape[-1] >= self.rank)
+        return q_NTW @ leading_NWR, product_NTW @ leading_NWR, theta_N11
+
+    def _filter(self, gram_NTT: Tensor, ritz_NTR: Tensor, product_NTR: Tensor, theta_N11: Tensor) -> Tensor:
+        """Return the filtered basis [N, T, R]."""
         zeros = torch.sigmoid(PACE * self.zeros_K)
-        basis_NTR = (product_NTW - zeros[0] * floor_N11 * q_NTW) @ leading_NWR
+        basis_NTR = product_NTR - zeros[0] * theta_N11 * ritz_NTR
         for step, zero in enumerate(zeros[1:], start=1):
             if step % STEPS_BETWEEN == 0:
                 basis_NTR = orthonormalise_once(basis_NTR)
-            basis_NTR = torch.baddbmm(zero * -floor_N11 * basis_NTR, gram_NTT, basis_NTR)
+            basis_NTR = torch.baddbmm(-zero * theta_N11 * basis_NTR, gram_NTT, basis_NTR)
         return orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
-
-    def _start(self, gram_NTT: Tensor) -> Tensor:
-        """Return Q [N, T, W]."""
-        # In float64: the columns are all but parallel on an image with a few dominating directions.
-        return orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
 
 
 def _unit(y_NT1: Tensor) -> Tensor:
