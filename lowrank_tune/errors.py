@@ -54,4 +54,4 @@ class StudyFailedError(LowrankTuneError):
 
 def redact(text: str) -> str:
     """Take user names, passwords and query strings out of every address in a text, for messages and files."""
-    return re.sub(r"(://[^\s?]*)\?\S+", r"\1", re.sub(r"://[^\s\"']*@", "://", text))
+    return re.sub(r"(://[^\s?]*)\?[^\s\"']+", r"\1", re.sub(r"://[^\s\"']*@", "://", text))

@@ -11,7 +11,7 @@ from lowrank_tune.lowrank.decomposers.direct import Direct
 from lowrank_tune.lowrank.decomposers.refined import Refined
 from lowrank_tune.lowrank.decomposers.sketch import Sketch
 from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
-from lowrank_tune.lowrank.metrics import measure, residual_ratio
+from lowrank_tune.lowrank.metrics import EXACT, measure, residual_ratio
 from lowrank_tune.lowrank.oracle import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
@@ -92,7 +92,12 @@ def test_any_spectrum_gives_safe_factors_and_gradients(seed, spread, zero_rows, 
     assert model.zeros_K.grad.isfinite().all()
     rho = ratios(model, x)
     assert (rho >= 1 - 1e-6).all()
-    assert (rho < 1.5).all()
+    # Where the optimum leaves nothing, ρ compares float32's rounding with the 1e-8 of the energy that counts as none.
+    optimum = measure_optimum([x])
+    excess_N = (rho - 1) * torch.maximum(
+        optimum.at(rank).residual_N / optimum.energy_N.clamp_min(1e-300), torch.tensor(EXACT)
+    )
+    assert ((rho < 1.5) | (excess_N < 1e-7)).all()
 
 
 def test_equal_singular_values_are_no_trouble():

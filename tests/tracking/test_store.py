@@ -41,11 +41,14 @@ def test_the_study_file_comes_before_the_environment_and_that_before_the_results
     assert resolve_store("http://mine:1", tmp_path) == Store("http://mine:1", None)
 
 
-def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(tmp_path: Path) -> None:
+def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        plan = build_plan(tmp_path, tracking={"uri": f"http://me:secret@127.0.0.1:{port}"})
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+        plan = build_plan(tmp_path)
         started = time.monotonic()
         with pytest.raises(TrackingError, match=f"http://127.0.0.1:{port} does not answer .*tracking.uri") as raised:
             StudyTracker(plan)
@@ -53,9 +56,12 @@ def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(t
     assert "secret" not in str(raised.value)
 
 
-def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(tmp_path: Path) -> None:
+def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with server(404) as uri:
-        tracker = StudyTracker(build_plan(tmp_path, tracking={"uri": uri.replace("//", "//me:secret@")}))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//me:secret@"))
+        tracker = StudyTracker(build_plan(tmp_path))
         with pytest.raises(TrackingError, match=f"{uri} refuses the study.*credentials") as raised:
             tracker.__enter__()
     assert "secret" not in str(raised.value)
