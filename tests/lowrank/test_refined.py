@@ -79,7 +79,7 @@ def test_nearly_equal_tokens_do_not_hide_what_tells_them_apart(power_law, rank):
     true_rank=st.integers(1, 40),
     rank=st.sampled_from([1, 7, 24, 40]),
 )
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=60)
 def test_any_spectrum_gives_safe_factors_and_gradients(seed, spread, zero_rows, giant, true_rank, rank):
     generator = torch.Generator().manual_seed(seed)
     sigma = 10 ** -torch.linspace(0, spread, true_rank)
