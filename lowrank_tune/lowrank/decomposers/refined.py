@@ -13,8 +13,8 @@ Chebyshev-filtered subspace iteration", J. Comput. Phys. 219). A filter fixed fo
 between images. This one takes its scale from each image, and wanted eigenvalues lie above all its zeros, so that it
 grows with them whatever training does. θ never lies above the W-th eigenvalue, for Ritz values never do.
 
-What is learned is the zeros. Learning P from the training images changes nothing that can be measured: a random start
-forgets no direction, and GP costs an eighth of a sketch XΩ.
+What is learned is the zeros. A start P fitted to the training images' mean G was measured to be no better than a random
+one, which forgets no direction; and GP costs T / D of a learned sketch XΩ.
 
 N images, T tokens, D dim, R rank, W width.
 """
@@ -128,7 +128,7 @@ class Refined(Decomposer):
         basis_NTR = product_NTR - zeros[0] * theta_N11 * ritz_NTR
         for step, zero in enumerate(zeros[1:], start=1):
             if step % STEPS_BETWEEN == 0:
-                basis_NTR = orthonormalise_once(basis_NTR)
+                basis_NTR = orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
             basis_NTR = torch.baddbmm(-zero * theta_N11 * basis_NTR, gram_NTT, basis_NTR)
         return orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
 
