@@ -237,9 +237,7 @@ def open_features(directory: str | Path) -> FeatureMatrix:
 
 def validation_optimum(features: FeatureSet, split: Split) -> Optimum:
     """The SVD's figures of the validation images at every rank, in the order of `split.validation`."""
-    matrix = FeatureMatrix(features)
-    indices = split.validation
-    return measure_optimum(matrix.load(indices[i : i + 16]) for i in range(0, len(indices), 16))
+    return measure_optimum(FeatureMatrix(features).batches(split.validation, 16))
 
 
 def results_directory(results: str | Path | None) -> Path:
