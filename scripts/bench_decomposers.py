@@ -40,7 +40,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from lowrank_tune.features.samples import write_samples
 from lowrank_tune.lowrank import controls
 from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.decomposers import Factors
+from lowrank_tune.lowrank.decomposers import Factors, make_decomposer
 from lowrank_tune.lowrank.linalg import gram, principal_axes
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
 from lowrank_tune.lowrank.oracle import measure_optimum
@@ -89,6 +89,7 @@ def main() -> None:
                     family: models[f"{family} {rank}"].best_model for family in PARAMS if f"{family} {rank}" in models
                 }
                 routes["nested refined"] = partial(models["nested"].best_model, rank=rank)
+                routes["refined, before training"] = bench.untrained("refined", rank)
                 for route, decompose in routes.items():
                     table.add_row(f"{name}: {route}", str(rank), *bench.quality(decompose, rank))
         speeds = _speeds(bench, models, [rank for rank in ranks if rank != 32], rounds=5 if options.quick else 15)
@@ -126,6 +127,10 @@ class _Bench:
             trainer.step()
         trainer.best_model.eval()
         return trainer
+
+    def untrained(self, family: str, rank: int) -> Route:
+        """What a training starts from."""
+        return make_decomposer(self._config(family, rank), TOKENS, DIM).eval()
 
     def quality(self, decompose: Route, rank: int, images: int | None = None) -> tuple[str, str]:
         """The mean and the worst ρ over the first test images."""

@@ -17,6 +17,9 @@ any number of tokens that fits into memory, below what float32 columns resolve s
 SMALL_JITTER = 2e-15
 """Likewise for `orthonormalise_once`, just above the rounding of float64 products: what it adds must stay below the
 squares of directions that are a millionth of the longest, for no second pass restores them."""
+NEARLY = 0.3
+"""Sine of the angle between a column and those before it above which `orthonormalise_nearly` trusts one pass in the
+columns' own dtype: the basis is then orthonormal to about 1 / `NEARLY`² roundings."""
 OVERSAMPLING = 64
 """Columns that `principal_axes` sketches with beyond twice those it returns; few axes would be poor ones without."""
 
@@ -70,13 +73,46 @@ def orthonormalise_once(y_NTR: Tensor) -> Tensor:
         As `orthonormalise`.
     """
     inner_NRR = gram(y_NTR.double().mT)
-    squares_NR = inner_NRR.diagonal(dim1=-2, dim2=-1)
+    squares_NR = inner_NRR.detach().diagonal(dim1=-2, dim2=-1)
     # Eigenvalues go down to float32's rounding beside the largest, and columns may hold their squares.
-    noise_N1 = torch.finfo(torch.float32).eps ** 4 * squares_NR.detach().sum(-1, keepdim=True)
-    floor_NR = torch.maximum(squares_NR, noise_N1).clamp_min(torch.finfo(torch.float32).tiny ** 2)
-    jitter_NR = floor_NR - squares_NR + (y_NTR.shape[-1] + 100) * SMALL_JITTER * floor_NR
-    upper = _upper_factor(inner_NRR + torch.diag_embed(jitter_NR))
-    q_NTR: Tensor = torch.linalg.solve_triangular(upper.to(y_NTR.dtype), y_NTR, upper=True, left=False)
+    noise_N1 = torch.finfo(torch.float32).eps ** 4 * squares_NR.sum(-1, keepdim=True)
+    void_NR = squares_NR <= noise_N1
+    if void_NR.any():
+        y_NTR = y_NTR.masked_fill(void_NR[..., None, :], 0)
+        inner_NRR = gram(y_NTR.double().mT) + torch.diag_embed(void_NR.double())
+    inner_NRR.diagonal(dim1=-2, dim2=-1).mul_(1 + (y_NTR.shape[-1] + 100) * SMALL_JITTER)
+    q_NTR: Tensor = torch.linalg.solve_triangular(
+        _upper_factor(inner_NRR).to(y_NTR.dtype), y_NTR, upper=True, left=False
+    )
+    return q_NTR
+
+
+def orthonormalise_nearly(y_NTR: Tensor) -> Tensor:
+    """Return a basis of each matrix's columns, quickest where they are nearly orthogonal already, as Ritz vectors are.
+
+    There it is one pass of CholeskyQR in the dtype of Y. The Cholesky factor's diagonal holds the sines of the angles
+    between columns and those before them; an image with one below `NEARLY` goes through two passes of
+    `orthonormalise_once` in float64 instead, by itself.
+
+    Args:
+        y_NTR: Matrices [N, T, R], R ≤ T.
+
+    Returns:
+        As `orthonormalise`.
+    """
+    inner_NRR = y_NTR.mT @ y_NTR
+    # Any scale gives the same basis, so it needs no gradient; that of a small one would leave float32's range.
+    scale_NR = inner_NRR.detach().diagonal(dim1=-2, dim2=-1).rsqrt()
+    correlation_NRR = inner_NRR * (scale_NR[..., None] * scale_NR[..., None, :])
+    upper_NRR, failed_N = torch.linalg.cholesky_ex(correlation_NRR, upper=True)
+    nearly_N = (failed_N == 0) & (upper_NRR.diagonal(dim1=-2, dim2=-1) > NEARLY).all(-1)
+    if nearly_N.all():
+        scaled_NRR = upper_NRR / scale_NR[..., None, :]
+        basis_NTR: Tensor = torch.linalg.solve_triangular(scaled_NRR, y_NTR, upper=True, left=False)
+        return basis_NTR
+    q_NTR = torch.empty_like(y_NTR)
+    q_NTR[nearly_N] = orthonormalise_nearly(y_NTR[nearly_N])
+    q_NTR[~nearly_N] = orthonormalise_once(orthonormalise_once(y_NTR[~nearly_N].double())).to(y_NTR.dtype)
     return q_NTR
 
 
@@ -91,9 +127,8 @@ def _upper_factor(positive_NRR: Tensor) -> Tensor:
     """Return U with UᵀU the positive definite matrix; NaN where it is none."""
     # The checked variant would wait for the GPU, and raise where NaN features should make NaN figures.
     factor, failed_N = torch.linalg.cholesky_ex(positive_NRR)
-    broken_N: Tensor = torch.where(failed_N == 0, 0.0, torch.nan).to(factor)
-    upper: Tensor = (factor + broken_N[..., None, None]).mT
-    return upper
+    factor_NRR: Tensor = factor.masked_fill(failed_N[..., None, None] != 0, torch.nan)
+    return factor_NRR.mT
 
 
 def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Generator) -> Tensor:

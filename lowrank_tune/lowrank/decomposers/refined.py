@@ -1,7 +1,6 @@
 """`refined`: a basis of the tokens sharpened by a learned filter of the image's own Gram matrix, B in closed form.
 
-    q = XXᵀXω, normalised        the dominating direction, taken out of X: squared, it would bury the small ones
-    G = X'X'ᵀ, X' = X − qqᵀX     over ‖X‖², the only thing that all that follows reads
+    G = XXᵀ                      over ‖X‖², the only thing that all that follows reads
     Q = orth(GP)                 a block power step from a fixed random start P [T, W], W a little above R
     Q V = Ritz vectors           eigenvectors of QᵀGQ [W, W], the R largest kept, in order (Rayleigh–Ritz)
     A = orth(Π (G − c_k θ) QV)   the filter: its zeros lie at learned shares c_k of θ, the image's own W-th Ritz value
@@ -12,6 +11,10 @@ It is randomized subspace iteration (Halko, Martinsson & Tropp, 2011, "Finding s
 Chebyshev-filtered subspace iteration", J. Comput. Phys. 219). A filter fixed for a data set fails where spectra differ
 between images. This one takes its scale from each image, and wanted eigenvalues lie above all its zeros, so that it
 grows with them whatever training does. θ never lies above the W-th eigenvalue, for Ritz values never do.
+
+In an image whose tokens are nearly equal, or one of them a giant, one direction q holds most of the energy; squared in
+G, it would bury the others in rounding. There q is taken out first: G is that of X − qqᵀX, q itself A's first column,
+and the filter gives the others.
 
 What is learned is the zeros. A start P fitted to the training images' mean G was measured to be no better than a random
 one, which forgets no direction; and GP costs T / D of a learned sketch XΩ.
@@ -26,15 +29,23 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
-from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
+from lowrank_tune.lowrank.linalg import gram, orthonormalise_nearly, orthonormalise_once
 
-OVERSAMPLING = 12
-"""W − R. Without it the filter has nothing to tell wanted from unwanted by; the eigendecomposition grows with W³."""
+OVERSAMPLING = 10
+"""W − R, at least. Without it the filter has nothing to tell wanted from unwanted by; but what is done in W columns
+grows with W², and the eigendecomposition with W³."""
+OVERSAMPLED = 0.1
+"""W − R over R, at least: eigenvalues lie the closer the higher the rank."""
+DOMINATED = 0.8
+"""‖G‖ over tr G above which one direction is taken out before G is formed. What is then left of the energy, a fifth at
+most, is by how much G's rounding shrinks; that pays where the eigenvalue at W is a millionth of the largest."""
 POWERS_AT_RANK_1 = 8
-"""Products with XXᵀ, beyond the one that every rank has, from Xω to q; they fall with the rank."""
+"""Products with XXᵀ, beyond the one that every rank has, from Xω to that direction; they fall with the rank, for at a
+high one it need only lie among the leading directions."""
 START = 0.9
 """Where the zeros begin. Chebyshev's would do the least harm over all of [0, θ]; but the products before have left
 little near 0, and what is left stands near θ."""
@@ -64,7 +75,7 @@ class Refined(Decomposer):
         steps = int(params["steps"])
         if steps < 1 or steps != params["steps"]:
             raise InputError(f"family refined: steps {params['steps']:g} must be a whole number, 1 at least")
-        width = max(1, min(tokens, dim, rank + OVERSAMPLING) - 1)
+        width = min(tokens, dim, rank + max(OVERSAMPLING, math.ceil(OVERSAMPLED * rank)))
         self.register_buffer("omega_D", torch.randn(dim, generator=generator))
         self.register_buffer("start_TW", torch.randn(tokens, width, generator=generator))
         self.zeros_K = nn.Parameter(torch.full((steps,), math.log(START / (1 - START)) / PACE))
@@ -74,36 +85,50 @@ class Refined(Decomposer):
         count = self.check_rank(rank)
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
-            q_NT1, gram_NTT = self._deflate(x_NTD)
-            basis_NTR = self._filter(gram_NTT, *self._ritz(gram_NTT, count - 1))
-            # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
-            basis_NTR = torch.addcmul(basis_NTR, q_NT1, q_NT1.mT @ basis_NTR, value=-1)
-            a_NTR = torch.cat([q_NT1, basis_NTR], -1)
+            gram_NTT, dominated_N, q_NT1 = self._gram(x_NTD)
+            a_NTR = self._filter(gram_NTT, dominated_N, *self._ritz(gram_NTT, count))
+            if len(q_NT1):
+                others_NTR = a_NTR[dominated_N, :, :-1]
+                # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
+                others_NTR = torch.addcmul(others_NTR, q_NT1, q_NT1.mT @ others_NTR, value=-1)
+                a_NTR = a_NTR.index_put((dominated_N,), torch.cat([q_NT1, others_NTR], -1))
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
     @torch.no_grad()
     def condense(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
         """Return G [N, T, T] and what the filter starts from: no weight that is learned has a part in them."""
         with torch.autocast(x_NTD.device.type, enabled=False):
-            gram_NTT = self._deflate(x_NTD.to(self.start_TW.dtype))[1]
-            return gram_NTT, *self._ritz(gram_NTT, self.rank - 1)
+            gram_NTT, dominated_N, _ = self._gram(x_NTD.to(self.start_TW.dtype))
+            return gram_NTT, dominated_N, *self._ritz(gram_NTT, self.rank)
 
     def condensed_loss(self, *condensed: Tensor) -> Tensor:
         """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from what `condense` returned.
 
-        With q among A's columns it is tr G − tr(A'ᵀGA') of the deflated G and the other columns A'.
+        Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
         """
-        gram_NTT = condensed[0]
+        gram_NTT, dominated_N, *start = condensed
         with torch.autocast(gram_NTT.device.type, enabled=False):
-            a_NTR = self._filter(*condensed)
+            a_NTR = self._filter(gram_NTT, dominated_N, *start)
             kept_NR = (a_NTR * (gram_NTT @ a_NTR)).sum(-2)
+            kept_NR = torch.where(dominated_N[:, None], functional.pad(kept_NR[:, :-1], (1, 0)), kept_NR)
             left_N1 = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-            return self.weigh_ranks((left_N1 - torch.cat([torch.zeros_like(left_N1), kept_NR.cumsum(-1)], -1)).mean(0))
+            return self.weigh_ranks((left_N1 - kept_NR.cumsum(-1)).mean(0))
+
+    def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return G over ‖X‖² [N, T, T], which images are dominated [N], and their q [n, T, 1]."""
+        gram_NTT = gram(x_NTD)
+        energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(x_NTD.dtype).tiny)
+        gram_NTT = gram_NTT.div_(energy_N[:, None, None])
+        flat_NTT = gram_NTT.flatten(1)
+        dominated_N = torch.linalg.vecdot(flat_NTT, flat_NTT) > DOMINATED**2
+        q_NT1 = x_NTD.new_empty(0)
+        if dominated_N.any():
+            q_NT1, gram_NTT[dominated_N] = self._deflate(x_NTD[dominated_N])
+        return gram_NTT, dominated_N, q_NT1
 
     def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return q [N, T, 1] and the Gram matrices of X − qqᵀX, over ‖X‖² [N, T, T]."""
         q_NT1 = _unit((x_NTD @ self.omega_D)[..., None])
-        # At a low rank q is all or most of A; at a high one it need only lie among the leading directions.
         for _ in range(1 + POWERS_AT_RANK_1 // self.rank):
             q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
         row_N1D = q_NT1.mT @ x_NTD
@@ -111,26 +136,42 @@ class Refined(Decomposer):
         energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1) + row_N1D.square().sum((-2, -1))
         return q_NT1, gram_NTT / energy_N.clamp_min(torch.finfo(x_NTD.dtype).tiny)[:, None, None]
 
-    def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the leading Ritz vectors [N, T, count], G times them, and θ [N, 1, 1]."""
+    def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return Q [N, T, W], GQ, the coefficients V of the leading Ritz vectors [N, W, count] and θ [N, 1, 1]."""
         # In float64: the columns are all but parallel on an image with a few dominating directions.
         q_NTW = orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
         product_NTW = gram_NTT @ q_NTW
         values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
-        leading_NWR = vectors_NWW.flip(-1)[..., :count]
         # At full rank all are wanted, and no zero may stand near the least of them.
-        theta_N11 = values_NW[:, :1, None].clamp_min(0) * (values_NW.shape[-1] >= self.rank)
-        return q_NTW @ leading_NWR, product_NTW @ leading_NWR, theta_N11
+        theta_N11 = values_NW[:, :1, None].clamp_min(0) * (values_NW.shape[-1] > self.rank)
+        return q_NTW, product_NTW, vectors_NWW[..., -count:].flip(-1), theta_N11
 
-    def _filter(self, gram_NTT: Tensor, ritz_NTR: Tensor, product_NTR: Tensor, theta_N11: Tensor) -> Tensor:
-        """Return the filtered basis [N, T, R]."""
-        zeros = torch.sigmoid(PACE * self.zeros_K)
-        basis_NTR = product_NTR - zeros[0] * theta_N11 * ritz_NTR
-        for step, zero in enumerate(zeros[1:], start=1):
+    def _filter(
+        self,
+        gram_NTT: Tensor,
+        dominated_N: Tensor,
+        q_NTW: Tensor,
+        product_NTW: Tensor,
+        leading_NWR: Tensor,
+        theta_N11: Tensor,
+    ) -> Tensor:
+        """Return the filtered basis [N, T, R]; where q was taken out the last column is zeros, to make room for it."""
+        shifts_KN11 = -torch.sigmoid(PACE * self.zeros_K)[:, None, None, None] * theta_N11
+        basis_NTR = torch.addcmul(product_NTW, q_NTW, shifts_KN11[0]) @ leading_NWR
+        for step, shift_N11 in enumerate(shifts_KN11[1:], start=1):
             if step % STEPS_BETWEEN == 0:
-                basis_NTR = orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
-            basis_NTR = torch.baddbmm(-zero * theta_N11 * basis_NTR, gram_NTT, basis_NTR)
-        return orthonormalise_once(basis_NTR.double()).to(gram_NTT.dtype)
+                basis_NTR = _orthonormal(basis_NTR, dominated_N)
+            basis_NTR = torch.baddbmm(shift_N11 * basis_NTR, gram_NTT, basis_NTR)
+        return _orthonormal(basis_NTR, dominated_N)
+
+
+def _orthonormal(basis_NTR: Tensor, dominated_N: Tensor) -> Tensor:
+    if not dominated_N.any():
+        return orthonormalise_nearly(basis_NTR)
+    a_NTR = torch.zeros_like(basis_NTR)
+    a_NTR[~dominated_N] = orthonormalise_nearly(basis_NTR[~dominated_N])
+    a_NTR[dominated_N, :, :-1] = orthonormalise_nearly(basis_NTR[dominated_N, :, :-1])
+    return a_NTR
 
 
 def _unit(y_NT1: Tensor) -> Tensor:
