@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from lowrank_tune.errors import InputError, LowrankTuneError
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.spec.features import FeaturesSpec, TensorSource
 
 DECODE_CPUS = 0.5
 """What a decoding task reserves: it waits for storage about as long as it computes."""
@@ -70,6 +70,8 @@ def find_pool(spec: FeaturesSpec, shards: int, patience_s: float = PATIENCE_S) -
         LowrankTuneError: it has, but other work holds it.
     """
     nodes = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    if isinstance(spec.source, TensorSource):  # nothing is encoded, so GPUs do not matter
+        nodes = [Node(node.cpus, 0) for node in nodes]
     pool = plan_pool(spec, shards, nodes)
     deadline = time.monotonic() + patience_s
     while not _fits(pool, free := _node(ray.available_resources())):
