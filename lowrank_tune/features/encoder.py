@@ -29,6 +29,8 @@ PATCHES_A_BATCH = {"cuda": 32 * 1024, "cpu": 4 * 1024}
 """Where no batch size is given: 32 images of 448 pixels a side fill a GPU, 4 the caches of a CPU."""
 LARGEST_BATCH = 64
 
+_MAKE_ROOM = "free the GPU of other programs (nvidia-smi lists them)"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -72,7 +74,8 @@ class Encoder:
         batch: images at once; None takes what fills the device. It is halved where the GPU's memory does not suffice.
 
     Raises:
-        InputError: the files do not hold exactly the tensors that the configuration asks for.
+        InputError: the files do not hold exactly the tensors that the configuration asks for, or the GPU has no room
+            for them.
     """
 
     def __init__(
@@ -88,9 +91,16 @@ class Encoder:
         self.batch = batch
         self.processor = Qwen2VLImageProcessor(**_processor_arguments(config))
         dtype = getattr(torch, compute_dtype)
-        self.model = _load_tower(config, tower, dtype).to(self.device)
-        if not is_exact(self.device, dtype):
-            align_mlp(self.model)
+        self.model = _load_tower(config, tower, dtype)
+        try:
+            self.model.to(self.device)
+            if not is_exact(self.device, dtype):
+                align_mlp(self.model)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{config.name}: out of GPU memory on {device} before the first image; {_MAKE_ROOM}, or take a GPU "
+                "with more memory"
+            ) from error
         self._squares: dict[int, SquareTower | None] = {}
         self._turn = threading.Lock()
 
@@ -182,8 +192,8 @@ class Encoder:
         torch.cuda.empty_cache()
         if tried == 1:
             raise InputError(
-                f"{self.config.name}: out of GPU memory on {self.device} with a single image; free the GPU of other "
-                "programs (nvidia-smi lists them), or lower features.encoder.image_size"
+                f"{self.config.name}: out of GPU memory on {self.device} with a single image; {_MAKE_ROOM}, or lower "
+                "features.encoder.image_size"
             )
         self.batch = tried // 2
         note = f"out of GPU memory with {tried} images at once: going on with {self.batch}; nothing is lost"

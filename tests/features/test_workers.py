@@ -137,13 +137,26 @@ def test_a_gpu_that_torch_does_not_see_is_named(images, tiny_config, tiny_tower,
     assert "has a GPU here, but torch" in result.failure
 
 
-def test_an_encoder_that_does_not_start_says_why(images, tiny_config, tiny_tower, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "out of GPU memory on cpu before the first image; free the GPU",
+        ),
+        (RuntimeError("no kernel image"), "the encoder did not start: RuntimeError('no kernel image')"),
+    ],
+)
+def test_an_encoder_that_does_not_start_says_why(
+    images, tiny_config, tiny_tower, tmp_path, monkeypatch, error, message
+):
     def fail(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(torch.nn.Module, "to", fail)
     result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower))
-    assert "the encoder did not start: OutOfMemoryError" in result.failure
+    assert message in result.failure
+    assert result.fault == "input"
 
 
 def test_features_beyond_float16_are_quarantined_one_by_one_and_never_infinite(
