@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.features.cache import open_cache
-from lowrank_tune.features.survey import survey_features, try_images
+from lowrank_tune.features.survey import Survey, survey_features, try_images
 from lowrank_tune.lowrank.decomposers import make_decomposer
 from lowrank_tune.lowrank.metrics import measure
 from lowrank_tune.records import Split, TrialConfig
@@ -124,8 +125,9 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
     checks.append(_check("tracking", lambda: _describe_store(store)))
     if spec is not None:
         cache_root = home / "features"
-        checks.append(_check("features", lambda: _describe_survey(spec, cache_root)))
-        checks.append(_check("encoder", lambda: _describe_images(spec, cache_root)))
+        surveys: list[Survey] = []
+        checks.append(_check("features", lambda: _describe_survey(spec, cache_root, surveys)))
+        checks.append(_check("encoder", lambda: _describe_images(spec, cache_root, surveys)))
     return checks
 
 
@@ -219,9 +221,13 @@ def _check(name: str, look: Callable[[], str]) -> Check:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return f"no GPU; {os.cpu_count()} CPU cores"
+    if not torch.cuda.is_available():
+        return f"no GPU; {os.cpu_count()} CPU cores"
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append(f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    return "; ".join(gpus)
 
 
 def _describe_store(store: Store) -> str:
@@ -229,24 +235,32 @@ def _describe_store(store: Store) -> str:
     return f"{store.shown} answers"
 
 
-def _describe_survey(spec: StudySpec, cache_root: Path) -> str:
+def _describe_survey(spec: StudySpec, cache_root: Path, surveys: list[Survey]) -> str:
+    """What the source and its cache hold; the survey is kept for the checks after this one."""
     survey = survey_features(spec.features, cache_root, spec.seed)
+    surveys.append(survey)
     check_ranks(spec, survey.tokens, survey.dim)
+    size = cache_bytes(survey.images, survey.tokens, survey.dim, spec.features.store_dtype)
     return (
         f"{survey.records} records, {survey.unreadable} unreadable, {survey.images} distinct images, "
         f"{survey.cached} cached, {survey.quarantined} quarantined; {survey.encoder} ({survey.weights} weights) gives "
-        f"[{survey.tokens}, {survey.dim}] each"
+        f"[{survey.tokens}, {survey.dim}] each, {size / 2**20:,.1f} MiB in {spec.features.store_dtype} in all, "
+        f"in {survey.directory}"
     )
 
 
-def _describe_images(spec: StudySpec, cache_root: Path) -> str:
+def _describe_images(spec: StudySpec, cache_root: Path, surveys: Sequence[Survey]) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = try_images(spec.features, cache_root, spec.seed, TRIED_IMAGES, device)
-    broken = [image for image in images if image.error]
+    trial = try_images(spec.features, cache_root, spec.seed, TRIED_IMAGES, device)
+    broken = [image for image in trial.images if image.error]
     if broken:
         raise InputError("; ".join(f"{image.path}: {image.error}" for image in broken))
     lines = [
         f"{Path(image.path).name} {list(image.shape)} in [{image.low:.3g}, {image.high:.3g}], {image.seconds:.2f} s"
-        for image in images
+        for image in trial.images
     ]
+    for survey in surveys:
+        left = survey.images - survey.cached - survey.quarantined
+        whole = timedelta(seconds=math.ceil(left * trial.seconds_each))
+        lines.append(f"{left} images are left to extract: about {whole} with one such worker on {device}")
     return "; ".join(lines)

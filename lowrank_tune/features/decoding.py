@@ -24,7 +24,9 @@ def decode_image(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
     """Decode an image file, upright, in RGB, resized to a square without keeping its aspect ratio.
 
     The result is what `qwen_vl_utils.fetch_image` gives for the upright image with `resized_height` and
-    `resized_width`, without its limits of 56 and 3584 pixels a side, and without loading torch.
+    `resized_width`, without its limits of 56 and 3584 pixels a side, and without loading torch. As there, transparency
+    shows white in RGBA and is ignored in palettes and in grey with alpha, and an animation is its first frame. Unlike
+    there, 16-bit grey is scaled to 8 bits, not cut off at 255, which would leave a white image.
 
     Args:
         data: the file's bytes.
@@ -34,7 +36,8 @@ def decode_image(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
         uint8 [H, W, 3].
 
     Raises:
-        UnusableError: the bytes are no image, a truncated one, or one that is far too long and thin.
+        UnusableError: the bytes are no image, a truncated one, one that is far too long and thin, or one whose pixels
+            have no range.
     """
     if not data:
         raise UnusableError("the file is empty")
@@ -106,6 +109,12 @@ def _decode(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        grey_HW = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey_HW * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "integers" if image.mode == "I" else "floats"
+        raise UnusableError(f"its pixels are 32-bit {kind}, which do not say what is white; save it with 8 or 16 bits")
     if image.mode != "RGBA":
         return image.convert("RGB")
     on_white = Image.new("RGB", image.size, (255, 255, 255))

@@ -14,8 +14,14 @@ from lowrank_tune.spec.features import FeaturesSpec
 
 Identity = dict[str, Any]
 
-FORWARD_VERSION = 1
-"""Counts up with every change of the forward or decoding code that can change a value."""
+FORWARD_VERSION = 2
+"""Counts up with every change of the forward or decoding code that can change a value.
+
+2: bfloat16, and float32 on a GPU, take steps that round otherwise than transformers' own; 16-bit images are scaled.
+"""
+
+IMPORT_VERSION = 1
+"""Likewise for ready tensors, which no forward touches."""
 
 _VISION_DEFAULTS = {
     "depth": None,
@@ -55,7 +61,7 @@ def tensor_identity(spec: FeaturesSpec, tokens: int, dim: int) -> Identity:
     """What imported tensors depend on, beside the bytes of their files."""
     return {
         "kind": "tensors",
-        "forward": FORWARD_VERSION,
+        "forward": IMPORT_VERSION,
         "store_dtype": spec.store_dtype,
         "tokens": tokens,
         "dim": dim,

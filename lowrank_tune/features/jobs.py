@@ -49,6 +49,7 @@ class ShardResult:
         quarantined: key and reason of those that could not be used.
         failure: why the shard was not committed; empty when it was.
         fault: whose failure it is: the user's `input`, or the `cache`'s place.
+        notes: what the user should know of how it was made.
     """
 
     shard: str
@@ -56,6 +57,7 @@ class ShardResult:
     quarantined: tuple[tuple[str, str], ...] = ()
     failure: str = ""
     fault: Literal["input", "cache"] = "cache"
+    notes: tuple[str, ...] = ()
 
     def dump(self) -> str:
         """As JSON, for a row of a dataset."""
@@ -66,6 +68,7 @@ class ShardResult:
         """Read what `dump` wrote."""
         fields = json.loads(text)
         fields["quarantined"] = tuple((key, error) for key, error in fields["quarantined"])
+        fields["notes"] = tuple(fields["notes"])
         return cls(**fields)
 
 

@@ -6,9 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
-import ray
 from filelock import FileLock, Timeout
 from ray.exceptions import RayError
 
@@ -18,7 +16,6 @@ from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.files import Quarantine, SourceFiles, hash_files
 from lowrank_tune.features.identity import fingerprint, image_identity, tensor_identity
 from lowrank_tune.features.jobs import Extraction, ImageEncoding, ShardPlan, ShardResult
-from lowrank_tune.features.pool import plan_pool
 from lowrank_tune.features.record_table import write_record_table
 from lowrank_tune.features.shards import SHARD_ROWS, shard_name
 from lowrank_tune.features.sources import SourceRecords, read_records
@@ -60,7 +57,7 @@ def extract_features(
         quarantine.check(contents.quarantined if contents else {})
         progress = on_progress or (lambda done, total: None)
         if contents is None or contents.missing(files.paths):
-            contents = _extend(extraction, spec.actors, files, quarantine, progress)
+            contents = _extend(extraction, spec, files, quarantine, progress)
         else:
             progress(len(files.paths), len(files.paths))
         return _feature_set(extraction, contents, records, quarantine)
@@ -117,7 +114,7 @@ def _first_shape(records: SourceRecords) -> tuple[int, int]:
 
 def _extend(
     extraction: Extraction,
-    actors: int | Literal["auto"],
+    spec: FeaturesSpec,
     files: SourceFiles,
     quarantine: Quarantine,
     on_progress: Progress,
@@ -133,7 +130,7 @@ def _extend(
         on_progress(done, total)
         if missing:
             reasons = dict(contents.quarantined)
-            with contextlib.closing(_make_shards(extraction, actors, _plan_shards(missing, files.paths))) as results:
+            with contextlib.closing(_make_shards(extraction, spec, _plan_shards(missing, files.paths))) as results:
                 for result in results:
                     reasons |= dict(result.quarantined)
                     quarantine.check(reasons)
@@ -151,15 +148,15 @@ def _plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[Shar
 
 
 def _make_shards(
-    extraction: Extraction, actors: int | Literal["auto"], plans: Sequence[ShardPlan]
+    extraction: Extraction, spec: FeaturesSpec, plans: Sequence[ShardPlan]
 ) -> Generator[ShardResult, None, None]:
     """Have the shards made, and tell of each one; what was committed before a failure stays."""
     # A run that finds everything in the cache spends no time on importing torch and Ray Data.
+    from lowrank_tune.features.pool import find_pool
     from lowrank_tune.features.workers import run_extraction
 
     with ray_session():
-        node_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-        pool = plan_pool(actors, len(plans), ray.cluster_resources(), node_cpus)
+        pool = find_pool(spec, len(plans))
         _logger.info("extracting %d shards with %s", len(plans), pool)
         try:
             with contextlib.closing(run_extraction(extraction, plans, pool)) as results:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lowrank_tune.errors import InputError
@@ -17,6 +18,7 @@ from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.files import Quarantine, hash_files
 from lowrank_tune.features.jobs import UnusableError
 from lowrank_tune.features.pipeline import plan_extraction
+from lowrank_tune.features.shards import SHARD_ROWS
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.features.tensors import check_shape, load_tensor
 from lowrank_tune.spec.features import FeaturesSpec
@@ -72,6 +74,20 @@ class Sampled:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A few images as features, and what the others will take.
+
+    Attributes:
+        images: the first ones of the source.
+        seconds_each: what an image takes one encoder, once it runs: on a GPU in a whole shard, on a CPU, or for ready
+            tensors, as the quickest of `images` did. 0 where none was usable.
+    """
+
+    images: tuple[Sampled, ...]
+    seconds_each: float
+
+
 def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
     """Count a source's images and those of them that are cached.
 
@@ -104,7 +120,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
     )
 
 
-def try_images(spec: FeaturesSpec, cache_root: Path, seed: int, count: int, device: str) -> list[Sampled]:
+def try_images(spec: FeaturesSpec, cache_root: Path, seed: int, count: int, device: str) -> Trial:
     """Turn the first images of a source into features, in this process, and keep nothing.
 
     Args:
@@ -120,17 +136,40 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int, count: int, devi
     records = read_records(spec.source, cache_root, seed)
     extraction = plan_extraction(spec, cache_root, records)
     encoding, identity = extraction.encoding, extraction.identity
-    encoder = Encoder(encoding.config, encoding.tower, encoding.compute_dtype, device) if encoding else None
+    paths = [path for path in records.paths if path is not None][:count]
+    if encoding is None:
 
-    def features_of(path: Path) -> torch.Tensor:
-        data = path.read_bytes()
-        if encoder is None:
-            tensor = load_tensor(data)
+        def load(path: Path) -> torch.Tensor:
+            tensor = load_tensor(path.read_bytes())
             check_shape(tensor, identity["tokens"], identity["dim"])
             return tensor
-        return encoder.encode(np.stack([decode_image(data, spec.encoder.image_size)]))[0]
 
-    return [_sample(path, features_of) for path in records.paths[:count] if path is not None]
+        images = tuple(_sample(path, load) for path in paths)
+        return Trial(images, min((image.seconds for image in images if not image.error), default=0.0))
+
+    size = spec.encoder.image_size
+    encoder = Encoder(
+        encoding.config,
+        encoding.tower,
+        encoding.compute_dtype,
+        device,
+        None if spec.batch_size == "auto" else spec.batch_size,
+    )
+    # A device's first pass finds kernels and memory, and is no measure of the others.
+    encoder.encode(np.zeros((1, size, size, 3), np.uint8))
+    images = tuple(_sample(path, lambda path: encoder.encode(_pixels(path, size))[0]) for path in paths)
+    usable = [image for image in images if not image.error]
+    if device == "cpu" or not usable:
+        return Trial(images, min((image.seconds for image in usable), default=0.0))
+    batch_NHWC = np.repeat(_pixels(Path(usable[0].path), size), SHARD_ROWS, axis=0)
+    encoder.encode(batch_NHWC)
+    started = time.perf_counter()
+    encoder.encode(batch_NHWC)
+    return Trial(images, (time.perf_counter() - started) / SHARD_ROWS)
+
+
+def _pixels(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
+    return decode_image(path.read_bytes(), image_size)[None]
 
 
 def _sample(path: Path, features_of: Callable[[Path], torch.Tensor]) -> Sampled:

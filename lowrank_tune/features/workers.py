@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import socket
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,13 @@ from lowrank_tune.features.jobs import Extraction, ShardPlan, ShardResult, Unusa
 from lowrank_tune.features.pool import DECODE_CPUS, Pool
 from lowrank_tune.features.tensors import check_shape, load_tensor
 
-BATCH_ON_CPU = 4
-BATCH_ON_GPU = 32
+CALLS_AT_ONCE = 3
+"""Threads of an encoder: one shard is encoded while two are written, for writing may take longer than encoding."""
+
+START_PATIENCE_S = 600
+"""How long encoders may take to start; what they need was free a moment ago, and a tower on a slow mount takes time."""
+
+_logger = logging.getLogger(__name__)
 
 _Row = dict[str, Any]
 
@@ -47,52 +53,69 @@ def run_extraction(
         One result a shard; ending the iteration early stops the workers.
     """
     with _quiet_ray_data():
-        rows = [{"plan": plan.dump()} for plan in plans]
-        shards = ray.data.from_items(rows, override_num_blocks=len(rows))
-        if extraction.encoding is None:
-            results = shards.map(import_shard, fn_kwargs={"extraction": extraction})
-        else:
-            size = {"image_size": extraction.encoding.image_size}
-            decoded = shards.map(decode_shard, fn_kwargs=size, num_cpus=DECODE_CPUS)
-            results = decoded.map_batches(
-                ShardEncoder,
-                fn_constructor_kwargs={"extraction": extraction, "threads": pool.threads},
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=pool.actors),
-                num_cpus=pool.cpus_each,
-                num_gpus=pool.gpus_each,
-            )
+        results = _plan(extraction, plans, pool)
         # Without prefetching, a result is told when it is there and not when the next one is.
         for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["result"]:
-                yield ShardResult.load(text)
+                result = ShardResult.load(text)
+                for note in result.notes:
+                    _logger.warning(note)
+                yield result
+
+
+def _plan(extraction: Extraction, plans: Sequence[ShardPlan], pool: Pool) -> ray.data.Dataset:
+    """The dataset whose rows are the shards' results: reading and decoding on CPUs, then the encoders."""
+    rows = [{"plan": plan.dump()} for plan in plans]
+    shards = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if extraction.encoding is None:
+        return shards.map(import_shard, fn_kwargs={"extraction": extraction})
+    decoded = shards.map(
+        decode_shard,
+        fn_kwargs={"image_size": extraction.encoding.image_size},
+        num_cpus=DECODE_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=pool.decoders),
+    )
+    return decoded.map_batches(
+        ShardEncoder,
+        fn_constructor_kwargs={"extraction": extraction, "pool": pool},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            size=pool.actors,
+            max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+            max_tasks_in_flight_per_actor=2 * CALLS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=pool.cpus_each,
+        num_gpus=pool.gpus_each,
+    )
 
 
 class ShardEncoder:
     """An actor of the pool: one tower, one shard a call.
 
+    Its threads take turns at the tower: while one shard is encoded, the ones before it are written.
+
     Args:
         extraction: what to do.
-        threads: torch threads of this process.
+        pool: threads and batch size of this process, and whether it has a GPU.
     """
 
-    def __init__(self, extraction: Extraction, threads: int) -> None:
+    def __init__(self, extraction: Extraction, pool: Pool) -> None:
         # transformers takes seconds to import, which the driver need not spend.
         from lowrank_tune.features.encoder import Encoder
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(pool.threads)
         self.extraction = extraction
         self.problem = ""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.batch = BATCH_ON_GPU if device == "cuda" else BATCH_ON_CPU
         encoding = extraction.encoding
         if encoding is None:
             raise ValueError("an extraction without an encoding has no use for an encoder")
         try:
-            self.encoder = Encoder(encoding.config, encoding.tower, encoding.compute_dtype, device)
-        except InputError as error:
+            device = _device(pool)
+            self.encoder = Encoder(encoding.config, encoding.tower, encoding.compute_dtype, device, pool.batch)
+        except Exception as error:
             # Ray would start an actor that fails here again and again; its first result brings the message home.
-            self.problem = str(error)
+            self.problem = str(error) if isinstance(error, InputError) else f"the encoder did not start: {error!r}"
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:
         """Encode, write and commit one shard.
@@ -107,13 +130,43 @@ class ShardEncoder:
         if not result.failure and self.problem:
             result = replace(result, failure=self.problem, fault="input")
         if not result.failure:
-            keys: list[str] = json.loads(batch["keys"][0])
-            result = _commit(self.extraction, result, keys, self._encode(batch["pixels"][0]))
+            try:
+                result = self._make(result, json.loads(batch["keys"][0]), batch["pixels"][0])
+            except InputError as error:
+                result = replace(result, failure=str(error), fault="input")
         return {"result": [result.dump()]}
 
-    def _encode(self, pixels_NHWC: npt.NDArray[np.uint8]) -> Iterator[torch.Tensor]:
-        for first in range(0, len(pixels_NHWC), self.batch):
-            yield from self.encoder.encode(pixels_NHWC[first : first + self.batch])
+    def _make(self, result: ShardResult, keys: list[str], pixels_NHWC: npt.NDArray[np.uint8]) -> ShardResult:
+        store_dtype = self.extraction.identity["store_dtype"]
+        encoded = self.encoder.start(pixels_NHWC, getattr(torch, store_dtype)).wait()
+        quarantined = list(result.quarantined)
+        usable = []
+        for row, key in enumerate(keys):
+            try:
+                # What the largest value fits, every value fits.
+                to_stored(encoded.largest_N[row, None], store_dtype)
+                usable.append(row)
+            except UnusableError as error:
+                quarantined.append((key, str(error)))
+        result = replace(result, quarantined=tuple(quarantined), notes=encoded.notes)
+        features_NTD = encoded.features_NTD if len(usable) == len(keys) else encoded.features_NTD[usable]
+        return _commit(self.extraction, result, [keys[row] for row in usable], features_NTD)
+
+
+def _device(pool: Pool) -> str:
+    """Where this actor encodes.
+
+    Raises:
+        InputError: Ray gave it a GPU that torch does not see.
+    """
+    if not pool.gpus_each:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"{socket.gethostname()}: the Ray cluster has a GPU here, but torch {torch.__version__} sees none; install "
+            "a torch built for it and its driver, or start Ray without GPUs (num_gpus=0)"
+        )
+    return "cuda"
 
 
 def import_shard(row: _Row, extraction: Extraction) -> _Row:
@@ -131,43 +184,39 @@ def import_shard(row: _Row, extraction: Extraction) -> _Row:
             try:
                 tensor = load_tensor(read_unchanged(Path(path), key))
                 check_shape(tensor, extraction.identity["tokens"], extraction.identity["dim"])
-                tensors.append(tensor)
+                tensors.append(to_stored(tensor, extraction.identity["store_dtype"]))
                 keys.append(key)
             except UnusableError as error:
                 quarantined.append((key, str(error)))
     except OSError as error:
         return {"result": ShardResult(plan.shard, len(plan.keys), failure=str(error), fault="input").dump()}
+    stored = torch.stack(tensors) if tensors else torch.empty(0)
     result = ShardResult(plan.shard, len(plan.keys), tuple(quarantined))
-    return {"result": _commit(extraction, result, keys, tensors).dump()}
+    return {"result": _commit(extraction, result, keys, stored).dump()}
 
 
 def _commit(
-    extraction: Extraction, result: ShardResult, keys: Sequence[str], features_TD: Iterable[torch.Tensor]
+    extraction: Extraction, result: ShardResult, keys: Sequence[str], features_NTD: torch.Tensor
 ) -> ShardResult:
-    """Store what can be stored, quarantine what cannot, commit the shard."""
-    stored: list[torch.Tensor] = []
-    usable: list[str] = []
-    quarantined = list(result.quarantined)
-    for key, features in zip(keys, features_TD, strict=True):
-        try:
-            stored.append(to_stored(features, extraction.identity["store_dtype"]))
-            usable.append(key)
-        except UnusableError as error:
-            quarantined.append((key, str(error)))
-    features_NTD = torch.stack(stored) if stored else torch.empty(0)
+    """Commit the shard, in the cache's dtype already."""
     try:
-        commit_shard(Path(extraction.directory), result.shard, usable, features_NTD, quarantined)
+        commit_shard(Path(extraction.directory), result.shard, keys, features_NTD, result.quarantined)
     except OSError as error:
         failure = f"{extraction.directory}: shard {result.shard} cannot be written ({error}); make room and run again"
         return replace(result, failure=failure, fault="cache")
-    return replace(result, quarantined=tuple(quarantined))
+    return result
 
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """No progress bars, plans and statistics on the terminal; Ray's own log files keep them."""
+    """No progress bars, plans and statistics on the terminal, Ray's own log files keep them; and no endless waiting."""
     context = ray.data.DataContext.get_current()
-    quiet = {"enable_progress_bars": False, "print_on_execution_start": False, "enable_auto_log_stats": False}
+    quiet = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "enable_auto_log_stats": False,
+        "wait_for_min_actors_s": START_PATIENCE_S,
+    }
     before = {name: getattr(context, name) for name in quiet}
     consoles = [
         handler for handler in logging.getLogger("ray.data").handlers if isinstance(handler, logging.StreamHandler)

@@ -88,6 +88,12 @@ def _one_or_other(value: Any) -> str:
     return "<word>" if isinstance(value, str) else "<count>"
 
 
+CountOrAuto = Annotated[
+    Annotated[PositiveInt, Tag("<count>")] | Annotated[Literal["auto"], Tag("<word>")],
+    Discriminator(_one_or_other),
+]
+
+
 class FeaturesSpec(Section):
     """Where the features come from and how they are kept."""
 
@@ -96,11 +102,12 @@ class FeaturesSpec(Section):
     encoder: EncoderSpec = EncoderSpec()
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """What the cache stores; float16 holds bfloat16 features exactly up to 65,280."""
-    actors: Annotated[
-        Annotated[PositiveInt, Tag("<count>")] | Annotated[Literal["auto"], Tag("<word>")],
-        Discriminator(_one_or_other),
-    ] = "auto"
-    """Encoder actors: `auto` takes one a GPU, or one for the whole machine where there is none."""
+    actors: CountOrAuto = "auto"
+    """Encoder actors: `auto` takes one a GPU, or one a machine where there is none."""
+    batch_size: CountOrAuto = "auto"
+    """Images that an encoder takes at once: `auto` fills its device. Halved where the GPU's memory does not suffice."""
+    decoders: CountOrAuto = "auto"
+    """Tasks that read and decode images at once, half a CPU each: `auto` takes as many as fit."""
     max_quarantined: Annotated[Real, Field(ge=0, le=1)] = 0.05
     """The fraction of broken images above which the extraction fails."""
 

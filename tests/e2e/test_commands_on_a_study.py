@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,20 @@ def test_doctor_looks_at_everything_and_finds_it_sound(ran: Ran, capsys: pytest.
     assert code == 0
     assert checks.keys() == {"python", "device", "results", "tracking", "features", "encoder"}
     assert f"[16, {ran.result.features.dim}]" in checks["encoder"]["finding"]
+    assert re.search(r"in \[-?[\d.]+, [\d.]+\], \d+\.\d\d s", checks["encoder"]["finding"])
+    assert "0 images are left to extract: about 0:00:00 with one such worker on" in checks["encoder"]["finding"]
     assert "30 cached" in checks["features"]["finding"]
+    assert ran.result.features.directory in checks["features"]["finding"]
+
+
+def test_doctor_estimates_what_is_left(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--set", "features.source={samples: 60}"]
+    code, out = printed(capsys, ran, "doctor", str(ran.study_file), "--json", *more)
+    finding = {check["name"]: check for check in json.loads(out)}["encoder"]["finding"]
+    assert code == 0
+    left, hours, minutes, seconds = re.search(r"(\d+) images are left .*about (\d+):(\d+):(\d+) with", finding).groups()
+    assert 30 <= int(left) <= 60
+    assert int(hours) * 3600 + int(minutes) * 60 + int(seconds) > 0
 
 
 def test_doctor_fails_on_images_that_are_not_there(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:

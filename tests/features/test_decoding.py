@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from qwen_vl_utils import fetch_image
 
 from lowrank_tune.features.decoding import decode_image
@@ -43,6 +43,53 @@ def test_exif_orientation_is_applied(photograph):
 @pytest.mark.parametrize("size", [28, 3612])
 def test_sizes_beyond_qwens_limits_are_kept(size):
     assert decode_image(encoded(Image.new("RGB", (30, 20), "red")), size).shape == (size, size, 3)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
+def test_16_bit_grey_is_scaled_and_not_cut_off(photograph, kind, mode):
+    grey = np.asarray(photograph.convert("L"))
+    deep = Image.fromarray((grey.astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2"))
+    assert deep.mode == mode
+    data = encoded(deep, kind)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode.startswith("I;16")
+    np.testing.assert_array_equal(decode_image(data, 112), decode_image(encoded(Image.fromarray(grey)), 112))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_range_are_refused(mode):
+    with pytest.raises(UnusableError, match="32-bit .* what is white; save it with 8 or 16 bits"):
+        decode_image(encoded(Image.new(mode, (30, 20), 1), "TIFF"), 56)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.n_frames == 3
+    np.testing.assert_allclose(decode_image(data, 56), np.full((56, 56, 3), (255, 0, 0)), atol=2)
+
+
+@pytest.mark.parametrize("mode", ["1", "YCbCr", "LAB"])
+def test_other_modes_are_decoded_too(photograph, mode):
+    small = photograph.resize((56, 56))
+    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    data = encoded(ImageCms.applyTransform(small, lab) if mode == "LAB" else small.convert(mode), "TIFF")
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == mode
+    assert abs(decode_image(data, 56).mean() - np.asarray(small).mean()) < 5
+
+
+def test_spoilt_exif_data_spoils_no_image(photograph):
+    whole = encoded(photograph, "JPEG")
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        np.testing.assert_array_equal(decode_image(encoded(photograph, "JPEG", exif=exif), 56), decode_image(whole, 56))
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200)])
+def test_the_longest_images_that_qwen_takes_are_taken(size):
+    assert (decode_image(encoded(Image.new("RGB", size, (9, 8, 7))), 56) == (9, 8, 7)).all()
 
 
 def test_one_pixel_is_an_image():

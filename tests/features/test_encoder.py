@@ -119,6 +119,79 @@ def test_what_does_not_fit_the_stored_type_is_refused_with_the_remedy():
         to_stored(torch.tensor([[float("nan")]]), "float32")
 
 
-def test_the_encoder_runs_without_ray_and_mlflow():
-    program = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; import lowrank_tune.features.encoder"
-    subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), timeout=120)
+def test_the_encoder_runs_without_ray_and_mlflow(checkpoint_root):
+    program = """
+import sys, numpy, pathlib
+sys.modules["ray"] = sys.modules["mlflow"] = None
+from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
+from lowrank_tune.features.encoder import Encoder
+root = pathlib.Path(sys.argv[1])
+config = read_checkpoint_config("tiny-random", root)
+print(Encoder(config, find_tower(config, root), "float32").encode(numpy.zeros((2, 56, 56, 3), numpy.uint8)).shape)
+"""
+    arguments = [sys.executable, "-c", program, str(checkpoint_root)]
+    ran = subprocess.run(arguments, check=True, env=dict(os.environ), timeout=120, capture_output=True, text=True)
+    assert ran.stdout.strip() == "torch.Size([2, 4, 256])"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_batch_size_does_not_show_in_the_features(tiny_config, tiny_tower, photographs, dtype):
+    image = pixels(photographs, 112, 11)
+    once = Encoder(tiny_config, tiny_tower, dtype, batch=11).encode(image)
+    for batch in (1, 2, 3, 4, 7, None):
+        assert torch.equal(Encoder(tiny_config, tiny_tower, dtype, batch=batch).encode(image), once)
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A device whose memory holds attention over so many images only; returns the sizes that were tried."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    tried = []
+
+    def limit(images, windows=1):
+        def attend_if_it_fits(query, *arguments, **options):
+            tried.append(len(query))
+            if len(query) > images * windows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return attend(query, *arguments, **options)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_if_it_fits)
+        return tried
+
+    return limit
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_number(
+    tiny_config, tiny_tower, encoder, photographs, small_memory, caplog
+):
+    image = pixels(photographs, 56, 21)
+    expected = encoder.encode(image)
+    small = Encoder(tiny_config, tiny_tower, "float32", batch=16)
+    tried = small_memory(3)
+    encoding = small.start(image, torch.float32).wait()
+    assert torch.equal(encoding.features_NTD, expected)
+    assert [text.split(":")[0] for text in encoding.notes] == [
+        "out of GPU memory with 16 images at once",
+        "out of GPU memory with 8 images at once",
+        "out of GPU memory with 4 images at once",
+    ]
+    assert "going on with 2" in caplog.text
+    tried.clear()
+    assert small.start(image, torch.float32).wait().notes == (), "it is not tried again"
+    assert max(tried) == 2
+
+
+def test_a_device_that_holds_no_image_is_an_error_with_a_remedy(tiny_config, tiny_tower, photographs, small_memory):
+    small_memory(0)
+    with pytest.raises(InputError, match=r"tiny-random: out of GPU memory .* a single image; free the GPU"):
+        Encoder(tiny_config, tiny_tower, "float32").encode(pixels(photographs, 56, 3))
+
+
+def test_the_largest_magnitude_is_told_before_the_stored_type_cuts_it(tiny_config, tiny_tower, encoder, photographs):
+    image = pixels(photographs, 56, 3)
+    encoding = encoder.start(image, torch.float16).wait()
+    assert torch.equal(encoding.largest_N, encoder.encode(image).abs().amax((1, 2)))
+    large = Encoder(tiny_config, tiny_tower, "float32")
+    large.model.merger.mlp[2].weight.data *= 1e6
+    encoding = large.start(image, torch.float16).wait()
+    assert encoding.features_NTD.isinf().any() and (encoding.largest_N > 65504).all()

@@ -1,48 +1,118 @@
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.errors import InputError
-from lowrank_tune.features.pool import DECODE_CPUS, plan_pool
+from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.features.pool import DECODE_CPUS, LEAST_CPUS, Node, find_pool, plan_pool, shrink_pool
+from lowrank_tune.spec.features import FeaturesSpec
+
+
+def spec(actors="auto", **keys):
+    return FeaturesSpec.model_validate({"source": {"samples": 4}, "actors": actors, **keys})
+
+
+def place(pool, nodes):
+    """Put every encoder somewhere, always on the machine with most room; return what is left of each machine's CPUs."""
+    left = [[node.cpus, node.gpus] for node in nodes]
+    for _ in range(pool.actors):
+        fitting = [room for room in left if room[0] >= pool.cpus_each - 1e-9 and room[1] >= pool.gpus_each]
+        assert fitting, f"no machine of {nodes} has room for one more of {pool}"
+        most = max(fitting)
+        most[0] -= pool.cpus_each
+        most[1] -= pool.gpus_each
+    return [cpus for cpus, _ in left]
 
 
 @given(
     wanted=st.one_of(st.just("auto"), st.integers(1, 16)),
     shards=st.integers(1, 100),
-    cpus=st.integers(1, 64),
-    gpus=st.integers(0, 8),
+    nodes=st.lists(st.builds(Node, st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6),
 )
-def test_encoders_and_decoding_always_fit_the_cluster(wanted, shards, cpus, gpus):
-    try:
-        pool = plan_pool(wanted, shards, {"CPU": cpus, "GPU": gpus}, cpus)
-    except InputError:
-        assert (gpus if wanted == "auto" else wanted) > cpus
+def test_encoders_and_decoding_always_fit_the_cluster(wanted, shards, nodes):
+    on_gpus = any(node.gpus for node in nodes)
+    most = sum(min(node.cpus, node.gpus) if on_gpus else node.cpus for node in nodes)
+    if wanted != "auto" and wanted > most:
+        with pytest.raises(InputError, match=f"{wanted} encoders .* has room for {most}"):
+            plan_pool(spec(wanted), shards, nodes)
         return
+    pool = plan_pool(spec(wanted), shards, nodes)
     assert 1 <= pool.actors <= shards
+    assert wanted == "auto" or pool.actors == min(shards, wanted)
     assert pool.threads >= 1
-    assert pool.cpus_each > 0
-    assert pool.actors * pool.cpus_each + DECODE_CPUS <= cpus
-    if gpus:
-        per_gpu = round(1 / pool.gpus_each)
-        assert pool.gpus_each * per_gpu == pytest.approx(1)
-        assert pool.actors <= per_gpu * gpus
+    assert pool.gpus_each == on_gpus
+    assert pool.cpus_each != DECODE_CPUS, "Ray Data would fuse decoding into the encoder"
+    assert max(place(pool, nodes)) >= DECODE_CPUS
 
 
 @pytest.mark.parametrize(
-    ("resources", "actors", "gpus_each"),
-    [({"CPU": 2}, 1, 0), ({"CPU": 16, "GPU": 4}, 4, 1), ({"CPU": 1}, 1, 0)],
+    ("nodes", "actors", "cpus_each", "gpus_each"),
+    [
+        ([Node(2, 0)], 1, 1, 0),
+        ([Node(16, 0)], 1, 12, 0),
+        ([Node(16, 4)], 4, 1, 1),
+        ([Node(1, 0)], 1, LEAST_CPUS, 0),
+        ([Node(32, 0), Node(32, 0), Node(2, 0)], 2, 25, 0),
+        ([Node(64, 0), Node(2, 4)], 2, 1, 1),
+        ([Node(1, 1)], 1, LEAST_CPUS, 1),
+    ],
 )
-def test_auto_takes_one_encoder_a_gpu_or_one_for_the_machine(resources, actors, gpus_each):
-    pool = plan_pool("auto", 10, resources, resources["CPU"])
-    assert (pool.actors, pool.gpus_each) == (actors, gpus_each)
+def test_auto_takes_one_encoder_a_gpu_or_one_a_machine(nodes, actors, cpus_each, gpus_each):
+    pool = plan_pool(spec(), 10, nodes)
+    assert (pool.actors, pool.cpus_each, pool.gpus_each) == (actors, cpus_each, gpus_each)
 
 
-def test_no_encoder_asks_for_more_than_the_largest_node_has():
-    assert plan_pool("auto", 10, {"CPU": 32}, 8).cpus_each == 8
+def test_batch_size_and_decoders_come_from_the_study_file():
+    assert (plan_pool(spec(), 1, [Node(2, 0)]).batch, plan_pool(spec(), 1, [Node(2, 0)]).decoders) == (None, None)
+    pool = plan_pool(spec(batch_size=6, decoders=3), 1, [Node(2, 0)])
+    assert (pool.batch, pool.decoders) == (6, 3)
 
 
-def test_missing_resources_are_an_error_and_not_a_hang():
-    with pytest.raises(InputError, match="has no CPU"):
-        plan_pool("auto", 1, {}, 0)
-    with pytest.raises(InputError, match="3 encoders need a CPU each, the Ray cluster has 2"):
-        plan_pool(3, 9, {"CPU": 2}, 2)
+@pytest.mark.parametrize(
+    ("wanted", "nodes", "message"),
+    [
+        ("auto", [], "has no CPU"),
+        (
+            3,
+            [Node(2, 0)],
+            r"3 encoders need a CPU each, the Ray cluster \(2 CPUs, 0 GPUs\) has room for 2; .* at most 2",
+        ),
+        (2, [Node(8, 1)], r"2 encoders need a GPU and a CPU .* \(8 CPUs, 1 GPUs\) has room for 1"),
+        ("auto", [Node(8, 0), Node(0, 2)], "start a machine that has both"),
+    ],
+)
+def test_what_the_cluster_lacks_is_an_error_that_names_it(wanted, nodes, message):
+    with pytest.raises(InputError, match=message):
+        plan_pool(spec(wanted), 9, nodes)
+
+
+def test_other_work_leaves_fewer_cpus_and_for_auto_fewer_encoders():
+    nodes = [Node(16, 4)]
+    pool = plan_pool(spec(), 10, nodes)
+    fewer = shrink_pool(pool, nodes, Node(2.5, 3), fewer=True)
+    assert (fewer.actors, fewer.cpus_each) == (3, LEAST_CPUS)
+    alone = plan_pool(spec(), 10, [Node(16, 0)])
+    assert shrink_pool(alone, [Node(16, 0)], Node(6.5, 0), fewer=True).cpus_each == 6
+    with pytest.raises(
+        LowrankTuneError, match=r"at least 4 GPUs and 2\.1 CPUs .* leaves 16 CPUs, 3 GPUs.*lower features.actors"
+    ):
+        shrink_pool(pool, nodes, Node(16, 3), fewer=False)
+
+
+def test_a_cluster_that_other_work_holds_is_an_error_and_not_a_hang(ray_cluster):
+    @ray.remote(num_cpus=1.5)
+    class Other:
+        def here(self):
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.here.remote())
+    try:
+        with pytest.raises(
+            LowrankTuneError, match=r"has 2 CPUs, 0 GPUs, but other work leaves 0\.5 CPUs, 0 GPUs: wait"
+        ):
+            find_pool(spec(), 3, patience_s=0.5)
+    finally:
+        ray.kill(other)
+    # Ray tells of a freed CPU a moment later: what is waited for comes.
+    assert find_pool(spec(), 3).cpus_each == 1

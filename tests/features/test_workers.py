@@ -1,18 +1,32 @@
-"""What a worker does when files or the cache's place fail it; no Ray is started."""
+"""What a worker does when files, memory, numbers or the cache's place fail it."""
 
 import hashlib
+import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from cachekit import IDENTITY
+from cachekit import IDENTITY, snapshot
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
+from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.decoding import decode_shard
-from lowrank_tune.features.jobs import Extraction, ShardPlan, ShardResult
-from lowrank_tune.features.pipeline import _only_process
-from lowrank_tune.features.workers import import_shard
+from lowrank_tune.features.encoder import Encoder
+from lowrank_tune.features.jobs import Extraction, ImageEncoding, ShardPlan, ShardResult
+from lowrank_tune.features.pipeline import _only_process, extract_features
+from lowrank_tune.features.pool import Pool
+from lowrank_tune.features.workers import ShardEncoder, import_shard
+from lowrank_tune.spec.features import FeaturesSpec
+
+POOL = Pool(actors=1, gpus_each=0, cpus_each=1, threads=1, batch=4)
 
 
 @pytest.fixture
@@ -61,3 +75,150 @@ def test_a_second_process_waits_for_the_first_and_says_so(tmp_path, caplog):
     other.join(20)
     assert entered.is_set()
     assert "another process is extracting" in caplog.text
+
+
+@pytest.fixture
+def images(photographs):
+    """A shard of ten photographs."""
+    keys = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in photographs[:10])
+    return ShardPlan("s.safetensors", keys, tuple(str(path) for path in photographs[:10]))
+
+
+def image_extraction(directory, config, tower, dtype="float16"):
+    for folder in ("shards", "commits"):
+        (directory / folder).mkdir(parents=True)
+    identity = {"kind": "images", "store_dtype": dtype, "tokens": 4, "dim": 256}
+    return Extraction(str(directory), identity, "tiny-random", "random", ImageEncoding(config, tower, 56, "float32"))
+
+
+def encoded(plan, extraction, pool=POOL):
+    row = decode_shard({"plan": plan.dump()}, 56)
+    answer = ShardEncoder(extraction, pool)({name: np.array([value]) for name, value in row.items()})
+    return ShardResult.load(answer["result"][0])
+
+
+def attend_over(images):
+    """Attention on a GPU whose memory holds so many images."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attend_if_it_fits(query, *arguments, **options):
+        if len(query) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return attend(query, *arguments, **options)
+
+    return attend_if_it_fits
+
+
+def test_out_of_gpu_memory_changes_no_byte_of_the_cache(images, tiny_config, tiny_tower, tmp_path, monkeypatch):
+    assert encoded(images, image_extraction(tmp_path / "a", tiny_config, tiny_tower)).notes == ()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_over(1))
+    result = encoded(images, image_extraction(tmp_path / "b", tiny_config, tiny_tower))
+    assert not result.failure
+    assert [note.split(";")[0] for note in result.notes] == [
+        "out of GPU memory with 4 images at once: going on with 2",
+        "out of GPU memory with 2 images at once: going on with 1",
+    ]
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_a_gpu_that_holds_no_image_fails_the_shard_with_the_remedy(
+    images, tiny_config, tiny_tower, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_over(0))
+    result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower))
+    assert "out of GPU memory on cpu with a single image; free the GPU" in result.failure
+    assert result.fault == "input"
+    assert not list((tmp_path / "commits").iterdir())
+
+
+def test_a_gpu_that_torch_does_not_see_is_named(images, tiny_config, tiny_tower, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower), replace(POOL, gpus_each=1))
+    assert "has a GPU here, but torch" in result.failure
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "out of GPU memory on cpu before the first image; free the GPU",
+        ),
+        (RuntimeError("no kernel image"), "the encoder did not start: RuntimeError('no kernel image')"),
+    ],
+)
+def test_an_encoder_that_does_not_start_says_why(
+    images, tiny_config, tiny_tower, tmp_path, monkeypatch, error, message
+):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower))
+    assert message in result.failure
+    assert result.fault == "input"
+
+
+def test_features_beyond_float16_are_quarantined_one_by_one_and_never_infinite(
+    images, tiny_config, tiny_tower, photographs, tmp_path
+):
+    """A checkpoint whose features are as large as float16 goes for half of the images, and larger for the rest."""
+    pixels = decode_shard({"plan": images.dump()}, 56)["pixels"]
+    largest = Encoder(tiny_config, tiny_tower, "float32").encode(pixels).abs().amax((1, 2))
+    spoilt = tmp_path / "checkpoint"
+    shutil.copytree(tiny_config.directory, spoilt)
+    index = json.loads((spoilt / "model.safetensors.index.json").read_text())["weight_map"]
+    last = [name for name in index if name.startswith("visual.merger.mlp.2.")]
+    for name in last:
+        tensors = load_file(spoilt / index[name])
+        tensors[name] = tensors[name] * (65504 / largest.median())
+        save_file(tensors, spoilt / index[name])
+    assert len(last) == 2
+    config = read_checkpoint_config(str(spoilt), tmp_path)
+    tower = find_tower(config, tmp_path)
+    result = encoded(images, image_extraction(tmp_path / "float16", config, tower))
+    assert not result.failure
+    assert 3 <= len(result.quarantined) <= 7
+    assert all(
+        "does not fit float16; set features.store_dtype to bfloat16" in reason for _, reason in result.quarantined
+    )
+    kept = load_file(tmp_path / "float16" / "shards" / "s.safetensors")["features"]
+    assert len(kept) + len(result.quarantined) == 10 and kept.isfinite().all()
+    for dtype in ("bfloat16", "float32"):
+        assert encoded(images, image_extraction(tmp_path / dtype, config, tower, dtype)).quarantined == ()
+
+
+def test_a_real_extraction_goes_on_with_a_smaller_batch_and_says_so(ray_cluster, tmp_path):
+    """In a Ray whose workers have a small GPU memory, beside one whose workers have not: the same cache."""
+    program = """
+import logging, pathlib, sys, ray
+from lowrank_tune.features.pipeline import extract_features
+from lowrank_tune.spec.features import FeaturesSpec
+
+def shrink_memory():
+    import torch
+    attend = torch.nn.functional.scaled_dot_product_attention
+    def attend_if_it_fits(query, *arguments, **options):
+        if len(query) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return attend(query, *arguments, **options)
+    torch.nn.functional.scaled_dot_product_attention = attend_if_it_fits
+
+logging.basicConfig(level=logging.WARNING)
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False,
+         runtime_env={"worker_process_setup_hook": shrink_memory})
+extract_features(FeaturesSpec.model_validate_json(sys.argv[1]), pathlib.Path(sys.argv[2]), seed=0)
+"""
+    encoder = {"checkpoint": "tiny-random", "image_size": 56}
+    spec = FeaturesSpec.model_validate({"source": {"samples": 20}, "batch_size": 8, "encoder": encoder})
+    script = [sys.executable, "-c", program, spec.model_dump_json(), str(tmp_path / "small")]
+    ran = subprocess.run(script, env=dict(os.environ), timeout=200, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for tried, then in ((8, 4), (4, 2)):
+        assert f"out of GPU memory with {tried} images at once: going on with {then}" in ran.stderr
+    extract_features(spec, tmp_path / "large", seed=0)
+    small, large = (
+        {name: data for name, data in snapshot(tmp_path / memory).items() if "/shards/" in name or "/commits/" in name}
+        for memory in ("small", "large")
+    )
+    assert small == large and small
