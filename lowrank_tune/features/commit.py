@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from lowrank_tune.caches.shards import SHARDS, TENSOR, Commit, checksum, commit_path
 from lowrank_tune.features.durable import write_durably
 from lowrank_tune.features.jobs import UnusableError
-from lowrank_tune.features.shards import SHARDS, TENSOR, Commit, checksum, commit_path
 
 
 def to_stored(features_TD: torch.Tensor, store_dtype: str) -> torch.Tensor:

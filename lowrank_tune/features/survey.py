@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lowrank_tune.caches.sealed import read_sealed
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import read_sealed
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.files import Quarantine, hash_files

@@ -11,10 +11,11 @@ import torch
 from cachekit import BROKEN, IDENTITY, KEYS, build, build_and_die, cache_directory, features_of, snapshot
 from safetensors.torch import load_file
 
+from lowrank_tune.caches.sealed import open_cache, read_sealed, verify_cache
+from lowrank_tune.caches.shards import shard_name
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import open_cache, read_sealed, seal, verify_cache
+from lowrank_tune.features.cache import seal
 from lowrank_tune.features.commit import commit_shard
-from lowrank_tune.features.shards import shard_name
 
 
 @pytest.fixture(scope="module")
