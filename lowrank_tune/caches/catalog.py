@@ -133,7 +133,8 @@ def remove_cache(place: str) -> int:
             os.rename(directory, doomed)
     except Timeout:
         raise InputError(f"{directory}: an extraction is writing into it; stop that, or wait for its end") from None
-    shutil.rmtree(doomed)
+    for remains in directory.parent.glob(".removed-*"):  # this one, and those of removals that were killed
+        shutil.rmtree(remains, ignore_errors=remains != doomed)
     return freed
 
 

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from lowrank_tune.errors import CacheError, InputError, redact
 from lowrank_tune.records import FeatureSet
 
 _PIECE = 8 * 2**20
+_STREAMS = 8
+"""Shards on their way at once: one stream alone does not fill a network."""
 _SPARE_BYTES = 64 * 2**20
 _logger = logging.getLogger(__name__)
 
@@ -128,16 +131,15 @@ def _copy(cache: Folder, manifest: dict[str, Any], target: Path) -> None:
     try:
         for folder in (SHARDS, COMMITS, SOURCES):
             (partial / folder).mkdir(parents=True)
-        shards = cache / SHARDS
-        _check_room(_size(shards), partial)
-        for name in manifest["commits"]:
-            _copy_file(cache / COMMITS, name, partial / COMMITS)
-            commit = read_commit((partial / COMMITS / name).read_bytes())
-            if commit.rows:
-                _copy_file(shards, commit.shard, partial / SHARDS)
-            # At once, while the copy is still in the page cache.
-            if problems := shard_problems(Folder.at(partial), commit, manifest["identity"], full=True):
-                raise CacheError(f"{cache.name}: arrived damaged ({problems[0]}); verify it where it lies")
+        _check_room(_size(cache / SHARDS), partial)
+        with ThreadPoolExecutor(_STREAMS) as threads:
+            try:
+                jobs = [threads.submit(_copy_shard, cache, name, manifest, partial) for name in manifest["commits"]]
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
         for name in (cache / SOURCES).files():
             _copy_file(cache / SOURCES, name, partial / SOURCES)
         for name in (QUARANTINE, MANIFEST):
@@ -147,6 +149,19 @@ def _copy(cache: Folder, manifest: dict[str, Any], target: Path) -> None:
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _copy_shard(cache: Folder, name: str, manifest: dict[str, Any], partial: Path) -> None:
+    """Copy a commit record and its shard, and compare them at once, while they are still in the page cache."""
+    _copy_file(cache / COMMITS, name, partial / COMMITS)
+    data = (partial / COMMITS / name).read_bytes()
+    if checksum(data) != manifest["commits"][name]:
+        raise CacheError(f"{cache.name}/{COMMITS}/{name}: is not the one that was sealed; verify the cache")
+    commit = read_commit(data)
+    if commit.rows:
+        _copy_file(cache / SHARDS, commit.shard, partial / SHARDS)
+    if problems := shard_problems(Folder.at(partial), commit, manifest["identity"], full=True):
+        raise CacheError(f"{cache.name}: arrived damaged ({problems[0]}); verify it where it lies")
 
 
 def _copy_file(folder: Folder, name: str, into: Path) -> None:
@@ -163,6 +178,8 @@ def _pieces(folder: Folder, name: str) -> Iterator[bytes]:
         with folder.open(name) as source:
             while piece := source.read(_PIECE):
                 yield piece
+    except FileNotFoundError as error:
+        raise CacheError(f"{folder.name}/{name}: is missing; verify the cache") from error
     except OSError as error:
         raise CacheError(
             f"{folder.name}/{name}: cannot be read ({redact(str(error))}); see that its place answers, and verify it"
