@@ -19,7 +19,8 @@ TENSOR = "features"
 SHARDS = "shards"
 COMMITS = "commits"
 
-_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What safetensors calls each dtype of a cache."""
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -94,8 +95,8 @@ def shard_problems(cache: Folder, commit: Commit, identity: Identity, *, full: b
             entry = header.get(TENSOR, {})
             found = (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
             row_bytes = shape[1] * shape[2] * _ITEM_BYTES[identity["store_dtype"]]
-            if found != (_STORED[identity["store_dtype"]], shape, [0, row_bytes * shape[0]]):
-                return [f"{name}: holds {found[0]} {found[1]}, expected {_STORED[identity['store_dtype']]} {shape}"]
+            if found != (STORED[identity["store_dtype"]], shape, [0, row_bytes * shape[0]]):
+                return [f"{name}: holds {found[0]} {found[1]}, expected {STORED[identity['store_dtype']]} {shape}"]
             return _checksum_problems(name, file, commit, start, row_bytes) if full else []
     except FileNotFoundError:
         return [f"{name}: is missing"]

@@ -154,9 +154,8 @@ def _commit(
             usable.append(key)
         except UnusableError as error:
             quarantined.append((key, str(error)))
-    features_NTD = torch.stack(stored) if stored else torch.empty(0)
     try:
-        commit_shard(Path(extraction.directory), result.shard, usable, features_NTD, quarantined)
+        commit_shard(Path(extraction.directory), result.shard, usable, stored, quarantined)
     except OSError as error:
         failure = f"{extraction.directory}: shard {result.shard} cannot be written ({error}); make room and run again"
         return replace(result, failure=failure, fault="cache")
