@@ -44,7 +44,7 @@ from lowrank_tune.lowrank.dataset import FeatureMatrix
 CORES = 2
 TOKENS, DIM, BATCH = 256, 2048, 32
 IDENTITY = {"kind": "tensors", "forward": 1, "store_dtype": "float16", "tokens": TOKENS, "dim": DIM}
-BATCHES, ROUNDS = 40, 3
+BATCHES, ROUNDS = 24, 2
 READERS, READ_IMAGES = 8, 1024
 SAMPLING_S = 0.2
 
@@ -69,7 +69,6 @@ def main() -> None:
 
 def bench_reading(images: int) -> None:
     """Warm random mini-batches: from the cache, from `.pt` files, and as plain memory copies of the same bytes."""
-    torch.set_num_threads(CORES)
     with tempfile.TemporaryDirectory(prefix="bench-features-") as name:
         folder = Path(name)
         cache = write_cache(folder / "features", images, also_pt=folder)
@@ -81,13 +80,14 @@ def bench_reading(images: int) -> None:
         for indices in chosen:  # warm: in the page cache, and mapped by this process
             data.load(indices)
             _load_pt(folder, indices, torch.float16)
-        print(f"{images} images, mini-batches of {BATCH} chosen at random, {CORES} threads, ms a batch (medians)\n")
-        print(
-            f"{'dtype':<10}{'memory':<8}{'cache':>8}{'.pt files':>11}{'copy':>8}{'.pt / cache':>13}{'copy / cache':>14}"
-        )
-        for dtype in (torch.float16, torch.float32):
-            for memory in ("fresh", "reused"):
-                _print_reading(data, folder, chosen, dtype, memory)
+        print(f"{images} images, mini-batches of {BATCH} chosen at random, ms a batch (medians)\n")
+        print(f"{'threads':<9}{'dtype':<9}{'memory':<8}{'cache':>7}{'.pt files':>11}{'copy':>7}"
+              f"{'.pt / cache':>13}{'copy / cache':>14}")  # fmt: skip
+        for threads in (1, CORES):  # a trial has one unless the study file gives it more
+            torch.set_num_threads(threads)
+            for dtype in (torch.float16, torch.float32):
+                for memory in ("reused", "fresh"):
+                    _print_reading(data, folder, chosen, dtype, memory)
 
 
 def _print_reading(data: FeatureMatrix, folder: Path, chosen: list[list[int]], dtype: torch.dtype, memory: str) -> None:
@@ -115,7 +115,8 @@ def _print_reading(data: FeatureMatrix, folder: Path, chosen: list[list[int]], d
                 times[name].append(time.perf_counter() - started)
     cache, pt, plain = (statistics.median(times[name]) * 1e3 for name in ("cache", "pt", "copy"))
     kind = str(dtype).removeprefix("torch.")
-    print(f"{kind:<10}{memory:<8}{cache:>8.2f}{pt:>11.2f}{plain:>8.2f}{pt / cache:>13.1f}{plain / cache:>14.2f}")
+    print(f"{torch.get_num_threads():<9}{kind:<9}{memory:<8}{cache:>7.2f}{pt:>11.2f}{plain:>7.2f}"
+          f"{pt / cache:>13.1f}{plain / cache:>14.2f}", flush=True)  # fmt: skip
 
 
 def _load_pt(folder: Path, indices: Sequence[int], dtype: torch.dtype) -> Tensor:
