@@ -1,4 +1,4 @@
-"""What an extraction survives: its processes killed, its disk full, read-only or gone. Real kills, mounts and Ray.
+"""What an extraction survives: SIGKILL of its actor, its driver and its raylet, on real Ray.
 
 Each extraction runs in a process of its own with a Ray of its own, so that killing them harms nobody else.
 """
@@ -74,7 +74,7 @@ class Driver:
 
     def ended(self) -> tuple[int, str]:
         """Wait for the end: exit code and stderr."""
-        code = self.process.wait(timeout=180)
+        code = self.process.wait(timeout=600)
         self._told.seek(0)
         return code, self._told.read()
 
@@ -97,10 +97,10 @@ class Driver:
         return None
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not condition():
             assert self.process.poll() is None, f"the extraction ended too early: {self.ended()}"
-            assert time.monotonic() < deadline, "nothing happened for two minutes"
+            assert time.monotonic() < deadline, "nothing happened for ten minutes"
             self.look()
             time.sleep(0.01)
 
@@ -160,62 +160,3 @@ def test_killed_at_any_moment_the_next_run_completes_the_same_bytes(tmp_path, sp
     assert verify_cache(directory) == []
     rows = open_cache(directory).rows
     assert len({row.key for row in rows}) == len(rows) == IMAGES
-
-
-def mounted(folder: Path, size: str) -> None:
-    """A small file system of its own."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a file system here ({done.stderr.decode().strip()})")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for the checkpoint, the five shards and little else."""
-    folder = tmp_path / "disk"
-    mounted(folder, "4m")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
-def test_a_full_disk_is_named_and_the_next_run_completes_the_same_bytes(small_disk, spec, uninterrupted):
-    (small_disk / "ballast").write_bytes(bytes(1_500_000))
-    code, err = finished(spec, small_disk)
-    assert code == 3, err
-    assert "No space left on device" in err and str(small_disk) in err
-    assert not sealed(small_disk)
-    (small_disk / "ballast").unlink()
-    code, err = finished(spec, small_disk)
-    assert code == 0, err
-    assert caches(small_disk) == uninterrupted
-
-
-def test_a_disk_that_turns_read_only_is_named_and_the_next_run_completes_the_same_bytes(
-    small_disk, spec, uninterrupted
-):
-    def remounted(how: str) -> bool:
-        return subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], capture_output=True).returncode == 0
-
-    with extraction(spec, small_disk) as driver:
-        driver.wait_for(lambda: committed(small_disk) >= 1)
-        driver.wait_for(lambda: remounted("ro"))  # it is busy while a file is being written
-        code, err = driver.ended()
-    assert code == 3, err
-    assert "Read-only file system" in err and str(small_disk) in err
-    assert not sealed(small_disk)
-    assert finished(spec, small_disk)[0] == 3, "nothing can be written, so nothing is begun"
-    assert remounted("rw")
-    code, err = finished(spec, small_disk)
-    assert code == 0, err
-    assert caches(small_disk) == uninterrupted
-
-
-def test_a_mount_that_vanishes_is_named_and_nothing_is_sealed(small_disk, spec):
-    with extraction(spec, small_disk) as driver:
-        driver.wait_for(lambda: committed(small_disk) >= 1)
-        subprocess.run(["umount", "-l", str(small_disk)], check=True)
-        code, err = driver.ended()
-    assert code == 3, err
-    assert str(small_disk) in err and "No such file or directory" in err
-    assert not sealed(small_disk)
