@@ -24,6 +24,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+# torch asks the system for large pages with it, where Linux leaves that to the program: a fresh batch of 32 images then
+# costs a fourth, most of which is the handing out of pages.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:

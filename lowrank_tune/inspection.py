@@ -1,9 +1,8 @@
-"""Looks at a study, a results directory and a machine without running anything: `plan`, `doctor` and `features`."""
+"""Looks at a study and a machine without running anything: `plan` and `doctor`."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from lowrank_tune.errors import InputError, LowrankTuneError
-from lowrank_tune.features.cache import open_cache
 from lowrank_tune.features.survey import Survey, survey_features, try_images
 from lowrank_tune.lowrank.decomposers import make_decomposer
 from lowrank_tune.lowrank.metrics import measure
@@ -129,58 +127,6 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
         checks.append(_check("features", lambda: _describe_survey(spec, cache_root, surveys)))
         checks.append(_check("encoder", lambda: _describe_images(spec, cache_root, surveys)))
     return checks
-
-
-def describe_caches(results: str | Path | None) -> list[dict[str, Any]]:
-    """A row a feature cache in a results directory; one that cannot be opened says so."""
-    return [_cache_row(directory) for directory in _cache_directories(results)]
-
-
-def find_cache(results: str | Path | None, name: str) -> Path:
-    """The one cache whose name begins with `name`.
-
-    Raises:
-        InputError: none does, or several do.
-    """
-    directories = _cache_directories(results)
-    found = [directory for directory in directories if name and directory.name.startswith(name)]
-    if len(found) != 1:
-        known = ", ".join(directory.name for directory in found or directories) or "none"
-        raise InputError(f"feature cache {name}: {'several begin so' if found else 'not here'}; caches: {known}")
-    return found[0]
-
-
-def describe_cache(directory: Path) -> dict[str, Any]:
-    """What a cache holds and what made it.
-
-    Raises:
-        CacheError: it is unsealed or damaged.
-    """
-    manifest = json.loads((directory / "manifest.json").read_text()) if (directory / "manifest.json").exists() else {}
-    features = open_cache(directory)
-    return {
-        **_cache_row(directory),
-        "quarantined": features.quarantined,
-        "shards": len({row.shard for row in features.rows}),
-        "records": features.records_path,
-        "identity": manifest.get("identity", {}),
-    }
-
-
-def _cache_directories(results: str | Path | None) -> list[Path]:
-    root = results_directory(results) / "features"
-    return sorted(path.parent for path in root.glob("*/shards"))
-
-
-def _cache_row(directory: Path) -> dict[str, Any]:
-    size = sum(path.stat().st_size for path in (directory / "shards").iterdir())
-    row: dict[str, Any] = {"fingerprint": directory.name, "images": "-", "shape": "-", "dtype": "-", "bytes": size}
-    try:
-        features = open_cache(directory)
-    except LowrankTuneError as error:
-        return row | {"weights": "-", "encoder": str(error)}
-    row |= {"images": len(features.rows), "shape": [features.tokens, features.dim], "dtype": features.dtype}
-    return row | {"weights": features.weights, "encoder": features.encoder}
 
 
 def _largest(plan: Plan) -> list[TrialConfig]:

@@ -45,6 +45,7 @@ class FeatureSet:
         records_path: parquet with one row a record of the user's source (`record`, `key`, `path`, `error` and all of
             the user's own columns); records that share an image share a key.
         quarantined: how many records had no usable image.
+        origin: where the cache lies when `directory` is a node's own copy of it; empty otherwise.
     """
 
     directory: str
@@ -57,6 +58,7 @@ class FeatureSet:
     rows: tuple[FeatureRow, ...]
     records_path: str
     quarantined: int = 0
+    origin: str = ""
 
     def write(self, path: Path) -> None:
         """Write this record as JSON."""

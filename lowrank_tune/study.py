@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 
+from lowrank_tune.caches.places import results_place
+from lowrank_tune.caches.staging import local_copy, open_local
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.comparison.methods import winners
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import open_cache
 from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
@@ -120,7 +121,7 @@ def run_study(
         tracker = stack.enter_context(StudyTracker(plan))
         directory = stack.enter_context(_study_directory(plan, study, overrides))
         stack.enter_context(ray_session(address))
-        features = _extract(plan, progress)
+        features = local_copy(_extract(plan, progress))
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
         check_images(plan.spec.report.images, len(split.test))
         optimum_path = _save_optimum(features, split, directory, progress)
@@ -179,7 +180,7 @@ def run_trial(
     plan = _plan(study, results, overrides)
     config = trial_config(plan, 0, first_params(plan.spec))
     with _study_directory(plan, study, overrides) as directory:
-        features = _extract(plan, progress)
+        features = local_copy(_extract(plan, progress))
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
         progress.stage(f"training {config.trial_id} in this process")
         optimum = validation_optimum(features, split)
@@ -214,16 +215,15 @@ def extract_study(
     Raises:
         InputError: something in the study file, the data or the results directory must be changed.
     """
-    plan = _plan(study, results, overrides)
-    with ray_session(address):
-        return _extract(plan, progress or StudyProgress())
+    return _extract(_plan(study, results, overrides), progress or StudyProgress(), address)
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
     """Open a sealed feature cache, `results/features/<fingerprint>`.
 
     Args:
-        directory: the cache's folder.
+        directory: the cache's folder, or its address on an object store; where it is not on a local disk, it is copied
+            to this node first (LOWRANK_TUNE_STAGING says where to), once.
 
     Returns:
         All its images: `len(features)`, `features.load([0, 1])` -> float32 tensor [2, tokens, dim],
@@ -231,8 +231,9 @@ def open_features(directory: str | Path) -> FeatureMatrix:
 
     Raises:
         CacheError: it is unsealed or damaged.
+        InputError: the address does not answer, or there is no room for a copy.
     """
-    return FeatureMatrix(open_cache(Path(directory)))
+    return FeatureMatrix(open_local(directory))
 
 
 def validation_optimum(features: FeatureSet, split: Split) -> Optimum:
@@ -249,7 +250,7 @@ def results_directory(results: str | Path | None) -> Path:
     Raises:
         InputError: it cannot be made or written to.
     """
-    name = str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
+    name = results_place(results)
     if "://" in name:
         raise InputError(
             f"results directory {name}: only local and mounted paths can be used; mount it, or pass --results DIR"
@@ -325,10 +326,15 @@ def _confirm(
     return confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
 
 
-def _extract(plan: Plan, progress: StudyProgress) -> FeatureSet:
+def _extract(plan: Plan, progress: StudyProgress, address: str | None = None) -> FeatureSet:
     progress.stage("looking for the features in the cache")
     features = extract_features(
-        plan.spec.features, plan.features_root, seed=plan.spec.seed, on_progress=progress.images
+        plan.spec.features,
+        plan.features_root,
+        seed=plan.spec.seed,
+        on_progress=progress.images,
+        on_note=progress.stage,
+        address=address,
     )
     check_ranks(plan.spec, features.tokens, features.dim)
     return features

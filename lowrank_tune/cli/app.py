@@ -42,7 +42,7 @@ def validate(study: StudyFile, overrides: Overrides = None, as_json: Json = Fals
 @app.command(epilog="Example: lowrank-tune plan studies/quickstart.yaml --json")
 def plan(study: StudyFile, overrides: Overrides = None, results: Results = None, as_json: Json = False) -> None:
     """Tell what a study will do and need, and what is cached already; starts nothing."""
-    from lowrank_tune.cli.tables import print_facts
+    from lowrank_tune.cli.listing import print_facts
     from lowrank_tune.inspection import preview_study
 
     facts = preview_study(load_study(study, overrides or ()), results)
@@ -108,8 +108,9 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Extract and cache a study's features, and train nothing."""
+    from lowrank_tune.cli.listing import print_facts
     from lowrank_tune.cli.progress import TerminalProgress
-    from lowrank_tune.cli.tables import features_facts, print_facts
+    from lowrank_tune.cli.tables import features_facts
     from lowrank_tune.study import extract_study
 
     with TerminalProgress() as progress:

@@ -6,14 +6,14 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from lowrank_tune.cli.listing import print_facts
 from lowrank_tune.inspection import Check
 from lowrank_tune.records import FeatureSet, TrialOutcome
 from lowrank_tune.report.terminal import comparison_tables
@@ -84,27 +84,6 @@ def features_facts(features: FeatureSet) -> dict[str, Any]:
         "shape": [features.tokens, features.dim],
         "dtype": features.dtype,
     }
-
-
-def print_facts(facts: Mapping[str, Any]) -> None:
-    """Print names and values in two columns."""
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        # Not a rich table: a path that wraps cannot be copied.
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
-
-
-def print_caches(caches: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line a feature cache."""
-    if not caches:
-        _console().print("no feature caches here yet; `lowrank-tune extract STUDY.yaml` makes one")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in caches[0]:
-        table.add_column(name.replace("_", " "))
-    for cache in caches:
-        table.add_row(*(str(value) for value in cache.values()))
-    _console().print(table)
 
 
 def print_checks(checks: Sequence[Check]) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from lowrank_tune.caches.headers import read_header
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.headers import read_header
 from lowrank_tune.features.tiny import WEIGHTS_MARK, write_tiny_checkpoint
 
 TINY_RANDOM = "tiny-random"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from torch import Tensor
 
-from lowrank_tune.features.durable import write_durably
+from lowrank_tune.caches.shards import SHARDS, STORED, TENSOR, Commit, checksum, commit_path
+from lowrank_tune.features.durable import write_durably, write_pieces_durably
 from lowrank_tune.features.jobs import UnusableError
-from lowrank_tune.features.shards import SHARDS, TENSOR, Commit, checksum, commit_path
 
 
-def to_stored(features_TD: torch.Tensor, store_dtype: str) -> torch.Tensor:
+def to_stored(features_TD: Tensor, store_dtype: str) -> Tensor:
     """Convert to the cache's dtype.
 
     Args:
@@ -40,7 +41,11 @@ def to_stored(features_TD: torch.Tensor, store_dtype: str) -> torch.Tensor:
 
 
 def commit_shard(
-    directory: Path, shard: str, keys: Sequence[str], features_NTD: torch.Tensor, quarantined: Sequence[tuple[str, str]]
+    directory: Path,
+    shard: str,
+    keys: Sequence[str],
+    features_NTD: Tensor | Sequence[Tensor],
+    quarantined: Sequence[tuple[str, str]],
 ) -> Commit:
     """Write a shard and then its commit record.
 
@@ -48,22 +53,36 @@ def commit_shard(
         directory: the cache; `shards/` and `commits/` are there.
         shard: file name.
         keys: one a row.
-        features_NTD: [N, T, D] in the cache's dtype, on the CPU; N may be 0.
+        features_NTD: N rows [T, D] in the cache's dtype, on the CPU, written one after the other; N may be 0.
         quarantined: key and reason of the images without a row.
 
     Raises:
         OSError: no space, no permission; nothing is committed then.
     """
-    data = b""
-    header = ""
-    if keys:
-        data = save({TENSOR: features_NTD.contiguous()})
-        write_durably(directory / SHARDS / shard, data)
-        header = checksum(data[: len(data) - features_NTD.nbytes])
-    row_bytes = features_NTD[0].nbytes if keys else 0
-    start = len(data) - row_bytes * len(keys)
-    values = memoryview(data)[start:]
-    rows = tuple((key, checksum(values[row * row_bytes : (row + 1) * row_bytes])) for row, key in enumerate(keys))
-    commit = Commit(shard, len(data), header, rows, tuple(quarantined))
+    rows = [_bytes_of(row_TD) for row_TD in features_NTD]
+    header = _header(features_NTD[0], len(rows)) if rows else b""
+    if rows:
+        write_pieces_durably(directory / SHARDS / shard, [header, *rows])
+    commit = Commit(
+        shard=shard,
+        size=len(header) + sum(row.nbytes for row in rows),
+        header=checksum(header) if rows else "",
+        rows=tuple((key, checksum(row)) for key, row in zip(keys, rows, strict=True)),
+        quarantined=tuple(quarantined),
+    )
     write_durably(commit_path(directory, shard), json.dumps(asdict(commit), sort_keys=True).encode())
     return commit
+
+
+def _header(row_TD: Tensor, count: int) -> bytes:
+    """What safetensors writes before the values of one tensor [N, T, D]; its own writer would copy them twice."""
+    kind = STORED[str(row_TD.dtype).removeprefix("torch.")]
+    entry = {"dtype": kind, "shape": [count, *row_TD.shape], "data_offsets": [0, count * row_TD.nbytes]}
+    text = json.dumps({TENSOR: entry}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(row_TD: Tensor) -> memoryview:
+    # numpy has no bfloat16, but it has bytes.
+    return row_TD.reshape(-1).view(torch.uint8).numpy().data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -15,6 +15,15 @@ TEMPORARY_PREFIX = ".tmp-"
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file so that its name never shows anything but all of `data`.
 
+    Raises:
+        OSError: as `write_pieces_durably`.
+    """
+    write_pieces_durably(path, [data])
+
+
+def write_pieces_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file piece by piece so that its name never shows anything but all of them.
+
     The order is temporary file, fsync, rename, fsync of the folder.
 
     Raises:
@@ -23,7 +32,8 @@ def write_durably(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

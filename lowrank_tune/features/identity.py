@@ -5,14 +5,9 @@ It covers everything that can change a value and nothing else: no path, no name,
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any
-
+from lowrank_tune.caches.identity import Identity
 from lowrank_tune.features.checkpoint import CheckpointConfig
 from lowrank_tune.spec.features import FeaturesSpec
-
-Identity = dict[str, Any]
 
 FORWARD_VERSION = 2
 """Counts up with every change of the forward or decoding code that can change a value.
@@ -66,18 +61,3 @@ def tensor_identity(spec: FeaturesSpec, tokens: int, dim: int) -> Identity:
         "tokens": tokens,
         "dim": dim,
     }
-
-
-def fingerprint(identity: Identity) -> str:
-    """16 hex digits of the identity's sha256."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(expected: Identity, found: Identity) -> list[str]:
-    """One text for each field in which two identities differ, as `field: expected, found`."""
-    keys = sorted(expected.keys() | found.keys())
-    return [
-        f"{key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
-        for key in keys
-        if expected.get(key) != found.get(key)
-    ]

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from lowrank_tune.caches.identity import Identity
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
-from lowrank_tune.features.identity import Identity
 
 
 class UnusableError(Exception):

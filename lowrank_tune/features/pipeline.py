@@ -6,42 +6,55 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from filelock import FileLock, Timeout
-from ray.exceptions import RayError
+from filelock import Timeout
 
+from lowrank_tune.caches.catalog import nearest_cache, only_writer
+from lowrank_tune.caches.identity import fingerprint
+from lowrank_tune.caches.sealed import Contents, read_sealed
+from lowrank_tune.caches.shards import SHARD_ROWS, shard_name
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError
-from lowrank_tune.features.cache import Contents, read_sealed, recover, seal
+from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.files import Quarantine, SourceFiles, hash_files
-from lowrank_tune.features.identity import fingerprint, image_identity, tensor_identity
+from lowrank_tune.features.identity import image_identity, tensor_identity
 from lowrank_tune.features.jobs import Extraction, ImageEncoding, ShardPlan, ShardResult
 from lowrank_tune.features.record_table import write_record_table
-from lowrank_tune.features.shards import SHARD_ROWS, shard_name
 from lowrank_tune.features.sources import SourceRecords, read_records
 from lowrank_tune.records import FeatureSet
-from lowrank_tune.session import ray_session
 from lowrank_tune.spec.features import FeaturesSpec, TensorSource
 
 _logger = logging.getLogger(__name__)
 
+FIELDS_SHOWN = 5
+
 Progress = Callable[[int, int], None]
+Notes = Callable[[str], None]
 
 
 def extract_features(
-    spec: FeaturesSpec, cache_root: Path, *, seed: int, on_progress: Progress | None = None
+    spec: FeaturesSpec,
+    cache_root: Path,
+    *,
+    seed: int,
+    on_progress: Progress | None = None,
+    on_note: Notes | None = None,
+    address: str | None = None,
 ) -> FeatureSet:
     """Make sure that the features of every image of a source are cached.
 
-    What is cached already costs the hashing of the images' bytes; the rest runs on Ray Data, in the caller's Ray or,
-    where there is none, in a local one that is gone afterwards. A run that is killed at any moment is continued by the
-    next one.
+    What is cached already costs the hashing of the images' bytes, and where nothing is missing Ray is not even loaded.
+    The rest runs on Ray Data, in the caller's Ray or, where there is none, in one that is gone afterwards. A run that
+    is killed at any moment is continued by the next one.
 
     Args:
         spec: the source, the encoder and how features are kept.
         cache_root: the folder of the caches, `results/features`; every Ray node must see it under this path.
         seed: which crops, for sample images.
         on_progress: called with the number of distinct images dealt with and their total.
+        on_note: called with a sentence: in what a new cache differs from those that are there, or what is waited for.
+        address: the Ray to start or to join where the caller has none; as for `ray_session`.
 
     Raises:
         InputError: the source, the checkpoint or `cache_root` cannot be used, or too many images are broken.
@@ -57,7 +70,10 @@ def extract_features(
         quarantine.check(contents.quarantined if contents else {})
         progress = on_progress or (lambda done, total: None)
         if contents is None or contents.missing(files.paths):
-            contents = _extend(extraction, spec, files, quarantine, progress)
+            note = on_note or _logger.warning
+            _explain(extraction, note)
+            with _only_process(directory, note):
+                contents = _extend(extraction, spec, files, quarantine, progress, address)
         else:
             progress(len(files.paths), len(files.paths))
         return _feature_set(extraction, contents, records, quarantine)
@@ -65,6 +81,36 @@ def extract_features(
         raise InputError(
             f"{cache_root}: cannot hold the feature cache ({error}); free it, or choose another results directory"
         ) from error
+
+
+def import_tensors(
+    directory: Path,
+    cache_root: Path,
+    *,
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    max_quarantined: float = 0.05,
+    on_progress: Progress | None = None,
+    on_note: Notes | None = None,
+    address: str | None = None,
+) -> FeatureSet:
+    """Take ready features into the cache that a study with `source: {tensors: directory}` looks in.
+
+    Args:
+        directory: has `features_N.pt`, one tensor [T, D] each.
+        cache_root: the folder of the caches, `results/features`.
+        store_dtype: what the cache stores.
+        max_quarantined: the fraction of broken files above which the import fails.
+        on_progress: as for `extract_features`.
+        on_note: as for `extract_features`.
+        address: as for `extract_features`.
+
+    Raises:
+        InputError: as for `extract_features`.
+        CacheError: as for `extract_features`.
+    """
+    source = TensorSource(tensors=str(directory))
+    spec = FeaturesSpec(source=source, store_dtype=store_dtype, max_quarantined=max_quarantined)
+    return extract_features(spec, cache_root, seed=0, on_progress=on_progress, on_note=on_note, address=address)
 
 
 def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, int]:
@@ -112,31 +158,43 @@ def _first_shape(records: SourceRecords) -> tuple[int, int]:
     return first_shape(path for path in records.paths if path is not None)
 
 
+def _explain(extraction: Extraction, note: Notes) -> None:
+    """Before a cache is begun: in what it differs from the one that is most like it."""
+    directory = Path(extraction.directory)
+    if not directory.exists():
+        name, differ = nearest_cache(directory.parent, extraction.identity)
+        if name:
+            more = f"; and {len(differ) - FIELDS_SHOWN} more" if len(differ) > FIELDS_SHOWN else ""
+            note(
+                f"cache {directory.name} is new; {name} was made differently: {'; '.join(differ[:FIELDS_SHOWN])}{more}"
+            )
+
+
 def _extend(
     extraction: Extraction,
     spec: FeaturesSpec,
     files: SourceFiles,
     quarantine: Quarantine,
     on_progress: Progress,
+    address: str | None,
 ) -> Contents:
-    """Extract what is missing and seal the cache; one process at a time."""
+    """Extract what is missing and seal the cache; call it only while holding the cache's lock."""
     directory = Path(extraction.directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _only_process(directory):
-        contents = recover(directory, extraction.identity)
-        missing = contents.missing(files.paths)
-        total = len(files.paths)
-        done = total - len(missing)
-        on_progress(done, total)
-        if missing:
-            reasons = dict(contents.quarantined)
-            with contextlib.closing(_make_shards(extraction, spec, _plan_shards(missing, files.paths))) as results:
-                for result in results:
-                    reasons |= dict(result.quarantined)
-                    quarantine.check(reasons)
-                    done += result.images
-                    on_progress(done, total)
-        return seal(directory, extraction.identity, extraction.encoder, extraction.weights)
+    contents = recover(directory, extraction.identity)
+    missing = contents.missing(files.paths)
+    total = len(files.paths)
+    done = total - len(missing)
+    on_progress(done, total)
+    if missing:
+        reasons = dict(contents.quarantined)
+        plans = _plan_shards(missing, files.paths)
+        with contextlib.closing(_make_shards(extraction, spec, plans, address)) as results:
+            for result in results:
+                reasons |= dict(result.quarantined)
+                quarantine.check(reasons)
+                done += result.images
+                on_progress(done, total)
+    return seal(directory, extraction.identity, extraction.encoder, extraction.weights)
 
 
 def _plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[ShardPlan]:
@@ -148,14 +206,17 @@ def _plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[Shar
 
 
 def _make_shards(
-    extraction: Extraction, spec: FeaturesSpec, plans: Sequence[ShardPlan]
+    extraction: Extraction, spec: FeaturesSpec, plans: Sequence[ShardPlan], address: str | None
 ) -> Generator[ShardResult, None, None]:
     """Have the shards made, and tell of each one; what was committed before a failure stays."""
-    # A run that finds everything in the cache spends no time on importing torch and Ray Data.
+    # A run that finds everything in the cache spends no time on importing torch and Ray.
+    from ray.exceptions import RayError
+
     from lowrank_tune.features.pool import find_pool
     from lowrank_tune.features.workers import run_extraction
+    from lowrank_tune.session import ray_session
 
-    with ray_session():
+    with ray_session(address):
         pool = find_pool(spec, len(plans))
         _logger.info("extracting %d shards with %s", len(plans), pool)
         try:
@@ -172,17 +233,15 @@ def _make_shards(
 
 
 @contextlib.contextmanager
-def _only_process(directory: Path) -> Iterator[None]:
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _logger.warning("another process is extracting into %s: waiting for it", directory)
-        lock.acquire()
-    try:
+def _only_process(directory: Path, note: Notes) -> Iterator[None]:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(directory, timeout=0))
+        except Timeout:
+            note(f"another process is extracting into {directory}: waiting for it")
+            stack.enter_context(only_writer(directory))
         yield
-    finally:
-        lock.release()
 
 
 def _feature_set(

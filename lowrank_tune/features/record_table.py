@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from lowrank_tune.features.cache import SOURCES
+from lowrank_tune.caches.sealed import SOURCES
+from lowrank_tune.caches.shards import checksum
 from lowrank_tune.features.durable import write_durably
-from lowrank_tune.features.shards import checksum
 from lowrank_tune.features.sources import SourceRecords
 
 OWN_COLUMNS = ("record", "key", "path", "error")

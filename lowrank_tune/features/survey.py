@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lowrank_tune.caches.sealed import read_sealed
+from lowrank_tune.caches.shards import SHARD_ROWS
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import read_sealed
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.files import Quarantine, hash_files
 from lowrank_tune.features.jobs import UnusableError
 from lowrank_tune.features.pipeline import plan_extraction
-from lowrank_tune.features.shards import SHARD_ROWS
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.features.tensors import check_shape, load_tensor
 from lowrank_tune.spec.features import FeaturesSpec

@@ -190,13 +190,15 @@ def import_shard(row: _Row, extraction: Extraction) -> _Row:
                 quarantined.append((key, str(error)))
     except OSError as error:
         return {"result": ShardResult(plan.shard, len(plan.keys), failure=str(error), fault="input").dump()}
-    stored = torch.stack(tensors) if tensors else torch.empty(0)
     result = ShardResult(plan.shard, len(plan.keys), tuple(quarantined))
-    return {"result": _commit(extraction, result, keys, stored).dump()}
+    return {"result": _commit(extraction, result, keys, tensors).dump()}
 
 
 def _commit(
-    extraction: Extraction, result: ShardResult, keys: Sequence[str], features_NTD: torch.Tensor
+    extraction: Extraction,
+    result: ShardResult,
+    keys: Sequence[str],
+    features_NTD: torch.Tensor | Sequence[torch.Tensor],
 ) -> ShardResult:
     """Commit the shard, in the cache's dtype already."""
     try:

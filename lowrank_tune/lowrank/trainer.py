@@ -25,6 +25,7 @@ from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_d
 from lowrank_tune.lowrank.files import write_whole
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.lowrank.residence import batches_on
 from lowrank_tune.lowrank.seeds import stream
 from lowrank_tune.records import Split, StoppedBy, TrialConfig
 
@@ -82,6 +83,7 @@ class Trainer:
         self.data = data
         self.split = split
         self.device = device
+        self._batches = batches_on(data, device)
         self.history: list[dict[str, float]] = []
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
@@ -173,28 +175,24 @@ class Trainer:
         self.stopped_by = state["stopped_by"]
         self.reason = state["reason"]
 
-    def _load(self, indices: tuple[int, ...] | list[int]) -> Tensor:
-        # In the stored dtype to the device, converted there: half the bytes to move.
-        return self.data.load(indices, self.data.dtype).to(self.device).float()
-
     def _initialise(self) -> None:
         generator = stream(self.config.seed, "initialise")
         order = torch.randperm(len(self.split.train), generator=generator)[:INITIAL_IMAGES].tolist()
         images = [self.split.train[place] for place in order]
         size = self.config.batch_size
         starts = range(0, len(images), size)
-        self.model.initialise((self._load(images[start : start + size]) for start in starts), generator)
+        self.model.initialise((self._batches.load(images[start : start + size]) for start in starts), generator)
 
     def _condense(self) -> list[Tensor]:
         """Return what the training images condense to, made once; nothing where it is X itself or too much to keep."""
         train, size = self.split.train, self.config.batch_size
         if type(self.model).condense is Decomposer.condense or self._condensed:
             return self._condensed
-        one = self.model.condense(self._load(train[:1]))
+        one = self.model.condense(self._batches.load(train[:1]))
         if len(train) * sum(part.nbytes for part in one) <= CONDENSED_BYTES:
             self._condensed = [part.new_empty(len(train), *part.shape[1:]) for part in one]
             for start in range(0, len(train), size):
-                parts = self.model.condense(self._load(train[start : start + size]))
+                parts = self.model.condense(self._batches.load(train[start : start + size]))
                 for whole, part in zip(self._condensed, parts, strict=True):
                     whole[start : start + size] = part
         return self._condensed
@@ -212,7 +210,7 @@ class Trainer:
             if kept:
                 loss = self.model.condensed_loss(*(part[places] for part in kept))
             else:
-                loss = self.model.loss(self._load([train[place] for place in places]))
+                loss = self.model.loss(self._batches.lend([train[place] for place in places]))
             torch.autograd.backward(loss)
             self._optimizer.step()
             total += loss.detach() * len(places)
@@ -224,7 +222,7 @@ class Trainer:
         images = self.split.validation
         parts: list[list[Figures]] = [[] for _ in self.config.ranks]
         for start in range(0, len(images), VALIDATION_BATCH):
-            x_NTD = self._load(images[start : start + VALIDATION_BATCH])
+            x_NTD = self._batches.lend(images[start : start + VALIDATION_BATCH])
             a_NTR, b_NRD = self.model(x_NTD)
             for rank, own in zip(self.config.ranks, parts, strict=True):
                 # An ordered basis: the leading columns are the factors of a lower rank.

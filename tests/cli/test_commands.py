@@ -33,7 +33,7 @@ def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> 
 @pytest.mark.parametrize(
     "command",
     ["validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor"]
-    + ["features ls", "features show", "features verify"],
+    + ["features ls", "features show", "features verify", "features import", "features rm"],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command.split(), "--help"]) == 0

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from cachekit import BROKEN, IDENTITY, KEYS, build, build_and_die, cache_directory, features_of, snapshot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
+from lowrank_tune.caches.sealed import open_cache, read_sealed, verify_cache
+from lowrank_tune.caches.shards import shard_name
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import open_cache, read_sealed, seal, verify_cache
+from lowrank_tune.features.cache import seal
 from lowrank_tune.features.commit import commit_shard
-from lowrank_tune.features.shards import shard_name
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,21 @@ def test_leftovers_of_a_killed_run_are_removed(cache):
     assert verify_cache(cache) == []
     names = {path.name for path in cache.rglob("*")}
     assert not {".tmp-1-x.safetensors", ".tmp-2-x.json", "0123456789abcdef.safetensors"} & names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_a_shard_is_what_safetensors_itself_would_write(tmp_path, dtype, rows):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "commits").mkdir()
+    features = torch.randn(rows, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keys = [hashlib.sha256(bytes([number])).hexdigest() for number in range(rows)]
+    whole = commit_shard(tmp_path, "whole.safetensors", keys, features, [])
+    commit_shard(tmp_path, "rows.safetensors", keys, list(features), [])
+    expected = save({"features": features})
+    assert (tmp_path / "shards" / "whole.safetensors").read_bytes() == expected
+    assert (tmp_path / "shards" / "rows.safetensors").read_bytes() == expected
+    assert whole.size == len(expected)
 
 
 def test_an_all_broken_shard_is_committed_without_a_file(tmp_path):

@@ -14,8 +14,8 @@ from cachekit import snapshot
 from PIL import Image
 from safetensors.torch import load_file
 
+from lowrank_tune.caches.sealed import open_cache, verify_cache
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.features.cache import open_cache, verify_cache
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder

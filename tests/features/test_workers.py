@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -60,21 +59,22 @@ def test_a_cache_that_cannot_be_written_fails_the_shard_and_is_named(plan, tmp_p
     assert result.fault == "cache"
 
 
-def test_a_second_process_waits_for_the_first_and_says_so(tmp_path, caplog):
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
     directory = tmp_path / "0123456789abcdef"
     entered = threading.Event()
+    notes = []
 
     def enter():
-        with _only_process(directory):
+        with _only_process(directory, notes.append):
             entered.set()
 
-    with caplog.at_level(logging.WARNING), FileLock(tmp_path / f".{directory.name}.lock"):
+    with FileLock(tmp_path / f".{directory.name}.lock"):
         other = threading.Thread(target=enter)
         other.start()
         assert not entered.wait(0.3)
     other.join(20)
     assert entered.is_set()
-    assert "another process is extracting" in caplog.text
+    assert notes == [f"another process is extracting into {directory}: waiting for it"]
 
 
 @pytest.fixture

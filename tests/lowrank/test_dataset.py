@@ -33,6 +33,14 @@ def test_a_batch_is_the_callers_own(make_features, power_law):
     assert torch.equal(data.load([0]), x[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_features_are_put_where_the_caller_wants_them(make_features, power_law, dtype):
+    x = power_law(5, 4, 5)
+    out = torch.zeros(2, 4, 5, dtype=dtype)
+    assert FeatureMatrix(make_features(x, "float16")).load([4, 1], out=out) is out
+    assert torch.equal(out, x.half()[[4, 1]].to(dtype))
+
+
 def test_nothing_is_read_before_it_is_asked_for(make_features, power_law):
     features = make_features(power_law(4, 4, 5), shard_size=2)
     (Path(features.directory) / "shards" / "00002.safetensors").unlink()

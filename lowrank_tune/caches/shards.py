@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_tune.features.headers import read_header
-from lowrank_tune.features.identity import Identity
+from lowrank_tune.caches.headers import Readable, parse_header
+from lowrank_tune.caches.identity import Identity
+from lowrank_tune.caches.places import Folder
 
 SHARD_ROWS = 64
 """Images a shard, at most."""
@@ -18,7 +19,8 @@ TENSOR = "features"
 SHARDS = "shards"
 COMMITS = "commits"
 
-_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What safetensors calls each dtype of a cache."""
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -55,15 +57,14 @@ def commit_path(directory: Path, shard: str) -> Path:
     return directory / COMMITS / Path(shard).with_suffix(".json").name
 
 
-def read_commit(path: Path) -> Commit:
-    """Read what `commit_shard` wrote.
+def read_commit(data: bytes) -> Commit:
+    """Read the content of a commit record.
 
     Raises:
-        ValueError: the file is damaged.
-        OSError: it cannot be read.
+        ValueError: it is damaged.
     """
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(data)
         rows = tuple((str(key), str(check)) for key, check in fields["rows"])
         quarantined = tuple((str(key), str(error)) for key, error in fields["quarantined"])
         return Commit(fields["shard"], fields["size"], fields["header"], rows, quarantined)
@@ -71,44 +72,45 @@ def read_commit(path: Path) -> Commit:
         raise ValueError(f"not a commit record ({error!r})") from error
 
 
-def shard_problems(directory: Path, commit: Commit, identity: Identity, *, full: bool) -> list[str]:
+def shard_problems(cache: Folder, commit: Commit, identity: Identity, *, full: bool) -> list[str]:
     """What is wrong with a committed shard: one text each, none when it is sound.
 
     Args:
-        directory: the cache.
+        cache: the cache's folder.
         commit: what the shard should be.
         identity: the cache's; gives tokens, dim and dtype.
         full: also read every value and compare checksums.
     """
     if not commit.rows:
         return []
-    path = directory / SHARDS / commit.shard
+    shards = cache / SHARDS
+    name = f"{shards.name}/{commit.shard}"
     try:
-        size = path.stat().st_size
+        size = shards.size(commit.shard)
         if size != commit.size:
-            return [f"{path}: has {size} bytes, {commit.size} were committed"]
-        start, header = read_header(path)
+            return [f"{name}: has {size} bytes, {commit.size} were committed"]
+        with shards.open(commit.shard) as file:
+            start, header = parse_header(file, size)
+            shape = [len(commit.rows), identity["tokens"], identity["dim"]]
+            entry = header.get(TENSOR, {})
+            found = (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+            row_bytes = shape[1] * shape[2] * _ITEM_BYTES[identity["store_dtype"]]
+            if found != (STORED[identity["store_dtype"]], shape, [0, row_bytes * shape[0]]):
+                return [f"{name}: holds {found[0]} {found[1]}, expected {STORED[identity['store_dtype']]} {shape}"]
+            return _checksum_problems(name, file, commit, start, row_bytes) if full else []
     except FileNotFoundError:
-        return [f"{path}: is missing"]
+        return [f"{name}: is missing"]
     except (OSError, ValueError) as error:
-        return [f"{path}: cannot be read ({error})"]
-    shape = [len(commit.rows), identity["tokens"], identity["dim"]]
-    entry = header.get(TENSOR, {})
-    found = (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
-    row_bytes = shape[1] * shape[2] * _ITEM_BYTES[identity["store_dtype"]]
-    if found != (_STORED[identity["store_dtype"]], shape, [0, row_bytes * shape[0]]):
-        return [f"{path}: holds {found[0]} {found[1]}, expected {_STORED[identity['store_dtype']]} {shape}"]
-    return _checksum_problems(path, commit, start, row_bytes) if full else []
+        return [f"{name}: cannot be read ({error})"]
 
 
-def _checksum_problems(path: Path, commit: Commit, start: int, row_bytes: int) -> list[str]:
+def _checksum_problems(name: str, file: Readable, commit: Commit, start: bytes, row_bytes: int) -> list[str]:
     problems = []
-    with path.open("rb") as file:
-        if checksum(file.read(start)) != commit.header:
-            problems.append(f"{path}: the header is not the one that was committed")
-        for row, (key, expected) in enumerate(commit.rows):
-            if checksum(file.read(row_bytes)) != expected:
-                problems.append(f"{path}: row {row} ({key[:16]}) is not what was committed")
+    if checksum(start) != commit.header:
+        problems.append(f"{name}: the header is not the one that was committed")
+    for row, (key, expected) in enumerate(commit.rows):
+        if checksum(file.read(row_bytes)) != expected:
+            problems.append(f"{name}: row {row} ({key[:16]}) is not what was committed")
     return problems
 
 
