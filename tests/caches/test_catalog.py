@@ -54,7 +54,7 @@ def test_a_change_of_any_field_is_another_cache_and_names_the_field(identity):
 
 def test_fields_that_only_one_side_has_are_named_too(identity):
     without = {name: value for name, value in identity.items() if name != "forward"}
-    assert differences(identity, without) == ["forward: expected 1, found None"]
+    assert differences(identity, without) == [f"forward: expected {identity['forward']}, found None"]
 
 
 def test_caches_are_listed_found_and_shown_on_a_disk_and_on_a_store(cache, bucket):
