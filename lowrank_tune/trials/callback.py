@@ -15,6 +15,7 @@ from ray.tune.experiment import Trial
 
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcome import outcome_of
+from lowrank_tune.trials.paths import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class WatchTrials(Callback):
     def __init__(self) -> None:
         self._audience = _AUDIENCE.get()
         self._seconds: dict[str, float] = {}
+        self._epochs: dict[str, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
@@ -94,6 +96,10 @@ class WatchTrials(Callback):
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
         # Tune's own clock would count the imports of an actor's first trial as training.
         self._seconds[trial_id] = self._seconds.get(trial_id, 0.0) + metrics.get("seconds", 0.0)
+        if metrics["epoch"] <= self._epochs.get(trial_id, 0):
+            # A retry begins at its checkpoint, which may lie some epochs back.
+            return
+        self._epochs[trial_id] = int(metrics["epoch"])
         _tell(self._audience.tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
         if self._audience.listener is not None:
             _tell(self._audience.listener.trial_epoch, {"trial_id": trial_id, **metrics})
@@ -110,6 +116,9 @@ class WatchTrials(Callback):
         config, last = _config(trial), trial.last_result or {}
         directory = self._audience.trials_dir / config.trial_id
         outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
+        self._epochs.pop(config.trial_id, None)
+        if outcome.status != "failed":
+            (directory / CHECKPOINT).unlink(missing_ok=True)
         self._audience.outcomes[config.trial_id] = outcome
         _tell(self._audience.tracker.trial_ended, outcome)
         if self._audience.listener is not None:
