@@ -52,8 +52,9 @@ class TrialSession:
         self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
         self._trainer: Trainer | None = None
         self.micro_batch = config.batch_size
-        self._written_at = time.perf_counter()
-        self._write_took = 0.0
+        self._kept_epoch = 0
+        self._kept_at = time.perf_counter()
+        self._keeping_took = 0.0
 
     def epoch(self) -> dict[str, Any]:
         """Train one epoch and write what it gave.
@@ -94,7 +95,8 @@ class TrialSession:
     def _train(self) -> dict[str, Any]:
         trainer = self._trainer = self._trainer or self._open()
         metrics = train_epoch(trainer, self._directory)
-        self._keep(trainer)
+        if time.perf_counter() - self._kept_at >= self._keeping_took / _CHECKPOINT_SHARE:
+            self.keep()
         return metrics
 
     def _open(self) -> Trainer:
@@ -106,6 +108,7 @@ class TrialSession:
         )
         if state:
             trainer.restore(state["trainer"])
+            self._kept_epoch = trainer.epoch
         return trainer
 
     def _checkpoint(self) -> dict[str, Any]:
@@ -118,15 +121,16 @@ class TrialSession:
             return {}
         return state if state.get("config") == asdict(self._config) else {}
 
-    def _keep(self, trainer: Trainer) -> None:
-        """Write a checkpoint, as often as its cost allows; one that has ended needs none."""
-        now = time.perf_counter()
-        if trainer.stopped_by is not None or now - self._written_at < self._write_took / _CHECKPOINT_SHARE:
+    def keep(self) -> None:
+        """Write a checkpoint of the last epoch that ended, when there is none yet and the training is not over."""
+        trainer = self._trainer
+        if trainer is None or trainer.stopped_by is not None or trainer.epoch <= self._kept_epoch:
             return
+        started = time.perf_counter()
         state = {"config": asdict(self._config), "micro_batch": self.micro_batch, "trainer": trainer.state()}
         write_checkpoint(self._directory / CHECKPOINT, state)
-        self._written_at = time.perf_counter()
-        self._write_took = self._written_at - now
+        self._kept_epoch, self._kept_at = trainer.epoch, time.perf_counter()
+        self._keeping_took = self._kept_at - started
 
     def _ended_before(self) -> dict[str, Any] | None:
         """The last epoch of a training that had ended when its driver died, unheard."""

@@ -53,6 +53,11 @@ class TrialActor(tune.Trainable):
         result = self._session.epoch()
         return {**result, "done": bool(result["stopped_by"])}
 
+    def cleanup(self) -> None:
+        """Keep what a study that is stopped has trained."""
+        if self._session is not None:
+            self._session.keep()
+
 
 def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float) -> dict[str, Any]:
     """The part of an actor's configuration that all trials of a study share."""
