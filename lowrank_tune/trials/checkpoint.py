@@ -1,4 +1,4 @@
-"""A trainer's state as two plain files: tensors in safetensors, the rest in JSON. No pickle, so it can run no code."""
+"""A trainer's state as one plain file: tensors in safetensors, the rest as JSON in its header. No pickle, no code."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-_TENSORS, _REST = "tensors.safetensors", "state.json"
+from lowrank_tune.lowrank.files import write_whole
+
+_REST = "state"
 
 
-def write_checkpoint(directory: Path, state: dict[str, Any]) -> None:
-    """Write a state of dicts, lists, tuples, tensors, numbers, text and None into an existing directory.
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a state of dicts, lists, tuples, tensors, numbers, text and None; an older file is replaced as a whole.
 
     Raises:
         TypeError: it holds anything else.
     """
     tensors: dict[str, Tensor] = {}
-    rest = _encode(state, tensors)
-    save_file(tensors, directory / _TENSORS)
-    (directory / _REST).write_text(json.dumps(rest), encoding="utf-8")
+    rest = json.dumps(_encode(state, tensors))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={_REST: rest}))
 
 
-def read_checkpoint(directory: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `write_checkpoint` wrote, its tensors on the CPU."""
-    rest = json.loads((directory / _REST).read_text(encoding="utf-8"))
-    state: dict[str, Any] = _decode(rest, load_file(directory / _TENSORS))
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        state: dict[str, Any] = _decode(json.loads(file.metadata()[_REST]), tensors)
     return state
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from lowrank_tune.records import FeatureSet, Split
 
+CHECKPOINT = "checkpoint.safetensors"
+"""In a trial's folder while it is not over: all that its training needs to go on."""
+
 
 @dataclass(frozen=True, slots=True)
 class MaterialPaths:

@@ -31,8 +31,8 @@ def test_a_restored_training_goes_on_as_if_it_had_never_stopped(world: World, tm
         whole.step()
     first.step()
     first.step()
-    write_checkpoint(tmp_path, first.state())
-    second.restore(read_checkpoint(tmp_path))
+    write_checkpoint(tmp_path / "kept", first.state())
+    second.restore(read_checkpoint(tmp_path / "kept"))
     second.step()
     second.step()
     assert without_seconds(second.history) == without_seconds(whole.history)
@@ -53,15 +53,15 @@ def test_an_actor_saves_and_loads_its_trial(world: World, tmp_path: Path) -> Non
 
 def test_a_checkpoint_keeps_every_kind_of_value(tmp_path: Path) -> None:
     state: dict[str, Any] = {"a": {0: (1, 2.5), 1: [None, True, "x"]}, "inf": float("inf"), "t": torch.arange(3)}
-    write_checkpoint(tmp_path, state)
-    read = read_checkpoint(tmp_path)
+    write_checkpoint(tmp_path / "kept", state)
+    read = read_checkpoint(tmp_path / "kept")
     assert torch.equal(read.pop("t"), state.pop("t"))
     assert read == state
 
 
 def test_a_checkpoint_refuses_what_it_would_have_to_pickle(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="cannot hold set"):
-        write_checkpoint(tmp_path, {"a": {1, 2}})
+        write_checkpoint(tmp_path / "kept", {"a": {1, 2}})
 
 
 def vars_of(config: TrialConfig) -> dict[str, Any]:
