@@ -15,7 +15,6 @@ from ray.tune.experiment import Trial
 
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcome import outcome_of
-from lowrank_tune.trials.paths import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class WatchTrials(Callback):
         trial_id = _config(trial).trial_id
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
         # Tune's own clock would count the imports of an actor's first trial as training.
-        self._seconds[trial_id] = self._seconds.get(trial_id, 0.0) + metrics.get("seconds", 0.0)
+        self._seconds[trial_id] = result["trained_seconds"]
         if metrics["epoch"] <= self._epochs.get(trial_id, 0):
             # A retry begins at its checkpoint, which may lie some epochs back.
             return
@@ -117,8 +116,6 @@ class WatchTrials(Callback):
         directory = self._audience.trials_dir / config.trial_id
         outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
         self._epochs.pop(config.trial_id, None)
-        if outcome.status != "failed":
-            (directory / CHECKPOINT).unlink(missing_ok=True)
         self._audience.outcomes[config.trial_id] = outcome
         _tell(self._audience.tracker.trial_ended, outcome)
         if self._audience.listener is not None:

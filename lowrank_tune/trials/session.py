@@ -39,18 +39,29 @@ class TrialSession:
         directory: takes best_model.safetensors, config.json, history.json, and the checkpoint while it trains.
         cpus: cores reserved for it; torch gets as many threads, at least one.
         gpus: GPUs reserved for it.
+        reported: the last epoch that the study has heard of; later ones that are on file are told before any is trained.
 
     Attributes:
         micro_batch: images in memory at a time: the batch, or a part of it once memory did not suffice.
     """
 
-    def __init__(self, config: TrialConfig, paths: MaterialPaths, directory: Path, cpus: float, gpus: float) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        paths: MaterialPaths,
+        directory: Path,
+        cpus: float,
+        gpus: float,
+        reported: int = 0,
+    ) -> None:
         torch.set_num_threads(max(1, int(cpus)))
         self._config = config
         self._paths = paths
         self._directory = directory
         self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
         self._trainer: Trainer | None = None
+        self._reported = reported
+        self._untold: list[dict[str, float]] | None = None
         self.micro_batch = config.batch_size
         self._kept_epoch = 0
         self._kept_at = time.perf_counter()
@@ -60,15 +71,17 @@ class TrialSession:
         """Train one epoch and write what it gave.
 
         Returns:
-            `Trainer.step`'s figures, and `stopped_by` and `reason`, both empty while the trial may go on. A failure
-            that another process would meet again is told in them; a training that had ended gives its last epoch.
+            `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty
+            while the trial may go on. A failure that another process would meet again is told in them.
 
         Raises:
             OSError: this machine cannot reach the files.
             torch.AcceleratorError: this process has lost its device.
         """
         try:
-            return self._ended_before() or self._train_in_memory()
+            if self._untold is None:
+                self._untold = self._find_untold()
+            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory()
         except (OSError, torch.AcceleratorError):
             raise
         except Exception as error:
@@ -132,13 +145,23 @@ class TrialSession:
         self._kept_epoch, self._kept_at = trainer.epoch, time.perf_counter()
         self._keeping_took = self._kept_at - started
 
-    def _ended_before(self) -> dict[str, Any] | None:
-        """The last epoch of a training that had ended when its driver died, unheard."""
-        if self._trainer is not None:
-            return None
-        last = read_history(self._directory, self._config)[-1:]
-        ended = self._config.ends_at(int(last[0]["epoch"]), int(last[0]["best_epoch"])) if last else None
-        return {**last[0], "stopped_by": ended, "reason": ""} if ended else None
+    def _find_untold(self) -> list[dict[str, float]]:
+        """The epochs on file that the study has not heard of: its driver, or an earlier process of the trial, died."""
+        rows = read_history(self._directory, self._config)
+        if rows and self._ends_at(rows[-1]):
+            return [row for row in rows if row["epoch"] > self._reported] or rows[-1:]
+        if not (self._directory / CHECKPOINT).is_file():
+            return []
+        self._trainer = self._open()
+        return [row for row in self._trainer.history if row["epoch"] > self._reported]
+
+    def _tell(self, row: dict[str, float]) -> dict[str, Any]:
+        rows = self._trainer.history if self._trainer else read_history(self._directory, self._config)
+        seconds = sum(earlier["seconds"] for earlier in rows if earlier["epoch"] <= row["epoch"])
+        return {**row, "trained_seconds": seconds, "stopped_by": self._ends_at(row) or "", "reason": ""}
+
+    def _ends_at(self, row: dict[str, float]) -> str | None:
+        return self._config.ends_at(int(row["epoch"]), int(row["best_epoch"]))
 
     def _failed(self, error: Exception) -> dict[str, Any]:
         last = self._trainer.history[-1:] if self._trainer else []
@@ -146,18 +169,21 @@ class TrialSession:
         if last:
             metrics |= {name: value for name, value in last[0].items() if name == "epoch" or name.startswith("best_")}
         reason = redact(f"{type(error).__name__}: {error}" if not isinstance(error, LowrankTuneError) else str(error))
-        return {**metrics, "stopped_by": "error", "reason": " ".join(reason.split())}
+        seconds = sum(row["seconds"] for row in self._trainer.history) if self._trainer else 0.0
+        return {**metrics, "trained_seconds": seconds, "stopped_by": "error", "reason": " ".join(reason.split())}
 
 
 def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
     """Train one epoch and write what it gave.
 
     Returns:
-        `Trainer.step`'s figures, and `stopped_by` and `reason`, both empty while the trial may go on.
+        `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty while
+        the trial may go on.
     """
     metrics = trainer.step()
     trainer.save(directory)
-    return {**metrics, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
+    seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
+    return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
 
 
 def read_history(directory: Path, config: TrialConfig) -> list[dict[str, float]]:

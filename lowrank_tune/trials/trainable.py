@@ -21,7 +21,7 @@ class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
     The configuration holds numbers and paths only: `trial` (a TrialConfig), `material` (MaterialPaths), `trials_dir`,
-    `cpus` and `gpus`.
+    `cpus`, `gpus` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
     """
 
     @classmethod
@@ -49,7 +49,8 @@ class TrialActor(tune.Trainable):
             config = TrialConfig(**given["trial"])
             directory = Path(given["trials_dir"]) / config.trial_id
             paths = MaterialPaths(**given["material"])
-            self._session = TrialSession(config, paths, directory, given["cpus"], given["gpus"])
+            reported = given.get("reported", 0)
+            self._session = TrialSession(config, paths, directory, given["cpus"], given["gpus"], reported)
         result = self._session.epoch()
         return {**result, "done": bool(result["stopped_by"])}
 

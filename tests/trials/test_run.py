@@ -231,19 +231,31 @@ def test_a_study_of_broken_losses_fails_with_the_reasons_counted(plan_of: PlanOf
     assert [outcome.status for outcome in told.ended] == ["failed"] * 3
 
 
-def test_an_interruption_is_passed_on_and_leaves_no_trial_running(plan_of: PlanOf, world: World) -> None:
+def test_an_interrupted_study_goes_on_as_if_it_had_not_been(plan_of: PlanOf, world: World, tmp_path: Path) -> None:
     class Interrupter(Listener):
-        def trial_ended(self, outcome: TrialOutcome) -> None:
-            super().trial_ended(outcome)
-            os.kill(os.getpid(), signal.SIGINT)
+        def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+            super().trial_epoch(trial_id, epoch, metrics)
+            if len(self.epochs) in {8, 17}:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    plan, told, handler = plan_of({"rank": [2, 3, 4]}), Interrupter(), signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(plan, world, told)
+    space = {"lr": {"loguniform": [1e-4, 1e-1]}, "families": {"direct": {}, "sketch": {}}}
+    asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
+    plan = plan_of(space, method="tpe", trials=14, scheduler=asha)
+    whole = run(replace(plan, study_dir=tmp_path / "whole"), world)
+    told, handler = Interrupter(), signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, world, told)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert len(told.ended) == 1
-    assert optuna_states(plan)[0] == TrialState.COMPLETE
-    assert set(optuna_states(plan)[1:]) <= {TrialState.FAIL}
+    assert len(told.ended) < 14
+    outcomes = run(plan, world, told)
+    assert figures(outcomes) == figures(whole)
+    assert tuple(sorted(told.ended, key=lambda outcome: outcome.config.number)) == outcomes
+    assert not list(plan.study_dir.rglob("checkpoint*"))
+    assert [(trial_id, epoch) for trial_id, epoch, _ in told.epochs] == [
+        (outcome.config.trial_id, epoch) for outcome in outcomes for epoch in range(1, outcome.epochs + 1)
+    ]
+    assert run(plan, world, Listener()) == outcomes
 
 
 def test_a_trial_that_no_node_can_hold_is_refused(plan_of: PlanOf, world: World) -> None:

@@ -23,8 +23,8 @@ SessionOf = Callable[..., TrialSession]
 def session_of(world: World, tmp_path: Path) -> SessionOf:
     paths = write_material(tmp_path / "tune", world.features, world.split, world.optimum_path)
 
-    def make(config: TrialConfig = CONFIG, paths: MaterialPaths = paths) -> TrialSession:
-        return TrialSession(config, paths, tmp_path / "trial", 1, 0)
+    def make(config: TrialConfig = CONFIG, paths: MaterialPaths = paths, reported: int = 0) -> TrialSession:
+        return TrialSession(config, paths, tmp_path / "trial", 1, 0, reported)
 
     return make
 
@@ -38,18 +38,28 @@ def train(session: TrialSession, epochs: int = 100) -> list[dict[str, Any]]:
 
 def test_a_second_process_goes_on_where_the_first_one_was_killed(session_of: SessionOf, tmp_path: Path) -> None:
     first = train(session_of(), 1)
-    rest = train(session_of())
+    rest = train(session_of(reported=1))
     assert [row["epoch"] for row in (*first, *rest)] == [1, 2, 3, 4]
     (tmp_path / "trial" / CHECKPOINT).unlink()
     (tmp_path / "trial" / "history.json").unlink()
     assert without_seconds(first + rest) == without_seconds(train(session_of()))
 
 
-def test_a_training_that_has_ended_is_not_trained_again(session_of: SessionOf, tmp_path: Path) -> None:
+def test_an_epoch_that_nobody_heard_of_is_told_before_the_next_is_trained(session_of: SessionOf) -> None:
+    stopped = session_of()
+    first = train(stopped, 2)
+    stopped.keep()
+    rows = train(session_of(reported=1))
+    assert [row["epoch"] for row in rows] == [2, 3, 4]
+    assert rows[0] == first[1]
+
+
+def test_a_training_that_has_ended_is_told_and_not_trained_again(session_of: SessionOf, tmp_path: Path) -> None:
     whole = train(session_of())
     model = tmp_path / "trial" / "best_model.safetensors"
     before = model.stat().st_mtime_ns
-    assert train(session_of()) == whole[-1:]
+    assert train(session_of()) == whole
+    assert train(session_of(reported=3)) == train(session_of(reported=4)) == whole[-1:]
     assert model.stat().st_mtime_ns == before
 
 
