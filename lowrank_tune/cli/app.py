@@ -131,6 +131,20 @@ def ui(
     raise typer.Exit(serve_ui(results_directory(results), host=host, port=port))
 
 
+@app.command(epilog="Example: lowrank-tune reconcile rank-sweep-0a1b2c3d")
+def reconcile(
+    study_id: Annotated[str, typer.Argument(metavar="ID", help="A study, or how its id begins.", show_default=False)],
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Repair what MLflow holds of a study, from the study's own files; once more changes nothing."""
+    from lowrank_tune.cli.tables import print_facts
+    from lowrank_tune.upkeep import reconcile_study
+
+    facts = reconcile_study(study_id, results)
+    print(json.dumps(facts, indent=2)) if as_json else print_facts(facts)
+
+
 @app.command(epilog="Example: lowrank-tune doctor studies/quickstart.yaml")
 def doctor(
     study: Annotated[str | None, typer.Argument(metavar="[STUDY.yaml]", help="A study file to check as well.")] = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.models import Model
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
@@ -23,7 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.events import Compared
-from lowrank_tune.tracking.points import log_points
+from lowrank_tune.tracking.points import known_steps, log_points
 
 _FILES = ("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet", "pareto.json")
 _TABLE = "comparison_table.json"
@@ -40,16 +40,9 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
         event: what was compared, and the study's directory.
     """
     comparison, directory = event.comparison, event.directory
-    log_points(
-        client,
-        parent,
-        (
-            (f"test.{row.method}.{figure}", value, row.rank, event.at)
-            for row in comparison.rows
-            for figure, value in _figures(row).items()
-            if value is not None
-        ),
-    )
+    known = {key: known_steps(client, parent, key) for key in client.get_run(parent).data.metrics}
+    points = [point for point in _points(comparison) if point[2] not in known.get(point[0], ())]
+    log_points(client, parent, ((key, value, rank, event.at) for key, value, rank in points))
     if comparison.remarks:
         client.set_tag(parent, "mlflow.note.content", "\n\n".join(comparison.remarks))
     for name in _FILES:
@@ -63,6 +56,25 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
         if curves.is_file() and outcome.config.trial_id in children:
             client.log_artifact(children[outcome.config.trial_id], str(curves))
     _log_models(client, parent, comparison, event.outcomes)
+
+
+def has_comparison(client: MlflowClient, run: Run, comparison: Comparison) -> bool:
+    """Whether a study's run has all of a comparison already."""
+    known = {key: known_steps(client, run.info.run_id, key) for key in run.data.metrics}
+    if any(rank not in known.get(key, ()) for key, _, rank in _points(comparison)):
+        return False
+    # The models come last.
+    models = run.outputs.model_outputs if run.outputs else []
+    return {model.step for model in models} >= {row.rank for row in best_of_each_rank(comparison.rows)}
+
+
+def _points(comparison: Comparison) -> list[tuple[str, float, int]]:
+    return [
+        (f"test.{row.method}.{figure}", value, row.rank)
+        for row in comparison.rows
+        for figure, value in _figures(row).items()
+        if value is not None and math.isfinite(value)
+    ]
 
 
 def _figures(row: ComparisonRow) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.events import Compared, Epoch, EpochsEnded, RunStatus, StudyEnded, TrialEnded, TrialStarted
+from lowrank_tune.tracking.lock import the_only_tracker
 from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
 from lowrank_tune.tracking.writer import Deliver, EventWriter
 
@@ -37,6 +39,7 @@ class StudyTracker:
         probe(self.store)
         self._writer = EventWriter(self._connect, _is_passing)
         self._deliver: Deliver | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Self:
         if not self.store.is_local:
@@ -62,10 +65,15 @@ class StudyTracker:
     @property
     def problems(self) -> tuple[str, ...]:
         """What MLflow was not told and why, for people; empty when it knows everything."""
-        return self._writer.problems
+        problems = self._writer.problems
+        remedy = f"the study's files have it all: `lowrank-tune reconcile {self._plan.study_id}` tells MLflow later"
+        return (*problems, remedy) if problems else ()
 
     def trial_started(self, config: TrialConfig) -> None:
         """A trial begins; its run is found again, or made."""
+        if not self._writer.started:
+            # Not earlier: the study's folder is made after its tracker.
+            self._held.enter_context(the_only_tracker(self._plan.study_dir))
         self._writer.put(TrialStarted(config, _now()))
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
@@ -95,13 +103,16 @@ class StudyTracker:
         if status == "FINISHED" or self._deliver is not None or self._writer.started:
             self._writer.put(StudyEnded(status, _now()))
         self._writer.close()
+        self._held.close()
 
     def _connect(self) -> Deliver:
         if self._deliver is not None:
             return self._deliver
         from lowrank_tune.tracking.runs import StudyRuns
 
-        return StudyRuns(self._plan, self.store).deliver
+        runs = StudyRuns(self._plan, self.store)
+        runs.begin()
+        return runs.deliver
 
 
 def _is_passing(error: Exception) -> bool:
