@@ -61,7 +61,9 @@ class FairASHA(FIFOScheduler):
         self._unfinished = {trial.config.trial_id: trial for trial in past if not trial.is_over}
         for trial in past:
             if trial.is_over:
-                self._replay(SimpleNamespace(trial_id=trial.config.trial_id, config={"trial": asdict(trial.config)}), trial)
+                self._replay(
+                    SimpleNamespace(trial_id=trial.config.trial_id, config={"trial": asdict(trial.config)}), trial
+                )
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """Let a new trial compete in its group; one that goes on is where it was."""

@@ -27,8 +27,8 @@ class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
     The configuration holds numbers and paths only: `trial` (a TrialConfig), `material` (MaterialPaths), `trials_dir`,
-    `cpus` and `gpus`. A trial whose folder holds a checkpoint goes on from there: after a stop, a kill or a lost node. The
-    epochs in it that the driver never heard of, those after `reported`, are reported first.
+    `cpus` and `gpus`. A trial whose folder holds a checkpoint goes on from there: after a stop, a kill or a lost node.
+    The epochs in it that the driver never heard of, those after `reported`, are reported first.
     """
 
     @classmethod
