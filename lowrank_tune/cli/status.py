@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lowrank_tune.cluster.jobs import Job
 from lowrank_tune.errors import redact
 
@@ -38,19 +35,11 @@ def print_list(statuses: Sequence[Mapping[str, Any]]) -> None:
     if not statuses:
         print("no studies here yet; `lowrank-tune run STUDY.yaml` makes one")
         return
-    table = Table(box=None, pad_edge=False)
-    for column in _COLUMNS:
-        table.add_column(column, no_wrap=True, overflow="fold")
-    for status in statuses:
-        table.add_row(
-            status["study_id"],
-            status["state"],
-            _trials(status["progress"]),
-            _time(status["started"]),
-            _time(status["ended"]),
-            _lineage(status),
-        )
-    Console(highlight=False, soft_wrap=True).print(table)
+    rows = [_COLUMNS, *(_row(status) for status in statuses)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for row in rows:
+        # Not a rich table: an id that wraps cannot be copied.
+        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_status(status: Mapping[str, Any]) -> None:
@@ -72,6 +61,11 @@ def print_status(status: Mapping[str, Any]) -> None:
         print(f"{name:<{width}}  {value}")
     for rank, best in progress.get("best", {}).items():
         print(f"rank {rank:>4}  best ρ {best['residual_ratio']:.4f}  {best['trial_id']}")
+
+
+def _row(status: Mapping[str, Any]) -> tuple[str, ...]:
+    times = _time(status["started"]), _time(status["ended"])
+    return status["study_id"], status["state"], _trials(status["progress"]), *times, _lineage(status)
 
 
 def _trials(progress: Mapping[str, Any]) -> str:

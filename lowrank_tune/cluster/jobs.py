@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import shlex
 import socket
@@ -28,6 +29,9 @@ STOP_WAIT_S = 60
 _CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.5
 _START_TIMEOUT_S = 600.0
+_FORGET_AFTER_S = 10.0
+_READING = "lowrank-tune-reading-"
+_LAUNCH = ("sh", "lowrank_tune/cluster/launch.sh")
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token"  # noqa: S105  # places, no token
 
@@ -75,15 +79,14 @@ class Cluster:
         self.address = address if "://" in address else f"http://{address}"
         self.shown = redact(self.address)
         _knock(self.address, self.shown)
-        # Ray tells the connection's steps, and the token's absence a second time.
-        logging.getLogger("ray").setLevel(logging.ERROR)
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging", "_private.authentication"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they tell each step of an upload
         self._token = find_token()
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
         with self._refusals_told():
             self._client = JobSubmissionClient(self.address, headers=headers)
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
 
     def submit(self, study_id: str, arguments: Sequence[str], results: Path, study: Path | None = None) -> Job:
         """Let the cluster run `lowrank-tune` with these arguments.
@@ -96,12 +99,10 @@ class Cluster:
         """
         known = {job.job_id for job in self.jobs()}
         job_id = study_id if study_id not in known and study else f"{study_id}.{time.time_ns() // 1_000_000:x}"
-        # The cluster's own idea of where its jobs are submitted must not send the job round in a circle.
-        entrypoint = shlex.join(["env", "-u", "RAY_API_SERVER_ADDRESS", "python", "-m", "lowrank_tune", *arguments])
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), JOB_VARIABLE: job_id, **_tracking_variables()}
         with working_directory(study) as folder, self._refusals_told():
             self._client.submit_job(
-                entrypoint=entrypoint,
+                entrypoint=shlex.join([*_LAUNCH, *arguments]),
                 submission_id=job_id,
                 runtime_env={"working_dir": str(folder), "env_vars": environment},
                 metadata={STUDY: study_id, RESULTS: str(results)},
@@ -157,11 +158,6 @@ class Cluster:
         with self._refusals_told():
             self._client.stop_job(job_id)
 
-    def forget(self, job_id: str) -> None:
-        """Take a job that is over from the cluster's list."""
-        with self._refusals_told():
-            self._client.delete_job(job_id)
-
     def wait_over(self, job_id: str, timeout_s: float | None = None) -> Job:
         """Wait until a job has ended, or until the time is over."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -186,7 +182,6 @@ class Cluster:
             if any(line.endswith(ready) for line in printed.splitlines()):
                 return job
             if job.is_over:
-                self.forget(job.job_id)
                 error = InputError if job.exit_code == InputError.exit_code else LowrankTuneError
                 raise error(f"study {job.study_id} did not start on {self.shown}: {_reason(printed, job)}")
             time.sleep(_POLL_S)
@@ -202,17 +197,16 @@ class Cluster:
         Raises:
             LowrankTuneError: it failed there; told in its words.
         """
-        job_id = f"lowrank-tune-{arguments[0]}-{uuid.uuid4().hex[:8]}"
-        entrypoint = ["env", "-u", "RAY_API_SERVER_ADDRESS", "python", "-m", "lowrank_tune", *arguments]
+        job_id = f"{_READING}{uuid.uuid4().hex[:8]}"
+        self._forget_readings()
         with working_directory() as folder, self._refusals_told():
             self._client.submit_job(
-                entrypoint=shlex.join([*entrypoint, "--results", str(results)]),
+                entrypoint=shlex.join([*_LAUNCH, *arguments, "--results", str(results)]),
                 submission_id=job_id,
                 runtime_env={"working_dir": str(folder)},
             )
         self.wait_over(job_id)
         printed, info = self.logs(job_id), self._client.get_job_info(job_id)
-        self.forget(job_id)
         if info.driver_exit_code:
             error = InputError if info.driver_exit_code == InputError.exit_code else LowrankTuneError
             raise error(_reason(printed, None))
@@ -220,6 +214,14 @@ class Cluster:
         lines = printed.splitlines()
         start = next((at for at, line in enumerate(lines) if line in {"{", "[", "[]"}), len(lines))
         return "\n".join(lines[start:])
+
+    def _forget_readings(self) -> None:
+        """Take earlier readings from the cluster's list; Ray may bring back a job that is deleted as soon as it ends."""
+        before = (time.time() - _FORGET_AFTER_S) * 1000
+        with self._refusals_told():
+            for details in self._client.list_jobs():
+                if str(details.submission_id).startswith(_READING) and before > (details.end_time or math.inf):
+                    self._client.delete_job(details.submission_id)
 
     @contextmanager
     def _refusals_told(self) -> Iterator[None]:

@@ -84,7 +84,8 @@ class StatusFile:
         self._ended.set()
         self._changed.set()
         self._thread.join()
-        self.update(state=state, reason=redact(reason), ended=_now())
+        progress = {**self._fields["progress"], "running": 0, "eta_s": None} if self._fields["progress"] else {}
+        self.update(state=state, reason=redact(reason), ended=_now(), progress=progress)
         self._write()
 
     def _keep_writing(self) -> None:
