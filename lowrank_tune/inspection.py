@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowrank_tune.cluster.directory import results_directory
 from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.features.cache import open_cache
 from lowrank_tune.features.survey import survey_features, try_images
@@ -32,7 +33,7 @@ from lowrank_tune.spec.plan import (
     trial_config,
 )
 from lowrank_tune.spec.schema import StudySpec
-from lowrank_tune.study import check_ranks, results_directory
+from lowrank_tune.study import check_ranks
 from lowrank_tune.tracking.store import Store, probe, resolve_store
 
 PACKAGES = ("torch", "transformers", "ray", "optuna", "mlflow")

@@ -94,7 +94,7 @@ def _start(address: str | None) -> None:
 
 
 def _carry_token() -> None:
-    """Let this process show its token, when it has one: Ray 2.60 does so for clusters that it finds, not for named ones."""
+    """Show the cluster this user's token, if there is one: Ray 2.60 does so for clusters that it finds itself."""
     with suppress(ImportError):
         from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 

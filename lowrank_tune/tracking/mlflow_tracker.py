@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,7 +12,6 @@ from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.events import Compared, Epoch, EpochsEnded, RunStatus, StudyEnded, TrialEnded, TrialStarted
-from lowrank_tune.tracking.lock import the_only_tracker
 from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
 from lowrank_tune.tracking.writer import Deliver, EventWriter
 
@@ -39,7 +37,6 @@ class StudyTracker:
         probe(self.store)
         self._writer = EventWriter(self._connect, _is_passing)
         self._deliver: Deliver | None = None
-        self._held = ExitStack()
 
     def __enter__(self) -> Self:
         if not self.store.is_local:
@@ -71,9 +68,6 @@ class StudyTracker:
 
     def trial_started(self, config: TrialConfig) -> None:
         """A trial begins; its run is found again, or made."""
-        if not self._writer.started:
-            # Not earlier: the study's folder is made after its tracker.
-            self._held.enter_context(the_only_tracker(self._plan.study_dir))
         self._writer.put(TrialStarted(config, _now()))
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
@@ -103,7 +97,6 @@ class StudyTracker:
         if status == "FINISHED" or self._deliver is not None or self._writer.started:
             self._writer.put(StudyEnded(status, _now()))
         self._writer.close()
-        self._held.close()
 
     def _connect(self) -> Deliver:
         if self._deliver is not None:

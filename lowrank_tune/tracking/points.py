@@ -29,10 +29,10 @@ def log_points(client: MlflowClient, run_id: str, points: Iterable[tuple[str, fl
         client.log_batch(run_id, metrics=batch)
 
 
-def known_steps(client: MlflowClient, run_id: str, key: str) -> set[int]:
-    """The steps at which MLflow has a value of a run's metric."""
+def known_points(client: MlflowClient, run_id: str, key: str) -> set[tuple[int, float]]:
+    """The steps and values that MLflow has of a run's metric."""
     try:
-        return {metric.step for metric in client.get_metric_history(run_id, key)}
+        return {(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)}
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return set()

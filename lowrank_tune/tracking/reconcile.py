@@ -17,8 +17,7 @@ from mlflow.entities import Run
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.comparison import has_comparison, log_comparison
-from lowrank_tune.tracking.events import Compared, Epoch, RunStatus
-from lowrank_tune.tracking.lock import the_only_tracker
+from lowrank_tune.tracking.events import Compared, Epoch, Repairs, RunStatus
 from lowrank_tune.tracking.runs import StudyRuns
 from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
 
@@ -26,25 +25,6 @@ _ENDED = {"FINISHED", "FAILED", "KILLED"}
 _STATES: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED"}
 _INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
 _STOPPED_BY = "lowrank.stopped_by"
-
-
-@dataclass(slots=True)
-class Repairs:
-    """What a reconciliation changed; all zero where MLflow held the truth already.
-
-    Attributes:
-        runs_made: trials that MLflow did not know.
-        runs_removed: second runs of one trial, which are deleted as MLflow's UI does and can be restored.
-        runs_ended: runs whose status or reason was not the truth.
-        epochs_added: epochs whose figures were missing.
-        comparison_added: whether the post-study figures were missing.
-    """
-
-    runs_made: int = 0
-    runs_removed: int = 0
-    runs_ended: int = 0
-    epochs_added: int = 0
-    comparison_added: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,31 +41,29 @@ def reconcile(plan: Plan, comparison: Comparison | None = None) -> Repairs:
     """Make MLflow hold what a study's files hold: a run a trial, every epoch once, and no run that runs for ever.
 
     Nothing is told twice, and a second reconciliation changes nothing. A trial without an outcome on file is KILLED: no
-    process trains it any more.
+    process trains it any more. So no other process may be at work on the study: the caller claims it.
 
     Args:
-        plan: the study, as `read_plan` reads it.
+        plan: the study.
         comparison: its post-study figures, when it has any.
 
     Raises:
-        InputError: a living process is at work on the study, and keeps MLflow up to date itself.
         TrackingError: the store does not answer.
     """
     set_mlflow_defaults()
     store = resolve_store(plan.spec.tracking.uri, plan.results)
     probe(store)
-    with the_only_tracker(plan.study_dir):
-        runs = StudyRuns(plan, store)
-        repairs = Repairs()
-        found = _first_of_each(runs, repairs)
-        on_file = {trial.config.trial_id: trial for trial in _read_trials(plan.study_dir / "trials")}
-        for trial in on_file.values():
-            _repair_trial(runs, trial, found.get(trial.config.trial_id), repairs)
-        for trial_id, run in found.items():
-            if trial_id not in on_file and run.info.status not in _ENDED:
-                runs.kill(run.info.run_id, _INTERRUPTED, run.info.start_time)
-                repairs.runs_ended += 1
-        _repair_parent(runs, plan, comparison, repairs)
+    runs = StudyRuns(plan, store)
+    repairs = Repairs()
+    found = _first_of_each(runs, repairs)
+    on_file = {trial.config.trial_id: trial for trial in _read_trials(plan.study_dir / "trials")}
+    for trial in on_file.values():
+        _repair_trial(runs, trial, found.get(trial.config.trial_id), repairs)
+    for trial_id, run in found.items():
+        if trial_id not in on_file and run.info.status not in _ENDED:
+            runs.kill(run.info.run_id, _INTERRUPTED, run.info.start_time)
+            repairs.runs_ended += 1
+    _repair_parent(runs, plan, comparison, repairs)
     return repairs
 
 

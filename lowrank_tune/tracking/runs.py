@@ -28,7 +28,7 @@ from lowrank_tune.tracking.events import (
     TrialEnded,
     TrialStarted,
 )
-from lowrank_tune.tracking.points import known_steps, log_points
+from lowrank_tune.tracking.points import known_points, log_points
 from lowrank_tune.tracking.store import Store
 
 _EPOCH_METRICS = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio", "lr")
@@ -165,7 +165,7 @@ class StudyRuns:
 
     def know(self, run_id: str) -> None:
         """Find out which epochs MLflow has of a run."""
-        self._known[run_id] = known_steps(self.client, run_id, _LEARNING_RATE)
+        self._known[run_id] = {step for step, _ in known_points(self.client, run_id, _LEARNING_RATE)}
 
     def end_trial(self, run_id: str, outcome: TrialOutcome, at: int) -> None:
         """End a trial's run as the trial ended."""
@@ -173,7 +173,8 @@ class StudyRuns:
         if outcome.best_epoch:
             best["best_epoch"] = outcome.best_epoch
         if run_id in self._known:
-            best = {key: value for key, value in best.items() if not known_steps(self.client, run_id, key)}
+            known = {key: {value for _, value in known_points(self.client, run_id, key)} for key in best}
+            best = {key: value for key, value in best.items() if value not in known[key]}
         log_points(self.client, run_id, ((key, value, outcome.epochs, at) for key, value in best.items()))
         tags: dict[str, str] = {"lowrank.stopped_by": outcome.stopped_by}
         if outcome.reason:

@@ -4,8 +4,8 @@ A trial that the scheduler stopped is PRUNED there with every epoch's value, one
 that used its budget or its patience is COMPLETE; in a study that was stopped, one that is to go on is RUNNING. Optuna's
 own tools open the file: `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
 
-What is drawn for a trial follows from the study's seed, the trial's number and what Optuna knows then, not from how many
-were drawn by this process: a study that is resumed goes on as it would have.
+What is drawn for a trial follows from the study's seed, the trial's number and what Optuna knows then, not from how
+many were drawn by this process: a study that is resumed goes on as it would have.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class StudySearcher(Searcher):
             self._study.sampler = _sampler(self._plan, frozen.number)
             trial = Trial(self._study, frozen._trial_id)
             reported = self._reported[trial_id] = max(frozen.intermediate_values, default=0)
-            config = frozen.user_attrs.get("config") or self._describe(trial)
+            config = config_of(frozen) or self._describe(trial)
         elif self._number < self._plan.n_trials:
             trial, reported = self._ask(), 0
             config = self._describe(trial)
         else:
             return str(Searcher.FINISHED)
         self._live[trial_id] = trial
-        return {"trial": config, "reported": reported}
+        return {"trial": asdict(config), "reported": reported}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an epoch's value."""
@@ -121,11 +121,11 @@ class StudySearcher(Searcher):
         self._study.sampler = _sampler(self._plan, number)
         return self._study.ask()
 
-    def _describe(self, trial: Trial) -> dict[str, Any]:
+    def _describe(self, trial: Trial) -> TrialConfig:
         config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
         trial.set_user_attr("trial_id", config.trial_id)
         trial.set_user_attr("config", asdict(config))
-        return asdict(config)
+        return config
 
 
 def settle(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:

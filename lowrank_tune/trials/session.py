@@ -39,7 +39,7 @@ class TrialSession:
         directory: takes best_model.safetensors, config.json, history.json, and the checkpoint while it trains.
         cpus: cores reserved for it; torch gets as many threads, at least one.
         gpus: GPUs reserved for it.
-        reported: the last epoch that the study has heard of; later ones that are on file are told before any is trained.
+        reported: the last epoch that the study has heard of; later ones on file are told before any is trained.
 
     Attributes:
         micro_batch: images in memory at a time: the batch, or a part of it once memory did not suffice.
@@ -177,7 +177,7 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
     """Train one epoch and write what it gave.
 
     Returns:
-        `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty while
+        `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
         the trial may go on.
     """
     metrics = trainer.step()
