@@ -16,7 +16,6 @@ from mlflow.entities import Run
 
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
-from lowrank_tune.tracking.comparison import has_comparison, log_comparison
 from lowrank_tune.tracking.events import Compared, Epoch, Repairs, RunStatus
 from lowrank_tune.tracking.runs import StudyRuns
 from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
@@ -103,16 +102,24 @@ def _repair_trial(runs: StudyRuns, trial: _OnFile, run: Run | None, repairs: Rep
 
 def _repair_parent(runs: StudyRuns, plan: Plan, comparison: Comparison | None, repairs: Repairs) -> None:
     parent = runs.client.get_run(runs.parent)
-    if comparison is not None and not has_comparison(runs.client, parent, comparison):
-        at = _moment(Path(comparison.per_image_path))
-        outcomes = tuple(trial.outcome for trial in _read_trials(plan.study_dir / "trials") if trial.outcome)
-        event = Compared(comparison, outcomes, plan.study_dir, at)
-        log_comparison(runs.client, runs.parent, runs.children, event)
-        repairs.comparison_added = True
+    if comparison is not None:
+        repairs.comparison_added = _repair_comparison(runs, plan, parent, comparison)
     expected, at = _study_status(plan.study_dir)
     if parent.info.status != expected:
         runs.client.set_terminated(runs.parent, status=expected, end_time=at)
         repairs.runs_ended += 1
+
+
+def _repair_comparison(runs: StudyRuns, plan: Plan, parent: Run, comparison: Comparison) -> bool:
+    # MLflow's model side takes another second to import.
+    from lowrank_tune.tracking.comparison import has_comparison, log_comparison
+
+    if has_comparison(runs.client, parent, comparison):
+        return False
+    outcomes = tuple(trial.outcome for trial in _read_trials(plan.study_dir / "trials") if trial.outcome)
+    event = Compared(comparison, outcomes, plan.study_dir, _moment(Path(comparison.per_image_path)))
+    log_comparison(runs.client, runs.parent, runs.children, event)
+    return True
 
 
 def _study_status(study_dir: Path) -> tuple[RunStatus, int]:
