@@ -216,7 +216,7 @@ class Cluster:
         return "\n".join(lines[start:])
 
     def _forget_readings(self) -> None:
-        """Take earlier readings from the cluster's list; Ray may bring back a job that is deleted as soon as it ends."""
+        """Take earlier readings from the list of jobs; Ray may bring back one that is deleted as soon as it ends."""
         before = (time.time() - _FORGET_AFTER_S) * 1000
         with self._refusals_told():
             for details in self._client.list_jobs():
