@@ -6,9 +6,10 @@
 About a minute; tiny synthetic features, so that little but the starting is left. Every number comes from this one run:
 compare ratios, not machines. Wanted: at most 0.3 s a trial.
 
-With --many, studies of so many trials that do next to nothing, each in a process of its own, tracked in MLflow on sqlite:
-what a trial costs beyond its training, how the driver's memory grows, and how far MLflow is behind when the last one
-ends. About 5 minutes for 200 and 2,000. Wanted: at most 0.1 s a trial, and memory that does not grow with their number.
+With --many, studies of so many trials that do next to nothing, each in a process of its own, tracked in MLflow on
+sqlite: what a trial costs beyond its training, how the driver's memory grows, and how far MLflow is behind when the
+last one ends. About 5 minutes for 200 and 2,000. Wanted: at most 0.1 s a trial, and memory that does not grow with
+their number.
 """
 
 from __future__ import annotations

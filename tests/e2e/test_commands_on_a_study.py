@@ -31,7 +31,10 @@ def test_plan_counts_what_the_study_did(ran: Ran, capsys: pytest.CaptureFixture[
     assert facts["split"] == {"train": 19, "validation": 5, "test": 6}
     assert facts["features_shape"] == [ran.result.features.tokens, ran.result.features.dim]
     assert facts["cache"] == ran.result.features.directory
-    assert facts["worker_seconds_about"] > 0
+    assert 0 < facts["trial_seconds"] < facts["seconds"] <= facts["seconds_at_most"]
+    assert facts["extraction_seconds"] == 0
+    assert facts["memory_bytes_per_trial"] > 0
+    assert facts["epochs_expected"] <= facts["epochs_at_most"] + facts["confirmations_at_most"] * 3
 
 
 def test_doctor_looks_at_everything_and_finds_it_sound(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
