@@ -58,7 +58,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(redact(f"error: {type(error).__name__}: {error}"), file=sys.stderr)
         print("This is a defect of lowrank-tune; --debug anywhere on the line shows the traceback.", file=sys.stderr)
         return 1
     return 0
