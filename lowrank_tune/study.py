@@ -316,7 +316,8 @@ def _story(plan: Plan, mlflow: StudyTracker, tracker: StatusTracker, progress: S
     split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
     check_images(plan.spec.report.images, len(split.test))
     optimum_path = _save_optimum(features, split, directory, progress)
-    _announce(progress, f"training {tracker.left} trials on {len(split.train)} images", tracker.left)
+    progress.stage(f"training {tracker.left} trials on {len(split.train)} images")
+    progress.trials(tracker.left)
     outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
     confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
     progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
@@ -388,11 +389,6 @@ def _save_optimum(features: FeatureSet, split: Split, directory: Path, progress:
     return path
 
 
-def _announce(progress: StudyProgress, stage: str, trainings: int) -> None:
-    progress.stage(stage)
-    progress.trials(trainings)
-
-
 def _confirm(
     plan: Plan,
     outcomes: Sequence[TrialOutcome],
@@ -404,9 +400,10 @@ def _confirm(
 ) -> tuple[TrialOutcome, ...]:
     best = winners(outcomes, plan.spec.objective)
     repetitions = len(best) * plan.spec.report.confirm_seeds
-    tracker.expect_confirmations(repetitions)
+    tracker.expect_confirmations({outcome.config.trial_id for outcome in best}, repetitions)
     if repetitions:
-        _announce(progress, f"training the best of each rank again: {repetitions} with fresh seeds", repetitions)
+        progress.stage(f"training the best of each rank again: {repetitions} with fresh seeds")
+        progress.trials(repetitions)
     return confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
 
 

@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -120,6 +120,7 @@ class StatusTracker:
         self._status = status
         self._running: dict[str, TrialConfig] = {}
         self._best: dict[int, dict[str, Any]] = {}
+        self._confirmed: list[str] = []
         self._counts = {"trials": trials, "finished": 0, "pruned": 0, "failed": 0, "confirmations": 0, "confirmed": 0}
         self._ended_here, self._began = 0, time.monotonic()
         for outcome in known:
@@ -132,9 +133,10 @@ class StatusTracker:
         counts = self._counts
         return counts["trials"] - counts["finished"] - counts["pruned"] - counts["failed"]
 
-    def expect_confirmations(self, total: int) -> None:
-        """So many repetitions of the best follow."""
+    def expect_confirmations(self, winners: Collection[str], total: int) -> None:
+        """So many repetitions of these trials follow, those included that earlier processes made."""
         self._counts["confirmations"] = total
+        self._counts["confirmed"] = sum(trial_id in winners for trial_id in self._confirmed)
         self._tell()
 
     def trial_started(self, config: TrialConfig) -> None:
@@ -161,6 +163,8 @@ class StatusTracker:
         self._tracker.trial_ended(outcome)
 
     def _count(self, outcome: TrialOutcome) -> None:
+        if outcome.config.confirms:
+            self._confirmed.append(outcome.config.confirms)
         self._counts["confirmed" if outcome.config.confirms else outcome.status] += 1
         self._see(outcome.config, outcome.best.get("val_residual_ratio"))
 
