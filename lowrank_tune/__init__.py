@@ -11,9 +11,12 @@ import importlib
 import os
 from typing import Any
 
-__all__ = ["load_study", "open_features", "run_study"]
+__all__ = ["clone_study", "extend_study", "load_study", "open_features", "resume_study", "run_study"]
 
 _HOMES = {
+    "clone_study": "lowrank_tune.life",
+    "extend_study": "lowrank_tune.life",
+    "resume_study": "lowrank_tune.life",
     "load_study": "lowrank_tune.spec.loading",
     "open_features": "lowrank_tune.study",
     "run_study": "lowrank_tune.study",

@@ -16,9 +16,15 @@ import re
 
 
 class LowrankTuneError(Exception):
-    """The base of every deliberate error; the command line prints its message and exits with `exit_code`."""
+    """The base of every deliberate error; the command line prints its message and exits with `exit_code`.
+
+    Whatever a message quotes, an address in it shows no credentials.
+    """
 
     exit_code = 1
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(redact(part) if isinstance(part, str) else part for part in said))
 
 
 class InputError(LowrankTuneError):

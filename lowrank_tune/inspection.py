@@ -6,7 +6,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,23 +14,18 @@ from typing import Any
 
 import torch
 
+from lowrank_tune.calibration import calibrate
+from lowrank_tune.cluster.directory import results_directory
 from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.features.survey import Survey, survey_features, try_images
-from lowrank_tune.lowrank.decomposers import make_decomposer
-from lowrank_tune.lowrank.metrics import measure
-from lowrank_tune.records import Split, TrialConfig
 from lowrank_tune.spec.plan import (
-    Plan,
     cache_bytes,
-    first_params,
     make_plan,
-    max_rank,
     plan_cost,
     split_images,
-    trial_config,
 )
 from lowrank_tune.spec.schema import StudySpec
-from lowrank_tune.study import check_ranks, results_directory
+from lowrank_tune.study import check_ranks
 from lowrank_tune.tracking.store import Store, probe, resolve_store
 
 PACKAGES = ("torch", "transformers", "ray", "optuna", "mlflow")
@@ -56,9 +50,9 @@ class Check:
 def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]:
     """What a study will do and need.
 
-    `worker_seconds_about` comes from timing a step and a validation batch of the largest configuration of the slowest
-    family on random numbers in this process: about what the whole budget, confirmations included, would take one worker
-    if no training were stopped early.
+    Times and memory come from a short calibration in this process, on the device that the study asks for: some steps of
+    the largest and the smallest training of each family on random numbers, and a few of its images encoded. `seconds`
+    is about what `run` takes on this machine, `seconds_at_most` the same if nothing is stopped early.
 
     Args:
         spec: the study.
@@ -76,9 +70,9 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     cost = plan_cost(plan)
     usable = survey.images - survey.quarantined
     split = split_images([str(image) for image in range(usable)], spec.split, spec.seed)
-    torch.set_num_threads(max(1, int(spec.resources.cpus_per_trial)))
-    measured = [_measure_epoch(config, survey.tokens, survey.dim, split) for config in _largest(plan)]
-    epochs = cost.max_epochs + cost.confirmations * spec.training.epochs
+    calibration = calibrate(plan, survey.tokens, survey.dim, split)
+    missing = usable - survey.cached
+    extraction = _extraction_seconds(spec, plan.features_root, missing)
     return {
         "name": spec.name,
         "method": spec.search.method,
@@ -90,7 +84,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "records_unreadable": survey.unreadable,
         "images": survey.images,
         "images_cached": survey.cached,
-        "images_to_extract": usable - survey.cached,
+        "images_to_extract": missing,
         "images_quarantined": survey.quarantined,
         "split": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
         "features_shape": [survey.tokens, survey.dim],
@@ -98,8 +92,16 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "weights": survey.weights,
         "cache": survey.directory,
         "cache_bytes": cache_bytes(usable, survey.tokens, survey.dim, spec.features.store_dtype),
-        "model_and_batch_bytes_per_trial": max(memory for _, memory in measured),
-        "worker_seconds_about": round(max(seconds for seconds, _ in measured) * epochs, 1),
+        "device": calibration.device,
+        "memory_bytes_per_trial": calibration.memory_per_trial,
+        "trials_per_gpu": calibration.trials_per_gpu,
+        "trials_at_once": calibration.trials_at_once,
+        "epochs_expected": calibration.expected_epochs,
+        "extraction_seconds": round(extraction, 1),
+        "trial_seconds": round(calibration.trial_seconds, 1),
+        "seconds": round(calibration.seconds + extraction, 1),
+        "seconds_at_most": round(calibration.seconds_at_most + extraction, 1),
+        "hours": round((calibration.seconds + extraction) / 3600, 3),
     }
 
 
@@ -129,34 +131,12 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
     return checks
 
 
-def _largest(plan: Plan) -> list[TrialConfig]:
-    """The configuration of each family that needs most."""
-    return [
-        trial_config(plan, 0, {**first_params(plan.spec, family), "rank": max_rank(plan.spec)})
-        for family in plan.spec.search.space.families.chosen()
-    ]
-
-
-def _measure_epoch(config: TrialConfig, tokens: int, dim: int, split: Split) -> tuple[float, int]:
-    """Seconds of an epoch, and bytes: weights, their best copy, gradients, AdamW's two moments, and a batch."""
-    model = make_decomposer(config, tokens, dim)
-    x_NTD = torch.randn(config.batch_size, tokens, dim, generator=torch.Generator().manual_seed(0))
-    step = _seconds(lambda: torch.autograd.backward(model.loss(x_NTD)))
-    with torch.no_grad():
-        validation = _seconds(lambda: measure(x_NTD, *model(x_NTD)))
-    batches = -(-len(split.train) // config.batch_size), -(-len(split.validation) // config.batch_size)
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return batches[0] * step + batches[1] * validation, 5 * weights + 4 * x_NTD.numel() * x_NTD.element_size()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """The quickest of three runs: the first ones warm up."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _extraction_seconds(spec: StudySpec, cache_root: Path, images: int) -> float:
+    """What encoding so many images takes, from a few of them."""
+    if not images:
+        return 0.0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return try_images(spec.features, cache_root, spec.seed, TRIED_IMAGES, device).seconds_each * images
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:

@@ -124,6 +124,17 @@ class TrialConfig:
         """Every rank that the trained model serves."""
         return self.nested_ranks or (self.rank,)
 
+    def ends_at(self, epoch: int, best_epoch: int) -> Literal["budget", "patience"] | None:
+        """What ends this training after an epoch; None while it may go on.
+
+        Args:
+            epoch: epochs trained.
+            best_epoch: the one with the lowest validation MSE, from 1.
+        """
+        if epoch >= self.epochs:
+            return "budget"
+        return "patience" if epoch - best_epoch >= self.patience else None
+
 
 @dataclass(frozen=True, slots=True)
 class TrialOutcome:

@@ -12,11 +12,12 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from lowrank_tune.errors import LowrankTuneError
 
@@ -63,7 +64,12 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    # Tune catches Ctrl-C by a handler of its own, and ends in order. SIGINT itself may be blocked: Ray's workers block
+    # it, and so do their children, which a submitted study is.
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def _start(address: str | None) -> None:
@@ -73,12 +79,26 @@ def _start(address: str | None) -> None:
     try:
         if address:
             _knock(address)
+            _carry_token()
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", include_dashboard=False, **quiet)
+    except AuthenticationError as error:
+        raise LowrankTuneError(
+            f"Ray {address} wants a token, and there is none here or another one: put the head node's, which "
+            "`ray get-auth-token` prints there, into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
     except (OSError, RuntimeError) as error:
         place = address or "on this machine"
         raise LowrankTuneError(f"Ray {place} did not start or answer: {error}") from error
+
+
+def _carry_token() -> None:
+    """Show the cluster this user's token, if there is one: Ray 2.60 does so for clusters that it finds itself."""
+    with suppress(ImportError):
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _knock(address: str) -> None:

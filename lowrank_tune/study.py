@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import shlex
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from lowrank_tune.caches.places import results_place
 from lowrank_tune.caches.staging import local_copy, open_local
+from lowrank_tune.cluster.directory import Lineage, check_id, create_study, results_directory
+from lowrank_tune.cluster.probe import check_shared
+from lowrank_tune.cluster.status import READY, StatusFile, StatusTracker, claimed, working_on
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.comparison.methods import winners
+from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.lowrank.dataset import FeatureMatrix
@@ -32,19 +33,19 @@ from lowrank_tune.spec.plan import (
     first_params,
     make_plan,
     max_rank,
-    plan_summary,
     split_images,
     trial_config,
 )
 from lowrank_tune.spec.rendering import render_study
 from lowrank_tune.spec.schema import StudySpec
+from lowrank_tune.tracking.events import Repairs
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.trials.confirm import confirm_trials
+from lowrank_tune.trials.ledger import read_outcomes
 from lowrank_tune.trials.local import run_one_trial
+from lowrank_tune.trials.paths import check_same_images
 from lowrank_tune.trials.run import run_trials
-
-StudyState = Literal["running", "finished", "failed", "stopped"]
 
 
 class StudyProgress:
@@ -64,6 +65,20 @@ class StudyProgress:
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """A trial is over."""
+
+
+class _Told(StudyProgress):
+    """Passes on what happens, and puts the part of the story at work into status.json."""
+
+    def __init__(self, progress: StudyProgress, status: StatusFile) -> None:
+        self._progress = progress
+        self._status = status
+        self.images, self.trials = progress.images, progress.trials  # type: ignore[method-assign]
+        self.trial_epoch, self.trial_ended = progress.trial_epoch, progress.trial_ended  # type: ignore[method-assign]
+
+    def stage(self, text: str) -> None:
+        self._status.update(stage=text)
+        self._progress.stage(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +115,7 @@ def run_study(
     overrides: Sequence[str] = (),
     address: str | None = None,
     progress: StudyProgress | None = None,
+    study_id: str = "",
 ) -> StudyResult:
     """Run a whole study: features, trials, confirmation, comparison, report, MLflow.
 
@@ -109,50 +125,15 @@ def run_study(
         overrides: `key.path=value` texts laid over the file; for a file only.
         address: a Ray cluster; by default RAY_ADDRESS, else a Ray of this process's own.
         progress: told what happens.
+        study_id: its id, where one was promised already; by default one that follows from the file and the time.
 
     Raises:
         InputError: something in the study file, the data or the results directory must be changed.
         StudyFailedError: no trial gave a model.
         TrackingError: the MLflow server does not answer.
     """
-    progress = progress or StudyProgress()
-    plan = _plan(study, results, overrides)
-    with ExitStack() as stack:
-        tracker = stack.enter_context(StudyTracker(plan))
-        directory = stack.enter_context(_study_directory(plan, study, overrides))
-        stack.enter_context(ray_session(address))
-        features = local_copy(_extract(plan, progress))
-        split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
-        check_images(plan.spec.report.images, len(split.test))
-        optimum_path = _save_optimum(features, split, directory, progress)
-        _announce(progress, f"training {plan.n_trials} trials on {len(split.train)} images", plan.n_trials)
-        outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
-        confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
-        progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
-        comparison = compare(
-            features,
-            split,
-            outcomes,
-            objective=plan.spec.objective,
-            seed=plan.spec.seed,
-            directory=directory,
-            confirmations=confirmations,
-            device=_device(plan.spec),
-        )
-        progress.stage("writing the report")
-        write_report(plan, features, split, outcomes, comparison, directory, confirmations)
-        tracker.log_comparison(comparison, (*outcomes, *confirmations), directory)
-    return StudyResult(
-        study_id=plan.study_id,
-        directory=directory,
-        features=features,
-        split=split,
-        outcomes=outcomes,
-        comparison=comparison,
-        untracked=tracker.problems,
-        confirmations=confirmations,
-        tracked_by="" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown,
-    )
+    plan = plan_study(_spec_of(study, overrides), results, study_id)
+    return carry_out(plan, address, progress, Given(_text_of(study), tuple(overrides)))
 
 
 def run_trial(
@@ -177,9 +158,11 @@ def run_trial(
         InputError: something in the study file, the data or the results directory must be changed.
     """
     progress = progress or StudyProgress()
-    plan = _plan(study, results, overrides)
+    plan = plan_study(_spec_of(study, overrides), results)
     config = trial_config(plan, 0, first_params(plan.spec))
-    with _study_directory(plan, study, overrides) as directory:
+    create_study(plan, _text_of(study), overrides, Lineage())
+    directory = plan.study_dir
+    with working_on(directory):
         features = local_copy(_extract(plan, progress))
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
         progress.stage(f"training {config.trial_id} in this process")
@@ -215,7 +198,8 @@ def extract_study(
     Raises:
         InputError: something in the study file, the data or the results directory must be changed.
     """
-    return _extract(_plan(study, results, overrides), progress or StudyProgress(), address)
+    plan = plan_study(_spec_of(study, overrides), results)
+    return _extract(plan, progress or StudyProgress(), address)
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
@@ -241,33 +225,6 @@ def validation_optimum(features: FeatureSet, split: Split) -> Optimum:
     return measure_optimum(FeatureMatrix(features).batches(split.validation, 16))
 
 
-def results_directory(results: str | Path | None) -> Path:
-    """The results directory, made when missing.
-
-    Args:
-        results: a path; `LOWRANK_TUNE_RESULTS`, else `./results`, when None.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
-    name = results_place(results)
-    if "://" in name:
-        raise InputError(
-            f"results directory {name}: only local and mounted paths can be used; mount it, or pass --results DIR"
-        )
-    path = Path(os.path.abspath(Path(name).expanduser()))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"results directory {path}: cannot write to it ({error.strerror}); "
-            "pass --results DIR or set LOWRANK_TUNE_RESULTS"
-        ) from None
-    return path
-
-
 def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
     """Refuse a study that asks for a rank that no matrix [tokens, dim] has.
 
@@ -282,15 +239,143 @@ def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
         )
 
 
-def _plan(study: str | Path | StudySpec, results: str | Path | None, overrides: Sequence[str]) -> Plan:
-    spec = study if isinstance(study, StudySpec) else load_study(Path(study), overrides)
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a new study is made of.
+
+    Attributes:
+        text: its file.
+        overrides: what was laid over it.
+        lineage: where it comes from.
+    """
+
+    text: str
+    overrides: tuple[str, ...] = ()
+    lineage: Lineage = Lineage()
+
+
+def carry_out(
+    plan: Plan, address: str | None, progress: StudyProgress | None, given: Given | None = None
+) -> StudyResult:
+    """Do all of a study that is not done yet.
+
+    Args:
+        plan: the study.
+        address: as for `run_study`.
+        progress: as for `run_study`.
+        given: what a new study is made of; None for one that has begun.
+
+    Raises:
+        InputError: another process works on it, or the data or the results directory cannot be used.
+        StudyFailedError: no trial gave a model.
+        TrackingError: the MLflow server does not answer.
+    """
+    progress = progress or StudyProgress()
+    if given is None:
+        # Before the tracker looks which runs there are.
+        with claimed(plan.study_dir):
+            repair_tracking(plan)
+    with ExitStack() as stack:
+        mlflow = stack.enter_context(StudyTracker(plan))
+        stack.enter_context(ray_session(address))
+        check_shared(plan.results)
+        if given is not None:
+            create_study(plan, given.text, given.overrides, given.lineage)
+        status = stack.enter_context(working_on(plan.study_dir))
+        tracker = StatusTracker(mlflow, status, plan.n_trials, read_outcomes(plan.study_dir / "trials").values())
+        told = _Told(progress, status)
+        told.stage(READY.format(study_id=plan.study_id))
+        try:
+            return _story(plan, mlflow, tracker, told)
+        except KeyboardInterrupt:
+            progress.stage(f"stopped; go on with: {resume_line(plan)}")
+            raise
+
+
+def repair_tracking(plan: Plan) -> Repairs:
+    """Make MLflow hold what a study's own files hold; the caller has claimed the study.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    # It imports MLflow, which takes seconds.
+    from lowrank_tune.tracking.reconcile import reconcile
+
+    finished = (plan.study_dir / "comparison.json").is_file()
+    return reconcile(plan, read_comparison(plan.study_dir) if finished else None)
+
+
+def resume_line(plan: Plan) -> str:
+    """The command that goes on with a study that was stopped."""
+    return shlex.join(["lowrank-tune", "resume", plan.study_id, "--results", str(plan.results)])
+
+
+def _story(plan: Plan, mlflow: StudyTracker, tracker: StatusTracker, progress: StudyProgress) -> StudyResult:
+    directory = plan.study_dir
+    features = local_copy(_extract(plan, progress))
+    check_same_images(directory / "tune", features)
+    split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
+    check_images(plan.spec.report.images, len(split.test))
+    optimum_path = _save_optimum(features, split, directory, progress)
+    progress.stage(f"training {tracker.left} trials on {len(split.train)} images")
+    progress.trials(tracker.left)
+    outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
+    confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
+    progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
+    comparison = compare(
+        features,
+        split,
+        outcomes,
+        objective=plan.spec.objective,
+        seed=plan.spec.seed,
+        directory=directory,
+        confirmations=confirmations,
+        device=_device(plan.spec),
+    )
+    progress.stage("writing the report")
+    write_report(plan, features, split, outcomes, comparison, directory, confirmations)
+    mlflow.log_comparison(comparison, (*outcomes, *confirmations), directory)
+    return StudyResult(
+        study_id=plan.study_id,
+        directory=directory,
+        features=features,
+        split=split,
+        outcomes=outcomes,
+        comparison=comparison,
+        untracked=mlflow.problems,
+        confirmations=confirmations,
+        tracked_by="" if mlflow.store.uri == local_uri(plan.results) else mlflow.store.shown,
+    )
+
+
+def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "") -> Plan:
+    """Plan a new study: its folder is free, and its ranks exist in its data.
+
+    Args:
+        spec: what to do.
+        results: as for `run_study`.
+        study_id: as for `run_study`.
+
+    Raises:
+        InputError: the results directory or the data cannot be used, or the id is taken.
+    """
     home, started = results_directory(results), datetime.now(UTC)
     plan = make_plan(spec, home, started)
-    while plan.study_dir.exists():
+    if study_id:
+        plan = replace(plan, study_id=check_id(study_id), study_dir=home / "studies" / study_id)
+    while not study_id and plan.study_dir.exists():
         started += timedelta(seconds=1)
         plan = make_plan(spec, home, started)
     check_ranks(spec, *probe_shape(spec.features, plan.features_root, spec.seed))
     return plan
+
+
+def _spec_of(study: str | Path | StudySpec, overrides: Sequence[str]) -> StudySpec:
+    return study if isinstance(study, StudySpec) else load_study(Path(study), overrides)
+
+
+def _text_of(study: str | Path | StudySpec) -> str:
+    return render_study(study) if isinstance(study, StudySpec) else Path(study).read_text(encoding="utf-8")
 
 
 def _device(spec: StudySpec) -> str:
@@ -305,24 +390,21 @@ def _save_optimum(features: FeatureSet, split: Split, directory: Path, progress:
     return path
 
 
-def _announce(progress: StudyProgress, stage: str, trainings: int) -> None:
-    progress.stage(stage)
-    progress.trials(trainings)
-
-
 def _confirm(
     plan: Plan,
     outcomes: Sequence[TrialOutcome],
     features: FeatureSet,
     split: Split,
     optimum_path: Path,
-    tracker: StudyTracker,
+    tracker: StatusTracker,
     progress: StudyProgress,
 ) -> tuple[TrialOutcome, ...]:
     best = winners(outcomes, plan.spec.objective)
     repetitions = len(best) * plan.spec.report.confirm_seeds
+    tracker.expect_confirmations({outcome.config.trial_id for outcome in best}, repetitions)
     if repetitions:
-        _announce(progress, f"training the best of each rank again: {repetitions} with fresh seeds", repetitions)
+        progress.stage(f"training the best of each rank again: {repetitions} with fresh seeds")
+        progress.trials(repetitions)
     return confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
 
 
@@ -338,38 +420,3 @@ def _extract(plan: Plan, progress: StudyProgress, address: str | None = None) ->
     )
     check_ranks(plan.spec, features.tokens, features.dim)
     return features
-
-
-@contextmanager
-def _study_directory(plan: Plan, study: str | Path | StudySpec, overrides: Sequence[str]) -> Iterator[Path]:
-    """The study's folder with its files, and a status.json that is true at the start and at every kind of end."""
-    directory = plan.study_dir
-    directory.mkdir(parents=True)
-    resolved = render_study(plan.spec)
-    given = resolved if isinstance(study, StudySpec) else Path(study).read_text(encoding="utf-8")
-    (directory / "study.yaml").write_text(given, encoding="utf-8")
-    (directory / "study.resolved.yaml").write_text(resolved, encoding="utf-8")
-    summary = {**plan_summary(plan), "overrides": list(overrides)}
-    (directory / "plan.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    started = datetime.now(UTC)
-    _write_status(directory, "running", started)
-    try:
-        yield directory
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        _write_status(directory, "stopped" if stopped else "failed", started, reason=str(error))
-        raise
-    _write_status(directory, "finished", started)
-
-
-def _write_status(directory: Path, state: StudyState, started: datetime, reason: str = "") -> None:
-    status = {
-        "study_id": directory.name,
-        "state": state,
-        "started": started.isoformat(timespec="seconds"),
-        "ended": None if state == "running" else datetime.now(UTC).isoformat(timespec="seconds"),
-        "reason": reason,
-    }
-    partial = directory / "status.json.partial"
-    partial.write_text(json.dumps(status, indent=2), encoding="utf-8")
-    partial.replace(directory / "status.json")

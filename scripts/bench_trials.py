@@ -1,15 +1,22 @@
 """What starting a trial costs beyond its training, in a study on a Ray of this machine.
 
     .venv/bin/python scripts/bench_trials.py [--trials 24] [--epochs 4] [--at-once 1]
+    .venv/bin/python scripts/bench_trials.py --many 200 2000 [--method random]
 
 About a minute; tiny synthetic features, so that little but the starting is left. Every number comes from this one run:
 compare ratios, not machines. Wanted: at most 0.3 s a trial.
+
+With --many, studies of so many trials that do next to nothing, each in a process of its own, tracked in MLflow on
+sqlite: what a trial costs beyond its training, how the driver's memory grows, and how far MLflow is behind when the
+last one ends. About 5 minutes for 200 and 2,000. Wanted: at most 0.1 s a trial, and memory that does not grow with
+their number.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import tempfile
 import time
@@ -21,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import psutil
 import ray
 import torch
 from safetensors.torch import save_file
@@ -33,7 +41,7 @@ from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.trials.run import run_trials
 
-TOKENS, DIM, IMAGES = 16, 32, 24
+TOKENS, DIM, IMAGES = 8, 12, 24
 SPLIT = Split(tuple(range(16)), tuple(range(16, 20)), tuple(range(20, 24)))
 WANTED_S = 0.3
 
@@ -43,8 +51,10 @@ class Clock:
     """A tracker that notes when each trial starts and ends, and passes it on."""
 
     behind: StudyTracker | None = None
+    process: psutil.Process = field(default_factory=psutil.Process)
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
 
     def trial_started(self, config: TrialConfig) -> None:
         """Note a start."""
@@ -60,6 +70,7 @@ class Clock:
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """Note an end."""
         self.ends.append(time.perf_counter())
+        self.memory.append(self.process.memory_info().rss)
         if self.behind:
             self.behind.trial_ended(outcome)
 
@@ -70,7 +81,12 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--many", type=int, nargs="+")
+    parser.add_argument("--method", choices=["random", "tpe"], default="random")
     sizes = parser.parse_args()
+    if sizes.many:
+        _many(sizes.many, sizes.method)
+        return
     ray.init(address="local", num_cpus=sizes.at_once, include_dashboard=False, log_to_driver=False,
              logging_level=logging.ERROR, object_store_memory=200_000_000)  # fmt: skip
     print(f"{sizes.trials} trials of {sizes.epochs} epochs, {sizes.at_once} at once\n")
@@ -93,6 +109,41 @@ def main() -> None:
     ray.shutdown()
 
 
+def _many(counts: Sequence[int], method: str) -> None:
+    """Print a line a study, each run in a process of its own: one's memory says nothing about the next."""
+    names = ("trials", "wall, s", "a trial, s", "first half", "second half", "memory, MiB", "behind, s")
+    print(f"{method}, MLflow on sqlite\n" + "".join(f"{name:>13}" for name in names))
+    spawn = multiprocessing.get_context("spawn")
+    for count in counts:
+        process = spawn.Process(target=_one_of_many, args=(count, method))
+        process.start()
+        process.join()
+
+
+def _one_of_many(count: int, method: str) -> None:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+             logging_level=logging.ERROR, object_store_memory=200_000_000)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        features, optimum_path = _features(Path(folder))
+        plan = _plan(Path(folder) / "results", count, 1, 1, method)
+        plan.study_dir.mkdir(parents=True)
+        with StudyTracker(plan) as tracker:
+            clock = Clock(tracker)
+            outcomes = run_trials(plan, features, SPLIT, optimum_path, clock)
+            ended = time.perf_counter()
+        behind = time.perf_counter() - ended
+    ray.shutdown()
+    wall, half = clock.ends[-1] - clock.ends[0], count // 2
+    training = sum(outcome.seconds for outcome in outcomes) / count
+    first = (clock.ends[half] - clock.ends[0]) / half - training
+    second = (clock.ends[-1] - clock.ends[half]) / (count - half - 1) - training
+    # From the tenth trial on everything that is imported is there.
+    grown = (clock.memory[-1] - clock.memory[min(50, half)]) / 2**20
+    print(f"{count:>13,}{wall:>13.1f}{wall / count - training:>13.3f}{first:>13.3f}{second:>13.3f}"
+          f"{grown:>+13.1f}{behind:>13.1f}", flush=True)  # fmt: skip
+    assert tracker.problems == ()
+
+
 def _costs(clock: Clock, outcomes: Sequence[TrialOutcome], at_once: int) -> tuple[float, float]:
     """Seconds a trial beyond its training, and of training, over the trials after the first ones on their actors."""
     later = outcomes[at_once:]
@@ -101,12 +152,12 @@ def _costs(clock: Clock, outcomes: Sequence[TrialOutcome], at_once: int) -> tupl
     return wall * at_once / len(later) - training, training
 
 
-def _plan(results: Path, trials: int, epochs: int, at_once: int) -> Plan:
+def _plan(results: Path, trials: int, epochs: int, at_once: int, method: str = "random") -> Plan:
     study = {
         "name": "bench",
         "features": {"source": {"samples": IMAGES}},
         "search": {
-            "method": "random",
+            "method": method,
             "trials": trials,
             "space": {"families": {"direct": {}, "sketch": {}}, "rank": [2, 4, 8], "lr": {"loguniform": [1e-4, 1e-2]}},
         },

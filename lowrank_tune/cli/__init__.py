@@ -13,6 +13,7 @@ from typing import NoReturn
 from lowrank_tune.errors import LowrankTuneError, StudyFileError, redact
 
 INTERRUPTED = 130
+_TELL_THEMSELVES = {"run", "resume", "extend", "clone", "wait"}
 
 
 def main() -> NoReturn:
@@ -41,7 +42,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         app(args=arguments, prog_name="lowrank-tune")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
-        if code == INTERRUPTED:
+        if code == INTERRUPTED and arguments[0] not in _TELL_THEMSELVES:
             line = redact(shlex.join(["lowrank-tune", *arguments]))
             print(f"interrupted; what is cached stays cached. Start again with: {line}", file=sys.stderr)
         return code
@@ -57,7 +58,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(redact(f"error: {type(error).__name__}: {error}"), file=sys.stderr)
         print("This is a defect of lowrank-tune; --debug anywhere on the line shows the traceback.", file=sys.stderr)
         return 1
     return 0

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from lowrank_tune.cli.features import features_app
-from lowrank_tune.cli.options import Address, Json, Overrides, Results, StudyFile
+from lowrank_tune.cli.options import Address, Json, NewId, Overrides, Results, StudyFile
+from lowrank_tune.cli.studies import studies_app
 from lowrank_tune.errors import StudyFileError
 from lowrank_tune.spec.loading import load_study
 from lowrank_tune.spec.rendering import render_study, study_schema
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(features_app, name="features")
+app.add_typer(studies_app)
 
 
 @app.command(epilog="Example: lowrank-tune validate studies/quickstart.yaml")
@@ -68,6 +70,7 @@ def run(
     results: Results = None,
     address: Address = None,
     as_json: Json = False,
+    new_id: NewId = "",
 ) -> None:
     """Run a whole study: features, trials, comparison, report, MLflow."""
     from lowrank_tune.session import ray_session
@@ -75,12 +78,19 @@ def run(
     load_study(study, overrides or ())  # a wrong file is told before anything starts
     with ray_session(address, meanwhile=("torch", "pandas", "matplotlib.figure")):
         from lowrank_tune.cli.progress import TerminalProgress
-        from lowrank_tune.cli.tables import print_study, study_json
+        from lowrank_tune.cli.tables import print_result
         from lowrank_tune.study import run_study
 
         with TerminalProgress() as progress:
-            result = run_study(study, results=results, overrides=overrides or (), address=address, progress=progress)
-    print(json.dumps(study_json(result), indent=2)) if as_json else print_study(result)
+            result = run_study(
+                study,
+                results=results,
+                overrides=overrides or (),
+                address=address,
+                progress=progress,
+                study_id=new_id,
+            )
+    print_result(result, as_json)
 
 
 @app.command(epilog="Example: lowrank-tune trial studies/quickstart.yaml --set search.space.rank=64")
@@ -126,10 +136,24 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 5000,
 ) -> None:
     """Open the MLflow UI on this results directory; Ctrl-C ends it."""
-    from lowrank_tune.study import results_directory
+    from lowrank_tune.cluster.directory import results_directory
     from lowrank_tune.tracking.ui import serve_ui
 
     raise typer.Exit(serve_ui(results_directory(results), host=host, port=port))
+
+
+@app.command(epilog="Example: lowrank-tune reconcile rank-sweep-0a1b2c3d")
+def reconcile(
+    study_id: Annotated[str, typer.Argument(metavar="ID", help="A study, or how its id begins.", show_default=False)],
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Repair what MLflow holds of a study, from the study's own files; once more changes nothing."""
+    from lowrank_tune.cli.listing import print_facts
+    from lowrank_tune.life import reconcile_study
+
+    facts = reconcile_study(study_id, results)
+    print(json.dumps(facts, indent=2)) if as_json else print_facts(facts)
 
 
 @app.command(epilog="Example: lowrank-tune doctor studies/quickstart.yaml")

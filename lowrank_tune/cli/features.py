@@ -104,8 +104,8 @@ def import_directory(
     from lowrank_tune.cli.listing import print_facts
     from lowrank_tune.cli.progress import TerminalProgress
     from lowrank_tune.cli.tables import features_facts
+    from lowrank_tune.cluster.directory import results_directory
     from lowrank_tune.features.pipeline import import_tensors
-    from lowrank_tune.study import results_directory
 
     with TerminalProgress() as progress:
         features = import_tensors(

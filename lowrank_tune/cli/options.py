@@ -28,4 +28,17 @@ Address = Annotated[
         help="A Ray cluster, ray://host:10001 or host:6379; by default RAY_ADDRESS, else a Ray of its own.",
     ),
 ]
+JobServer = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="ADDRESS",
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="A cluster's job server, http://host:8265; without it, the studies in the results directory.",
+    ),
+]
+NewId = Annotated[str, typer.Option("--id", hidden=True, help="The new study's id, where `submit` has promised one.")]
+StudyName = Annotated[
+    str, typer.Argument(metavar="ID", help="A study's id, or the beginning of it.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -47,6 +48,11 @@ def _program() -> str:
     if shutil.which("lowrank-tune"):
         return "lowrank-tune"
     return shlex.quote(os.path.relpath(Path(sys.executable).parent / "lowrank-tune"))
+
+
+def print_result(result: StudyResult, as_json: bool) -> None:
+    """Print what a study found, for people or for a script."""
+    print(json.dumps(study_json(result), indent=2)) if as_json else print_study(result)
 
 
 def study_json(result: StudyResult) -> dict[str, Any]:

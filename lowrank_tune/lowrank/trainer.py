@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Trainer:
         split: Which images train and which validate.
         optimum: The optimum of `split.validation`, in its order.
         device: Where to train.
+        micro_batch: Images in memory at a time, where `batch_size` of them are too many: gradients are gathered over so
+            many parts of each batch, and the numbers are the same but for rounding. All of them by default.
 
     Attributes:
         model: the decomposer as of the last epoch.
@@ -70,7 +73,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrialConfig, data: FeatureMatrix, split: Split, optimum: Optimum, device: str = "cpu"
+        self,
+        config: TrialConfig,
+        data: FeatureMatrix,
+        split: Split,
+        optimum: Optimum,
+        device: str = "cpu",
+        micro_batch: int | None = None,
     ) -> None:
         if not split.train or not split.validation:
             raise InputError(f"trial {config.trial_id}: training and validation need an image each; change `split`")
@@ -84,6 +93,7 @@ class Trainer:
         self.split = split
         self.device = device
         self._batches = batches_on(data, device)
+        self.micro_batch = min(micro_batch or config.batch_size, config.batch_size)
         self.history: list[dict[str, float]] = []
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
@@ -179,14 +189,15 @@ class Trainer:
         generator = stream(self.config.seed, "initialise")
         order = torch.randperm(len(self.split.train), generator=generator)[:INITIAL_IMAGES].tolist()
         images = [self.split.train[place] for place in order]
-        size = self.config.batch_size
+        size = self.micro_batch
         starts = range(0, len(images), size)
         self.model.initialise((self._batches.load(images[start : start + size]) for start in starts), generator)
 
     def _condense(self) -> list[Tensor]:
         """Return what the training images condense to, made once; nothing where it is X itself or too much to keep."""
         train, size = self.split.train, self.config.batch_size
-        if type(self.model).condense is Decomposer.condense or self._condensed:
+        # Where memory is short, what is kept would be the largest part of it.
+        if type(self.model).condense is Decomposer.condense or self._condensed or self.micro_batch < size:
             return self._condensed
         one = self.model.condense(self._batches.load(train[:1]))
         if len(train) * sum(part.nbytes for part in one) <= CONDENSED_BYTES:
@@ -209,20 +220,36 @@ class Trainer:
             self._optimizer.zero_grad()
             if kept:
                 loss = self.model.condensed_loss(*(part[places] for part in kept))
+                torch.autograd.backward(loss)
             else:
-                loss = self.model.loss(self._batches.lend([train[place] for place in places]))
-            torch.autograd.backward(loss)
+                loss = self._backward([train[place] for place in places])
             self._optimizer.step()
             total += loss.detach() * len(places)
         return total.item() / len(train)
+
+    def _backward(self, images: list[int]) -> Tensor:
+        """Gather the gradients of a batch, `micro_batch` images at a time, and return its loss."""
+        parts = [images[start : start + self.micro_batch] for start in range(0, len(images), self.micro_batch)]
+        if len(parts) > 1:
+            pieces = [partial(self._condensed_of, part) for part in parts]
+            return self.model.backward_in_pieces(pieces, [len(part) for part in parts])
+        loss = self.model.loss(self._batches.lend(images))
+        torch.autograd.backward(loss)
+        return loss
+
+    def _condensed_of(self, images: list[int]) -> tuple[Tensor, ...]:
+        return self.model.condense(self._batches.load(images))
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         self.model.eval()
         images = self.split.validation
         parts: list[list[Figures]] = [[] for _ in self.config.ranks]
-        for start in range(0, len(images), VALIDATION_BATCH):
-            x_NTD = self._batches.lend(images[start : start + VALIDATION_BATCH])
+        # A trial short of memory in training is short of it here as well.
+        short = self.micro_batch < self.config.batch_size
+        size = min(VALIDATION_BATCH, self.micro_batch) if short else VALIDATION_BATCH
+        for start in range(0, len(images), size):
+            x_NTD = self._batches.lend(images[start : start + size])
             a_NTR, b_NRD = self.model(x_NTD)
             for rank, own in zip(self.config.ranks, parts, strict=True):
                 # An ordered basis: the leading columns are the factors of a lower rank.
@@ -251,10 +278,7 @@ class Trainer:
         if improved:
             self.best_model.load_state_dict(self.model.state_dict())
         self._scheduler.step(row["val_mse"])
-        if self.epoch >= self.config.epochs:
-            self.stopped_by = "budget"
-        elif self.epoch - self.best_epoch >= self.config.patience:
-            self.stopped_by = "patience"
+        self.stopped_by = self.config.ends_at(self.epoch, self.best_epoch)
 
 
 def _write_json(path: Path, value: object) -> None:

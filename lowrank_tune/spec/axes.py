@@ -180,3 +180,12 @@ def largest_value(axis: int | tuple[int, ...] | IntRange | NestedRanks) -> int:
     if isinstance(axis, NestedRanks):
         return max(axis.nested)
     return max(axis) if isinstance(axis, tuple) else axis
+
+
+def smallest_value(axis: int | tuple[int, ...] | IntRange | NestedRanks) -> int:
+    """The lowest whole number that an axis can give."""
+    if isinstance(axis, IntRange):
+        return axis.int[0]
+    if isinstance(axis, NestedRanks):
+        return min(axis.nested)
+    return min(axis) if isinstance(axis, tuple) else axis

@@ -21,6 +21,7 @@ from lowrank_tune.spec.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
 
 _SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
 _BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
+_EXTENSIBLE = {"search", "resources", "report", "tracking"}
 _ID_EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 # 20 bits of time in steps of 512 s last until 2043; the 12 bits left tell apart what starts within one step.
 _ID_STEP_S = 512
@@ -94,6 +95,35 @@ def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
         grid=grid,
         started=started,
     )
+
+
+def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
+    """The same study with more trials: those that it had keep their numbers, and its grid grows at the end.
+
+    Args:
+        plan: the study as it was.
+        spec: its file with a larger `search.trials` or another `search.space`.
+
+    Raises:
+        InputError: nothing is added, or what changes would make old and new trials incomparable.
+    """
+    fixed = [key for key in type(spec).model_fields if getattr(spec, key) != getattr(plan.spec, key)]
+    fixed = [key for key in fixed if key not in _EXTENSIBLE]
+    if spec.search.method != plan.spec.search.method:
+        fixed.append("search.method")
+    if fixed:
+        raise InputError(
+            f"{', '.join(fixed)}: an extension keeps it, for its trials are compared with those that there are; "
+            "`lowrank-tune clone` makes a new study of this one"
+        )
+    grid = plan.grid
+    if spec.search.method == "grid":
+        grid += tuple(point for point in grid_points(spec) if point not in plan.grid)
+    n_trials = len(grid) or spec.search.trials or DEFAULT_TRIALS
+    if n_trials <= plan.n_trials:
+        more = "a wider search.space" if grid else "--trials"
+        raise InputError(f"study {plan.study_id}: nothing to add to its {plan.n_trials} trials; give {more}")
+    return replace(plan, spec=spec, grid=grid, n_trials=n_trials)
 
 
 def spec_hash(spec: StudySpec) -> str:

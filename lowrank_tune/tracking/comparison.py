@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.models import Model
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
@@ -23,7 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.events import Compared
-from lowrank_tune.tracking.points import log_points
+from lowrank_tune.tracking.points import known_points, log_points
 
 _FILES = ("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet", "pareto.json")
 _TABLE = "comparison_table.json"
@@ -40,16 +40,9 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
         event: what was compared, and the study's directory.
     """
     comparison, directory = event.comparison, event.directory
-    log_points(
-        client,
-        parent,
-        (
-            (f"test.{row.method}.{figure}", value, row.rank, event.at)
-            for row in comparison.rows
-            for figure, value in _figures(row).items()
-            if value is not None
-        ),
-    )
+    known = _known(client, client.get_run(parent))
+    points = [point for point in _points(comparison) if (point[0], point[2], point[1]) not in known]
+    log_points(client, parent, ((key, value, rank, event.at) for key, value, rank in points))
     if comparison.remarks:
         client.set_tag(parent, "mlflow.note.content", "\n\n".join(comparison.remarks))
     for name in _FILES:
@@ -63,6 +56,30 @@ def log_comparison(client: MlflowClient, parent: str, children: Mapping[str, str
         if curves.is_file() and outcome.config.trial_id in children:
             client.log_artifact(children[outcome.config.trial_id], str(curves))
     _log_models(client, parent, comparison, event.outcomes)
+
+
+def has_comparison(client: MlflowClient, run: Run, comparison: Comparison) -> bool:
+    """Whether a study's run has all of a comparison already."""
+    known = _known(client, run)
+    if any((key, rank, value) not in known for key, value, rank in _points(comparison)):
+        return False
+    # The models come last.
+    models = run.outputs.model_outputs if run.outputs else []
+    return {model.step for model in models} >= {row.rank for row in best_of_each_rank(comparison.rows)}
+
+
+def _known(client: MlflowClient, run: Run) -> set[tuple[str, int, float]]:
+    keys = [key for key in run.data.metrics if key.startswith("test.")]
+    return {(key, *point) for key in keys for point in known_points(client, run.info.run_id, key)}
+
+
+def _points(comparison: Comparison) -> list[tuple[str, float, int]]:
+    return [
+        (f"test.{row.method}.{figure}", value, row.rank)
+        for row in comparison.rows
+        for figure, value in _figures(row).items()
+        if value is not None and math.isfinite(value)
+    ]
 
 
 def _figures(row: ComparisonRow) -> dict[str, float | None]:
@@ -101,10 +118,11 @@ def _log_models(client: MlflowClient, parent: str, comparison: Comparison, outco
     by_id = {outcome.config.trial_id: outcome for outcome in outcomes}
     run = client.get_run(parent)
     logged = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
-    names = {client.get_logged_model(model_id).name for model_id in logged}
+    models = [client.get_logged_model(model_id) for model_id in logged]
+    names = {(model.name, model.tags.get("lowrank.trial_id")) for model in models}
     for row in best_of_each_rank(comparison.rows):
         name = f"rank-{row.rank:03d}-{row.method}"
-        if row.trial_id in by_id and name not in names:
+        if row.trial_id in by_id and (name, row.trial_id) not in names:
             _log_model(client, parent, run.info.experiment_id, name, row, by_id[row.trial_id])
 
 

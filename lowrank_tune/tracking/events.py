@@ -69,6 +69,25 @@ class StudyEnded:
 Event = TrialStarted | EpochsEnded | TrialEnded | Compared | StudyEnded
 
 
+@dataclass(slots=True)
+class Repairs:
+    """What a reconciliation changed; all zero where MLflow held the truth already.
+
+    Attributes:
+        runs_made: trials that MLflow did not know.
+        runs_removed: second runs of one trial, which are deleted as MLflow's UI does and can be restored.
+        runs_ended: runs whose status or reason was not the truth.
+        epochs_added: epochs whose figures were missing.
+        comparison_added: whether the post-study figures were missing.
+    """
+
+    runs_made: int = 0
+    runs_removed: int = 0
+    runs_ended: int = 0
+    epochs_added: int = 0
+    comparison_added: bool = False
+
+
 def coalesce(events: Iterable[Event]) -> list[Event]:
     """Join the epochs of each trial that no other event of that trial stands between: one request instead of many."""
     joined: list[Event] = []

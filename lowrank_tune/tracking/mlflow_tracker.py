@@ -62,7 +62,9 @@ class StudyTracker:
     @property
     def problems(self) -> tuple[str, ...]:
         """What MLflow was not told and why, for people; empty when it knows everything."""
-        return self._writer.problems
+        problems = self._writer.problems
+        remedy = f"the study's files have it all: `lowrank-tune reconcile {self._plan.study_id}` tells MLflow later"
+        return (*problems, remedy) if problems else ()
 
     def trial_started(self, config: TrialConfig) -> None:
         """A trial begins; its run is found again, or made."""
@@ -101,7 +103,9 @@ class StudyTracker:
             return self._deliver
         from lowrank_tune.tracking.runs import StudyRuns
 
-        return StudyRuns(self._plan, self.store).deliver
+        runs = StudyRuns(self._plan, self.store)
+        runs.begin()
+        return runs.deliver
 
 
 def _is_passing(error: Exception) -> bool:

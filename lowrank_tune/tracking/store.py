@@ -20,8 +20,9 @@ _PROBE_TIMEOUT_S = 5.0
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # MLflow's own are 7 retries of 120 s each: a dead server would hold the end of a study for a quarter of an hour.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # MLflow repeats whatever fails, a run's creation whose answer was lost included, and would make two. The tracker
+    # has repetitions of its own, which look first.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",

@@ -105,7 +105,7 @@ class EventWriter:
             if not self._may_pass(failure):
                 self._drop(failure)
                 return
-            logger.debug("tracking delayed: %s", failure)
+            logger.debug("tracking delayed: %s", redact(str(failure)))
             if self._closing.is_set():
                 deadline = min(deadline, time.monotonic() + self._patience_s)
                 self._given_up = time.monotonic() >= deadline
@@ -130,4 +130,4 @@ class EventWriter:
         reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:_REASON_LENGTH]
         if reason not in self._reasons and len(self._reasons) < 10:
             self._reasons.append(reason)
-            logger.debug("tracking failed", exc_info=error)
+            logger.debug("tracking failed: %s", reason)

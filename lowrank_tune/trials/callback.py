@@ -81,6 +81,7 @@ class WatchTrials(Callback):
     def __init__(self) -> None:
         self._audience = _AUDIENCE.get()
         self._seconds: dict[str, float] = {}
+        self._epochs: dict[str, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
@@ -93,7 +94,11 @@ class WatchTrials(Callback):
         trial_id = _config(trial).trial_id
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
         # Tune's own clock would count the imports of an actor's first trial as training.
-        self._seconds[trial_id] = self._seconds.get(trial_id, 0.0) + metrics.get("seconds", 0.0)
+        self._seconds[trial_id] = result["trained_seconds"]
+        if metrics["epoch"] <= self._epochs.get(trial_id, 0):
+            # A retry begins at its checkpoint, which may lie some epochs back.
+            return
+        self._epochs[trial_id] = int(metrics["epoch"])
         _tell(self._audience.tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
         if self._audience.listener is not None:
             _tell(self._audience.listener.trial_epoch, {"trial_id": trial_id, **metrics})
@@ -110,10 +115,18 @@ class WatchTrials(Callback):
         config, last = _config(trial), trial.last_result or {}
         directory = self._audience.trials_dir / config.trial_id
         outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
+        self._epochs.pop(config.trial_id, None)
         self._audience.outcomes[config.trial_id] = outcome
         _tell(self._audience.tracker.trial_ended, outcome)
         if self._audience.listener is not None:
             _tell(self._audience.listener.trial_ended, outcome)
+        _forget_statistics(trial)
+
+
+def _forget_statistics(trial: Trial) -> None:
+    """Let go of what Tune keeps of each metric of each trial until its very end: most of what a driver grows by."""
+    trial.run_metadata.metric_analysis.clear()
+    trial.run_metadata.metric_n_steps.clear()
 
 
 _AUDIENCE: ContextVar[Audience] = ContextVar("audience")

@@ -1,4 +1,7 @@
-"""A trainer's state as two plain files: tensors in safetensors, the rest in JSON. No pickle, so it can run no code."""
+"""A trainer's state as one plain file: tensors in safetensors, the rest as JSON in its header.
+
+No pickle, so it can run no code.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,39 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-_TENSORS, _REST = "tensors.safetensors", "state.json"
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.files import write_whole
+
+_REST = "state"
 
 
-def write_checkpoint(directory: Path, state: dict[str, Any]) -> None:
-    """Write a state of dicts, lists, tuples, tensors, numbers, text and None into an existing directory.
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a state of dicts, lists, tuples, tensors, numbers, text and None; the file is replaced as a whole.
 
     Raises:
         TypeError: it holds anything else.
     """
     tensors: dict[str, Tensor] = {}
-    rest = _encode(state, tensors)
-    save_file(tensors, directory / _TENSORS)
-    (directory / _REST).write_text(json.dumps(rest), encoding="utf-8")
+    rest = json.dumps(_encode(state, tensors))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={_REST: rest}))
 
 
-def read_checkpoint(directory: Path) -> dict[str, Any]:
-    """Read what `write_checkpoint` wrote, its tensors on the CPU."""
-    rest = json.loads((directory / _REST).read_text(encoding="utf-8"))
-    state: dict[str, Any] = _decode(rest, load_file(directory / _TENSORS))
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `write_checkpoint` wrote, its tensors on the CPU.
+
+    Raises:
+        InputError: it is none, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            rest = json.loads((file.metadata() or {})[_REST])
+            state: dict[str, Any] = _decode(rest, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no checkpoint that can be read ({error}); delete it to train afresh") from error
     return state
 
 

@@ -8,14 +8,33 @@ ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
+from lowrank_tune.records import TrialConfig
 from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.trials.objective import DIRECTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class PastTrial:
+    """A trial that an earlier process of the study has seen.
+
+    Attributes:
+        config: what was tried.
+        values: the objective after each epoch that was reported.
+        is_over: whether it ended; otherwise it goes on in this process.
+    """
+
+    config: TrialConfig
+    values: Mapping[int, float]
+    is_over: bool
 
 
 class FairASHA(FIFOScheduler):
@@ -23,9 +42,10 @@ class FairASHA(FIFOScheduler):
 
     Args:
         spec: the study: its objective, epochs and scheduler.
+        past: trials of earlier processes; later ones compete with them as if all had run in one.
     """
 
-    def __init__(self, spec: StudySpec) -> None:
+    def __init__(self, spec: StudySpec, past: Sequence[PastTrial] = ()) -> None:
         super().__init__()
         self._objective = spec.objective
         self._within = spec.scheduler.compete_within
@@ -38,10 +58,20 @@ class FairASHA(FIFOScheduler):
             "reduction_factor": spec.scheduler.reduction_factor,
         }
         self._groups: dict[tuple[Any, ...], AsyncHyperBandScheduler] = {}
+        self._unfinished = {trial.config.trial_id: trial for trial in past if not trial.is_over}
+        for trial in past:
+            if trial.is_over:
+                self._replay(
+                    SimpleNamespace(trial_id=trial.config.trial_id, config={"trial": asdict(trial.config)}), trial
+                )
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Let a new trial compete in its group."""
-        self._group(trial).on_trial_add(tune_controller, trial)
+        """Let a new trial compete in its group; one that goes on is where it was."""
+        past = self._unfinished.pop(trial.config["trial"].get("trial_id", ""), None)
+        if past is None:
+            self._group(trial).on_trial_add(tune_controller, trial)
+        else:
+            self._replay(trial, past)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """Stop a trial that its group has left behind."""
@@ -69,6 +99,15 @@ class FairASHA(FIFOScheduler):
         """How many groups there are, for Tune's logs."""
         return f"FairASHA: {len(self._groups)} groups by {', '.join(self._within) or 'nothing'}"
 
+    def _replay(self, trial: Any, past: PastTrial) -> None:
+        """Fill the rungs with what is known of a trial; whether it goes on was decided when it was reported."""
+        group = self._group(trial)
+        group.on_trial_add(None, trial)
+        for epoch, value in sorted(past.values.items()):
+            group.on_trial_result(None, trial, {"epoch": epoch, self._objective: value})
+        if past.is_over:
+            group.on_trial_remove(None, trial)
+
     def _is_comparable(self, result: dict[str, Any]) -> bool:
         return result.get("stopped_by") != "error" and math.isfinite(result.get(self._objective, math.nan))
 
@@ -79,6 +118,6 @@ class FairASHA(FIFOScheduler):
         return self._groups[key]
 
 
-def make_scheduler(spec: StudySpec) -> TrialScheduler:
-    """Make the scheduler that a study file asks for."""
-    return FairASHA(spec) if spec.scheduler.kind == "asha" else FIFOScheduler()
+def make_scheduler(spec: StudySpec, past: Sequence[PastTrial] = ()) -> TrialScheduler:
+    """Make the scheduler that a study file asks for, knowing the trials of earlier processes."""
+    return FairASHA(spec, past) if spec.scheduler.kind == "asha" else FIFOScheduler()

@@ -1,12 +1,16 @@
 """Tune's searcher: an Optuna study that is asked for points and told the truth about them.
 
 A trial that the scheduler stopped is PRUNED there with every epoch's value, one that failed is FAIL, and only a trial
-that used its budget or its patience is COMPLETE. Optuna's own tools open the file:
-`JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
+that used its budget or its patience is COMPLETE; in a study that was stopped, one that is to go on is RUNNING. Optuna's
+own tools open the file: `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
+
+What is drawn for a trial follows from the study's seed, the trial's number and what Optuna knows then, not from how
+many were drawn by this process: a study that is resumed goes on as it would have.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import warnings
@@ -19,9 +23,10 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
+from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan, trial_config
 from lowrank_tune.trials.objective import DIRECTIONS
 from lowrank_tune.trials.outcome import stopped_by
@@ -42,7 +47,7 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
     logging.getLogger("optuna").setLevel(logging.WARNING)
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
-        sampler=_sampler(plan),
+        sampler=_sampler(plan, 0),
         study_name=plan.study_id,
         direction=DIRECTIONS[plan.spec.objective],
         load_if_exists=True,
@@ -51,6 +56,9 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
 
 class StudySearcher(Searcher):
     """Suggests a study's points, each as `{"trial": TrialConfig as a dict}`, and tells Optuna how they went.
+
+    Trials that Optuna holds as RUNNING are suggested first, with the last epoch that it heard of as `reported`: this
+    study was stopped or killed while they were trained.
 
     Args:
         plan: the study; with the method `grid` its points are suggested in their order.
@@ -61,23 +69,28 @@ class StudySearcher(Searcher):
         super().__init__()
         self._plan = plan
         self._study = study
-        self._number = 0
+        known = study.get_trials(deepcopy=False)
+        self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
+        self._waiting = any(trial.state == TrialState.WAITING for trial in known)
+        self._number = len(known) - self._waiting
         self._live: dict[str, Trial] = {}
         self._reported: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Ask for the next point; `FINISHED` when there is none."""
-        number = self._number
-        if number >= self._plan.n_trials:
+        if self._unfinished:
+            frozen = self._unfinished.pop(0)
+            self._study.sampler = _sampler(self._plan, frozen.number)
+            trial = Trial(self._study, frozen._trial_id)
+            reported = self._reported[trial_id] = max(frozen.intermediate_values, default=0)
+            config = config_of(frozen) or self._describe(trial)
+        elif self._number < self._plan.n_trials:
+            trial, reported = self._ask(), 0
+            config = self._describe(trial)
+        else:
             return str(Searcher.FINISHED)
-        self._number += 1
-        if self._plan.spec.search.method == "grid":
-            self._study.enqueue_trial(optuna_params(self._plan.grid[number]))
-        trial = self._study.ask()
-        config = trial_config(self._plan, number, suggest(trial, self._plan.spec.search.space))
-        trial.set_user_attr("trial_id", config.trial_id)
         self._live[trial_id] = trial
-        return {"trial": asdict(config)}
+        return {"trial": asdict(config), "reported": reported}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an epoch's value."""
@@ -93,28 +106,66 @@ class StudySearcher(Searcher):
         trial = self._live.pop(trial_id)
         seen = self._reported.pop(trial_id, 0)
         ended = "error" if error or not seen else stopped_by(result)
-        value = result.get(f"best_{self._plan.spec.objective}", math.nan)
-        if ended == "error" or not math.isfinite(value):
-            self._study.tell(trial, state=TrialState.FAIL)
-        elif ended == "asha":
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial, value)
-
-    def abandon(self) -> None:
-        """Fail the trials that an interruption left running: Optuna would take them for running for ever."""
-        for trial in self._live.values():
-            self._study.tell(trial, state=TrialState.FAIL)
-        self._live.clear()
+        _tell(self._study, trial.number, ended, result.get(f"best_{self._plan.spec.objective}", math.nan))
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the journal holds every trial as soon as it is known."""
 
+    def _ask(self) -> Trial:
+        number = self._number
+        self._number += 1
+        # A driver that died between the two calls has left the point waiting.
+        if self._plan.spec.search.method == "grid" and not self._waiting:
+            self._study.enqueue_trial(optuna_params(self._plan.grid[number]))
+        self._waiting = False
+        self._study.sampler = _sampler(self._plan, number)
+        return self._study.ask()
 
-def _sampler(plan: Plan) -> BaseSampler:
+    def _describe(self, trial: Trial) -> TrialConfig:
+        config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
+        trial.set_user_attr("trial_id", config.trial_id)
+        trial.set_user_attr("config", asdict(config))
+        return config
+
+
+def settle(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
+    """Tell Optuna of the trials that ended in an outcome which it missed: the driver died in between.
+
+    Args:
+        plan: the study.
+        study: where Optuna keeps its trials.
+        outcomes: by trial id.
+
+    Returns:
+        Every trial that Optuna knows afterwards, but for a point that waits.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
+        if outcome is not None:
+            _tell(study, trial.number, outcome.stopped_by, outcome.best.get(plan.spec.objective, math.nan))
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+
+
+def config_of(trial: FrozenTrial) -> TrialConfig | None:
+    """What a trial trains; None for one that was asked for by a driver that died at once."""
+    return TrialConfig(**trial.user_attrs["config"]) if "config" in trial.user_attrs else None
+
+
+def _tell(study: optuna.Study, number: int, ended: str, value: float) -> None:
+    if ended == "error" or not math.isfinite(value):
+        study.tell(number, state=TrialState.FAIL)
+    elif ended == "asha":
+        study.tell(number, state=TrialState.PRUNED)
+    else:
+        study.tell(number, value)
+
+
+def _sampler(plan: Plan, number: int) -> BaseSampler:
+    """What draws a trial: made anew for each, so that nothing but its number and Optuna's trials decide."""
+    seed = int(hashlib.sha256(f"{plan.spec.seed}:draw:{number}".encode()).hexdigest()[:8], 16)
     if plan.spec.search.method != "tpe":
-        return RandomSampler(seed=plan.spec.seed)
+        return RandomSampler(seed=seed)
     with warnings.catch_warnings():
         # `group` keeps each family's own parameters in a joint model of their own; Optuna calls it experimental.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=plan.spec.seed, multivariate=True, group=True, constant_liar=True)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)

@@ -1,42 +1,203 @@
-"""One trial's training, as an actor and a debugger both drive it."""
+"""One trial's training: continued where it was, an epoch at a time, whatever process it is in."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowrank_tune.lowrank.trainer import Trainer
+from lowrank_tune.errors import InputError, LowrankTuneError, redact
+from lowrank_tune.lowrank.trainer import FIGURES, Trainer
 from lowrank_tune.records import TrialConfig
+from lowrank_tune.trials.checkpoint import read_checkpoint, write_checkpoint
 from lowrank_tune.trials.material import read_material
-from lowrank_tune.trials.paths import MaterialPaths
+from lowrank_tune.trials.paths import CHECKPOINT, MaterialPaths
+
+logger = logging.getLogger(__name__)
+
+_SHRINK = 4
+"""What the batch is divided by after a trial ran out of memory; it gets one such retry."""
+_CHECKPOINT_SHARE = 0.05
+"""The part of a trial's time that its checkpoints may take."""
 
 
-def open_trainer(config: TrialConfig, paths: MaterialPaths, cpus: float, gpus: float) -> Trainer:
-    """Make a trial's trainer on what a study shares, on a GPU when the trial has a part of one.
+class TrialSession:
+    """Trains one trial, from where an earlier process left it on.
+
+    Its checkpoint lies beside its other files and is none of Tune's: the same file serves a retry after a crash, a
+    retry with less memory and a study that is resumed, and Tune has nothing to copy, register and restore.
 
     Args:
         config: the trial.
-        paths: the shared material, mapped once a process.
+        paths: what a study's trials share, mapped once a process.
+        directory: takes best_model.safetensors, config.json, history.json, and the checkpoint while it trains.
         cpus: cores reserved for it; torch gets as many threads, at least one.
         gpus: GPUs reserved for it.
+        reported: the last epoch that the study has heard of; later ones on file are told before any is trained.
 
-    Raises:
-        InputError: the configuration does not fit the features.
+    Attributes:
+        micro_batch: images in memory at a time: the batch, or a part of it once memory did not suffice.
     """
-    torch.set_num_threads(max(1, int(cpus)))
-    material = read_material(paths)
-    device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-    return Trainer(config, material.data, material.split, material.optimum, device)
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        paths: MaterialPaths,
+        directory: Path,
+        cpus: float,
+        gpus: float,
+        reported: int = 0,
+    ) -> None:
+        torch.set_num_threads(max(1, int(cpus)))
+        self._config = config
+        self._paths = paths
+        self._directory = directory
+        self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
+        self._trainer: Trainer | None = None
+        self._reported = reported
+        self._untold: list[dict[str, float]] | None = None
+        self.micro_batch = config.batch_size
+        self._kept_epoch = 0
+        self._kept_at = time.perf_counter()
+        self._keeping_took = 0.0
+
+    def epoch(self) -> dict[str, Any]:
+        """Train one epoch and write what it gave.
+
+        Returns:
+            `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty
+            while the trial may go on. A failure that another process would meet again is told in them.
+
+        Raises:
+            OSError: this machine cannot reach the files.
+            torch.AcceleratorError: this process has lost its device.
+        """
+        try:
+            if self._untold is None:
+                self._untold = self._find_untold()
+            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory()
+        except (OSError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            if not isinstance(error, LowrankTuneError):
+                logger.exception("trial %s failed", self._config.trial_id)
+            return self._failed(error)
+
+    def _train_in_memory(self) -> dict[str, Any]:
+        """Train, and where memory does not suffice once more with less of the batch in it."""
+        try:
+            return self._train()
+        except Exception as error:
+            less = math.ceil(self._config.batch_size / _SHRINK)
+            if not is_out_of_memory(error) or self.micro_batch <= less:
+                raise
+            logger.warning("trial %s: %s", self._config.trial_id, error)
+        # Out of the handler: until here the error's traceback holds what the failed epoch had allocated.
+        self._trainer = None
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch = less
+        return self._train()
+
+    def _train(self) -> dict[str, Any]:
+        trainer = self._trainer = self._trainer or self._open()
+        metrics = train_epoch(trainer, self._directory)
+        if time.perf_counter() - self._kept_at >= self._keeping_took / _CHECKPOINT_SHARE:
+            self.keep()
+        return metrics
+
+    def _open(self) -> Trainer:
+        material = read_material(self._paths)
+        state = self._checkpoint()
+        self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
+        trainer = Trainer(
+            self._config, material.data, material.split, material.optimum, self._device, micro_batch=self.micro_batch
+        )
+        if state:
+            trainer.restore(state["trainer"])
+            self._kept_epoch = trainer.epoch
+        return trainer
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What an earlier process left of this very trial; empty for nothing that can be used."""
+        path = self._directory / CHECKPOINT
+        try:
+            state = read_checkpoint(path) if path.is_file() else {}
+        except InputError as error:
+            logger.warning("trial %s begins afresh: %s", self._config.trial_id, error)
+            return {}
+        return state if state.get("config") == asdict(self._config) else {}
+
+    def keep(self) -> None:
+        """Write a checkpoint of the last epoch that ended, when there is none yet and the training is not over."""
+        trainer = self._trainer
+        if trainer is None or trainer.stopped_by is not None or trainer.epoch <= self._kept_epoch:
+            return
+        started = time.perf_counter()
+        state = {"config": asdict(self._config), "micro_batch": self.micro_batch, "trainer": trainer.state()}
+        write_checkpoint(self._directory / CHECKPOINT, state)
+        self._kept_epoch, self._kept_at = trainer.epoch, time.perf_counter()
+        self._keeping_took = self._kept_at - started
+
+    def _find_untold(self) -> list[dict[str, float]]:
+        """The epochs on file that the study has not heard of: its driver, or an earlier process of the trial, died."""
+        rows = read_history(self._directory, self._config)
+        if rows and self._ends_at(rows[-1]):
+            return [row for row in rows if row["epoch"] > self._reported] or rows[-1:]
+        if not (self._directory / CHECKPOINT).is_file():
+            return []
+        self._trainer = self._open()
+        return [row for row in self._trainer.history if row["epoch"] > self._reported]
+
+    def _tell(self, row: dict[str, float]) -> dict[str, Any]:
+        rows = self._trainer.history if self._trainer else read_history(self._directory, self._config)
+        seconds = sum(earlier["seconds"] for earlier in rows if earlier["epoch"] <= row["epoch"])
+        return {**row, "trained_seconds": seconds, "stopped_by": self._ends_at(row) or "", "reason": ""}
+
+    def _ends_at(self, row: dict[str, float]) -> str | None:
+        return self._config.ends_at(int(row["epoch"]), int(row["best_epoch"]))
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        last = self._trainer.history[-1:] if self._trainer else []
+        metrics: dict[str, Any] = dict.fromkeys(FIGURES, math.nan) | {"epoch": 0, "best_epoch": 0, "seconds": 0.0}
+        if last:
+            metrics |= {name: value for name, value in last[0].items() if name == "epoch" or name.startswith("best_")}
+        reason = redact(f"{type(error).__name__}: {error}" if not isinstance(error, LowrankTuneError) else str(error))
+        seconds = sum(row["seconds"] for row in self._trainer.history) if self._trainer else 0.0
+        return {**metrics, "trained_seconds": seconds, "stopped_by": "error", "reason": " ".join(reason.split())}
 
 
 def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
     """Train one epoch and write what it gave.
 
     Returns:
-        `Trainer.step`'s figures, and `stopped_by` and `reason`, both empty while the trial may go on.
+        `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
+        the trial may go on.
     """
     metrics = trainer.step()
     trainer.save(directory)
-    return {**metrics, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
+    seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
+    return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
+
+
+def read_history(directory: Path, config: TrialConfig) -> list[dict[str, float]]:
+    """The epochs that a trial has on file; none where another configuration's lie there."""
+    try:
+        if TrialConfig(**json.loads((directory / "config.json").read_text(encoding="utf-8"))) != config:
+            return []
+        rows: list[dict[str, float]] = json.loads((directory / "history.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    return rows
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory or this machine's did not suffice."""
+    # On the CPU, torch has no class of its own for it.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

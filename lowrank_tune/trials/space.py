@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optuna.trial import Trial
+from optuna.trial import BaseTrial
 
 from lowrank_tune.spec.axes import Axis, IntRange, LogUniformRange, UniformRange
 from lowrank_tune.spec.schema import SpaceSpec
@@ -17,7 +17,7 @@ from lowrank_tune.spec.schema import SpaceSpec
 _SHARED = ("family", "rank", "lr", "weight_decay", "batch_size")
 
 
-def suggest(trial: Trial, space: SpaceSpec) -> dict[str, Any]:
+def suggest(trial: BaseTrial, space: SpaceSpec) -> dict[str, Any]:
     """Draw one point.
 
     Args:
@@ -41,7 +41,7 @@ def _optuna_name(family: str, name: str) -> str:
     return name if name in _SHARED else f"{family}.{name}"
 
 
-def _draw(trial: Trial, name: str, axis: Axis | str | tuple[str, ...]) -> Any:
+def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> Any:
     match axis:
         case UniformRange(uniform=(low, high)):
             return trial.suggest_float(name, low, high)

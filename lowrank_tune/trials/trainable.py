@@ -21,7 +21,7 @@ class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
     The configuration holds numbers and paths only: `trial` (a TrialConfig), `material` (MaterialPaths), `trials_dir`,
-    `cpus` and `gpus`.
+    `cpus`, `gpus` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
     """
 
     @classmethod
@@ -35,39 +35,29 @@ class TrialActor(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial; the features stay mapped."""
-        # The trainer is made by the first step: an actor that raises here is lost, one that raises there tells why.
-        self._trainer: Any = None
+        # The session is made by the first step: an actor that raises here is lost, one that raises there tells why.
+        self._session: Any = None
         self._settings = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch; a failure that the trainer foresees is told, not raised, so that the actor lives on."""
-        from lowrank_tune.trials.session import train_epoch
-
-        trainer = self._open()
-        result = train_epoch(trainer, Path(self._settings["trials_dir"]) / self._settings["trial"]["trial_id"])
-        return {**result, "done": bool(result["stopped_by"])}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write all that training needs to go on."""
-        from lowrank_tune.trials.checkpoint import write_checkpoint
-
-        write_checkpoint(Path(checkpoint_dir), self._open().state())
-
-    def load_checkpoint(self, checkpoint: str) -> None:
-        """Go on where `save_checkpoint` left off."""
-        from lowrank_tune.trials.checkpoint import read_checkpoint
-
-        self._open().restore(read_checkpoint(Path(checkpoint)))
-
-    def _open(self) -> Any:
-        if self._trainer is None:
-            from lowrank_tune.trials.session import open_trainer
+        """Train one epoch; a failure that no other actor would be spared is told, not raised, so this one lives on."""
+        if self._session is None:
+            from lowrank_tune.trials.session import TrialSession
 
             given = self._settings
-            config, paths = TrialConfig(**given["trial"]), MaterialPaths(**given["material"])
-            self._trainer = open_trainer(config, paths, given["cpus"], given["gpus"])
-        return self._trainer
+            config = TrialConfig(**given["trial"])
+            directory = Path(given["trials_dir"]) / config.trial_id
+            paths = MaterialPaths(**given["material"])
+            reported = given.get("reported", 0)
+            self._session = TrialSession(config, paths, directory, given["cpus"], given["gpus"], reported)
+        result = self._session.epoch()
+        return {**result, "done": bool(result["stopped_by"])}
+
+    def cleanup(self) -> None:
+        """Keep what a study that is stopped has trained."""
+        if self._session is not None:
+            self._session.keep()
 
 
 def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from lowrank_tune.trials.paths import MaterialPaths
 from lowrank_tune.trials.resources import trials_at_once
 from lowrank_tune.trials.trainable import TrialActor, actor_config
 
+MAX_RETRIES = 2
+"""How often a trial whose process or node died is begun again, from its last checkpoint, wherever there is room."""
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no result.json, progress.csv and TensorBoard files beside ours
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # an outcome carries its reason
@@ -71,6 +73,8 @@ def run_on_tune(
                 name=name,
                 storage_path=str((plan.study_dir / "tune").absolute()),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                # Of what a trial meets only a lost process, node or file system reaches Tune; the rest it tells itself.
+                failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
                 verbose=0,
             ),
         ).fit()

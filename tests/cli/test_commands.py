@@ -25,7 +25,7 @@ def loaded_by(arguments: list[str]) -> set[str]:
     return set(done.stdout.splitlines()[-1].removeprefix("heavy:").split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["validate", QUICKSTART], ["schema"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["validate", QUICKSTART], ["schema"], ["list"]])
 def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> None:
     assert loaded_by(arguments) == set()
 
@@ -33,7 +33,8 @@ def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> 
 @pytest.mark.parametrize(
     "command",
     ["validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor"]
-    + ["features ls", "features show", "features verify", "features import", "features rm"],
+    + ["features ls", "features show", "features verify", "features import", "features rm"]
+    + ["submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile"],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command.split(), "--help"]) == 0

@@ -32,7 +32,10 @@ def test_plan_counts_what_the_study_did(ran: Ran, capsys: pytest.CaptureFixture[
     assert facts["split"] == {"train": 19, "validation": 5, "test": 6}
     assert facts["features_shape"] == [ran.result.features.tokens, ran.result.features.dim]
     assert facts["cache"] == ran.result.features.directory
-    assert facts["worker_seconds_about"] > 0
+    assert 0 < facts["trial_seconds"] < facts["seconds"] <= facts["seconds_at_most"]
+    assert facts["extraction_seconds"] == 0
+    assert facts["memory_bytes_per_trial"] > 0
+    assert facts["epochs_expected"] <= facts["epochs_at_most"] + facts["confirmations_at_most"] * 3
 
 
 def test_doctor_looks_at_everything_and_finds_it_sound(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +134,6 @@ def test_sigterm_stops_a_study_as_an_interruption_does(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         told = process.stderr.read() if process.stderr else ""
     assert process.returncode == 130
-    assert "Start again with" in told
     (status,) = (tmp_path / "results" / "studies").glob("*/status.json")
+    assert f"go on with: lowrank-tune resume {status.parent.name} --results {tmp_path / 'results'}" in told
     assert json.loads(status.read_text())["state"] == "stopped"

@@ -37,9 +37,9 @@ MakeTrainer = Callable[..., Trainer]
 
 @pytest.fixture
 def make_trainer(make_features, power_law) -> MakeTrainer:
-    def make(config: TrialConfig, x_NTD: Tensor | None = None) -> Trainer:
+    def make(config: TrialConfig, x_NTD: Tensor | None = None, **options: int) -> Trainer:
         x_NTD = power_law(32, 12, 20) if x_NTD is None else x_NTD
-        return Trainer(config, FeatureMatrix(make_features(x_NTD)), SPLIT, measure_optimum([x_NTD[24:]]))
+        return Trainer(config, FeatureMatrix(make_features(x_NTD)), SPLIT, measure_optimum([x_NTD[24:]]), **options)
 
     return make
 
@@ -117,6 +117,26 @@ def test_a_restored_trainer_goes_on_bit_for_bit(make_trainer, config):
             assert torch.equal(mine, theirs)
         for mine, theirs in zip(resumed.best_model.parameters(), whole.best_model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DIRECT,
+        SKETCH,
+        replace(DIRECT, family="refined", family_params={"steps": 2}),
+        replace(SKETCH, nested_ranks=(1, 2, 4)),
+        replace(DIRECT, family="refined", family_params={"steps": 2}, nested_ranks=(2, 4)),
+    ],
+    ids=["direct", "sketch", "refined", "sketch, nested", "refined, nested"],
+)
+def test_a_batch_in_parts_gives_the_numbers_of_the_whole(make_trainer, config):
+    config = replace(config, batch_size=10, lr=1e-2, epochs=4)
+    whole, parts = make_trainer(config), make_trainer(config, micro_batch=3)
+    for expected, row in zip(run(whole), run(parts), strict=True):
+        assert numbers([row])[0] == pytest.approx(numbers([expected])[0], rel=2e-4)
+    moved = [(a - b).abs().max() for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True)]
+    assert max(moved) < 1e-3
 
 
 def test_training_stops_after_its_patience(make_trainer):

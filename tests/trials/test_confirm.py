@@ -55,7 +55,8 @@ def test_every_winner_is_repeated_to_its_end_with_seeds_of_its_own(
     for outcome in sound:
         directory = plan.study_dir / "trials" / outcome.config.trial_id
         assert directory == Path(outcome.directory)
-        assert {path.name for path in directory.iterdir()} == {"best_model.safetensors", "config.json", "history.json"}
+        files = {path.name for path in directory.iterdir()}
+        assert files == {"best_model.safetensors", "config.json", "history.json", "outcome.json"}
         assert json.loads((directory / "config.json").read_text())["confirms"] == outcome.config.confirms
     assert sorted(config.trial_id for config in told.started) == sorted(ids)
     assert sorted(outcome.config.trial_id for outcome in told.ended) == sorted(ids)

@@ -24,6 +24,7 @@ from lowrank_tune.lowrank.oracle import Optimum
 from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.local import run_one_trial
+from lowrank_tune.trials.paths import CHECKPOINT
 from lowrank_tune.trials.run import run_trials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -177,19 +178,40 @@ def test_random_runs_as_many_trials_as_asked_two_at_a_time_whatever_a_watcher_do
     assert {outcome.status for outcome in outcomes} == {"finished"}
 
 
-def test_a_killed_process_fails_its_trial_alone(plan_of: PlanOf, world: World) -> None:
-    class Killer(Listener):
-        def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-            super().trial_epoch(trial_id, epoch, metrics)
-            if len(self.epochs) == 1:
-                for process in actors():
-                    process.kill()
+class Killer(Listener):
+    """Kills the trial processes at the first epoch, and at every later one when it is told to."""
 
-    plan = plan_of()
-    killed, other = run(plan, world, Killer())
-    assert (killed.status, killed.stopped_by, killed.epochs) == ("failed", "error", 1)
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self._again = again
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        super().trial_epoch(trial_id, epoch, metrics)
+        if trial_id.endswith("-0000") and (epoch == 1 or self._again):
+            for process in actors():
+                process.kill()
+
+
+def test_a_killed_process_is_replaced_and_its_trial_goes_on(plan_of: PlanOf, world: World) -> None:
+    plan, told = plan_of(training={"epochs": 4, "patience": 4}), Killer(again=False)
+    killed, other = run(plan, world, told)
+    assert [(outcome.status, outcome.epochs) for outcome in (killed, other)] == [("finished", 4)] * 2
+    for outcome in (killed, other):
+        assert [epoch for trial_id, epoch, _ in told.epochs if trial_id == outcome.config.trial_id] == [1, 2, 3, 4]
+        alone = run_one_trial(
+            outcome.config, world.features, world.split, Optimum.load(world.optimum_path), plan.results / "alone"
+        )
+        assert figures((alone,)) == figures((outcome,))
+    assert not list(plan.study_dir.rglob(CHECKPOINT))
+    assert optuna_states(plan) == [TrialState.COMPLETE] * 2
+
+
+def test_a_trial_whose_processes_keep_dying_fails_alone(plan_of: PlanOf, world: World) -> None:
+    plan = plan_of(training={"epochs": 9, "patience": 9})
+    killed, other = run(plan, world, Killer(again=True))
+    assert (killed.status, killed.stopped_by) == ("failed", "error")
     assert "actor died" in killed.reason
-    assert other.status == "finished"
+    assert (other.status, other.epochs) == ("finished", 9)
     assert optuna_states(plan) == [TrialState.FAIL, TrialState.COMPLETE]
 
 
@@ -209,19 +231,31 @@ def test_a_study_of_broken_losses_fails_with_the_reasons_counted(plan_of: PlanOf
     assert [outcome.status for outcome in told.ended] == ["failed"] * 3
 
 
-def test_an_interruption_is_passed_on_and_leaves_no_trial_running(plan_of: PlanOf, world: World) -> None:
+def test_an_interrupted_study_goes_on_as_if_it_had_not_been(plan_of: PlanOf, world: World, tmp_path: Path) -> None:
     class Interrupter(Listener):
-        def trial_ended(self, outcome: TrialOutcome) -> None:
-            super().trial_ended(outcome)
-            os.kill(os.getpid(), signal.SIGINT)
+        def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+            super().trial_epoch(trial_id, epoch, metrics)
+            if len(self.epochs) in {8, 17}:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    plan, told, handler = plan_of({"rank": [2, 3, 4]}), Interrupter(), signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(plan, world, told)
+    space = {"lr": {"loguniform": [1e-4, 1e-1]}, "families": {"direct": {}, "sketch": {}}}
+    asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
+    plan = plan_of(space, method="tpe", trials=14, scheduler=asha)
+    whole = run(replace(plan, study_dir=tmp_path / "whole"), world)
+    told, handler = Interrupter(), signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, world, told)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert len(told.ended) == 1
-    assert optuna_states(plan)[0] == TrialState.COMPLETE
-    assert set(optuna_states(plan)[1:]) <= {TrialState.FAIL}
+    assert len(told.ended) < 14
+    outcomes = run(plan, world, told)
+    assert figures(outcomes) == figures(whole)
+    assert tuple(sorted(told.ended, key=lambda outcome: outcome.config.number)) == outcomes
+    assert not list(plan.study_dir.rglob("checkpoint*"))
+    assert [(trial_id, epoch) for trial_id, epoch, _ in told.epochs] == [
+        (outcome.config.trial_id, epoch) for outcome in outcomes for epoch in range(1, outcome.epochs + 1)
+    ]
+    assert run(plan, world, Listener()) == outcomes
 
 
 def test_a_trial_that_no_node_can_hold_is_refused(plan_of: PlanOf, world: World) -> None:

@@ -1,4 +1,8 @@
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import optuna
@@ -65,7 +69,7 @@ def test_a_trial_that_had_its_say_is_complete_with_its_best_value(driver: Driver
     (trial,) = driver.reopened().trials
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 1.2)
     assert trial.intermediate_values == {1: 1.5, 2: 1.2, 3: 1.4}
-    assert trial.user_attrs == {"trial_id": "r002-sketch-0000"}
+    assert trial.user_attrs["trial_id"] == trial.user_attrs["config"]["trial_id"] == "r002-sketch-0000"
 
 
 def test_a_trial_that_the_scheduler_stopped_is_pruned_at_its_epoch(driver: Driver) -> None:
@@ -87,12 +91,11 @@ def test_a_failed_trial_has_no_value(driver: Driver) -> None:
     assert trial.intermediate_values == {1: 1.5}
 
 
-def test_a_crashed_trial_and_an_abandoned_one_are_failed(driver: Driver) -> None:
+def test_a_crashed_trial_is_failed_and_one_at_work_stays_running(driver: Driver) -> None:
     driver.suggest("crashed")
     driver.suggest("running")
     driver.searcher.on_trial_complete("crashed", error=True)
-    driver.searcher.abandon()
-    assert [trial.state for trial in driver.reopened().trials] == [TrialState.FAIL, TrialState.FAIL]
+    assert [trial.state for trial in driver.reopened().trials] == [TrialState.FAIL, TrialState.RUNNING]
 
 
 def test_a_cosine_is_maximised(plan_of: PlanOf) -> None:
@@ -127,11 +130,46 @@ def test_the_same_study_draws_the_same_points(plan_of: PlanOf, method: str, tmp_
 
 
 def test_tpe_learns_from_what_it_was_told(plan_of: PlanOf) -> None:
-    plan = plan_of({"lr": {"loguniform": [1e-6, 1.0]}}, method="tpe", trials=40)
-    driver = Driver(plan)
-    distances = []
-    for number in range(plan.n_trials):
-        lr = driver.suggest(str(number))["trial"]["lr"]
-        distances.append(abs(lr - 1e-3))
-        driver.end(str(number), 1, abs(lr - 1e-3), "budget")
-    assert sorted(distances[-10:])[5] < sorted(distances[:10])[5] / 4
+    early, late = [], []
+    for seed in range(5):
+        plan = plan_of({"lr": {"loguniform": [1e-6, 1.0]}}, method="tpe", trials=40, seed=seed)
+        driver, distances = Driver(plan), []
+        for number in range(plan.n_trials):
+            distances.append(abs(math.log10(driver.suggest(str(number))["trial"]["lr"]) + 3))
+            driver.end(str(number), 1, distances[-1], "budget")
+        early += distances[:10]
+        late += distances[-10:]
+    assert median(late) < median(early) / 2
+
+
+def test_a_search_that_another_process_goes_on_with_draws_what_it_would_have(plan_of: PlanOf, tmp_path: Path) -> None:
+    space = {"families": {"direct": {"lambda_b": {"loguniform": [1e-6, 1e-2]}}, "sketch": {}}}
+    plan = plan_of(space | {"lr": {"loguniform": [1e-4, 1e-1]}}, method="tpe", trials=16)
+
+    def draw(driver: Driver, numbers: range) -> list[Any]:
+        drawn = []
+        for number in numbers:
+            drawn.append(driver.suggest(str(number))["trial"])
+            driver.end(str(number), 1, drawn[-1]["lr"], "budget")
+        return drawn
+
+    whole = draw(Driver(plan), range(16))
+    parted = Driver(replace(plan, study_dir=tmp_path / "parted"))
+    first = draw(parted, range(12))
+    parted.suggest("at work")
+    parted.epoch("at work", 2, 1.0)
+    after = Driver(parted.plan)
+    assert after.suggest("again") == {"trial": whole[12], "reported": 2}
+    after.end("again", 3, whole[12]["lr"], "budget")
+    assert [*first, whole[12], *draw(after, range(13, 16))] == whole
+    assert after.suggest("none") == StudySearcher.FINISHED
+    assert list(after.reopened().trials[12].intermediate_values) == [2, 3]
+
+
+def test_a_point_that_waits_is_asked_for_once(driver: Driver) -> None:
+    driver.suggest("a")
+    driver.searcher._study.enqueue_trial({"rank": 2, "lr": 0.2})
+    after = Driver(driver.plan)
+    points = [after.suggest(str(number))["trial"] for number in range(6)]
+    assert [(point["rank"], point["lr"]) for point in points] == [(r, lr) for r in (2, 4, 8) for lr in (0.1, 0.2)]
+    assert after.suggest("none") == StudySearcher.FINISHED

@@ -6,7 +6,7 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -69,6 +69,8 @@ class Decomposer(nn.Module, ABC):
         self.rank = rank
         self.family_params = dict(params)
         self.loss_ranks: tuple[int, ...] = (rank,)
+        self._seen_R: Tensor | None = None
+        self._whole_R: Tensor | None = None
 
     @abstractmethod
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
@@ -121,9 +123,44 @@ class Decomposer(nn.Module, ABC):
         value is the residual at the highest of them.
         """
         chosen = residual_R[[rank - 1 for rank in self.loss_ranks]]
-        fixed = chosen.detach().clamp_min(torch.finfo(chosen.dtype).tiny)
+        self._seen_R = chosen.detach()
+        whole = self._seen_R if self._whole_R is None else self._whole_R
+        fixed = whole.clamp_min(torch.finfo(chosen.dtype).tiny)
         loss: Tensor = (chosen * (fixed[-1] / fixed)).mean()
         return loss
+
+    def backward_in_pieces(self, pieces: Sequence[Callable[[], tuple[Tensor, ...]]], sizes: Sequence[int]) -> Tensor:
+        """Gather the gradients of a batch that does not fit into memory at once.
+
+        Args:
+            pieces: Each gives what `condensed_loss` needs of some of the batch's images; one is in memory at a time.
+            sizes: How many images each has.
+
+        Returns:
+            The scalar that `condensed_loss` of the whole batch is, but for rounding; so are the gradients.
+        """
+        shares = [size / sum(sizes) for size in sizes]
+        try:
+            if len(self.loss_ranks) > 1:
+                # The ranks' weights are of the whole batch: they have to be known before its first piece.
+                self._whole_R = self._residual_of(pieces, shares)
+            total = torch.zeros(())
+            for piece, share in zip(pieces, shares, strict=True):
+                loss = self.condensed_loss(*piece()) * share
+                torch.autograd.backward(loss)
+                total = total.to(loss.device) + loss.detach()
+        finally:
+            self._whole_R = None
+        return total
+
+    @torch.no_grad()
+    def _residual_of(self, pieces: Sequence[Callable[[], tuple[Tensor, ...]]], shares: Sequence[float]) -> Tensor:
+        residuals = []
+        for piece, share in zip(pieces, shares, strict=True):
+            self.condensed_loss(*piece())
+            if self._seen_R is not None:
+                residuals.append(self._seen_R * share)
+        return torch.stack(residuals).sum(0)
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
         """Set the weights from training images before the first epoch; by default they stay as drawn.

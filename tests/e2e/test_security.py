@@ -1,0 +1,88 @@
+"""What a study file, an id or an address could do, and does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowrank_tune.cli import run
+from lowrank_tune.cluster.directory import Lineage, create_study, find_study
+from lowrank_tune.errors import InputError, LowrankTuneError, StudyFileError, TrackingError
+from lowrank_tune.inspection import find_cache
+from lowrank_tune.session import ray_session
+from lowrank_tune.spec.loading import parse_study
+from lowrank_tune.study import plan_study
+from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+
+STUDY = """\
+name: {name}
+features: {{source: {{samples: 8}}, encoder: {{checkpoint: tiny-random, image_size: 56, compute_dtype: float32}}}}
+split: {{validation: 2, test: 2}}
+search: {{method: grid, space: {{rank: 2, families: {{sketch: }}}}}}
+"""
+ESCAPES = ["../../x", "/etc/x", "a/b", "a\\b", "..", ".", "", "x" * 5000, "a\0b", "a\nb", "~", "*", "CON:", "-rf"]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_name_that_could_leave_the_results_directory_is_refused(name: str) -> None:
+    with pytest.raises(StudyFileError, match="name"):
+        parse_study(STUDY.format(name=json.dumps(name)), "study.yaml")
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_id_leads_out_of_the_results_directory(tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "x"
+    for folder in (outside, tmp_path / "results" / "studies" / "inside-00000000"):
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text("{}")
+    (tmp_path / "results" / "features" / "0123" / "shards").mkdir(parents=True)
+    with pytest.raises(InputError):
+        find_study(tmp_path / "results", name)
+    with pytest.raises(InputError):
+        find_cache(tmp_path / "results", name)
+    assert run(["reconcile", "--results", str(tmp_path / "results"), "--", name]) == 2
+
+
+def test_a_study_file_is_only_read(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    call = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{trap}]]"
+    with pytest.raises(StudyFileError):
+        parse_study(STUDY.format(name="x") + f"seed: {call}\n", "study.yaml")
+    assert not trap.exists()
+
+
+def test_ten_studies_that_begin_in_one_second_are_told_apart(tmp_path: Path) -> None:
+    spec = parse_study(STUDY.format(name="same"), "study.yaml")
+    plans = []
+    for _ in range(10):
+        plan = plan_study(spec, tmp_path)
+        create_study(plan, "", (), Lineage())
+        plans.append(plan)
+    assert len({plan.study_id for plan in plans}) == len({plan.study_dir for plan in plans}) == 10
+    assert {plan.study_dir.parent for plan in plans} == {tmp_path / "studies"}
+
+
+@pytest.mark.parametrize(
+    ("raises", "act"),
+    [
+        (LowrankTuneError, "ray"),
+        (TrackingError, "tracking"),
+        (InputError, "results"),
+    ],
+)
+def test_no_address_shows_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: type[Exception], act: str
+) -> None:
+    address = "http://someone:s3cret@127.0.0.1:9/?token=s3cret"
+    spec = parse_study(STUDY.format(name="x"), "study.yaml")
+    with pytest.raises(raises) as caught:
+        if act == "ray":
+            with ray_session("ray://someone:s3cret@127.0.0.1:9"):
+                pass
+        elif act == "tracking":
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+            StudyTracker(plan_study(spec, tmp_path))
+        else:
+            plan_study(spec, address)
+    assert "127.0.0.1" in str(caught.value)
+    assert "s3cret" not in str(caught.value)

@@ -1,0 +1,54 @@
+"""Trains two trials with too little memory, for a test: run as a process of its own, which it limits.
+
+The first does not fit with its whole batch and does with a quarter of it; the second does not fit at all.
+"""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from tiny_study import World, write_features
+
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.records import Split, TrialConfig
+from lowrank_tune.trials.paths import write_material
+from lowrank_tune.trials.session import TrialSession
+
+TOKENS, DIM, BATCH = 256, 1024, 64
+SPLIT = Split(tuple(range(BATCH)), (BATCH, BATCH + 1), ())
+SPARE = 260 * 2**20  # a batch is 64 MiB, and training holds several times as much
+
+
+def config_of(name: str, batch_size: int) -> TrialConfig:
+    return TrialConfig(name, 0, 1, "direct", 4, 1e-3, 0.0, batch_size, 3, 3, {"lambda_b": 0.0, "lambda_ortho": 0.0})
+
+
+def main(folder: Path) -> None:
+    features = write_features(folder, torch.randn(BATCH + 2, TOKENS, DIM, generator=torch.Generator().manual_seed(0)))
+    world = World(features, folder / "optimum.safetensors", SPLIT)
+    measure_optimum([FeatureMatrix(features).load(SPLIT.validation)]).save(world.optimum_path)
+    paths = write_material(folder / "tune", features, SPLIT, world.optimum_path)
+    TrialSession(config_of("warm", 1), paths, folder / "warm", 1, 0).epoch()
+    limit(SPARE)
+    session = TrialSession(config_of("large", BATCH), paths, folder / "large", 1, 0)
+    rows = [session.epoch() for _ in range(3)]
+    epochs = " ".join(str(row["epoch"]) for row in rows)
+    print(f"epochs {epochs}, {rows[-1]['stopped_by']}, micro-batch {session.micro_batch}")
+    limit(2**20)
+    row = TrialSession(config_of("none", BATCH), paths, folder / "none", 1, 0).epoch()
+    print(f"{row['stopped_by']} after {row['epoch']} epochs: {row['reason']}")
+
+
+def limit(spare: int) -> None:
+    """Let this process have so much more address space than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""A trial's training over the processes that it takes."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trial_checkpoint import CONFIG, without_seconds
+from tiny_study import World
+
+from lowrank_tune.records import TrialConfig
+from lowrank_tune.trials.paths import CHECKPOINT, MaterialPaths, write_material
+from lowrank_tune.trials.session import TrialSession
+
+SessionOf = Callable[..., TrialSession]
+
+
+@pytest.fixture
+def session_of(world: World, tmp_path: Path) -> SessionOf:
+    paths = write_material(tmp_path / "tune", world.features, world.split, world.optimum_path)
+
+    def make(config: TrialConfig = CONFIG, paths: MaterialPaths = paths, reported: int = 0) -> TrialSession:
+        return TrialSession(config, paths, tmp_path / "trial", 1, 0, reported)
+
+    return make
+
+
+def train(session: TrialSession, epochs: int = 100) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    while len(rows) < epochs and not (rows and rows[-1]["stopped_by"]):
+        rows.append(session.epoch())
+    return rows
+
+
+def test_a_second_process_goes_on_where_the_first_one_was_killed(session_of: SessionOf, tmp_path: Path) -> None:
+    first = train(session_of(), 1)
+    rest = train(session_of(reported=1))
+    assert [row["epoch"] for row in (*first, *rest)] == [1, 2, 3, 4]
+    (tmp_path / "trial" / CHECKPOINT).unlink()
+    (tmp_path / "trial" / "history.json").unlink()
+    assert without_seconds(first + rest) == without_seconds(train(session_of()))
+
+
+def test_an_epoch_that_nobody_heard_of_is_told_before_the_next_is_trained(session_of: SessionOf) -> None:
+    stopped = session_of()
+    first = train(stopped, 2)
+    stopped.keep()
+    rows = train(session_of(reported=1))
+    assert [row["epoch"] for row in rows] == [2, 3, 4]
+    assert rows[0] == first[1]
+
+
+def test_a_training_that_has_ended_is_told_and_not_trained_again(session_of: SessionOf, tmp_path: Path) -> None:
+    whole = train(session_of())
+    model = tmp_path / "trial" / "best_model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert train(session_of()) == whole
+    assert train(session_of(reported=3)) == train(session_of(reported=4)) == whole[-1:]
+    assert model.stat().st_mtime_ns == before
+
+
+def test_another_trials_files_are_no_start(session_of: SessionOf) -> None:
+    train(session_of(), 1)
+    assert [row["epoch"] for row in train(session_of(replace(CONFIG, seed=99)))] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_costs_its_epochs_only(session_of: SessionOf, tmp_path: Path) -> None:
+    train(session_of(), 1)
+    checkpoint = tmp_path / "trial" / CHECKPOINT
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    assert [row["epoch"] for row in train(session_of())] == [1, 2, 3, 4]
+
+
+def test_what_another_process_would_meet_again_is_told(session_of: SessionOf) -> None:
+    (row,) = train(session_of(replace(CONFIG, rank=13)))
+    assert (row["stopped_by"], row["epoch"], row["best_epoch"]) == ("error", 0, 0)
+    assert "rank 13" in row["reason"]
+    assert math.isnan(row["val_mse"])
+
+
+def test_a_file_system_that_is_gone_is_another_machines_chance(session_of: SessionOf, tmp_path: Path) -> None:
+    (tmp_path / "trial").write_text("not a folder")
+    with pytest.raises(OSError):
+        session_of().epoch()
+
+
+def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("out_of_memory.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    trained, failed = done.stdout.splitlines()
+    assert trained == "epochs 1 2 3, budget, micro-batch 16"
+    assert failed.startswith("error after 0 epochs: ")
+    assert "can't allocate memory" in failed
