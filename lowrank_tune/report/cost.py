@@ -23,7 +23,7 @@ def study_cost(
         outcomes: every trial.
         confirmations: the repetitions of the best.
     """
-    ends = Counter(outcome.stopped_by for outcome in outcomes)
+    ends: Counter[str] = Counter(outcome.stopped_by for outcome in outcomes)
     told = ", ".join(f"{ends[stop]} {words}" for stop, words in STOPPED.items() if ends[stop])
     shards = {row.shard for row in features.rows}
     lines = [

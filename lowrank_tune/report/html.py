@@ -147,30 +147,37 @@ def render(
     anchors = [("summary", "In words"), *((section.id, section.title) for section in first)]
     anchors += [("comparison", "Every method"), *((section.id, section.title) for section in further)]
     anchors += [("trials", "Trials"), ("cost", "Cost"), ("study", "Study file")]
-    return _environment().get_template("report.html.j2").render(
-        **_scripts(),
-        title=f"Study {contents.name}",
-        subtitle=f"{contents.study_id}: {comparison.data}" if comparison.data else contents.study_id,
-        anchors=anchors,
-        verdicts=[_verdict(verdict) for verdict in verdicts(comparison)],
-        choice=rank_sentence(found),
-        choices=[_choice(choice, contents.features) for choice in found],
-        summary=summary(comparison, contents.outcomes),
-        remarks=comparison.remarks,
-        facts=_facts(contents),
-        cost=contents.cost,
-        test_images=count(comparison.rows[0].n_images, "test image") if comparison.rows else "no test image",
-        repeated=[_repeated(row) for row in comparison.rows if row.seeds],
-        device=comparison.device,
-        groups=[
-            {"rank": group.rank, "cells": [_cell(cell) for cell in group.cells]} for group in rank_groups(comparison)
-        ],
-        methods=[(name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)],
-        first=[_section(section) for section in first],
-        further=[_section(section) for section in further],
-        trials=[_trial(outcome) for outcome in _by_rank(contents.outcomes)],
-        loss_curves=[_embedded(picture) for picture in loss_curves],
-        study_file=contents.study_file,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **_scripts(),
+            title=f"Study {contents.name}",
+            subtitle=f"{contents.study_id}: {comparison.data}" if comparison.data else contents.study_id,
+            anchors=anchors,
+            verdicts=[_verdict(verdict) for verdict in verdicts(comparison)],
+            choice=rank_sentence(found),
+            choices=[_choice(choice, contents.features) for choice in found],
+            summary=summary(comparison, contents.outcomes),
+            remarks=comparison.remarks,
+            facts=_facts(contents),
+            cost=contents.cost,
+            test_images=count(comparison.rows[0].n_images, "test image") if comparison.rows else "no test image",
+            repeated=[_repeated(row) for row in comparison.rows if row.seeds],
+            device=comparison.device,
+            groups=[
+                {"rank": group.rank, "cells": [_cell(cell) for cell in group.cells]}
+                for group in rank_groups(comparison)
+            ],
+            methods=[
+                (name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)
+            ],
+            first=[_section(section) for section in first],
+            further=[_section(section) for section in further],
+            trials=[_trial(outcome) for outcome in _by_rank(contents.outcomes)],
+            loss_curves=[_embedded(picture) for picture in loss_curves],
+            study_file=contents.study_file,
+        )
     )
 
 

@@ -101,17 +101,18 @@ def _seed_band(
     ranks = [row.rank for row, *_ in spans]
     group = {"legendgroup": rows[0].method, "showlegend": False, "hoverinfo": "skip"}
     if len(spans) > 1:
-        high, low = (stretch.place([span[place] for span in spans]) for place in (3, 2))
+        high = stretch.place([high_end for *_, high_end in spans])
+        low = stretch.place([low_end for *_, low_end, _ in spans])
         figure.add_scatter(
             x=[*ranks, *reversed(ranks)], y=[*high, *reversed(low)], fill="toself", mode="lines",
             fillcolor=pale(color, 0.3), line={"width": 0}, name=f"{rows[0].method} over seeds", **group,
         )  # fmt: skip
     for row, mean, low_end, high_end in spans:
-        low, place, high = ([value] for value in stretch.place([low_end, mean, high_end]))
+        below, place, above = stretch.place([low_end, mean, high_end])
         figure.add_scatter(
             # Beside the line's own marker, which would hide a short whisker.
-            x=[row.rank * 1.05], y=place, mode="markers",
-            error_y={"array": [high[0] - place[0]], "arrayminus": [place[0] - low[0]], "symmetric": False},
+            x=[row.rank * 1.05], y=[place], mode="markers",
+            error_y={"array": [above - place], "arrayminus": [place - below], "symmetric": False},
             marker={"symbol": "line-ew-open", "size": 9, "color": color, "line": {"width": 2}},
             name=f"{row.method} over seeds", **group,
         )  # fmt: skip

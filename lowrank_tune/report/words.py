@@ -14,6 +14,7 @@ STOPPED = {
     "budget": "ran its full budget",
     "patience": "stopped by patience",
     "asha": "stopped by ASHA",
+    "interruption": "interrupted",
     "error": "failed",
 }
 
