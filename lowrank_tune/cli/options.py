@@ -28,4 +28,5 @@ Address = Annotated[
         help="A Ray cluster, ray://host:10001 or host:6379; by default RAY_ADDRESS, else a Ray of its own.",
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -27,27 +27,30 @@ class Chart:
 
     Attributes:
         id: its anchor, unique in the page.
+        title: stands above it, and wraps on a phone.
         figure: plotly's JSON, safe inside a script element.
         alt: what it shows, for those who cannot see it.
         height: pixels.
     """
 
     id: str
+    title: str
     figure: str
     alt: str
     height: int
 
 
-def chart(name: str, figure: go.Figure, alt: str, height: int = 400) -> Chart:
+def chart(name: str, title: str, figure: go.Figure, alt: str, height: int = 400) -> Chart:
     """Make a chart of a figure.
 
     Args:
         name: a part of its anchor, unique in the page.
+        title: what stands above it.
         figure: what to draw.
         alt: what it shows.
         height: pixels.
     """
-    return Chart(f"chart-{name}", script_safe(figure.to_json()), alt, height)
+    return Chart(f"chart-{name}", title, script_safe(figure.to_json()), alt, height)
 
 
 def script_safe(text: str) -> str:
@@ -55,7 +58,7 @@ def script_safe(text: str) -> str:
     return text.replace("<", "\\u003c")
 
 
-def quiet_layout(title: str, x: str, y: str) -> dict[str, Any]:
+def quiet_layout(x: str, y: str) -> dict[str, Any]:
     """A layout of plain axes, a pale grid, a legend below, and no drag, which would stop a finger from scrolling."""
     axis = {
         "gridcolor": GRID, "linecolor": SOFT, "zeroline": False, "automargin": True, "ticks": "outside",
@@ -63,11 +66,10 @@ def quiet_layout(title: str, x: str, y: str) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "template": "none",
-        "title": {"text": title, "font": {"size": 15}, "x": 0, "xanchor": "left", "xref": "paper"},
         "font": {"family": 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif', "size": 13, "color": INK},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
-        "margin": {"l": 60, "r": 16, "t": 44, "b": 48},
+        "margin": {"l": 60, "r": 16, "t": 30, "b": 48},
         "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left"},
         "hoverlabel": {"align": "left"},
         "dragmode": False,

@@ -158,7 +158,7 @@ def render(
             verdicts=[_verdict(verdict) for verdict in verdicts(comparison)],
             choice=rank_sentence(found),
             choices=[_choice(choice, contents.features) for choice in found],
-            summary=summary(comparison, contents.outcomes),
+            summary=summary(comparison, contents.outcomes, seeds=False),
             remarks=comparison.remarks,
             facts=_facts(contents),
             cost=contents.cost,

@@ -62,7 +62,7 @@ def _family_chart(
             x=[None], y=[None], mode="markers", name=STOPPED[stop], hoverinfo="skip",
             marker={"symbol": SYMBOLS[STOP_MARKERS[stop]], "size": 9, "color": "#888888", "line": {"width": 1}},
         )  # fmt: skip
-    figure.update_layout(quiet_layout(family, "epoch", "validation ρ (finer towards 1)"))
+    figure.update_layout(quiet_layout("epoch", "validation ρ (finer towards 1)"))
     last = max(outcome.epochs for outcome, _ in trials)
     figure.update_layout(
         yaxis=stretched_axis(ABOVE_ONE, drawn), xaxis={"tickformat": "d", "dtick": max(1, -(-last // 8))}
@@ -76,7 +76,7 @@ def _family_chart(
         f"Validation residual ratio of {count(len(trials), 'trial')} of {family} against epochs, coloured by rank: "
         f"{ends}{more}. The trials table has them all."
     )
-    return chart(f"learning-{family}", figure, alt, 420)
+    return chart(f"learning-{family}", family, figure, alt, 420)
 
 
 def _trial_line(
@@ -156,24 +156,27 @@ def spectrum_charts(spectrum: Spectrum, ranks: Sequence[int]) -> tuple[Chart, ..
         x=x, y=mean, mode="lines", line={"color": "#0072B2", "width": 2}, name="mean",
         hovertemplate="singular value %{x}: %{y:.3g} of the first<extra></extra>",
     )  # fmt: skip
-    values.update_layout(quiet_layout("Singular values over the first", "number", "share of the first"))
+    values.update_layout(quiet_layout("number", "share of the first"))
     left = go.Figure()
     left.add_scatter(
         x=x, y=np.maximum(spectrum.left_K[: len(x)], 1e-12).tolist(), mode="lines", showlegend=False,
         line={"color": "#000000", "width": 2},
         hovertemplate="rank %{x}: the SVD leaves %{y:.3g} of the squared norm<extra></extra>",
     )  # fmt: skip
-    left.update_layout(quiet_layout("What the SVD leaves of the squared norm", "rank", "share of ‖X‖²"))
+    left.update_layout(quiet_layout("rank", "share of ‖X‖²"))
     for figure in (values, left):
-        figure.update_layout(xaxis={"type": "log", "dtick": "D2"}, yaxis={"type": "log", "dtick": 1, "tickformat": "g"})
+        figure.update_layout(xaxis={"type": "log", "dtick": "D2"})
+        figure.update_layout(yaxis={"type": "log", "dtick": 1, "tickformat": "~g"})
         for rank in ranks:
             figure.add_vline(x=rank, line={"color": "#888888", "width": 1, "dash": "dot"})
     at = ", ".join(f"{spectrum.left_K[rank - 1]:.3g} at rank {rank}" for rank in ranks if rank <= len(x))
+    alts = (
+        f"Line chart of the mean singular value over the first, falling to {mean[-1]:.2g}.",
+        f"Line chart of the share of the squared norm that the SVD leaves: {at}.",
+    )
     return (
-        chart(
-            "spectrum", values, f"Line chart of the mean singular value over the first, falling to {mean[-1]:.2g}.", 380
-        ),
-        chart("left", left, f"Line chart of the share of the squared norm that the SVD leaves: {at}.", 380),
+        chart("spectrum", "Singular values over the first", values, alts[0], 380),
+        chart("left", "What the SVD leaves of the squared norm", left, alts[1], 380),
     )
 
 

@@ -38,7 +38,7 @@ def rank_charts(rows: Sequence[ComparisonRow], spectrum: Spectrum | None) -> tup
     cosine = _rank_figure(
         rows, TOWARDS_ONE, lambda row: (row.token_cosine_mean, row.token_cosine_seed_mean, row.token_cosine_seed_sd)
     )
-    _layout(cosine, rows, "Token cosine by rank", "token cosine (finer towards 1)")
+    _layout(cosine, rows, "token cosine (finer towards 1)")
     cosines = [row.token_cosine_mean for row in rows]
     cosine.update_layout(yaxis=stretched_axis(TOWARDS_ONE, cosines))
     if spectrum is not None:
@@ -48,12 +48,12 @@ def rank_charts(rows: Sequence[ComparisonRow], spectrum: Spectrum | None) -> tup
         ABOVE_ONE,
         lambda row: (row.residual_ratio_mean, row.residual_ratio_seed_mean, row.residual_ratio_seed_sd),
     )
-    _layout(ratio, rows, "Residual ratio ρ by rank: 1 is the optimum", "residual ratio ρ (finer towards 1)")
+    _layout(ratio, rows, "residual ratio ρ (finer towards 1)")
     ratio.update_layout(yaxis=stretched_axis(ABOVE_ONE, [1.0, *(row.residual_ratio_mean for row in rows)]))
     alt = f"Line chart of {{}} against rank, one line each for {methods}. The comparison table has the same figures."
     return (
-        chart("cosine", cosine, alt.format("token cosine"), 470),
-        chart("ratio", ratio, alt.format("the residual ratio"), 470),
+        chart("cosine", "Token cosine by rank", cosine, alt.format("token cosine"), 470),
+        chart("ratio", "Residual ratio ρ by rank: 1 is the optimum", ratio, alt.format("the residual ratio"), 470),
     )
 
 
@@ -135,9 +135,9 @@ def _every_rank(figure: go.Figure, rows: Sequence[ComparisonRow], spectrum: Spec
     )
 
 
-def _layout(figure: go.Figure, rows: Sequence[ComparisonRow], title: str, y: str) -> None:
+def _layout(figure: go.Figure, rows: Sequence[ComparisonRow], y: str) -> None:
     ranks = sorted({row.rank for row in rows})
-    figure.update_layout(quiet_layout(title, "rank", y))
+    figure.update_layout(quiet_layout("rank", y))
     figure.update_layout(xaxis=rank_ticks(ranks))
 
 
@@ -178,13 +178,16 @@ def _tradeoff(front: Front) -> Chart:
             hovertemplate="%{text}<extra></extra>",
         )
     xs = sorted({point.x for point in front.points})
-    figure.update_layout(quiet_layout(TITLES[front.name], LABELS[front.x], LABELS[front.y]))
+    figure.update_layout(quiet_layout(LABELS[front.x], LABELS[front.y]))
     per_tick = 1024 if front.x == "bytes_per_image" else 1
     figure.update_layout(xaxis={"type": "log", "tickvals": xs, "ticktext": [f"{x / per_tick:,.4g}" for x in xs]})
     values = [point.y for point in front.points]
     figure.update_layout(yaxis=stretched_axis(TOWARDS_ONE, values) if scaled else {"type": "log", "dtick": 1})
     joined = ", ".join(f"{point.trial_id or point.method} at rank {point.rank}" for point in members)
-    return chart(f"pareto-{front.name}", figure, f"Scatter chart: {TITLES[front.name]}. On the front: {joined}.", 440)
+    title = TITLES[front.name]
+    return chart(
+        f"pareto-{front.name}", title, figure, f"Scatter chart: {TITLES[front.name]}. On the front: {joined}.", 440
+    )
 
 
 def _placed(points: Sequence[FrontPoint], stretch: Stretch | None) -> list[float]:

@@ -63,7 +63,12 @@ def search_views(journal: Path, objective: str) -> SearchViews:
         alt = (
             f"Parallel coordinates of {count(len(complete), 'complete trial')}: a line a trial through its {name} and "
         )
-        charts += _chart("coordinates", figure, f"{alt}hyperparameters. The trials table has the same figures.")
+        charts += _chart(
+            "coordinates",
+            "Every complete trial",
+            figure,
+            f"{alt}hyperparameters. The trials table has the same figures.",
+        )
     else:
         notes.append(f"Parallel coordinates need {LEAST_FOR_COORDINATES} complete trials.")
     importances, why_not = _importances(study, complete, target)
@@ -72,7 +77,9 @@ def search_views(journal: Path, objective: str) -> SearchViews:
     else:
         figure = _quietly(lambda: optuna.visualization.plot_param_importances(study, target=target, target_name=name))
         told = ", ".join(f"{key} {value:.2f}" for key, value in importances)
-        charts += _chart("importance", figure, f"Bar chart of hyperparameter importances for {name}: {told}.")
+        charts += _chart(
+            "importance", "What mattered", figure, f"Bar chart of hyperparameter importances for {name}: {told}."
+        )
     return SearchViews(tuple(charts), importances, tuple(notes))
 
 
@@ -123,8 +130,11 @@ def _quietly(draw: Callable[[], _T]) -> _T:
         return draw()
 
 
-def _chart(name: str, figure: Figure, alt: str) -> list[Chart]:
-    quiet = quiet_layout("", "", "")
-    figure.update_layout(template="none", font=quiet["font"], paper_bgcolor="#ffffff", plot_bgcolor="#ffffff")
-    figure.update_layout(dragmode=False, margin={"l": 50, "r": 30, "t": 60, "b": 50}, showlegend=False)
-    return [chart(name, figure, alt, 460)]
+def _chart(name: str, title: str, figure: Figure, alt: str) -> list[Chart]:
+    quiet = quiet_layout("", "")
+    figure.update_layout(
+        title=None, template="none", font=quiet["font"], paper_bgcolor="#ffffff", plot_bgcolor="#ffffff"
+    )
+    figure.update_layout(dragmode=False, margin={"l": 50, "r": 30, "t": 40, "b": 50}, showlegend=False)
+    figure.update_yaxes(automargin=True, title_standoff=12)
+    return [chart(name, title, figure, alt, 420)]

@@ -112,7 +112,7 @@
       const cosines = ends(maps.map((method) => method.cosines));
       const values = ends([original, ...maps.map((method) => method.map)]);
       photograph(image);
-      panel("lengths", "token lengths", image.photograph ? null : lengths, ends([lengths]), Viridis, "", image);
+      panel("lengths", "token lengths", lengths, ends([lengths]), Viridis, "", image);
       panel("original", `channel ${all.channels[channel]}: original`, original, values, Viridis, "", image);
       for (const place of [0, 1]) {
         const method = maps[place];
