@@ -67,8 +67,6 @@ def _quieten() -> None:
     """Keep the libraries' own chatter off the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Ray's C++ core writes to the terminal past every logger.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in (None, "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from lowrank_tune.report.words import STOPPED, duration_text, rate_text, ratio_t
 from lowrank_tune.study import StudyProgress
 
 _RANK = re.compile(r"^r(\d+)-")
+_STDERR = 2
 _MOST_RUNNING = 6
 _PARTS = 4
 """Lines about the extraction where there is no terminal."""
@@ -66,13 +70,13 @@ class TerminalProgress(StudyProgress):
     def __init__(self, epochs: int = 0, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
         self._epochs = epochs
-        self._live = Live(console=self._console, get_renderable=self.view, refresh_per_second=4, transient=True)
         self._started = time.monotonic()
         self._stage = ""
         self._work: _Work | None = None
         self._best: dict[int, _Best] = {}
         self._running: dict[str, dict[str, Any]] = {}
         self._ends: dict[str, int] = {}
+        self._live = Live(console=self._console, get_renderable=self.view, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -208,11 +212,36 @@ def shown_progress(epochs: int = 0, quiet: bool = False) -> Iterator[StudyProgre
         epochs: of a trial at most.
         quiet: show nothing.
     """
-    if quiet:
-        yield StudyProgress()
+    with _pythons_stderr_only():
+        if quiet:
+            yield StudyProgress()
+            return
+        with TerminalProgress(epochs) as progress:
+            yield progress
+
+
+@contextmanager
+def _pythons_stderr_only() -> Iterator[None]:
+    """Keep what Ray's C++ core writes to file descriptor 2, past every logger, off the terminal; not with --debug."""
+    try:
+        silent = sys.stderr.fileno() == _STDERR and logging.getLogger().level >= logging.ERROR
+    except (OSError, ValueError, AttributeError):
+        silent = False
+    if not silent:
+        yield
         return
-    with TerminalProgress(epochs) as progress:
-        yield progress
+    before = sys.stderr
+    before.flush()
+    kept = os.dup(_STDERR)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), _STDERR)
+    with os.fdopen(kept, "w", buffering=1, encoding=before.encoding, errors="backslashreplace") as sys.stderr:
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, _STDERR)
+            sys.stderr = before
 
 
 def _rank(trial_id: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -56,10 +57,13 @@ def verdict_table(comparison: Comparison) -> Table:
 
 
 def at_rank(comparison: Comparison, rank: int | None) -> Comparison:
-    """The rows of one rank; all of them when None."""
+    """The rows of one rank, and the remarks that are not about another one; all of them when None."""
     if rank is None:
         return comparison
-    return replace(comparison, rows=tuple(row for row in comparison.rows if row.rank == rank))
+    rows = tuple(row for row in comparison.rows if row.rank == rank)
+    named = ((remark, re.search(r"\brank (\d+)", remark, re.IGNORECASE)) for remark in comparison.remarks)
+    remarks = tuple(remark for remark, match in named if match is None or int(match.group(1)) == rank)
+    return replace(comparison, rows=rows, remarks=remarks)
 
 
 def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
