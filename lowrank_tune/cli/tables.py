@@ -29,7 +29,8 @@ def print_study(result: StudyResult) -> None:
     """Print what a study found, where it lies and what to type next."""
     console = _console()
     console.print(verdict_table(result.comparison))
-    for sentence in (*summary(result.comparison, result.outcomes, seeds=False), *result.comparison.remarks):
+    # The table has said what the summary's sentences on single ranks say.
+    for sentence in (*summary(result.comparison, result.outcomes)[-1:], *result.comparison.remarks):
         console.print(f"- {sentence}", markup=False)
     for problem in result.untracked:
         console.print(f"- not in MLflow: {problem}", markup=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from lowrank_tune.report.palette import look_of
@@ -82,8 +83,7 @@ def stretched_axis(stretch: Stretch, values: Sequence[float]) -> dict[str, Any]:
     """The range and ticks of an axis whose values were placed by `stretch.place`."""
     ticks = stretch.ticks_for(values)
     if len(ticks) < 2:
-        low, high = stretch.inverse(stretch.ends(values))  # type: ignore[arg-type]
-        ticks = [round(low + (high - low) * part, 6) for part in (0.1, 0.5, 0.9)]
+        ticks = [round(float(value), 6) for value in stretch.inverse(np.linspace(*stretch.ends(values), 5)[1:-1])]
     return {"range": stretch.ends(values), "tickvals": stretch.place(ticks), "ticktext": list(map(tick_text, ticks))}
 
 

@@ -42,7 +42,7 @@ def study_cost(
             f"{bytes_text(_size(Path(features.directory) / 'shards' / name for name in shards))} for "
             f"{count(len(features.rows), 'image')}; other studies with these features share it",
         ),
-        ("The study's own files", bytes_text(_size(directory.rglob("*")))),
+        ("Trained models", bytes_text(_size((directory / "trials").glob("*/best_model.safetensors")))),
     ]
     return [(name, text) for name, text in lines if text]
 
