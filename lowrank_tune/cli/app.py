@@ -136,9 +136,11 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this results directory; Ctrl-C ends it."""
     from lowrank_tune.study import results_directory
-    from lowrank_tune.tracking.ui import serve_ui
+    from lowrank_tune.tracking.ui import first_page, serve_ui
 
-    raise typer.Exit(serve_ui(results_directory(results), host=host, port=port))
+    home = results_directory(results)
+    typer.echo(f"Open {first_page(home, host=host, port=port)}", err=True)
+    raise typer.Exit(serve_ui(home, host=host, port=port))
 
 
 @app.command(epilog="Example: lowrank-tune doctor studies/quickstart.yaml")

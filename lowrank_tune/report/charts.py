@@ -32,6 +32,7 @@ class Chart:
         figure: plotly's JSON, safe inside a script element.
         alt: what it shows, for those who cannot see it.
         height: pixels.
+        wide: whether it must be as wide as on a screen to be read: a phone scrolls it sideways.
     """
 
     id: str
@@ -39,9 +40,10 @@ class Chart:
     figure: str
     alt: str
     height: int
+    wide: bool = False
 
 
-def chart(name: str, title: str, figure: go.Figure, alt: str, height: int = 400) -> Chart:
+def chart(name: str, title: str, figure: go.Figure, alt: str, height: int = 400, wide: bool = False) -> Chart:
     """Make a chart of a figure.
 
     Args:
@@ -50,8 +52,9 @@ def chart(name: str, title: str, figure: go.Figure, alt: str, height: int = 400)
         figure: what to draw.
         alt: what it shows.
         height: pixels.
+        wide: whether a phone scrolls it sideways.
     """
-    return Chart(f"chart-{name}", title, script_safe(figure.to_json()), alt, height)
+    return Chart(f"chart-{name}", title, script_safe(figure.to_json()), alt, height, wide)
 
 
 def script_safe(text: str) -> str:
@@ -71,7 +74,7 @@ def quiet_layout(x: str, y: str) -> dict[str, Any]:
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
         "margin": {"l": 60, "r": 16, "t": 30, "b": 48},
-        "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left"},
+        "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0, "xanchor": "left"},
         "hoverlabel": {"align": "left"},
         "dragmode": False,
         "xaxis": {**axis, "title": {"text": x, "standoff": 6}},

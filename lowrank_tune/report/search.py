@@ -137,4 +137,4 @@ def _chart(name: str, title: str, figure: Figure, alt: str) -> list[Chart]:
     )
     figure.update_layout(dragmode=False, margin={"l": 50, "r": 30, "t": 40, "b": 50}, showlegend=False)
     figure.update_yaxes(automargin=True, title_standoff=12)
-    return [chart(name, title, figure, alt, 420)]
+    return [chart(name, title, figure, alt, 420, wide=name == "coordinates")]
