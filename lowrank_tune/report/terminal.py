@@ -37,11 +37,12 @@ def verdict_table(comparison: Comparison) -> Table:
     """Render the best of each rank beside the SVD and the best method without training, in at most 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, title=f"The best of each rank: {comparison.data}", pad_edge=False)
     table.title_justify = table.caption_justify = "left"
-    table.caption = "ρ: squared error over the least possible at that rank, the SVD's: 1 is perfect"
-    for name, side in (("rank", "right"), ("best trained", "left"), ("token cosine", "right"), ("SVD's", "right")):
-        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
-    for name, side in (("ρ", "right"), ("over seeds", "right"), ("best without training", "left")):
-        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    table.caption = (
+        "cosine: mean token cosine, beside the SVD's · ρ: squared error over the least possible at that rank, the "
+        "SVD's: 1 is perfect · over seeds: the same configuration trained again · untrained: the best control and its ρ"
+    )
+    for name in ("rank", "trained", "cosine", "SVD's", "ρ", "ρ over seeds", "untrained"):
+        table.add_column(name, justify="left" if "trained" in name else "right", no_wrap=True)
     for verdict in verdicts(comparison):
         trained, control, svd = verdict.trained, verdict.control, verdict.svd
         table.add_row(

@@ -3,7 +3,8 @@
 (() => {
   const config = {
     displaylogo: false, responsive: true, showTips: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "toImage"],
+    // Only what works by itself: plotly would add a button that uploads the chart.
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   };
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   document.documentElement.classList.add("live");
