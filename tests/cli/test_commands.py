@@ -32,7 +32,20 @@ def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> 
 
 @pytest.mark.parametrize(
     "command",
-    ["validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor"]
+    [
+        "validate",
+        "plan",
+        "render",
+        "schema",
+        "run",
+        "trial",
+        "extract",
+        "ui",
+        "doctor",
+        "compare",
+        "visualize",
+        "report",
+    ]
     + ["features ls", "features show", "features verify"],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
