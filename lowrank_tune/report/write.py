@@ -135,6 +135,7 @@ def write_places(
         InputError: the test split has no such image, or the features no such rank or channel.
         CacheError: features cannot be read.
     """
+    check_images(images, len(scene.split.test), "images")
     section = spatial_section(scene, directory / "plots", images=images, channels=channels, rank=rank)
     subtitle = f"{directory.name}: {scene.comparison.data}" if scene.comparison.data else directory.name
     page = directory / "plots" / "spatial.html"

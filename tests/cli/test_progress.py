@@ -50,7 +50,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_one_view_in_place_on_a_terminal() -> None:
     out = io.StringIO()
-    with TerminalProgress(5, Console(file=out, width=100, force_terminal=True)) as progress:
+    with TerminalProgress(5, Console(file=out, width=100, force_terminal=True, highlight=False)) as progress:
         tell_all(progress)
         view = seen(progress)
         progress.trial_ended(ended(1, "error", "failed", reason="loss is not finite"))
