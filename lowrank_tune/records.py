@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 TrialStatus = Literal["finished", "pruned", "failed"]
-StoppedBy = Literal["budget", "patience", "asha", "error"]
+StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
+"""What ended a trial; `interruption` is only ever read off the files of a study that did not finish."""
 
 
 @dataclass(frozen=True, slots=True)

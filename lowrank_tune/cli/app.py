@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from lowrank_tune.cli.features import features_app
-from lowrank_tune.cli.options import Address, Json, NewId, Overrides, Results, StudyFile
+from lowrank_tune.cli.options import Address, Json, NewId, Overrides, Quiet, Results, StudyFile
+from lowrank_tune.cli.results import add_commands
 from lowrank_tune.cli.studies import studies_app
 from lowrank_tune.errors import StudyFileError
 from lowrank_tune.spec.loading import load_study
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(features_app, name="features")
 app.add_typer(studies_app)
+add_commands(app)
 
 
 @app.command(epilog="Example: lowrank-tune validate studies/quickstart.yaml")
@@ -69,19 +71,20 @@ def run(
     overrides: Overrides = None,
     results: Results = None,
     address: Address = None,
+    quiet: Quiet = False,
     as_json: Json = False,
     new_id: NewId = "",
 ) -> None:
     """Run a whole study: features, trials, comparison, report, MLflow."""
     from lowrank_tune.session import ray_session
 
-    load_study(study, overrides or ())  # a wrong file is told before anything starts
+    spec = load_study(study, overrides or ())  # a wrong file is told before anything starts
     with ray_session(address, meanwhile=("torch", "pandas", "matplotlib.figure")):
-        from lowrank_tune.cli.progress import TerminalProgress
+        from lowrank_tune.cli.progress import shown_progress
         from lowrank_tune.cli.tables import print_result
         from lowrank_tune.study import run_study
 
-        with TerminalProgress() as progress:
+        with shown_progress(spec.training.epochs, quiet) as progress:
             result = run_study(
                 study,
                 results=results,
@@ -94,15 +97,21 @@ def run(
 
 
 @app.command(epilog="Example: lowrank-tune trial studies/quickstart.yaml --set search.space.rank=64")
-def trial(study: StudyFile, overrides: Overrides = None, results: Results = None, as_json: Json = False) -> None:
+def trial(
+    study: StudyFile,
+    overrides: Overrides = None,
+    results: Results = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
     """Train one trial, the first point of the space, in this very process: breakpoints work."""
     from dataclasses import asdict
 
-    from lowrank_tune.cli.progress import TerminalProgress
+    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.cli.tables import print_trial
     from lowrank_tune.study import run_trial
 
-    with TerminalProgress() as progress:
+    with shown_progress(load_study(study, overrides or ()).training.epochs, quiet) as progress:
         outcome = run_trial(study, results=results, overrides=overrides or (), progress=progress)
     print(json.dumps(asdict(outcome), indent=2)) if as_json else print_trial(outcome)
     if outcome.status == "failed":
@@ -115,15 +124,16 @@ def extract(
     overrides: Overrides = None,
     results: Results = None,
     address: Address = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Extract and cache a study's features, and train nothing."""
     from lowrank_tune.cli.listing import print_facts
-    from lowrank_tune.cli.progress import TerminalProgress
+    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.cli.tables import features_facts
     from lowrank_tune.study import extract_study
 
-    with TerminalProgress() as progress:
+    with shown_progress(quiet=quiet) as progress:
         features = extract_study(study, results=results, overrides=overrides or (), address=address, progress=progress)
     facts = features_facts(features)
     print(json.dumps(facts, indent=2)) if as_json else print_facts(facts)
@@ -137,9 +147,11 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this results directory; Ctrl-C ends it."""
     from lowrank_tune.cluster.directory import results_directory
-    from lowrank_tune.tracking.ui import serve_ui
+    from lowrank_tune.tracking.ui import first_page, serve_ui
 
-    raise typer.Exit(serve_ui(results_directory(results), host=host, port=port))
+    home = results_directory(results)
+    typer.echo(f"Open {first_page(home, host=host, port=port)}", err=True)
+    raise typer.Exit(serve_ui(home, host=host, port=port))
 
 
 @app.command(epilog="Example: lowrank-tune reconcile rank-sweep-0a1b2c3d")

@@ -29,11 +29,11 @@ def carry(
 
     with ray_session(address, meanwhile=("torch", "pandas", "matplotlib.figure")):
         from lowrank_tune import life
-        from lowrank_tune.cli.progress import TerminalProgress
+        from lowrank_tune.cli.progress import shown_progress
         from lowrank_tune.cli.tables import print_result
 
         carry_on = {"resume": life.resume_study, "extend": life.extend_study, "clone": life.clone_study}[command]
-        with TerminalProgress() as progress:
+        with shown_progress() as progress:
             result = carry_on(study_id, results=results, address=address, progress=progress, **settings)
     print_result(result, as_json)
 

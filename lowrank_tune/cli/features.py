@@ -102,12 +102,12 @@ def import_directory(
 ) -> None:
     """Take ready features_N.pt into the cache, each one checked; an import that was cut short is continued."""
     from lowrank_tune.cli.listing import print_facts
-    from lowrank_tune.cli.progress import TerminalProgress
+    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.cli.tables import features_facts
     from lowrank_tune.cluster.directory import results_directory
     from lowrank_tune.features.pipeline import import_tensors
 
-    with TerminalProgress() as progress:
+    with shown_progress() as progress:
         features = import_tensors(
             directory,
             results_directory(results) / "features",

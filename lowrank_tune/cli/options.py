@@ -41,4 +41,5 @@ NewId = Annotated[str, typer.Option("--id", hidden=True, help="The new study's i
 StudyName = Annotated[
     str, typer.Argument(metavar="ID", help="A study's id, or the beginning of it.", show_default=False)
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from rich.console import Console
 
 from lowrank_tune.cli.listing import print_facts
 from lowrank_tune.inspection import Check
-from lowrank_tune.records import FeatureSet, TrialOutcome
-from lowrank_tune.report.terminal import comparison_tables
+from lowrank_tune.records import Comparison, FeatureSet, TrialOutcome
+from lowrank_tune.report.terminal import at_rank, comparison_tables, studies_table, verdict_table
 from lowrank_tune.report.words import summary
 from lowrank_tune.study import StudyResult
 
@@ -27,20 +27,65 @@ def _console() -> Console:
 
 
 def print_study(result: StudyResult) -> None:
-    """Print what a study found, where it lies and the line that opens the MLflow UI."""
+    """Print what a study found, where it lies and what to type next."""
     console = _console()
-    console.print(comparison_tables(result.comparison))
-    for sentence in (*summary(result.comparison, result.outcomes), *result.comparison.remarks):
+    console.print(verdict_table(result.comparison))
+    # The table has said what the summary's sentences on single ranks say.
+    for sentence in (*summary(result.comparison, result.outcomes)[-1:], *result.comparison.remarks):
         console.print(f"- {sentence}", markup=False)
     for problem in result.untracked:
         console.print(f"- not in MLflow: {problem}", markup=False)
-    results = result.directory.parent.parent
-    console.print(f"\nStudy {result.study_id}: {result.directory}", markup=False, soft_wrap=True)
-    console.print(f"Report: {result.directory / 'report.html'}", markup=False, soft_wrap=True)
-    if result.tracked_by:
-        console.print(f"Open the MLflow UI: {result.tracked_by}", markup=False, soft_wrap=True)
+    results, program = result.directory.parent.parent, _program()
+    where = f"{result.study_id} --results {shlex.quote(str(results))}"
+    best = next((row for row in result.comparison.rows if row.trial_id), None)
+    ui = result.tracked_by or f"{program} ui --results {shlex.quote(str(results))}"
+    lines = {
+        f"Study {result.study_id}": result.directory,
+        "Report": result.directory / "report.html",
+        "Every method": f"{program} compare {where}",
+        "Where on an image": f"{program} visualize {where} --image 0" if best else "",
+        "Open the MLflow UI": ui,
+    }
+    console.print()
+    for name, text in lines.items():
+        if text:
+            console.print(f"{name}: {text}", markup=False, soft_wrap=True)
+
+
+def print_comparisons(comparisons: Mapping[str, Comparison], rank: int | None, caveats: Sequence[str]) -> None:
+    """Print the figures of one study, or of several side by side, and what must be said of them."""
+    console = _console()
+    shown = {name: at_rank(comparison, rank) for name, comparison in comparisons.items()}
+    if len(shown) == 1:
+        console.print(comparison_tables(next(iter(shown.values()))))
     else:
-        console.print(f"Open the MLflow UI: {_program()} ui --results {shlex.quote(str(results))}", soft_wrap=True)
+        console.print(studies_table(shown))
+    for caveat in caveats:
+        console.print(f"- {caveat}", markup=False)
+    for name, comparison in shown.items():
+        said = f"{name}: " if len(shown) > 1 else ""
+        for remark in comparison.remarks:
+            console.print(f"- {said}{remark}", markup=False)
+
+
+def comparisons_json(comparisons: Mapping[str, Comparison], rank: int | None, caveats: Sequence[str]) -> dict[str, Any]:
+    """The same for a script."""
+    shown = {name: at_rank(comparison, rank) for name, comparison in comparisons.items()}
+    return {
+        "studies": {
+            name: {"comparison": [asdict(row) for row in comparison.rows], "remarks": list(comparison.remarks)}
+            for name, comparison in shown.items()
+        },
+        "caveats": list(caveats),
+    }
+
+
+def print_files(files: Sequence[Path], problem: str = "") -> None:
+    """Print the files that were written, one a line, the page to open first."""
+    for file in sorted(files, key=lambda file: file.suffix != ".html"):
+        print(file)
+    if problem:
+        print(f"not in MLflow: {problem}", file=sys.stderr)
 
 
 def _program() -> str:

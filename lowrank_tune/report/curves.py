@@ -34,7 +34,7 @@ from lowrank_tune.report.words import STOPPED, count
 Trial = tuple[TrialOutcome, list[dict[str, float]]]
 """A trial and its history, from `read_history`."""
 
-STOP_MARKERS = {"budget": "o", "patience": "s", "asha": "v", "error": "X"}
+STOP_MARKERS = {"budget": "o", "patience": "s", "asha": "v", "interruption": "d", "error": "X"}
 
 
 def rank_curve(rows: Sequence[ComparisonRow]) -> Figure:

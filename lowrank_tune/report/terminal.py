@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -10,7 +14,8 @@ from rich.text import Text
 from lowrank_tune.records import Comparison
 from lowrank_tune.report.palette import is_trained
 from lowrank_tune.report.table import Cell, rank_groups
-from lowrank_tune.report.words import ABSENT, cosine_text, difference_text, rate_text, ratio_text, seed_texts
+from lowrank_tune.report.verdict import verdicts
+from lowrank_tune.report.words import ABSENT, best_row, cosine_text, difference_text, rate_text, ratio_text, seed_texts
 
 
 def comparison_tables(comparison: Comparison) -> Group:
@@ -26,6 +31,71 @@ def comparison_tables(comparison: Comparison) -> Group:
     if any(is_trained(row.method) for row in comparison.rows):
         tables.append(_trained_table(comparison))
     return Group(*tables)
+
+
+def verdict_table(comparison: Comparison) -> Table:
+    """Render the best of each rank beside the SVD and the best method without training, in at most 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"The best of each rank: {comparison.data}", pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.caption = (
+        "cosine: mean token cosine, beside the SVD's · ρ: squared error over the least possible at that rank, the "
+        "SVD's: 1 is perfect · over seeds: the same configuration trained again · untrained: the best control and its ρ"
+    )
+    for name in ("rank", "trained", "cosine", "SVD's", "ρ", "ρ over seeds", "untrained"):
+        table.add_column(name, justify="left" if "trained" in name else "right", no_wrap=True)
+    for verdict in verdicts(comparison):
+        trained, control, svd = verdict.trained, verdict.control, verdict.svd
+        table.add_row(
+            Text(str(verdict.rank), style="bold"),
+            trained.method if trained else ABSENT,
+            cosine_text(trained.token_cosine_mean) if trained else ABSENT,
+            cosine_text(svd.token_cosine_mean) if svd else ABSENT,
+            Text(ratio_text(trained.residual_ratio_mean) if trained else ABSENT, style="bold green"),
+            seed_texts(trained)[0] if trained else ABSENT,
+            f"{control.method} {ratio_text(control.residual_ratio_mean)}" if control else ABSENT,
+        )
+    return table
+
+
+def at_rank(comparison: Comparison, rank: int | None) -> Comparison:
+    """The rows of one rank, and the remarks that are not about another one; all of them when None."""
+    if rank is None:
+        return comparison
+    rows = tuple(row for row in comparison.rows if row.rank == rank)
+    named = ((remark, re.search(r"\brank (\d+)", remark, re.IGNORECASE)) for remark in comparison.remarks)
+    remarks = tuple(remark for remark, match in named if match is None or int(match.group(1)) == rank)
+    return replace(comparison, rows=rows, remarks=remarks)
+
+
+def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
+    """Render several studies side by side: at each rank every method of each, the nearest to the optimum first.
+
+    Args:
+        comparisons: by study id.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title="Studies side by side, by rank and ρ", pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.caption = "ρ: residual over the SVD's, 1 is the optimum · ★ best trained of all · bold: trained"
+    for name in ("rank", "study", "method", "token cosine", "ρ", "worst ρ"):
+        table.add_column(name, justify="left" if name in ("study", "method") else "right", no_wrap=name != "study")
+    found = [(name, row) for name, comparison in comparisons.items() for row in comparison.rows]
+    for rank in sorted({row.rank for _, row in found}):
+        own = sorted(
+            ((name, row) for name, row in found if row.rank == rank), key=lambda pair: pair[1].residual_ratio_mean
+        )
+        best = best_row(row for _, row in own if is_trained(row.method))
+        for place, (name, row) in enumerate(own):
+            table.add_row(
+                Text(str(rank) if place == 0 else "", style="bold"),
+                name,
+                f"{row.method} ★" if row is best else row.method,
+                cosine_text(row.token_cosine_mean),
+                ratio_text(row.residual_ratio_mean),
+                ratio_text(row.residual_ratio_max),
+                style="bold green" if row is best else "bold" if is_trained(row.method) else "",
+            )
+        table.add_section()
+    return table
 
 
 def _methods_table(comparison: Comparison) -> Table:

@@ -14,6 +14,7 @@ STOPPED = {
     "budget": "ran its full budget",
     "patience": "stopped by patience",
     "asha": "stopped by ASHA",
+    "interruption": "interrupted",
     "error": "failed",
 }
 
@@ -102,19 +103,20 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def summary(comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> list[str]:
+def summary(comparison: Comparison, outcomes: Sequence[TrialOutcome], *, seeds: bool = True) -> list[str]:
     """Say in plain words what the study found: a sentence a rank, one on its repetitions, and what it took.
 
     Args:
         comparison: the post-study figures.
         outcomes: every trial of the study.
+        seeds: say what the repetitions gave; a table may say it already.
 
     Returns:
         Sentences; the comparison's remarks are not repeated among them.
     """
     ranks = sorted({row.rank for row in comparison.rows})
     sentences = [_rank_sentence([row for row in comparison.rows if row.rank == rank]) for rank in ranks]
-    sentences += [_seeds_sentence(row) for row in comparison.rows if row.seeds]
+    sentences += [_seeds_sentence(row) for row in comparison.rows if row.seeds and seeds]
     if outcomes:
         epochs = count(sum(trial.epochs for trial in outcomes), "epoch")
         spent = duration_text(sum(trial.seconds for trial in outcomes))

@@ -7,27 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
 from lowrank_tune.lowrank.files import write_whole
-from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, Front, Split, TrialOutcome
-from lowrank_tune.report.curves import Trial, learning_curves, loss_curves, rank_curve
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.report.cost import study_cost
+from lowrank_tune.report.curves import Trial
 from lowrank_tune.report.history import read_history
-from lowrank_tune.report.html import Contents, Picture, Section, render
-from lowrank_tune.report.maps import spatial_figure
-from lowrank_tune.report.palette import in_order, is_trained
-from lowrank_tune.report.spatial import SpatialView, check_images, spatial_view
-from lowrank_tune.report.tradeoffs import pareto_figure
-from lowrank_tune.report.words import best_row, count
+from lowrank_tune.report.html import Contents, Picture, Section, Table, render, render_places
+from lowrank_tune.report.pictures import (
+    learning_picture,
+    loss_picture,
+    pareto_picture,
+    rank_picture,
+    spectrum_picture,
+)
+from lowrank_tune.report.search import SearchViews, search_views
+from lowrank_tune.report.spatial import check_images
+from lowrank_tune.report.spatial_report import Scene, spatial_section, written
+from lowrank_tune.report.spectrum import Spectrum, measure_spectrum
 from lowrank_tune.spec.plan import Plan
 
 _log = logging.getLogger(__name__)
-
-DPI = 110
-"""Pixels an inch: sharp on a phone, and a picture stays under about 100 KB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def write_report(
         split: its images.
         outcomes: every trial.
         comparison: the post-study figures.
-        directory: the study's; holds `study.yaml`, which the report repeats.
+        directory: the study's; holds `study.yaml`, which the report repeats, and the search's journal.
         confirmations: repetitions of the best trials; each gets its loss curves beside its model.
 
     Returns:
@@ -73,20 +74,20 @@ def write_report(
         CacheError: the features of an image cannot be read.
     """
     plots = directory / "plots"
-    trials: list[Trial] = [(outcome, read_history(Path(outcome.directory))) for outcome in outcomes]
     try:
         check_images(plan.spec.report.images, len(split.test))
     except InputError as error:
         comparison = replace(comparison, remarks=(*comparison.remarks, str(error)))
         _log.warning("%s", error)
+    trials, repeats = _with_histories(outcomes), _with_histories(confirmations)
+    losses = [loss_picture(outcome, history) for outcome, history in (*trials, *repeats) if history]
+    spectrum = measure_spectrum(FeatureMatrix(features), split.test)
     images = [image for image in plan.spec.report.images if image < len(split.test)]
-    maps = write_spatial(
-        features, split, outcomes, comparison, plots, images=images, channels=plan.spec.report.channels
-    )
-    sections = [*_curves(comparison, trials, plots), Section("places", "Where on the image", tuple(maps))]
-    trials += [(outcome, read_history(Path(outcome.directory))) for outcome in confirmations]
-    losses = [_loss_picture(outcome, history) for outcome, history in trials if history]
-    standing = {row.trial_id for row in comparison.rows}
+    scene = Scene(features, split, outcomes, comparison)
+    places = spatial_section(scene, plots, images=images, channels=plan.spec.report.channels)
+    first = [*_ranks(comparison, spectrum, plots), *([places] if places.pictures else [])]
+    views = search_views(directory / "tune" / "optuna.journal", plan.spec.objective)
+    further = [*_learning(trials, repeats, plots), _search(views), *_storage(comparison, spectrum, plots)]
     contents = Contents(
         name=plan.spec.name,
         study_id=plan.study_id,
@@ -96,156 +97,92 @@ def write_report(
         split=split,
         outcomes=outcomes,
         comparison=comparison,
+        cost=study_cost(directory, features, outcomes, confirmations),
+        spectrum=spectrum,
     )
+    standing = {row.trial_id for row in comparison.rows}
+    text = render(contents, first, further, [picture for picture in losses if picture.title in standing])
     html = directory / "report.html"
-    text = render(contents, sections, [picture for picture in losses if picture.title in standing])
-    write_whole(html, lambda path: _write_text(path, text))
+    write_whole(html, lambda path: path.write_text(text, encoding="utf-8"))
     return ReportFiles(
         html=html,
-        plots=tuple(picture.path for section in sections for picture in section.pictures),
-        loss_curves=tuple(picture.path for picture in losses),
+        plots=tuple(path for section in (*first, *further) for path in written(section)),
+        loss_curves=tuple(picture.path for picture in losses if picture.path is not None),
     )
 
 
-def write_spatial(
-    features: FeatureSet,
-    split: Split,
-    outcomes: Sequence[TrialOutcome],
-    comparison: Comparison,
-    plots: Path,
+def write_places(
+    scene: Scene,
+    directory: Path,
     *,
     images: Sequence[int],
-    channels: int,
+    channels: Sequence[int] | int,
     rank: int | None = None,
-) -> list[Picture]:
-    """Write the spatial pictures of some test images.
+) -> tuple[Path, ...]:
+    """Write the spatial pictures of some test images, and a page with choosers of image, rank and channel.
 
     Args:
-        features: the study's.
-        split: whose test images are counted.
-        outcomes: every trial; the models lie in their directories.
-        comparison: tells which trained model is nearest to the optimum.
-        plots: where the pictures go.
-        images: positions in the test split, from 0.
-        channels: how many channels each shows.
-        rank: R; by default that of the best trained model, or the highest compared where there is none.
+        scene: the study's.
+        directory: the study's; the files go into its `plots/`.
+        images: positions in the test split, from 0, at least one.
+        channels: which channels, or how many of the first ones.
+        rank: R of the pictures; by default that of the best trained model.
 
     Returns:
-        The pictures, with the best trained model of the rank where one can be loaded, else with the SVD alone.
+        The PNG files, then the page, `spatial.html`.
 
     Raises:
-        InputError: the test split has no such image, or the features have no such rank.
+        InputError: the test split has no such image, or the features no such rank or channel.
         CacheError: features cannot be read.
     """
-    check_images(images, len(split.test))
-    highest = min(features.tokens, features.dim)
-    if rank is not None and not 1 <= rank <= highest:
-        raise InputError(f"rank {rank}: these features have ranks 1 to {highest}; choose among them")
-    rank, network = _best_network(outcomes, comparison, rank)
-    data = FeatureMatrix(features)
-    views = (
-        spatial_view(data, split, image, rank=min(rank, highest), channels=channels, network=network)
-        for image in dict.fromkeys(images)
+    check_images(images, len(scene.split.test), "images")
+    section = spatial_section(scene, directory / "plots", images=images, channels=channels, rank=rank)
+    subtitle = f"{directory.name}: {scene.comparison.data}" if scene.comparison.data else directory.name
+    page = directory / "plots" / "spatial.html"
+    text = render_places(f"Study {directory.name}: where on the image", subtitle, section)
+    write_whole(page, lambda path: path.write_text(text, encoding="utf-8"))
+    return (*written(section), page)
+
+
+def _with_histories(outcomes: Sequence[TrialOutcome]) -> list[Trial]:
+    return [(outcome, read_history(Path(outcome.directory))) for outcome in outcomes]
+
+
+def _ranks(comparison: Comparison, spectrum: Spectrum | None, plots: Path) -> list[Section]:
+    if not comparison.rows:
+        return []
+    return [Section("ranks", "By rank", (rank_picture(comparison, spectrum, plots),))]
+
+
+def _learning(trials: Sequence[Trial], repeats: Sequence[Trial], plots: Path) -> list[Section]:
+    if not any(history for _, history in trials):
+        return []
+    return [Section("learning", "Learning", (learning_picture(trials, repeats, plots),))]
+
+
+def _search(views: SearchViews) -> Section:
+    captions = {
+        "chart-coordinates": "By Optuna: a line a trial through all that was searched; darker is better.",
+        "chart-importance": "By Optuna: the part of the objective's spread that each hyperparameter explains.",
+    }
+    pictures = tuple(Picture(None, chart.id, chart.alt, captions[chart.id], charts=(chart,)) for chart in views.charts)
+    table = Table(
+        "Hyperparameter importances",
+        ("hyperparameter", "importance"),
+        tuple((name, f"{value:.2f}") for name, value in views.importances),
     )
-    return [_spatial_picture(view, plots) for view in views]
+    tables = (table,) if views.importances else ()
+    return Section("search", "The search", pictures, tables=tables, notes=views.notes)
 
 
-def _curves(comparison: Comparison, trials: Sequence[Trial], plots: Path) -> list[Section]:
+def _storage(comparison: Comparison, spectrum: Spectrum | None, plots: Path) -> list[Section]:
     sections = []
-    if comparison.rows:
-        sections.append(Section("ranks", "Figures by rank", (_rank_picture(comparison, plots),)))
     if comparison.fronts:
-        sections.append(Section("tradeoffs", "Trade-offs", (_pareto_picture(comparison.fronts, plots),)))
-    if any(history for _, history in trials):
-        sections.append(Section("learning", "Learning", (_learning_picture(trials, plots),)))
+        sections.append(Section("tradeoffs", "Trade-offs", (pareto_picture(comparison.fronts, plots),)))
+    if spectrum is not None:
+        ranks = sorted({row.rank for row in comparison.rows})
+        sections.append(Section("spectrum", "Spectrum", (spectrum_picture(spectrum, ranks, plots),)))
     return sections
-
-
-def _best_network(
-    outcomes: Sequence[TrialOutcome], comparison: Comparison, rank: int | None
-) -> tuple[int, Decomposer | None]:
-    rows: list[ComparisonRow] = [row for row in comparison.rows if is_trained(row.method)]
-    row = best_row(row for row in rows if rank in (None, row.rank))
-    directories = {outcome.config.trial_id: Path(outcome.directory) for outcome in outcomes}
-    if row is not None and row.trial_id in directories:
-        try:
-            return row.rank, load_decomposer(directories[row.trial_id] / "best_model.safetensors").eval()
-        except InputError as error:
-            _log.warning("the spatial pictures go without a network: %s", error)
-    compared = max((row.rank for row in comparison.rows), default=1)
-    return rank or (row.rank if row else compared), None
-
-
-def _rank_picture(comparison: Comparison, plots: Path) -> Picture:
-    methods = ", ".join(in_order(row.method for row in comparison.rows))
-    return _saved(
-        rank_curve(comparison.rows),
-        plots / "rank_curve.png",
-        title="Token cosine and ρ by rank",
-        alt=f"Two line charts against rank, token cosine and residual ratio, one line each for {methods}. "
-        "The comparison table has the same figures.",
-        caption="Solid: trained. Dashed: controls without training. Black: the SVD, the bound. Bands of "
-        "trained families: ± 1 sd of the token cosine over images, and up to the worst image's ρ. Both axes are finer "
-        "towards 1." + (" Whiskers: mean ± sd over fresh seeds." if any(row.seeds for row in comparison.rows) else ""),
-    )
-
-
-def _pareto_picture(fronts: Sequence[Front], plots: Path) -> Picture:
-    members = "; ".join(
-        f"{front.name}: " + ", ".join(f"{p.trial_id or p.method} at rank {p.rank}" for p in front.points if p.on_front)
-        for front in fronts
-    )
-    return _saved(
-        pareto_figure(fronts),
-        plots / "pareto.png",
-        title="What a rank and a byte buy",
-        alt=f"Scatter charts of cost against quality. On the fronts, {members}. pareto.json has every figure.",
-        caption=f"Filled and joined: the Pareto front, which nothing beats. {members[:1].upper()}"
-        f"{members[1:]}. Trials by validation figures, methods by test figures; a rank has the same bytes whatever the "
-        "method.",
-    )
-
-
-def _learning_picture(trials: Sequence[Trial], plots: Path) -> Picture:
-    families = ", ".join(in_order(outcome.config.family for outcome, _ in trials))
-    return _saved(
-        learning_curves(trials),
-        plots / "learning_curves.png",
-        title="Learning curves",
-        alt=f"Validation residual ratio against epochs for {count(len(trials), 'trial')} of {families}, coloured by "
-        "rank. The trials table tells where each ended.",
-        caption="One line a trial; the marker at its end tells what stopped it.",
-    )
-
-
-def _loss_picture(outcome: TrialOutcome, history: list[dict[str, float]]) -> Picture:
-    trial_id = outcome.config.trial_id
-    return _saved(
-        loss_curves(outcome, history),
-        Path(outcome.directory) / "loss_curves.png",
-        title=trial_id,
-        alt=f"Training loss, validation MSE, validation residual ratio and learning rate of {trial_id} against epochs.",
-        caption="Dotted: the learning rate dropped. Star: the epoch of the saved model.",
-    )
-
-
-def _spatial_picture(view: SpatialView, plots: Path) -> Picture:
-    height, width = view.norm_HW.shape
-    cosines = ", ".join(f"{method.method} {method.token_cosine:.4f}" for method in view.reconstructions)
-    return _saved(
-        spatial_figure(view),
-        plots / f"spatial-{view.image:03d}-r{view.rank:03d}.png",
-        title=f"Test image {view.image}",
-        alt=f"Test image {view.image} at rank {view.rank}: error maps, and {count(len(view.channels), 'channel')} of "
-        f"the {height} by {width} grid of tokens, original beside reconstruction. Token cosine: {cosines}.",
-        caption=f"Each cell is one of {height} x {width} tokens. A row shares one colour scale.",
-        wide=False,
-    )
-
-
-def _saved(figure: Figure, path: Path, *, title: str, alt: str, caption: str, wide: bool = True) -> Picture:
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
-    return Picture(path=path, title=title, alt=alt, caption=caption, wide=wide)
 
 
 def _study_file(directory: Path) -> str:
@@ -255,7 +192,3 @@ def _study_file(directory: Path) -> str:
     except OSError as error:
         _log.warning("the report goes without the study file: %s", error)
         return "not at hand"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

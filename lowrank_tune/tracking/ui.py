@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
+from urllib.parse import quote
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
@@ -49,6 +52,27 @@ def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int
     finally:
         signal.signal(signal.SIGTERM, previous)
         _end_group(server)
+
+
+def first_page(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> str:
+    """The address of the newest study's runs, as model training.
+
+    MLflow 3.17 opens an experiment as GenAI, whatever its kind is tagged as, unless the address says otherwise.
+
+    Args:
+        results: the results directory; without a run in it, the address is that of the list of experiments.
+        host: as for `serve_ui`.
+        port: as for `serve_ui`.
+    """
+    store = f"file:{quote(str(results / 'mlflow.db'))}?mode=ro"
+    newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
+    try:
+        with contextlib.closing(sqlite3.connect(store, uri=True)) as connection:
+            found = connection.execute(newest).fetchone()
+    except sqlite3.Error:
+        found = None
+    page = f"experiments/{found[0]}/runs" if found else "experiments"
+    return f"http://{host}:{port}/#/{page}?workflowType=machine_learning"
 
 
 def _check_port(host: str, port: int) -> None:

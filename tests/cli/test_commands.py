@@ -32,7 +32,20 @@ def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> 
 
 @pytest.mark.parametrize(
     "command",
-    ["validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor"]
+    [
+        "validate",
+        "plan",
+        "render",
+        "schema",
+        "run",
+        "trial",
+        "extract",
+        "ui",
+        "doctor",
+        "compare",
+        "visualize",
+        "report",
+    ]
     + ["features ls", "features show", "features verify", "features import", "features rm"]
     + ["submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile"],
 )

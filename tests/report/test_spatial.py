@@ -11,8 +11,14 @@ from PIL import Image
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.report.boxes import BoxColumn
 from lowrank_tune.report.maps import spatial_figure
-from lowrank_tune.report.spatial import check_images, grid_shape, photograph, spatial_view
+from lowrank_tune.report.spatial import check_images, grid_shape, photograph, spatial_views
+
+
+def spatial_view(data, split, image, *, rank, channels, network, boxes=None):
+    (view,) = spatial_views(data, split, image, networks={rank: network}, channels=channels, boxes=boxes)
+    return view
 
 
 @pytest.fixture
@@ -22,7 +28,7 @@ def network(study):
 
 @pytest.fixture
 def view(study, network):
-    return spatial_view(FeatureMatrix(study.features), study.split, 1, rank=3, channels=2, network=network)
+    return spatial_view(FeatureMatrix(study.features), study.split, 1, rank=3, channels=range(2), network=network)
 
 
 @pytest.mark.parametrize(
@@ -49,18 +55,42 @@ def test_a_views_maps_are_numpys(study, view, network):
         assert shown.token_cosine == pytest.approx(cosines.mean(), abs=1e-6)
 
 
-def test_more_channels_than_there_are_shows_all(study):
-    view = spatial_view(FeatureMatrix(study.features), study.split, 0, rank=1, channels=99, network=None)
-    assert view.channels == tuple(range(20))
+def test_any_channels_are_shown_in_the_order_asked_for(study):
+    data = FeatureMatrix(study.features)
+    view = spatial_view(data, study.split, 0, rank=1, channels=(17, 3), network=None)
+    x_TD = data.load([5])[0].double().numpy()
+    assert view.channels == (17, 3)
+    assert view.original_KHW == pytest.approx(np.stack([x_TD[:, k].reshape(3, 4) for k in (17, 3)]))
     assert [method.method for method in view.reconstructions] == ["svd"]
+    with pytest.raises(InputError, match="channel 20: these features have channels 0 to 19"):
+        spatial_view(data, study.split, 0, rank=1, channels=[20], network=None)
+
+
+def test_several_ranks_of_an_image_are_what_each_is_alone(study, network):
+    data = FeatureMatrix(study.features)
+    both = list(spatial_views(data, study.split, 1, networks={7: None, 3: network}, channels=[0]))
+    alone = spatial_view(data, study.split, 1, rank=3, channels=[0], network=network)
+    assert [view.rank for view in both] == [7, 3]
+    for shown, expected in zip(both[1].reconstructions, alone.reconstructions, strict=True):
+        assert shown.cosine_HW == pytest.approx(expected.cosine_HW)
+        assert shown.maps_KHW == pytest.approx(expected.maps_KHW)
+
+
+def test_a_guessed_grid_is_told_and_carries_no_boxes(study, view):
+    assert not view.placed
+    boxes = BoxColumn({view.key: ((0, 0, 20, 10),)}, True, "")
+    data = FeatureMatrix(study.features)
+    assert spatial_view(data, study.split, 1, rank=3, channels=[0], network=None, boxes=boxes).boxes == ()
 
 
 def test_maps_that_are_compared_share_a_scale(view):
     figure = spatial_figure(view)
     figure.savefig(io.BytesIO(), format="png")
-    panels = [[axes for axes in figure.axes if axes.images][row * 3 : row * 3 + 3] for row in range(3)]
-    assert [axes.get_title() for axes in panels[1]] == ["channel 0", "svd", "sketch"]
-    for place, row in enumerate(panels[1:]):
+    panels = [[axes for axes in figure.axes if axes.images][row * 3 : row * 3 + 3] for row in range(4)]
+    assert [axes.get_title() for axes in panels[2]] == ["channel 0", "svd", "sketch"]
+    assert [axes.get_title() for axes in panels[1]] == ["token lengths", "svd: token cosine", "sketch: token cosine"]
+    assert len({axes.images[-1].get_clim() for axes in panels[1][1:]}) == 1
+    for place, row in enumerate(panels[2:]):
         limits = {axes.images[0].get_clim() for axes in row}
         shown = np.stack([np.asarray(axes.images[0].get_array()) for axes in row])
         assert limits == {(shown.min(), shown.max())}
@@ -70,18 +100,18 @@ def test_maps_that_are_compared_share_a_scale(view):
     highest = max(method.error_HW.max() for method in view.reconstructions)
     assert {axes.images[0].get_clim() for axes in errors} == {(0.0, highest)}
     bars = [axes for axes in figure.axes if not axes.images]
-    assert len(bars) == 3
+    assert len(bars) == 4
     assert bars[0].get_ylabel() == "RMS error of a token"
 
 
 def test_the_photograph_is_shown_where_it_is_at_hand(study, view):
-    assert view.photograph.shape == (448, 448, 3)
-    assert set(np.unique(view.photograph)) == {150}
-    titles = {axes.get_title() for axes in spatial_figure(view).axes}
-    assert "photograph" in titles and "token lengths" not in titles
-    without = spatial_view(FeatureMatrix(study.features), study.split, 3, rank=3, channels=1, network=None)
+    assert view.photograph.pixels.shape == (448, 448, 3)
+    assert set(np.unique(view.photograph.pixels)) == {150}
+    assert (view.photograph.width, view.photograph.height) == (40, 20)
+    assert "photograph" in {axes.get_title() for axes in spatial_figure(view).axes}
+    without = spatial_view(FeatureMatrix(study.features), study.split, 3, rank=3, channels=range(1), network=None)
     assert without.photograph is None
-    assert "token lengths" in {axes.get_title() for axes in spatial_figure(without).axes}
+    assert "photograph" not in {axes.get_title() for axes in spatial_figure(without).axes}
 
 
 def test_a_photograph_stands_upright(features, tmp_path):
@@ -91,8 +121,9 @@ def test_a_photograph_stands_upright(features, tmp_path):
     exif[0x0112] = 6
     picture.save(tmp_path / "cache" / "0.png", exif=exif)
     shown = photograph(features, features.rows[0].key)
-    assert shown[50, 224].tolist() == [255, 0, 0]
-    assert shown[400, 224].tolist() == [0, 0, 0]
+    assert (shown.width, shown.height) == (20, 40)
+    assert shown.pixels[50, 224].tolist() == [255, 0, 0]
+    assert shown.pixels[400, 224].tolist() == [0, 0, 0]
 
 
 def test_no_photograph_for_a_text_file_or_without_records(features, tmp_path):
@@ -103,7 +134,7 @@ def test_no_photograph_for_a_text_file_or_without_records(features, tmp_path):
 
 def test_an_image_that_is_not_there_is_an_input_error(study):
     with pytest.raises(InputError, match=r"no image 4; the test split has 4 images, numbers 0 to 3"):
-        spatial_view(FeatureMatrix(study.features), study.split, 4, rank=3, channels=1, network=None)
+        spatial_view(FeatureMatrix(study.features), study.split, 4, rank=3, channels=range(1), network=None)
     with pytest.raises(InputError, match="no image -1"):
         check_images([0, -1], 4)
     with pytest.raises(InputError, match="1 image, number 0"):

@@ -1,0 +1,75 @@
+"""What a running study shows: lines where there is no terminal, one view in place where there is."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lowrank_tune.cli.progress import TerminalProgress
+from lowrank_tune.records import TrialConfig, TrialOutcome
+
+
+def ended(number: int, stopped_by: str = "budget", status: str = "finished", reason: str = "") -> TrialOutcome:
+    config = TrialConfig(f"r008-sketch-{number:04d}", number, 0, "sketch", 8, 1e-3, 0.0, 4, 5, 5)
+    best = {} if status == "failed" else {"val_residual_ratio": 1.25}
+    return TrialOutcome(config, status, stopped_by, 5, 4, best, str(Path("t")), 1.0, reason)  # type: ignore[arg-type]
+
+
+def tell_all(progress: TerminalProgress) -> None:
+    progress.stage("training 2 trials")
+    progress.trials(2)
+    for epoch, ratio in ((1, 1.5), (2, 1.25)):
+        progress.trial_epoch({"trial_id": "r008-sketch-0000", "epoch": epoch, "val_residual_ratio": ratio})
+    progress.trial_epoch({"trial_id": "r016-direct-0001", "epoch": 1, "val_residual_ratio": float("nan")})
+    progress.trial_ended(ended(0, "asha", "pruned"))
+
+
+def seen(progress: TerminalProgress) -> str:
+    page = Console(file=io.StringIO(), width=100)
+    page.print(progress.view())
+    file = page.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with TerminalProgress(5, Console(file=out, width=100)) as progress:
+        for done in (10, 11, 50, 99, 100):
+            progress.images(done, 100)
+        tell_all(progress)
+    lines = [line.split("s  ", 1)[1] for line in out.getvalue().splitlines()]
+    assert [line.split(",")[0] for line in lines] == [
+        "50/100 images", "99/100 images", "100/100 images", "training 2 trials",
+        "1/2 r008-sketch-0000  ρ 1.250 at epoch 4 of 5",
+    ]  # fmt: skip
+    assert "stopped by ASHA" in lines[-1] and "left" in lines[-1]
+    assert "images/s" in lines[0]
+
+
+def test_one_view_in_place_on_a_terminal() -> None:
+    out = io.StringIO()
+    with TerminalProgress(5, Console(file=out, width=100, force_terminal=True, highlight=False)) as progress:
+        tell_all(progress)
+        view = seen(progress)
+        progress.trial_ended(ended(1, "error", "failed", reason="loss is not finite"))
+    assert "1/2" in view and "about" in view and "left" in view
+    assert "1 stopped by ASHA" in view
+    best = next(line for line in view.splitlines() if "r008-sketch-0000" in line)
+    assert best.split() == ["8", "r008-sketch-0000", "2", "1.250"]
+    training = next(line for line in view.splitlines() if "r016-direct-0001" in line)
+    assert training.split() == ["r016-direct-0001", "1/5", "—"]
+    assert "r008-sketch-0000  ρ" not in out.getvalue()
+    assert "2/2 r008-sketch-0001  no model, failed: loss is not finite" in out.getvalue()
+
+
+def test_extraction_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("lowrank_tune.cli.progress.time.monotonic", lambda: float(next(now)))
+    progress = TerminalProgress(5, Console(file=io.StringIO(), width=100, force_terminal=True))
+    progress.images(10, 100)
+    progress.images(30, 100)
+    view = seen(progress)
+    assert "30/100" in view
+    assert "images/s" in view and "left" in view

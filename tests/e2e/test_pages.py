@@ -1,0 +1,222 @@
+"""report.html and the MLflow UI as a person meets them, in a real browser."""
+
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+
+from lowrank_tune.finished import read_study, visualize
+from tests.e2e.browser import chromium, chromium_or_skip, complaints, resize, shows, wait
+from tests.e2e.conftest import Ran
+
+# Every failure of a script or of a request counts; these two are MLflow's own, on a server without accounts.
+MLFLOWS_OWN = ("users/current", "ResizeObserver loop")
+CHARTS = ("cosine", "ratio", "learning-direct", "learning-sketch", "coordinates", "pareto-search", "pareto-storage",
+          "spectrum", "left")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Chrome]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(window: Chrome, ran: Ran) -> Chrome:
+    window.get((ran.result.directory / "report.html").as_uri())
+    return window
+
+
+def drawn(page: Chrome, name: str) -> bool:
+    (place,) = page.find_elements(By.ID, f"chart-{name}")
+    page.execute_script("arguments[0].scrollIntoView()", place)
+    return bool(place.find_elements(By.CSS_SELECTOR, "svg.main-svg .trace, svg.main-svg .scatterlayer .trace"))
+
+
+def test_the_report_draws_every_chart_without_a_complaint(report: Chrome) -> None:
+    resize(report, 1280)
+    for name in CHARTS:
+        wait(report, lambda page, name=name: drawn(page, name), f"the chart {name}")  # type: ignore[misc]
+    wait(report, lambda page: len(page.find_elements(By.CSS_SELECTOR, "[data-panel] svg.main-svg")) >= 8, "the maps")
+    images = report.execute_script("return [...document.images].filter((i) => i.src && !i.naturalWidth).length")
+    assert images == 0
+    assert complaints(report) == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_never_scrolls_sideways(report: Chrome, width: int) -> None:
+    resize(report, width)
+    report.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    fits = "return innerWidth === arguments[0] && document.documentElement.scrollWidth <= innerWidth"
+    # The charts follow the window a moment later.
+    wait(report, lambda page: page.execute_script(fits, width), "a page that fits its window")
+    assert complaints(report) == []
+
+
+def test_the_choosers_show_another_image_rank_and_channel(report: Chrome) -> None:
+    resize(report, 1280)
+    places = report.find_element(By.ID, "places-view")
+    report.execute_script("arguments[0].scrollIntoView()", places)
+    told = places.find_element(By.CSS_SELECTOR, "[data-told]")
+    wait(report, lambda page: told.text, "the sentence below the choosers")
+    for name, word in (("image", "test image 5"), ("rank", "rank 2"), ("channel", "channel 2")):
+        Select(places.find_element(By.CSS_SELECTOR, f"[data-choose={name}]")).select_by_visible_text(word)
+    assert told.text.startswith("Test image 5 at rank 2. svd: token cosine 0.")
+    wait(report, lambda page: "channel 2: original" in places.text, "the channel's map")
+    label = places.find_element(By.CSS_SELECTOR, "[data-panel=map-1]").get_attribute("aria-label")
+    assert "4 by 4 tokens" in (label or "")
+    assert complaints(report) == []
+
+
+def test_a_keyboard_reaches_links_choosers_and_tables(report: Chrome) -> None:
+    resize(report, 1280)
+    report.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    reached: set[tuple[str, str]] = set()
+    wanted = {("select", name) for name in ("image", "rank", "channel")} | {("div", "Comparison table"), ("a", "")}
+    for _ in range(250):
+        if wanted <= reached:
+            break
+        report.switch_to.active_element.send_keys(Keys.TAB)
+        here = report.switch_to.active_element
+        reached.add((here.tag_name, here.get_attribute("aria-label") or here.get_attribute("data-choose") or ""))
+    assert wanted <= reached
+
+
+def test_everything_seen_has_words_for_those_who_cannot_see_it(report: Chrome) -> None:
+    mute = report.execute_script(
+        "return [...document.querySelectorAll('[data-figure], figure > div > img, .scroll')]"
+        ".filter((e) => !(e.alt || e.getAttribute('aria-label'))).map((e) => e.outerHTML.slice(0, 80))"
+    )
+    assert mute == []
+    assert report.execute_script("return [...document.querySelectorAll('th')].filter((e) => !e.scope).length") == 0
+
+
+def test_print_shows_the_pictures_in_place_of_the_charts(report: Chrome) -> None:
+    report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        pictures = report.execute_script(
+            "return [...document.querySelectorAll('.still img')].filter((e) => e.offsetParent).length"
+        )
+        charts = report.execute_script("return document.querySelector('#chart-cosine').offsetParent")
+        assert (pictures, charts) == (6, None)
+    finally:
+        report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_the_page_of_places_works_by_itself(window: Chrome, ran: Ran) -> None:
+    *pictures, page = visualize(read_study(ran.result.directory), [4], rank=4, channels=[2, 0])
+    assert [path.name for path in pictures] == ["spatial-004-r004.png"]
+    window.get(page.as_uri())
+    shows(window, "Test image 4 at rank 4", "channel 2: original", "sketch: error")
+    assert complaints(window) == []
+
+
+@pytest.fixture(scope="module")
+def ui(ran: Ran) -> Iterator[str]:
+    chromium_or_skip()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "lowrank_tune", "ui", "--results", str(ran.results), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            page = server.stderr.readline().removeprefix("Open ").strip()
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                assert server.poll() is None
+            yield page
+        finally:
+            server.terminate()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def unexpected(window: Chrome) -> list[str]:
+    # MLflow's own grid warns of its own deprecated options: only failures count here.
+    entries = [entry["message"] for entry in window.get_log("browser") if entry["level"] == "SEVERE"]
+    return [message for message in entries if not any(own in message for own in MLFLOWS_OWN)]
+
+
+def runs_of(ran: Ran) -> tuple[str, str]:
+    """The parent's run and that of the best trial."""
+    client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("small")
+    found = {}
+    for run in client.search_runs([experiment.experiment_id], max_results=200):
+        if run.data.tags["lowrank.study_id"] == ran.result.study_id:
+            found[run.info.run_name] = run.info.run_id
+    return found[ran.result.study_id], found[ran.result.outcomes[-1].config.trial_id]
+
+
+def test_mlflow_shows_the_parent_and_its_children(window: Chrome, ui: str, ran: Ran) -> None:
+    resize(window, 1280)
+    window.get(ui)
+    shows(window, ran.result.study_id)
+    names = [outcome.config.trial_id for outcome in (*ran.result.outcomes, *ran.result.confirmations)]
+
+    def opened(page: Chrome) -> bool:
+        try:
+            if names[0] in page.find_element(By.TAG_NAME, "body").text:
+                return True
+            for button in page.find_elements(By.CSS_SELECTOR, "button[data-component-id*=runnamecellrenderer]"):
+                button.click()
+        except StaleElementReferenceException:
+            pass
+        return False
+
+    wait(window, opened, "a trial below its study")
+    shows(window, *names)
+    assert unexpected(window) == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_mlflow_draws_a_trials_metrics(window: Chrome, ui: str, ran: Ran, width: int) -> None:
+    resize(window, width)
+    window.get(f"{ui.partition('?')[0]}/{runs_of(ran)[1]}/model-metrics")
+    shows(window, "best_val_residual_ratio" if width == 1280 else "Model metrics")
+    wait(window, lambda page: page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot svg.main-svg"), "a metric's chart")
+    assert unexpected(window) == []
+
+
+def test_mlflow_has_the_studys_artifacts_and_rank_curves(window: Chrome, ui: str, ran: Ran) -> None:
+    resize(window, 1280)
+    run = f"{ui.partition('?')[0]}/{runs_of(ran)[0]}"
+    window.get(f"{run}/artifacts")
+    shows(window, "report.html", "comparison.json", "per_image.parquet", "pareto.json", "study.yaml", "plots")
+    window.get(f"{run}/model-metrics")
+    shows(window, "test.direct.residual_ratio", "test.direct.token_cosine")
+    assert unexpected(window) == []
+
+
+def test_the_report_opens_inside_mlflow(window: Chrome, ui: str, ran: Ran) -> None:
+    resize(window, 1280)
+    window.get(f"{ui.partition('?')[0]}/{runs_of(ran)[0]}/artifacts/report.html")
+    frame = wait(window, lambda page: page.find_elements(By.TAG_NAME, "iframe"), "the report's frame")[0]
+    window.switch_to.frame(frame)
+    try:
+        shows(window, "Study small", "In words")
+        wait(window, lambda page: drawn(page, "cosine"), "a chart of the report")
+    finally:
+        window.switch_to.default_content()
+
+
+def test_the_report_in_mlflow_is_the_one_on_disk(ran: Ran, tmp_path: Path) -> None:
+    client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
+    logged = client.download_artifacts(runs_of(ran)[0], "report.html", str(tmp_path))
+    assert Path(logged).read_bytes() == (ran.result.directory / "report.html").read_bytes()

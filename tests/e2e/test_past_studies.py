@@ -1,0 +1,139 @@
+"""A finished study, and one that was stopped, looked at again: from a program and from the command line."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from lowrank_tune.cli import run
+from lowrank_tune.cli.results import parse_channels
+from lowrank_tune.errors import InputError
+from lowrank_tune.finished import comparability, comparison_of, open_study, read_study
+from tests.e2e.conftest import Ran
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def moved(ran: Ran, tmp_path: Path) -> Path:
+    """The results in another place, as a copy from a cluster's storage would be."""
+    results = tmp_path / "elsewhere"
+    shutil.copytree(ran.result.directory, results / "studies" / ran.result.study_id)
+    shutil.copytree(ran.result.features.directory, results / "features" / ran.result.features.fingerprint)
+    return results
+
+
+@pytest.fixture
+def stopped(moved: Path, ran: Ran) -> Path:
+    """The same, stopped in the middle: no comparison, half of the trials, one of them cut off after an epoch."""
+    directory = moved / "studies" / ran.result.study_id
+    for name in ("comparison.json", "per_image.parquet", "pareto.json", "report.html"):
+        (directory / name).unlink()
+    (directory / "status.json").write_text(json.dumps({"state": "stopped", "started": "2026-01-01T00:00:00+00:00"}))
+    for folder in (directory / "trials").iterdir():
+        if int(folder.name.split("-")[2]) % 2 or folder.name[-3:-1] == "-s":
+            shutil.rmtree(folder)
+    cut = next(outcome for outcome in ran.result.outcomes if outcome.config.number == 4)
+    history = directory / "trials" / cut.config.trial_id / "history.json"
+    history.write_text(json.dumps(json.loads(history.read_text())[:1]))
+    (history.parent / "outcome.json").unlink(missing_ok=True)
+    return moved
+
+
+def test_a_folder_tells_the_outcomes_that_the_study_had(ran: Ran) -> None:
+    past = read_study(ran.result.directory)
+    assert past.state == "finished"
+    assert past.split == ran.result.split
+    assert past.features == ran.result.features
+    for found, had in zip(
+        (*past.outcomes, *past.confirmations), (*ran.result.outcomes, *ran.result.confirmations), strict=True
+    ):
+        assert found.best == pytest.approx(had.best)
+        assert found.seconds == pytest.approx(had.seconds)
+        assert asdict(replace(found, best={}, seconds=0, directory="")) == asdict(
+            replace(had, best={}, seconds=0, directory="")
+        )
+
+
+def test_compare_shows_what_is_on_file_wherever_it_lies(
+    moved: Path, ran: Ran, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(["compare", ran.result.study_id[:8], "--rank", "4", "--results", str(moved), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = [asdict(row) for row in ran.result.comparison.rows if row.rank == 4]
+    assert told["studies"][ran.result.study_id]["comparison"] == rows
+    assert told["caveats"] == []
+    assert run(["compare", ran.result.study_id, "--rank", "3", "--results", str(moved)]) == 2
+    assert "compared were 2, 4" in capsys.readouterr().err
+
+
+def test_features_are_found_beside_a_study_that_was_moved(moved: Path, ran: Ran) -> None:
+    shutil.move(ran.result.features.directory, f"{ran.result.features.directory}.away")
+    try:
+        past = open_study(moved, ran.result.study_id)
+        assert Path(past.features.directory) == moved / "features" / ran.result.features.fingerprint
+        assert Path(past.features.records_path).is_file()
+    finally:
+        shutil.move(f"{ran.result.features.directory}.away", ran.result.features.directory)
+
+
+def test_a_stopped_study_is_compared_with_the_trials_that_it_has(stopped: Path, ran: Ran) -> None:
+    past = open_study(stopped, ran.result.study_id)
+    assert [outcome.config.number for outcome in past.outcomes] == [0, 2, 4, 6]
+    assert past.confirmations == ()
+    cut = past.outcomes[2]
+    assert (cut.stopped_by, cut.status, cut.epochs) == ("interruption", "pruned", 1)
+    comparison = comparison_of(past)
+    assert "is stopped: these figures are of the 4 of 8 trials" in comparison.remarks[0]
+    trained = {row.trial_id for row in comparison.rows if row.trial_id}
+    assert trained <= {outcome.config.trial_id for outcome in past.outcomes}
+    assert (past.directory / "comparison.json").is_file()
+    had = {(row.method, row.rank): row.residual_ratio_mean for row in ran.result.comparison.rows}
+    controls = [row for row in comparison.rows if not row.trial_id]
+    assert [row.residual_ratio_mean for row in controls] == pytest.approx([had[r.method, r.rank] for r in controls])
+
+
+def test_visualize_and_report_write_their_files(stopped: Path, ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    name, directory = ran.result.study_id, stopped / "studies" / ran.result.study_id
+    command = ["visualize", name, "--image", "1", "--rank", "2", "--channels", "7,3", "--results", str(stopped)]
+    capsys.readouterr()
+    assert run([*command, "--json"]) == 0
+    files = [Path(file) for file in json.loads(capsys.readouterr().out)]
+    assert [file.name for file in files] == ["spatial-001-r002.png", "spatial.html"]
+    assert all(file.is_file() for file in files)
+    assert run(["report", name, "--results", str(stopped)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(directory / "report.html")
+    assert "the study is stopped" in (directory / "report.html").read_text(encoding="utf-8")
+    assert (stopped / "mlflow.db").is_file()
+
+
+def test_studies_side_by_side_say_what_keeps_them_apart(stopped: Path, ran: Ran) -> None:
+    past, whole = open_study(stopped, ran.result.study_id), read_study(ran.result.directory)
+    assert comparability([past, whole]) == []
+    fewer = replace(past, split=replace(past.split, test=past.split.test[:4]))
+    (said,) = comparability([whole, fewer])
+    assert "they share 4 of" in said
+    other = replace(past, features=replace(past.features, fingerprint="f" * 16))
+    assert "features differ" in comparability([whole, other])[0]
+
+
+def test_a_study_that_is_not_there_or_never_trained_is_an_input_error(moved: Path, ran: Ran) -> None:
+    with pytest.raises(InputError, match=r"study nope: not in .*; studies: small-"):
+        open_study(moved, "nope")
+    shutil.rmtree(moved / "studies" / ran.result.study_id / "tune")
+    with pytest.raises(InputError, match="it never began to train"):
+        open_study(moved, ran.result.study_id)
+
+
+@pytest.mark.parametrize(("text", "channels"), [("8", 8), ("0,5, 17", [0, 5, 17]), ("17,", [17]), ("0,", [0])])
+def test_channels_are_a_count_or_numbers(text: str, channels: list[int] | int) -> None:
+    assert parse_channels(text) == channels
+
+
+@pytest.mark.parametrize("text", ["x", "", "0", "-1", "1;2"])
+def test_other_channels_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--channels"):
+        parse_channels(text)
