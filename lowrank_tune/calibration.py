@@ -27,8 +27,8 @@ _STEPS = 3
 _USABLE = 0.9
 """The part of a GPU's memory that trials may fill: allocators leave gaps."""
 _START_S, _FINISH_S, _ROW_S = 15.0, 8.0, 0.6
-"""What was measured of the quickstart, on two cores: libraries and Ray until the first trial; plots, report and MLflow;
-and a row of the comparison."""
+"""Rough shares of the quickstart's time on two cores: libraries and Ray until the first trial; plots, report and
+MLflow; and a row of the comparison. They matter to short studies only."""
 _TRIAL_S = 0.15
 """What starting a trial costs (scripts/bench_trials.py)."""
 _METHODS_WITHOUT_TRAINING = 6
