@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_tune.caches.catalog import find_cache
 from lowrank_tune.cli import run
 from lowrank_tune.cluster.directory import Lineage, create_study, find_study
 from lowrank_tune.errors import InputError, LowrankTuneError, StudyFileError, TrackingError
-from lowrank_tune.inspection import find_cache
 from lowrank_tune.session import ray_session
 from lowrank_tune.spec.loading import parse_study
 from lowrank_tune.study import plan_study
