@@ -29,6 +29,7 @@ from lowrank_tune.report.spatial_report import Scene
 from lowrank_tune.report.write import ReportFiles, write_places, write_report
 from lowrank_tune.spec.loading import load_study
 from lowrank_tune.spec.plan import Plan, make_plan
+from lowrank_tune.tracking.events import RunStatus
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ _STATUS: dict[StoppedBy, TrialStatus] = {
     "interruption": "pruned",
     "error": "failed",
 }
+_RUN_STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,13 +305,14 @@ def _search_states(journal: Path) -> dict[str, TrialState]:
 
 
 def _track(study: PastStudy, comparison: Comparison) -> str:
-    status = {"finished": "FINISHED", "failed": "FAILED"}.get(study.state, "KILLED")
+    # One that calls itself running may be trained by another process at this moment.
+    status = None if study.state == "running" else _RUN_STATUS.get(study.state, "KILLED")
     try:
-        tracker = StudyTracker(study.plan)
+        tracker = StudyTracker(study.plan, past=True)
     except LowrankTuneError as error:
         return str(error)
     tracker.log_comparison(comparison, (*study.outcomes, *study.confirmations), study.directory)
-    tracker.finish(status)  # type: ignore[arg-type]
+    tracker.finish(status)
     return "; ".join(tracker.problems)
 
 

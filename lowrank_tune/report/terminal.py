@@ -36,6 +36,7 @@ def comparison_tables(comparison: Comparison) -> Group:
 def verdict_table(comparison: Comparison) -> Table:
     """Render the best of each rank beside the SVD and the best method without training, in at most 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, title=f"The best of each rank: {comparison.data}", pad_edge=False)
+    table.collapse_padding = True
     table.title_justify = table.caption_justify = "left"
     table.caption = (
         "cosine: mean token cosine, beside the SVD's · ρ: squared error over the least possible at that rank, the "

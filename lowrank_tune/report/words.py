@@ -27,6 +27,7 @@ METHOD_NOTES = {
     "randomized_svd": "no training: Halko, Martinsson and Tropp's randomised SVD, width r + 25 %, two steps",
     "direct": "trained: a network regresses both factors",
     "sketch": "trained: a learned Ω, A = orth(XΩ), B = AᵀX",
+    "refined": "trained: a random start, sharpened by a learned filter of the image's own X Xᵀ; B = AᵀX",
 }
 
 

@@ -25,14 +25,16 @@ class StudyTracker:
 
     Args:
         plan: the study.
+        past: whether it is over and only looked at again; its run is then not told that the study goes on.
 
     Raises:
         TrackingError: the store does not answer, or refuses; raised by the constructor or on entering the block.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, past: bool = False) -> None:
         set_mlflow_defaults()
         self._plan = plan
+        self._past = past
         self.store = resolve_store(plan.spec.tracking.uri, plan.results)
         probe(self.store)
         self._writer = EventWriter(self._connect, _is_passing)
@@ -88,13 +90,14 @@ class StudyTracker:
         """
         self._writer.put(Compared(comparison, tuple(outcomes), directory, _now()))
 
-    def finish(self, status: RunStatus) -> None:
+    def finish(self, status: RunStatus | None) -> None:
         """Deliver what is left and end the runs; what a dead store did not take is in `problems` then.
 
         Args:
-            status: the parent's; trials that never ended are KILLED.
+            status: the parent's, which keeps the time it ended at where it has that status already; trials that never
+                ended are KILLED. None leaves all runs as they are.
         """
-        if status == "FINISHED" or self._deliver is not None or self._writer.started:
+        if status is not None and (status == "FINISHED" or self._deliver is not None or self._writer.started):
             self._writer.put(StudyEnded(status, _now()))
         self._writer.close()
 
@@ -104,7 +107,8 @@ class StudyTracker:
         from lowrank_tune.tracking.runs import StudyRuns
 
         runs = StudyRuns(self._plan, self.store)
-        runs.begin()
+        if not self._past:
+            runs.begin()
         return runs.deliver
 
 

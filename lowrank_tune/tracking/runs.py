@@ -247,7 +247,9 @@ class StudyRuns:
         for run_id in sorted(self._open):
             self.client.set_terminated(run_id, status="KILLED", end_time=at)
         self._open.clear()
-        self.client.set_terminated(self.parent, status=status, end_time=at)
+        # A report made later must not move the end of a run that has ended.
+        if self.client.get_run(self.parent).info.status != status:
+            self.client.set_terminated(self.parent, status=status, end_time=at)
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         entries = [Param(key, redact(str(value))[:_PARAM_LENGTH]) for key, value in params.items()]

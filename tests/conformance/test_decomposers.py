@@ -93,8 +93,8 @@ def test_any_image_gives_finite_gradients_and_no_better_than_the_optimum(family,
 
 
 def test_every_weight_learns(family):
-    model = made(family, 12, 20, 4)
-    model.loss(features(3, 12, 20)).backward()
+    model = made(family, 24, 40, 4)
+    model.loss(features(3, 24, 40)).backward()
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.parameters())
 
 

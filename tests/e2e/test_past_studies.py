@@ -110,6 +110,18 @@ def test_visualize_and_report_write_their_files(stopped: Path, ran: Ran, capsys:
     assert (stopped / "mlflow.db").is_file()
 
 
+def test_a_report_is_written_without_a_tracking_server(
+    moved: Path, ran: Ran, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    page = moved / "studies" / ran.result.study_id / "report.html"
+    page.unlink()
+    capsys.readouterr()
+    assert run(["report", ran.result.study_id, "--results", str(moved)]) == 0
+    assert page.is_file()
+    assert "not in MLflow: tracking server http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
 def test_studies_side_by_side_say_what_keeps_them_apart(stopped: Path, ran: Ran) -> None:
     past, whole = open_study(stopped, ran.result.study_id), read_study(ran.result.directory)
     assert comparability([past, whole]) == []
@@ -133,7 +145,7 @@ def test_channels_are_a_count_or_numbers(text: str, channels: list[int] | int) -
     assert parse_channels(text) == channels
 
 
-@pytest.mark.parametrize("text", ["x", "", "0", "-1", "1;2"])
+@pytest.mark.parametrize("text", ["x", "", "0", "-1", "1;2", "²"])
 def test_other_channels_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="--channels"):
         parse_channels(text)

@@ -56,6 +56,11 @@ def test_ranks_up_to_the_full_one_leave_no_room_and_do_no_harm(power_law, tokens
     assert ratios(made(tokens, dim, rank), power_law(4, tokens, dim)).max() < 1.03
 
 
+@pytest.mark.parametrize("rank", [28, 29, 30])
+def test_many_steps_do_no_harm_where_fewer_channels_than_tokens_leave_no_room(power_law, rank):
+    assert ratios(made(80, 30, rank, steps=5), power_law(8, 80, 30, decay=0.5)).max() < 1.03
+
+
 @pytest.mark.parametrize("rank", [2, 16, 32])
 def test_another_step_comes_nearer(power_law, rank):
     x = power_law(4, 100, 200)
@@ -98,6 +103,34 @@ def test_any_spectrum_gives_safe_factors_and_gradients(seed, spread, zero_rows, 
         optimum.at(rank).residual_N / optimum.energy_N.clamp_min(1e-300), torch.tensor(EXACT)
     )
     assert ((rho < 1.5) | (excess_N < 1e-7)).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("rank", [2, 3, 20, 38, 40])
+def test_what_one_direction_leaves_may_be_rounding_alone(rank, steps):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 1, 40, generator=generator).repeat(1, 40, 1)
+    x[1] += 1e-3 * torch.randn(40, 40, generator=generator)
+    x[2] = torch.randn(40, 40, generator=generator)
+    x[2, 3] *= 1e6
+    x[3] = 1
+    for image in x:
+        model = made(40, 40, rank, steps)
+        model.loss(image[None]).backward()
+        assert model.zeros_K.grad.isfinite().all()
+        assert (ratios(model, image[None]) < 1.05).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_image_that_is_not_finite_spoils_its_own_factors_alone(power_law, value):
+    x, model = power_law(3, 40, 60), made(40, 60, 8)
+    alone = model(x[:2])
+    x[2, 5, 7] = value
+    together = model(x)
+    torch.testing.assert_close(together.a_NTR[:2], alone.a_NTR, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.b_NRD[:2], alone.b_NRD, atol=1e-5, rtol=1e-4)
+    assert together.a_NTR[2].isnan().all()
+    assert model.loss(x).isnan()
 
 
 def test_equal_singular_values_are_no_trouble():

@@ -6,12 +6,12 @@ from dataclasses import replace
 from rich.console import Console
 
 from lowrank_tune.report.table import rank_groups
-from lowrank_tune.report.terminal import comparison_tables
+from lowrank_tune.report.terminal import comparison_tables, verdict_table
 
 
-def printed(comparison) -> list[str]:
+def printed(comparison, render=comparison_tables) -> list[str]:
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(comparison_tables(comparison))
+    console.print(render(comparison))
     return console.file.getvalue().splitlines()
 
 
@@ -78,3 +78,17 @@ def test_what_is_known_of_trained_methods_alone_fits_80_columns_too(row, compari
 
 def test_without_a_trained_method_there_is_one_table(row, comparison_of):
     assert not any(line.startswith("Trained") for line in printed(comparison_of(row("svd", 4, 1.0))))
+
+
+def test_the_verdict_fits_80_columns_with_the_longest_names(row, comparison_of):
+    seeds = {
+        "seeds": 3, "residual_ratio_seed_mean": 12.5, "residual_ratio_seed_sd": 1.2,
+        "token_cosine_seed_mean": 0.99997, "token_cosine_seed_sd": 0.00034,
+    }  # fmt: skip
+    comparison = comparison_of(
+        row("svd", 128, 1.0, 0.999961), row("refined", 128, 12.5, 0.999956, trial_id="t", **seeds),
+        row("randomized_svd", 128, 1.012),
+    )  # fmt: skip
+    lines = printed(comparison, verdict_table)
+    assert max(len(line) for line in lines) <= 80
+    assert next(line for line in lines if "refined" in line).split()[-2:] == ["randomized_svd", "1.012"]

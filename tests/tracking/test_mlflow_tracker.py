@@ -130,6 +130,21 @@ def test_a_failed_study_is_failed(plan: Plan) -> None:
     assert read(plan).parent().info.status == "FAILED"
 
 
+def test_a_past_study_looked_at_again_keeps_its_status_and_the_time_it_ended(plan: Plan) -> None:
+    comparison = write_study(plan, [SKETCH])
+    with StudyTracker(plan) as tracker:
+        tracker.trial_started(SKETCH)
+    ended = read(plan).parent().info.end_time
+    for status in ("FINISHED", None):
+        again = StudyTracker(plan, past=True)
+        again.log_comparison(comparison, (), plan.study_dir)
+        again.finish(status)
+        assert again.problems == ()
+        parent = read(plan).parent()
+        assert (parent.info.status, parent.info.end_time) == ("FINISHED", ended)
+        assert "test.svd.token_cosine" in parent.data.metrics
+
+
 def test_a_study_that_fails_before_its_first_trial_leaves_no_run(plan: Plan) -> None:
     with pytest.raises(RuntimeError), StudyTracker(plan):
         raise RuntimeError

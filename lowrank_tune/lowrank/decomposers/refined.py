@@ -85,7 +85,7 @@ class Refined(Decomposer):
         count = self.check_rank(rank)
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
-            gram_NTT, dominated_N, q_NT1 = self._gram(x_NTD)
+            gram_NTT, _, dominated_N, q_NT1 = self._gram(x_NTD)
             a_NTR = self._filter(gram_NTT, dominated_N, *self._ritz(gram_NTT, count))
             if len(q_NT1):
                 others_NTR = a_NTR[dominated_N, :, :-1]
@@ -96,54 +96,62 @@ class Refined(Decomposer):
 
     @torch.no_grad()
     def condense(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Return G [N, T, T] and what the filter starts from: no weight that is learned has a part in them."""
+        """Return G [N, T, T], its energy and what the filter starts from: no learned weight has a part in them."""
         with torch.autocast(x_NTD.device.type, enabled=False):
-            gram_NTT, dominated_N, _ = self._gram(x_NTD.to(self.start_TW.dtype))
-            return gram_NTT, dominated_N, *self._ritz(gram_NTT, self.rank)
+            gram_NTT, share_N, dominated_N, _ = self._gram(x_NTD.to(self.start_TW.dtype))
+            return gram_NTT, share_N, dominated_N, *self._ritz(gram_NTT, self.rank)
 
     def condensed_loss(self, *condensed: Tensor) -> Tensor:
         """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from what `condense` returned.
 
         Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
         """
-        gram_NTT, dominated_N, *start = condensed
+        gram_NTT, share_N, dominated_N, *start = condensed
         with torch.autocast(gram_NTT.device.type, enabled=False):
             a_NTR = self._filter(gram_NTT, dominated_N, *start)
             kept_NR = (a_NTR * (gram_NTT @ a_NTR)).sum(-2)
             kept_NR = torch.where(dominated_N[:, None], functional.pad(kept_NR[:, :-1], (1, 0)), kept_NR)
             left_N1 = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-            return self.weigh_ranks((left_N1 - kept_NR.cumsum(-1)).mean(0))
+            return self.weigh_ranks((share_N[:, None] * (left_N1 - kept_NR.cumsum(-1))).mean(0))
 
-    def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return G over ‖X‖² [N, T, T], which images are dominated [N], and their q [n, T, 1]."""
+    def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return G over its trace [N, T, T], that over ‖X‖² [N], which images are dominated [N], and their q [n, T, 1].
+
+        The trace is a trillionth of ‖X‖² and less where q was taken out of equal tokens: the filter's powers of a G over
+        ‖X‖² would leave float32's range.
+        """
         gram_NTT = gram(x_NTD)
         energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(x_NTD.dtype).tiny)
         gram_NTT = gram_NTT.div_(energy_N[:, None, None])
         flat_NTT = gram_NTT.flatten(1)
         dominated_N = torch.linalg.vecdot(flat_NTT, flat_NTT) > DOMINATED**2
-        q_NT1 = x_NTD.new_empty(0)
+        q_NT1, share_N = x_NTD.new_empty(0), torch.ones_like(energy_N)
         if dominated_N.any():
-            q_NT1, gram_NTT[dominated_N] = self._deflate(x_NTD[dominated_N])
-        return gram_NTT, dominated_N, q_NT1
+            q_NT1, gram_NTT[dominated_N], share_N[dominated_N] = self._deflate(x_NTD[dominated_N])
+        return gram_NTT, share_N, dominated_N, q_NT1
 
-    def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q [N, T, 1] and the Gram matrices of X − qqᵀX, over ‖X‖² [N, T, T]."""
+    def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [N, T, 1], the Gram matrices of X − qqᵀX over their traces [N, T, T], and those over ‖X‖² [N]."""
         q_NT1 = _unit((x_NTD @ self.omega_D)[..., None])
         for _ in range(1 + POWERS_AT_RANK_1 // self.rank):
             q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
         row_N1D = q_NT1.mT @ x_NTD
         gram_NTT = gram(torch.addcmul(x_NTD, q_NT1, row_N1D, value=-1))
-        energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1) + row_N1D.square().sum((-2, -1))
-        return q_NT1, gram_NTT / energy_N.clamp_min(torch.finfo(x_NTD.dtype).tiny)[:, None, None]
+        left_N, tiny = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1), torch.finfo(x_NTD.dtype).tiny
+        energy_N = left_N + row_N1D.square().sum((-2, -1))
+        return q_NT1, gram_NTT / left_N.clamp_min(tiny)[:, None, None], left_N / energy_N.clamp_min(tiny)
 
     def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return Q [N, T, W], GQ, the coefficients V of the leading Ritz vectors [N, W, count] and θ [N, 1, 1]."""
         # In float64: the columns are all but parallel on an image with a few dominating directions.
         q_NTW = orthonormalise_once((gram_NTT @ self.start_TW).double()).to(gram_NTT.dtype)
         product_NTW = gram_NTT @ q_NTW
-        values_NW, vectors_NWW = torch.linalg.eigh(q_NTW.mT @ product_NTW)
-        # At full rank all are wanted, and no zero may stand near the least of them.
-        theta_N11 = values_NW[:, :1, None].clamp_min(0) * (values_NW.shape[-1] > self.rank)
+        # An image that is not finite stays so by its Q; here it would be an error for all the batch.
+        inner_NWW = (q_NTW.mT @ product_NTW).nan_to_num(0, 0, 0)
+        values_NW, vectors_NWW = torch.linalg.eigh(inner_NWW)
+        # Where W is all there is, the Ritz vectors are the eigenvectors, and zeros near the least of the eigenvalues
+        # would let the rounding at 0 grow beside it.
+        theta_N11 = values_NW[:, :1, None].clamp_min(0) * (values_NW.shape[-1] < min(self.tokens, self.dim))
         return q_NTW, product_NTW, vectors_NWW[..., -count:].flip(-1), theta_N11
 
     def _filter(
