@@ -32,6 +32,7 @@ def assert_tracked_once(uri: str, study_dir: Path) -> str:
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("FAILED" if outcome["status"] == "failed" else "FINISHED")
         assert run.data.tags["lowrank.stopped_by"] == outcome["stopped_by"]
+        assert run.data.tags.get("lowrank.reason", "") == outcome["reason"]
         for key in EPOCH_METRICS:
             steps = sorted(point.step for point in client.get_metric_history(run.info.run_id, key))
             assert steps == list(range(1, outcome["epochs"] + 1)), (outcome["config"]["trial_id"], key)

@@ -17,18 +17,17 @@ from tests.cluster.conftest import STUDY, Command, RayCluster, status_of, wait_u
 from tests.tracked_once import assert_tracked_once
 
 Submit = Callable[..., Path]
-LONG = ["--set", "training.epochs=1000", "--set", "training.patience=1000"]
 
 
 @pytest.fixture
 def submit(command: Command, client: RayCluster) -> Submit:
-    """Submits the small study with longer trainings; its folder."""
+    """Submits the small study; its folder."""
     study_file = client.home / "tiny.yaml"
     study_file.write_text(STUDY)
 
     def call(*settings: str) -> Path:
         where = ["--results", str(client.home / "results")]
-        code, out, err = command("submit", str(study_file), *where, "--json", *LONG, *settings)
+        code, out, err = command("submit", str(study_file), *where, "--json", *settings)
         assert code == 0, err
         return client.home / "results" / "studies" / str(json.loads(out)["study_id"])
 
@@ -53,10 +52,17 @@ def in_the_middle(study_dir: Path) -> dict[Path, int]:
     return over(study_dir)
 
 
+def gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def check_finished(study_dir: Path, before: dict[Path, int], trials: int = 4) -> str:
     """Check that all trials are over and those that were over are as they were; the id of the study's MLflow run."""
     outcomes = [json.loads(path.read_text()) for path in study_dir.glob("trials/*/outcome.json")]
-    assert [(outcome["status"], outcome["epochs"]) for outcome in outcomes] == [("finished", 1000)] * trials
+    assert [(outcome["status"], outcome["epochs"]) for outcome in outcomes] == [("finished", 200)] * trials
     kept = {path: stamp for path, stamp in before.items() if path.name != "loss_curves.png"}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     return assert_tracked_once(local_uri(study_dir.parent.parent), study_dir)
@@ -70,7 +76,7 @@ def test_the_trials_of_a_node_that_dies_go_on_elsewhere(command: Command, client
     assert len(lost) == 1
     client.machines.kill("worker")
     assert command("wait", study_dir.name)[0] == 0
-    assert not lost[0].is_running()
+    assert gone(lost[0])
     assert status_of(command, study_dir.name)["progress"]["finished"] == 4
     check_finished(study_dir, before)
     client.machines.start("worker")
@@ -86,7 +92,7 @@ def test_a_study_whose_supervisor_dies_fails_says_so_and_goes_on(
     supervisor.kill()
     assert command("wait", study_dir.name)[0] == 1
     # Ray ends a driver that nobody supervises any more: two would work on one study after `resume`.
-    wait_until(lambda: not driver.is_running())
+    wait_until(lambda: gone(driver))
     failed = status_of(command, study_dir.name)
     assert (failed["state"], failed["progress"]["running"]) == ("failed", 0)
     assert f"lowrank-tune resume {study_dir.name}" in failed["reason"]
@@ -103,7 +109,7 @@ def test_a_study_goes_on_after_its_head_was_lost_and_started_again(
     before = in_the_middle(study_dir)
     driver = psutil.Process(status_of(command, study_dir.name)["pid"])
     client.machines.kill("head")
-    wait_until(lambda: not driver.is_running())
+    wait_until(lambda: gone(driver))
     # Without the job server, the results directory itself tells.
     results = ["--results", str(study_dir.parent.parent)]
     code, _, err = command("status", study_dir.name, *results)
@@ -125,12 +131,11 @@ def test_a_study_goes_on_after_its_head_was_lost_and_started_again(
 
 def test_two_studies_at_once_share_a_cluster(command: Command, client: RayCluster, submit: Submit) -> None:
     study_file, results = client.home / "tiny.yaml", client.home / "results"
-    settings = [text for text in LONG if text != "--set"]
     with ThreadPoolExecutor(2) as pool:
         jobs = list(
             pool.map(
                 lambda rank: submit_study(
-                    client.address, study_file, overrides=[*settings, f"search.space.rank={rank}"], results=results
+                    client.address, study_file, overrides=[f"search.space.rank={rank}"], results=results
                 ),
                 ([2, 4], [3, 6]),
             )
