@@ -119,7 +119,10 @@ def create_study(plan: Plan, given: str, overrides: Sequence[str], lineage: Line
     try:
         directory.mkdir(parents=True)
     except FileExistsError:
-        raise InputError(f"study {plan.study_id}: {directory} is there already; go on with it by `resume`") from None
+        raise InputError(
+            f"study {plan.study_id}: {directory} is there already; go on with it by `resume`, or begin again, which "
+            "draws another id"
+        ) from None
     (directory / "study.yaml").write_text(given, encoding="utf-8")
     record: dict[str, Any] = {"overrides": list(overrides), "parent": lineage.parent, "extensions": []}
     if lineage.parent:
