@@ -99,7 +99,8 @@ def find_study(results: Path, name: str) -> Path:
     found = [name] if name in known else [study_id for study_id in known if study_id.startswith(name)]
     if len(found) != 1:
         shown = ", ".join(found or known[-10:]) or "none"
-        raise InputError(f"study {name}: {'several begin so' if found else f'not in {results}'}; studies: {shown}")
+        what = "several begin so" if found else f"not in {results} (--results names another)"
+        raise InputError(f"study {name}: {what}; studies: {shown}")
     return root / found[0]
 
 
