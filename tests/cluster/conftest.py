@@ -55,12 +55,12 @@ class Machines:
     """
 
     def __init__(self, home: Path, hidden: Path, token: str) -> None:
-        gcs, self._dashboard, client, *agents = free_ports(5)
-        self.address = f"http://127.0.0.1:{self._dashboard}"
+        gcs, dashboard, client, *agents = free_ports(5)
+        self.address = f"http://127.0.0.1:{dashboard}"
         self.apart = apart(hidden)
         self._token = token
         self._started: dict[str, subprocess.Popen[bytes]] = {}
-        ports = ["--port", str(gcs), "--dashboard-port", str(self._dashboard), "--ray-client-server-port", str(client)]
+        ports = ["--port", str(gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
         # Each has a --temp-dir of its own: two that share one unpack a job's files over each other.
         self._arguments = {
             "head": ["--head", *ports, *own_places(agents[0], home / "1")],
@@ -88,10 +88,8 @@ class Machines:
 
     def end(self) -> None:
         """End what there still is."""
-        for node in reversed(self._started.values()):
-            node.terminate()
-        for node in self._started.values():
-            node.wait(60)
+        for name in reversed(tuple(self._started)):
+            self.kill(name)
 
 
 @dataclass(frozen=True)
