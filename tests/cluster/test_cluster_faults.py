@@ -17,6 +17,8 @@ from tests.cluster.conftest import STUDY, Command, RayCluster, status_of, wait_u
 from tests.tracked_once import assert_tracked_once
 
 Submit = Callable[..., Path]
+# Long enough to be met in the middle; where two trainings must meet, the file's own 200 epochs are.
+SHORT = ("--set", "training.epochs=100", "--set", "training.patience=100")
 
 
 @pytest.fixture
@@ -59,10 +61,10 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def check_finished(study_dir: Path, before: dict[Path, int], trials: int = 4) -> str:
+def check_finished(study_dir: Path, before: dict[Path, int], epochs: int = 200) -> str:
     """Check that all trials are over and those that were over are as they were; the id of the study's MLflow run."""
     outcomes = [json.loads(path.read_text()) for path in study_dir.glob("trials/*/outcome.json")]
-    assert [(outcome["status"], outcome["epochs"]) for outcome in outcomes] == [("finished", 200)] * trials
+    assert [(outcome["status"], outcome["epochs"]) for outcome in outcomes] == [("finished", epochs)] * 4
     kept = {path: stamp for path, stamp in before.items() if path.name != "loss_curves.png"}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     return assert_tracked_once(local_uri(study_dir.parent.parent), study_dir)
@@ -85,7 +87,7 @@ def test_the_trials_of_a_node_that_dies_go_on_elsewhere(command: Command, client
 def test_a_study_whose_supervisor_dies_fails_says_so_and_goes_on(
     command: Command, client: RayCluster, submit: Submit
 ) -> None:
-    study_dir = submit()
+    study_dir = submit(*SHORT)
     before = in_the_middle(study_dir)
     driver = psutil.Process(status_of(command, study_dir.name)["pid"])
     (supervisor,) = client.machines.processes("head", "JobSupervisor")
@@ -99,13 +101,13 @@ def test_a_study_whose_supervisor_dies_fails_says_so_and_goes_on(
     assert 1 <= failed["progress"]["done"] < 4
     assert command("resume", study_dir.name)[0] == 0
     assert command("wait", study_dir.name)[0] == 0
-    check_finished(study_dir, before)
+    check_finished(study_dir, before, epochs=100)
 
 
 def test_a_study_goes_on_after_its_head_was_lost_and_started_again(
     command: Command, client: RayCluster, submit: Submit
 ) -> None:
-    study_dir = submit()
+    study_dir = submit(*SHORT)
     before = in_the_middle(study_dir)
     driver = psutil.Process(status_of(command, study_dir.name)["pid"])
     client.machines.kill("head")
@@ -126,7 +128,7 @@ def test_a_study_goes_on_after_its_head_was_lost_and_started_again(
     assert "--results" in err
     assert command("resume", study_dir.name, *results)[0] == 0
     assert command("wait", study_dir.name)[0] == 0
-    check_finished(study_dir, before)
+    check_finished(study_dir, before, epochs=100)
 
 
 def test_two_studies_at_once_share_a_cluster(command: Command, client: RayCluster, submit: Submit) -> None:
