@@ -99,7 +99,8 @@ def find_study(results: Path, name: str) -> Path:
     found = [name] if name in known else [study_id for study_id in known if study_id.startswith(name)]
     if len(found) != 1:
         shown = ", ".join(found or known[-10:]) or "none"
-        raise InputError(f"study {name}: {'several begin so' if found else f'not in {results}'}; studies: {shown}")
+        what = "several begin so" if found else f"not in {results} (--results names another)"
+        raise InputError(f"study {name}: {what}; studies: {shown}")
     return root / found[0]
 
 
@@ -119,7 +120,10 @@ def create_study(plan: Plan, given: str, overrides: Sequence[str], lineage: Line
     try:
         directory.mkdir(parents=True)
     except FileExistsError:
-        raise InputError(f"study {plan.study_id}: {directory} is there already; go on with it by `resume`") from None
+        raise InputError(
+            f"study {plan.study_id}: {directory} is there already; go on with it by `resume`, or begin again, which "
+            "draws another id"
+        ) from None
     (directory / "study.yaml").write_text(given, encoding="utf-8")
     record: dict[str, Any] = {"overrides": list(overrides), "parent": lineage.parent, "extensions": []}
     if lineage.parent:

@@ -1,6 +1,7 @@
 """A real Ray cluster of two raylets on this machine, with token and job server, as `ray start` makes one."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -9,12 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import requests
+
+from lowrank_tune.cli import run
+
+Command = Callable[..., tuple[int, str, str]]
 
 STUDY = """\
 name: tiny
@@ -34,6 +41,55 @@ scheduler: {kind: none}
 resources: {max_concurrent: 1}
 report: {images: [0], channels: 1, confirm_seeds: 0}
 """
+# A node that is killed is missed within seconds, not within Ray's half a minute.
+QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+
+
+class Machines:
+    """The two machines of a cluster, `head` and `worker`: each a raylet that can be killed and started again.
+
+    Args:
+        home: a folder that both have.
+        hidden: a folder that the worker has another of, where this machine can make one.
+        token: what the cluster asks for.
+    """
+
+    def __init__(self, home: Path, hidden: Path, token: str) -> None:
+        gcs, dashboard, client, *agents = free_ports(5)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.apart = apart(hidden)
+        self._token = token
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        ports = ["--port", str(gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
+        # Each has a --temp-dir of its own: two that share one unpack a job's files over each other.
+        self._arguments = {
+            "head": ["--head", *ports, *own_places(agents[0], home / "1")],
+            "worker": ["--address", f"127.0.0.1:{gcs}", *own_places(agents[1], home / "2")],
+        }
+
+    def start(self, name: str) -> None:
+        """Start one, the head first, and wait until the cluster has it."""
+        before = self.apart if name == "worker" else []
+        environment = client_environment(self._token) | QUICK_TO_NOTICE
+        self._started[name] = start_node(*self._arguments[name], before=before, environment=environment)
+        wait_for(self.address, self._token, len(self._started))
+
+    def processes(self, name: str, title: str) -> list[psutil.Process]:
+        """A machine's processes whose command line, where it is long the beginning of it, has this in it."""
+        children = psutil.Process(self._started[name].pid).children(recursive=True)
+        return [process for process in children if title in command_of(process)]
+
+    def kill(self, name: str) -> None:
+        """SIGKILL its raylet, and the head's GCS; `ray start` ends what else it had started."""
+        for title in ("/raylet/raylet", "/gcs/gcs_server"):
+            for process in self.processes(name, title):
+                process.kill()
+        self._started.pop(name).wait(60)
+
+    def end(self) -> None:
+        """End what there still is."""
+        for name in reversed(tuple(self._started)):
+            self.kill(name)
 
 
 @dataclass(frozen=True)
@@ -45,18 +101,34 @@ class RayCluster:
         token: what it asks for.
         home: a folder that both nodes have.
         hidden: a folder that the second node has another of; None where this machine cannot make one.
+        machines: its nodes.
     """
 
     address: str
     token: str
     home: Path
     hidden: Path | None
+    machines: Machines
 
     @property
     def environment(self) -> dict[str, str]:
         """Of a client of this cluster."""
-        names = {"RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
-        return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | names
+        return client_environment(self.token)
+
+
+def client_environment(token: str) -> dict[str, str]:
+    names = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | names
+
+
+def own_places(agent: int, temporary: Path) -> list[str]:
+    return ["--dashboard-agent-listen-port", str(agent), "--temp-dir", str(temporary)]
+
+
+def command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def free_ports(count: int) -> list[int]:
@@ -91,44 +163,25 @@ def wait_for(address: str, token: str, nodes: int) -> None:
         with contextlib.suppress(requests.RequestException, KeyError):
             headers = {"Authorization": f"Bearer {token}"}
             found = requests.get(f"{address}/api/v0/nodes", headers=headers, timeout=5).json()
-            if found["data"]["result"]["total"] >= nodes:
+            if sum(node["state"] == "ALIVE" for node in found["data"]["result"]["result"]) >= nodes:
                 return
         time.sleep(0.2)
     raise TimeoutError(f"no cluster of {nodes} nodes at {address}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     # Not below pytest's own folders: the path of a socket may have 107 bytes.
     home = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
-    gcs, dashboard, client, *agents = free_ports(5)
-    shown = RayCluster(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32), home, home / "hidden")
-    assert shown.hidden is not None
-    shown.hidden.mkdir()
-    before = apart(shown.hidden)
-    # Each node has a --temp-dir of its own: two that share one unpack a job's files over each other.
-    ports = ["--port", str(gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
-    nodes = [
-        start_node(
-            "--head", *ports, "--dashboard-agent-listen-port", str(agents[0]), "--temp-dir", str(home / "1"),
-            before=[], environment=shown.environment,
-        )
-    ]  # fmt: skip
+    hidden, token = home / "hidden", secrets.token_hex(32)
+    hidden.mkdir()
+    machines = Machines(home, hidden, token)
     try:
-        wait_for(shown.address, shown.token, 1)
-        nodes.append(
-            start_node(
-                "--address", f"127.0.0.1:{gcs}", "--dashboard-agent-listen-port", str(agents[1]),
-                "--temp-dir", str(home / "2"), before=before, environment=shown.environment,
-            )
-        )  # fmt: skip
-        wait_for(shown.address, shown.token, 2)
-        yield RayCluster(shown.address, shown.token, home, shown.hidden if before else None)
+        machines.start("head")
+        machines.start("worker")
+        yield RayCluster(machines.address, token, home, hidden if machines.apart else None, machines)
     finally:
-        for node in reversed(nodes):
-            node.terminate()
-        for node in nodes:
-            node.wait(60)
+        machines.end()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -138,3 +191,36 @@ def client(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster.address)
     return cluster
+
+
+@pytest.fixture
+def command(client: RayCluster, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command of lowrank-tune; its exit code, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = run(list(arguments))
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def study_file(cluster: RayCluster) -> Path:
+    path = cluster.home / "tiny.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def status_of(command: Command, study_id: str) -> Any:
+    code, out, _ = command("status", study_id, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.2)
+    raise TimeoutError("it never came to that")

@@ -3,51 +3,12 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lowrank_tune.cli import run
 from lowrank_tune.cluster.jobs import Cluster
-from tests.cluster.conftest import STUDY, RayCluster, apart
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(client: RayCluster, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command of lowrank-tune; its exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(list(arguments))
-        return code, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def study_file(cluster: RayCluster) -> Path:
-    path = cluster.home / "tiny.yaml"
-    path.write_text(STUDY)
-    return path
-
-
-def status_of(command: Command, study_id: str) -> Any:
-    code, out, _ = command("status", study_id, "--json")
-    assert code == 0
-    return json.loads(out)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if holds():
-            return
-        time.sleep(0.2)
-    raise TimeoutError("it never came to that")
+from tests.cluster.conftest import STUDY, Command, RayCluster, apart, status_of, wait_until
 
 
 def test_a_study_lives_on_a_cluster(command: Command, client: RayCluster, study_file: Path) -> None:

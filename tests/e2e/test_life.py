@@ -10,7 +10,6 @@ from typing import Any
 
 import optuna
 import pytest
-from mlflow import MlflowClient
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -22,6 +21,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.life import reconcile_study
 from lowrank_tune.study import StudyResult
 from tests.e2e.conftest import STUDY, Witness
+from tests.tracked_once import assert_tracked_once
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -144,19 +144,7 @@ def test_finished_work_is_not_done_again(resumed: Any, home: Path) -> None:
 
 def test_mlflow_has_one_run_a_trial_and_every_epoch_once_through_a_kill_and_a_stop(resumed: Any, home: Path) -> None:
     result = resumed[0]
-    client = MlflowClient(f"sqlite:///{home / 'results' / 'mlflow.db'}")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`lowrank.study_id` = '{result.study_id}'")
-    by_id = {run.data.tags.get("lowrank.trial_id", ""): run for run in runs}
-    trainings = [*result.outcomes, *result.confirmations]
-    assert len(runs) == len(by_id) == len(trainings) + 1
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    for outcome in trainings:
-        run = by_id[outcome.config.trial_id]
-        assert run.data.tags["lowrank.stopped_by"] == outcome.stopped_by
-        assert "lowrank.reason" not in run.data.tags
-        steps = sorted(point.step for point in client.get_metric_history(run.info.run_id, "val_mse"))
-        assert steps == list(range(1, outcome.epochs + 1))
+    assert_tracked_once(f"sqlite:///{home / 'results' / 'mlflow.db'}", result.directory)
     repairs = reconcile_study(result.study_id, home / "results")
     assert not any(value for name, value in repairs.items() if name != "study_id")
 

@@ -83,6 +83,71 @@ def test_a_dead_store_is_given_up_at_the_end_and_counted() -> None:
     assert writer.problems[0] == "4 records could not be delivered"
 
 
+class Clock:
+    """A clock that a writer's rests put forward, so that an hour of them takes an instant."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.rests: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.rests.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("lowrank_tune.tracking.writer.time", clock)
+    return clock
+
+
+class AwayUntil(Store):
+    """Fails until its clock shows a moment."""
+
+    def __init__(self, clock: Clock, moment: float) -> None:
+        super().__init__()
+        self._clock = clock
+        self._moment = moment
+
+    def deliver(self, event: Event) -> None:
+        self.failures = float(self._clock.now < self._moment)
+        super().deliver(event)
+
+
+@pytest.mark.parametrize("away_s", [60.0, 3600.0])
+def test_a_study_at_work_waits_for_its_store_however_long_that_is_away(
+    away_s: float, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AwayUntil(clock, away_s)
+    writer = EventWriter(store.connect, lambda error: isinstance(error, ConnectionError), pause_s=0.01)
+    monkeypatch.setattr(writer._closing, "wait", lambda seconds: clock.sleep(seconds) or writer._closing.is_set())
+    for event in EVENTS:
+        writer.put(event)
+    while len(store.taken) < len(EVENTS):
+        time.sleep(0.001)
+    writer.close()
+    assert store.taken == EVENTS
+    assert writer.problems == ()
+    tries = [rest for rest in clock.rests if rest >= 1]
+    assert tries[:6] == [1, 2, 4, 8, 15, 15]
+    assert max(tries) == 15
+
+
+@pytest.mark.parametrize(("away_s", "undelivered"), [(19.0, 0), (21.0, 1)])
+def test_a_study_that_is_over_waits_twenty_seconds_for_its_store(away_s: float, undelivered: int, clock: Clock) -> None:
+    store = AwayUntil(clock, away_s)
+    writer = EventWriter(store.connect, lambda error: isinstance(error, ConnectionError), pause_s=0.01)
+    writer._closing.set()
+    writer.put(EVENTS[0])
+    writer.close()
+    assert len(store.taken) == 1 - undelivered
+    assert writer.problems[:1] == ((f"{undelivered} records could not be delivered",) if undelivered else ())
+
+
 def test_reporting_never_waits_for_the_store() -> None:
     release = threading.Event()
 

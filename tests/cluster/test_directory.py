@@ -1,0 +1,55 @@
+"""Studies that begin at the same moment in one results directory."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Barrier
+
+from lowrank_tune.cluster.directory import Lineage, create_study, read_plan
+from lowrank_tune.errors import InputError
+from lowrank_tune.spec.loading import parse_study
+from lowrank_tune.spec.plan import Plan, make_plan
+from lowrank_tune.study import plan_study
+from tests.cluster.conftest import STUDY
+
+AT_ONCE = 10
+SPEC = parse_study(STUDY, "tiny.yaml")
+
+
+def begin_at_once(plan: Callable[[], Plan]) -> tuple[list[Plan], list[str]]:
+    """Begin ten studies on threads that wait for each other: those that began, and why the others did not."""
+    barrier, begun, refused = Barrier(AT_ONCE), [], []
+
+    def begin(number: int) -> None:
+        barrier.wait()
+        planned = plan()
+        try:
+            create_study(planned, f"# {number}\n", (), Lineage())
+            begun.append(planned)
+        except InputError as error:
+            refused.append(str(error))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(begin, range(AT_ONCE)))
+    return begun, refused
+
+
+def test_ten_studies_that_begin_at_once_are_told_apart(tmp_path: Path) -> None:
+    begun, refused = begin_at_once(lambda: plan_study(SPEC, tmp_path))
+    # Two ids are the same once in 4096 pairs; the second one is refused then.
+    assert len({plan.study_id for plan in begun}) == len(begun) == AT_ONCE - len(refused)
+    assert len(begun) >= AT_ONCE - 1
+    assert len({(plan.study_dir / "study.yaml").read_text() for plan in begun}) == len(begun)
+    assert [read_plan(plan.study_dir).study_id for plan in begun] == [plan.study_id for plan in begun]
+
+
+def test_of_studies_that_draw_the_same_id_one_begins_and_the_others_are_told(tmp_path: Path) -> None:
+    moment = datetime(2026, 3, 1, tzinfo=UTC)
+    begun, refused = begin_at_once(lambda: make_plan(SPEC, tmp_path, moment))
+    assert len(begun) == 1
+    assert len(refused) == AT_ONCE - 1
+    for told in refused:
+        assert told.startswith(f"study {begun[0].study_id}: {begun[0].study_dir} is there already")
+        assert "begin again" in told
+    assert read_plan(begun[0].study_dir) == begun[0]
