@@ -222,6 +222,27 @@ def test_a_cache_on_a_network_mount_is_copied_too(cache, staging, monkeypatch):
     assert features.features.origin == str(cache)
 
 
+def test_a_copy_of_another_cache_under_its_name_is_made_again(remote, cache, staging, tmp_path):
+    copy = stage_cache(remote)
+    build(tmp_path / "other", KEYS[:4])
+    shutil.rmtree(copy)
+    shutil.copytree(tmp_path / "other" / cache.name, copy)
+    assert len(open_cache(stage_cache(remote)).rows) == len(KEYS) - 1
+
+
+def test_a_table_that_is_being_written_is_nobodys(bucket, cache, staging):
+    whole = cache / "sources" / f"{checksum(b'whole')}.parquet"
+    whole.write_bytes(b"whole")
+    half = cache / "sources" / f".tmp-0123-{checksum(b'whole and more')}.parquet"
+    half.write_bytes(b"whole and")
+    assert open_cache(cache).records_path == str(whole)
+    assert verify_cache(cache) == []
+    copy = stage_cache(bucket.put(cache, cache.name))
+    assert [path.name for path in (copy / "sources").iterdir()] == [whole.name]
+    build(cache.parent)
+    assert half.exists(), "its writer does not hold the cache's lock"
+
+
 def test_the_copys_name_is_the_manifests_digest(remote, cache, staging):
     manifest = json.loads((cache / "manifest.json").read_text())
     assert stage_cache(remote) == staging / manifest["digest"] / cache.name
