@@ -207,6 +207,9 @@ def _check_room(needed: int, place: Path) -> None:
 def _writable(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Anyone may make a folder of that name in /tmp, and what lies in it would be trusted.
+        if not os.environ.get("LOWRANK_TUNE_STAGING") and root.stat().st_uid != os.getuid():
+            raise OSError("it belongs to another user")
         yield
     except OSError as error:
         raise InputError(

@@ -197,6 +197,17 @@ def test_a_staging_directory_without_room_is_named(remote, staging, monkeypatch)
         open_features(remote)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a folder to another user")
+def test_a_default_staging_directory_of_another_user_is_not_trusted(remote, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOWRANK_TUNE_STAGING")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    staged = stage_cache(remote)
+    assert staged.is_relative_to(tmp_path)
+    os.chown(staged.parent.parent, 12345, -1)
+    with pytest.raises(InputError, match="belongs to another user"):
+        stage_cache(remote)
+
+
 def test_a_store_that_does_not_answer_is_named(staging):
     silent = "s3://someone:s3cret@bucket/x?endpoint_override=127.0.0.1%3A9&scheme=http&region=us-east-1"
     with pytest.raises(CacheError, match=r"s3://bucket/x/manifest\.json: cannot be read") as error:
