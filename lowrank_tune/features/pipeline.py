@@ -78,7 +78,8 @@ def extract_features(
             progress(len(files.paths), len(files.paths))
         return _feature_set(extraction, contents, records, quarantine)
     except OSError as error:
-        if error.filename and not Path(error.filename).absolute().is_relative_to(cache_root.absolute()):
+        root, place = cache_root.absolute(), Path(error.filename or cache_root).absolute()
+        if not place.is_relative_to(root) and not root.is_relative_to(place):
             raise InputError(
                 f"{error.filename}: cannot be read ({error.strerror}); see that its place answers"
             ) from error

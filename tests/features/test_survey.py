@@ -79,6 +79,13 @@ def test_a_sparse_tensor_is_refused_with_the_remedy(tmp_path):
         load_tensor(file.getvalue())
 
 
+def test_a_results_directory_that_is_a_file_is_named_as_the_caches_place(spec, tmp_path):
+    (tmp_path / "results").write_text("in the way")
+    root = tmp_path / "results" / "features"
+    with pytest.raises(InputError, match=rf"{root}: cannot hold the feature cache \(.*Not a directory"):
+        extract_features(spec, root, seed=0)
+
+
 def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path):
     name = str(tmp_path / ("x" * 300))
     spec = FeaturesSpec.model_validate({"source": {"tensors": name}})
