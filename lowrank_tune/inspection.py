@@ -17,7 +17,7 @@ import torch
 from lowrank_tune.calibration import calibrate
 from lowrank_tune.cluster.directory import results_directory
 from lowrank_tune.errors import InputError, LowrankTuneError
-from lowrank_tune.features.survey import Survey, survey_features, try_images
+from lowrank_tune.features.survey import Sampled, Survey, survey_features, try_images
 from lowrank_tune.spec.plan import (
     cache_bytes,
     make_plan,
@@ -142,7 +142,7 @@ def _extraction_seconds(spec: StudySpec, cache_root: Path, images: int) -> float
 def _check(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
-    except LowrankTuneError as error:
+    except (LowrankTuneError, OSError) as error:
         return Check(name, False, str(error))
 
 
@@ -178,15 +178,18 @@ def _describe_survey(spec: StudySpec, cache_root: Path, surveys: list[Survey]) -
 def _describe_images(spec: StudySpec, cache_root: Path, surveys: Sequence[Survey]) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trial = try_images(spec.features, cache_root, spec.seed, TRIED_IMAGES, device)
-    broken = [image for image in trial.images if image.error]
-    if broken:
-        raise InputError("; ".join(f"{image.path}: {image.error}" for image in broken))
-    lines = [
-        f"{Path(image.path).name} {list(image.shape)} in [{image.low:.3g}, {image.high:.3g}], {image.seconds:.2f} s"
-        for image in trial.images
-    ]
+    lines = [_describe_image(image) for image in trial.images]
+    if any(image.error for image in trial.images):
+        raise InputError("; ".join(lines))
     for survey in surveys:
         left = survey.images - survey.cached - survey.quarantined
         whole = timedelta(seconds=math.ceil(left * trial.seconds_each))
         lines.append(f"{left} images are left to extract: about {whole} with one such worker on {device}")
     return "; ".join(lines)
+
+
+def _describe_image(image: Sampled) -> str:
+    if image.error:
+        return f"{image.path}: {image.error}"
+    values = f"{list(image.shape)} in [{image.low:.3g}, {image.high:.3g}]"
+    return f"{Path(image.path).name} {values}, {image.seconds:.2f} s"

@@ -1,13 +1,14 @@
-"""What reading a feature cache costs, and what memory it and its making take.
+"""How fast images become features, what reading them costs, and what memory a cache and its making take.
 
-    .venv/bin/python scripts/bench_features.py --reading [--images 4370]
-    .venv/bin/python scripts/bench_features.py --memory [--images 4370]
+    .venv/bin/python scripts/bench_features.py [--extraction] [--reading] [--memory] [--images 4370]
 
-Random [256, 2048] float16 features, the reference's size: 4.6 GB a cache, and as much again as `features_N.pt` files,
-in a temporary folder (TMPDIR) that is removed. Some minutes each on two cores. Every number comes from this one run:
-compare ratios, not machines. Wanted: random mini-batches at least 5 times as fast as from the .pt files and at least
-0.7 of a plain memory copy; eight readers of a 1 GB cache at most 1.15 times its size in proportional memory; all images
-made, sealed, verified and read in at most 2 GB, with the driver's own memory flat in the number of images.
+All three when none is named, some minutes each on two cores. Every number comes from this one run: compare ratios, not
+machines. The extraction is told in `bench_features_extraction.py`, which has more options of its own. For the others,
+random [256, 2048] float16 features, the reference's size: 4.6 GB a cache, and as much again as `features_N.pt` files,
+in a temporary folder (TMPDIR) that is removed. Wanted: random mini-batches at least 5 times as fast as from the .pt
+files and at least 0.7 of a plain memory copy; eight readers of a 1 GB cache at most 1.15 times its size in proportional
+memory; all images made, sealed, verified and read in at most 2 GB, with the driver's own memory flat in the number of
+images.
 """
 
 from __future__ import annotations
@@ -40,10 +41,17 @@ from lowrank_tune.caches.shards import SHARD_ROWS, shard_name
 from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.commit import commit_shard
 from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.residence import Mapped
 
 CORES = 2
 TOKENS, DIM, BATCH = 256, 2048, 32
 IDENTITY = {"kind": "tensors", "forward": 1, "store_dtype": "float16", "tokens": TOKENS, "dim": DIM}
+READINGS = (
+    (torch.float32, "reused"),
+    (torch.float16, "reused"),
+    (torch.float32, "fresh"),
+    (torch.float16, "fresh"),
+)
 BATCHES, ROUNDS = 24, 2
 READERS, READ_IMAGES = 8, 1024
 SAMPLING_S = 0.2
@@ -53,6 +61,7 @@ def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4370)
+    parser.add_argument("--extraction", action="store_true", help="the encoder's forward, and an extraction beside it")
     parser.add_argument("--reading", action="store_true", help="mini-batches, and readers that share one copy")
     parser.add_argument("--memory", action="store_true", help="the peak while a cache is made, verified and read")
     parser.add_argument("--import-directory", nargs=2, metavar=("TENSORS", "RESULTS"), help=argparse.SUPPRESS)
@@ -60,10 +69,14 @@ def main() -> None:
     if chosen.import_directory:
         _make_verify_read(*map(Path, chosen.import_directory))
         return
-    if chosen.reading:
+    everything = not (chosen.extraction or chosen.reading or chosen.memory)
+    if chosen.extraction or everything:
+        # In a process of its own: its encoders take one thread each, and its Ray leaves nothing to measure beside.
+        subprocess.run([sys.executable, Path(__file__).with_name("bench_features_extraction.py")], check=True)
+    if chosen.reading or everything:
         bench_reading(chosen.images)
-        bench_sharing()
-    if chosen.memory:
+        bench_sharing(min(READ_IMAGES, chosen.images))
+    if chosen.memory or everything:
         bench_memory(chosen.images)
 
 
@@ -80,27 +93,35 @@ def bench_reading(images: int) -> None:
         for indices in chosen:  # warm: in the page cache, and mapped by this process
             data.load(indices)
             _load_pt(folder, indices, torch.float16)
-        print(f"{images} images, mini-batches of {BATCH} chosen at random, ms a batch (medians)\n")
+        print(f"\n{images} images, mini-batches of {BATCH} chosen at random, ms a batch (medians)\n")
         print(f"{'threads':<9}{'dtype':<9}{'memory':<8}{'cache':>7}{'.pt files':>11}{'copy':>7}"
               f"{'.pt / cache':>13}{'copy / cache':>14}")  # fmt: skip
         for threads in (1, CORES):  # a trial has one unless the study file gives it more
             torch.set_num_threads(threads)
-            for dtype in (torch.float16, torch.float32):
-                for memory in ("reused", "fresh"):
-                    _print_reading(data, folder, chosen, dtype, memory)
+            for dtype, memory in READINGS:
+                _print_reading(data, folder, chosen, dtype, memory)
+        print("\nIn reused memory: float32 is what a training on a CPU reads, float16 what one on a GPU does that does "
+              "not hold\nall features. In fresh memory, whose pages the system hands out one by one: what a study "
+              "reads once.")  # fmt: skip
 
 
 def _print_reading(data: FeatureMatrix, folder: Path, chosen: list[list[int]], dtype: torch.dtype, memory: str) -> None:
     """A line: all three routes give the same tensor, in fresh memory or in the same memory again."""
     source_NTD = torch.cat([data.load(indices, data.dtype) for indices in chosen])
     kept = torch.empty(BATCH, TOKENS, DIM, dtype=dtype) if memory == "reused" else None
+    training = Mapped(data)
+
+    def cached(place: int) -> Tensor:
+        if kept is None or dtype != torch.float32:
+            return data.load(chosen[place], dtype, kept)
+        return training.lend(chosen[place])
 
     def copy(place: int) -> Tensor:
         part = source_NTD[place * BATCH : (place + 1) * BATCH]
         return (torch.empty(part.shape, dtype=dtype) if kept is None else kept).copy_(part)
 
     routes: dict[str, Callable[[int], Tensor]] = {
-        "cache": lambda place: data.load(chosen[place], dtype, kept),
+        "cache": cached,
         "pt": lambda place: _load_pt(folder, chosen[place], dtype),
         "copy": copy,
     }
@@ -125,11 +146,11 @@ def _load_pt(folder: Path, indices: Sequence[int], dtype: torch.dtype) -> Tensor
     return torch.stack([torch.load(file, weights_only=True) for file in files]).to(dtype)
 
 
-def bench_sharing() -> None:
+def bench_sharing(images: int) -> None:
     """Proportional memory of readers of one cache, beside what the same processes have before they open it."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="bench-features-") as name:
-        cache = write_cache(Path(name) / "features", READ_IMAGES)
+        cache = write_cache(Path(name) / "features", images)
         size = sum(path.stat().st_size for path in (cache / "shards").iterdir())
         ends = [context.Pipe() for _ in range(READERS)]
         readers = [context.Process(target=_reader, args=(cache, theirs)) for _, theirs in ends]
@@ -144,9 +165,7 @@ def bench_sharing() -> None:
             ours.send(None)
         for reader in readers:
             reader.join()
-    print(
-        f"\n{READERS} processes, each reading all {READ_IMAGES} images of one cache of {size / 1e9:.2f} GB, PSS in GB\n"
-    )
+    print(f"\n{READERS} processes, each reading all {images} images of one cache of {size / 1e9:.2f} GB, PSS in GB\n")
     print(f"{'before opening it':<34}{before / 1e9:>8.2f}")
     print(f"{'having read it, all still mapped':<34}{after / 1e9:>8.2f}")
     print(f"{'what reading added / the cache':<34}{(after - before) / size:>8.3f}")
@@ -169,7 +188,8 @@ def _reader(cache: Path, pipe: Connection) -> None:
     data = FeatureMatrix(open_cache(cache))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(os.getpid())).tolist()
     for start in range(0, len(order), BATCH):
-        data.load(order[start : start + BATCH], out=out)
+        indices = order[start : start + BATCH]
+        data.load(indices, out=out[: len(indices)])
     pipe.send(None)
     pipe.recv()
 

@@ -116,13 +116,13 @@ def remove_cache(place: str) -> int:
         The bytes that are free now.
 
     Raises:
-        InputError: it lies on an object store, or an extraction is writing into it.
-        OSError: it cannot be removed.
+        InputError: it lies on an object store, an extraction is writing into it, or its place lets nothing be removed.
     """
-    if is_uri(place):
+    if is_uri(place) and not place.startswith("file:"):
         raise InputError(f"{redact(place)}: only local caches are removed from here; use the object store's own tools")
-    directory = Path(place).absolute()
-    if not _is_cache(Folder.at(directory)):
+    folder = Folder.at(place)
+    directory = Path(folder.path)
+    if not _is_cache(folder):
         raise InputError(f"{directory}: is no feature cache, and is left alone")
     if directory.is_symlink():
         raise InputError(f"{directory}: is a link, and is left alone; remove the cache where it lies")
@@ -133,8 +133,12 @@ def remove_cache(place: str) -> int:
             os.rename(directory, doomed)
     except Timeout:
         raise InputError(f"{directory}: an extraction is writing into it; stop that, or wait for its end") from None
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be removed ({error.strerror or error})") from error
     for remains in directory.parent.glob(".removed-*"):  # this one, and those of removals that were killed
-        shutil.rmtree(remains, ignore_errors=remains != doomed)
+        shutil.rmtree(remains, ignore_errors=True)
+    if doomed.exists():
+        raise InputError(f"{directory}: is no cache any more, but not all its files could be removed; remove {doomed}")
     return freed
 
 

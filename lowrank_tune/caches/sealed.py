@@ -80,7 +80,7 @@ def open_sealed(cache: Folder, directory: str) -> FeatureSet:
     """As `open_cache`, with the place as readers shall be told it."""
     manifest = read_manifest(cache)
     contents = Contents.of(sealed_commits(cache, manifest))
-    tables = [name for name in (cache / SOURCES).files() if name.endswith(".parquet")]
+    tables = record_tables(cache)
     identity = manifest["identity"]
     return FeatureSet(
         directory=directory,
@@ -111,6 +111,23 @@ def read_sealed(directory: Path, identity: Identity) -> Contents | None:
     return Contents.of(sealed_commits(cache, manifest))
 
 
+def read_committed(directory: Path, identity: Identity) -> Contents:
+    """What an extraction would find done already: every committed shard whose size and shape are right.
+
+    The values are not read, and the cache need not be sealed; another process may be writing into it.
+    """
+    cache = Folder.at(directory)
+    commits = []
+    for path in sorted((directory / COMMITS).glob("[!.]*.json")):
+        try:
+            commit = read_commit(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if not shard_problems(cache, commit, identity, full=False):
+            commits.append(commit)
+    return Contents.of(commits)
+
+
 def verify_cache(place: str | Path, full: bool = True) -> list[str]:
     """Check a cache against its seal.
 
@@ -136,8 +153,8 @@ def verify_cache(place: str | Path, full: bool = True) -> list[str]:
     if not _matches(cache, QUARANTINE, manifest["quarantine"]):
         problems.append(f"{cache.name}/{QUARANTINE}: is not the one that was sealed")
     sources = cache / SOURCES
-    for name in sources.files():
-        if name.endswith(".parquet") and not _matches(sources, name, name.removesuffix(".parquet")):
+    for name in record_tables(cache):
+        if not _matches(sources, name, name.removesuffix(".parquet")):
             problems.append(
                 f"{sources.name}/{name}: is not what was recorded; remove it, and the next run writes it again"
             )
@@ -191,6 +208,11 @@ def sealed_commits(cache: Folder, manifest: dict[str, Any]) -> list[Commit]:
             raise CacheError(f"{problems[0]}; {_remedy(cache)}")
         commits.append(commit)
     return commits
+
+
+def record_tables(cache: Folder) -> list[str]:
+    """Names of the tables under `sources/`, the latest last; one that is still being written is none of them."""
+    return [name for name in (cache / SOURCES).files() if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def canonical(content: object) -> bytes:

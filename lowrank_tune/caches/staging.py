@@ -31,6 +31,7 @@ from lowrank_tune.caches.sealed import (
     open_cache,
     open_sealed,
     read_manifest,
+    record_tables,
     verify_cache,
 )
 from lowrank_tune.caches.shards import COMMITS, SHARDS, checksum, read_commit, shard_problems
@@ -85,7 +86,7 @@ def stage_cache(place: str | Path) -> Path:
     root = staging_root()
     target = root / digest / cache.last
     with _writable(root), FileLock(root / f"{digest}.lock"):
-        if target.exists() and not _is_sound(target):
+        if target.exists() and not _is_sound(target, digest):
             shutil.rmtree(target)
         if not target.exists():
             _logger.info("copying %s to %s", cache.name, target)
@@ -114,9 +115,12 @@ def open_local(place: str | Path) -> FeatureSet:
     return replace(open_cache(stage_cache(place)), origin=str(place))
 
 
-def _is_sound(target: Path) -> bool:
+def _is_sound(target: Path, digest: str) -> bool:
+    folder = Folder.at(target)
     try:
-        open_sealed(Folder.at(target), str(target))
+        if checksum(canonical(read_manifest(folder))) != digest:
+            raise CacheError(f"{target}: is a copy of another cache")
+        open_sealed(folder, str(target))
     except CacheError as error:
         _logger.warning("%s; it is copied again", error)
         return False
@@ -140,7 +144,7 @@ def _copy(cache: Folder, manifest: dict[str, Any], target: Path) -> None:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
-        for name in (cache / SOURCES).files():
+        for name in record_tables(cache):
             _copy_file(cache / SOURCES, name, partial / SOURCES)
         for name in (QUARANTINE, MANIFEST):
             _copy_file(cache, name, partial)
@@ -203,6 +207,9 @@ def _check_room(needed: int, place: Path) -> None:
 def _writable(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Anyone may make a folder of that name in /tmp, and what lies in it would be trusted.
+        if not os.environ.get("LOWRANK_TUNE_STAGING") and root.stat().st_uid != os.getuid():
+            raise OSError("it belongs to another user")
         yield
     except OSError as error:
         raise InputError(

@@ -37,8 +37,9 @@ def recover(directory: Path, identity: Identity) -> Contents:
         CacheError: the part that is sealed already is damaged.
         OSError: the directory cannot be written.
     """
-    for folder in (directory, directory / SHARDS, directory / COMMITS, directory / SOURCES):
-        folder.mkdir(parents=True, exist_ok=True)
+    (directory / SOURCES).mkdir(parents=True, exist_ok=True)  # written without the lock: its temporaries may be in use
+    for folder in (directory, directory / SHARDS, directory / COMMITS):
+        folder.mkdir(exist_ok=True)
         remove_temporaries(folder)
     cache = Folder.at(directory)
     sealed = {}

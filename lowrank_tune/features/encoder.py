@@ -96,7 +96,9 @@ class Encoder:
             self.model.to(self.device)
             if not is_exact(self.device, dtype):
                 align_mlp(self.model)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise InputError(
                 f"{config.name}: out of GPU memory on {device} before the first image; {_MAKE_ROOM}, or take a GPU "
                 "with more memory"
@@ -183,7 +185,9 @@ class Encoder:
             features = self.forward(pixels_NHWC.to(self.device, non_blocking=True))
             features_NTD.copy_(features.to(features_NTD.dtype), non_blocking=True)
             largest_N.copy_(features.abs().amax(dim=(1, 2)), non_blocking=True)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             # The memory is free only when the exception, which holds every tensor of the pass, is gone.
             return False
         return True
@@ -204,6 +208,12 @@ class Encoder:
         patches: int = (size // self.model.config.patch_size) ** 2
         at_once = PATCHES_A_BATCH.get(self.device.type, PATCHES_A_BATCH["cpu"])
         return max(1, min(LARGEST_BATCH, at_once // patches))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory did not suffice, for torch's own tensors or for what the driver and its libraries need."""
+    told = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def _recorded_event() -> torch.cuda.Event:

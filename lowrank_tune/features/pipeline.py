@@ -78,6 +78,11 @@ def extract_features(
             progress(len(files.paths), len(files.paths))
         return _feature_set(extraction, contents, records, quarantine)
     except OSError as error:
+        root, place = cache_root.absolute(), Path(error.filename or cache_root).absolute()
+        if not place.is_relative_to(root) and not root.is_relative_to(place):
+            raise InputError(
+                f"{error.filename}: cannot be read ({error.strerror}); see that its place answers"
+            ) from error
         raise InputError(
             f"{cache_root}: cannot hold the feature cache ({error}); free it, or choose another results directory"
         ) from error
@@ -226,7 +231,7 @@ def _make_shards(
                         raise (InputError if result.fault == "input" else CacheError)(result.failure)
                     yield result
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise LowrankTuneError(
                 f"the extraction into {extraction.directory} stopped ({reason}); what is committed stays, run again"
             ) from error

@@ -13,15 +13,13 @@ from lowrank_tune.caches.shards import checksum
 from lowrank_tune.features.durable import write_durably
 from lowrank_tune.features.sources import SourceRecords
 
-OWN_COLUMNS = ("record", "key", "path", "error")
-
 
 def write_record_table(
     directory: Path, records: SourceRecords, keys: Sequence[str | None], errors: Sequence[str | None]
 ) -> Path:
     """Write one row a record: its number, key, path and error, and the user's columns.
 
-    A column of the user's that has one of those four names is kept as `source_<name>`.
+    A column of the user's whose name is taken, by one of those four or by another column, is kept as `source_<name>`.
 
     Args:
         directory: the cache; the file's name is the digest of its content, so the same records give the same file.
@@ -39,7 +37,9 @@ def write_record_table(
         "error": pa.array(errors, pa.string()),
     }
     for name, column in zip(records.columns.column_names, records.columns.columns, strict=True):
-        columns[f"source_{name}" if name in OWN_COLUMNS else name] = column
+        while name in columns:
+            name = f"source_{name}"
+        columns[name] = column
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.table(columns), sink)
     data = sink.getvalue().to_pybytes()

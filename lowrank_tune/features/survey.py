@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lowrank_tune.caches.sealed import read_sealed
+from lowrank_tune.caches.sealed import read_committed, read_sealed
 from lowrank_tune.caches.shards import SHARD_ROWS
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.decoding import decode_image
@@ -35,7 +35,7 @@ class Survey:
         records: the source's records.
         unreadable: records whose file is missing or cannot be read.
         images: distinct readable files among the rest.
-        cached: how many of those the cache holds.
+        cached: how many of those the cache holds, sealed or left by an extraction that was cut short.
         quarantined: how many of those are known to be unusable.
         tokens: T, rows of an image's matrix.
         dim: D, its columns.
@@ -103,9 +103,11 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
     records = read_records(spec.source, cache_root, seed)
     files = hash_files(records)
     extraction = plan_extraction(spec, cache_root, records)
-    contents = read_sealed(Path(extraction.directory), extraction.identity)
-    rows, quarantined = (contents.rows, contents.quarantined) if contents else ({}, {})
-    Quarantine(files, spec.max_quarantined).check(quarantined)
+    directory = Path(extraction.directory)
+    contents = read_sealed(directory, extraction.identity)
+    if contents is None or contents.missing(files.paths):
+        contents = read_committed(directory, extraction.identity)
+    Quarantine(files, spec.max_quarantined).check(contents.quarantined)
     return Survey(
         directory=extraction.directory,
         encoder=extraction.encoder,
@@ -113,8 +115,8 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
         records=len(records.paths),
         unreadable=sum(key is None for key in files.keys),
         images=len(files.paths),
-        cached=sum(key in rows for key in files.paths),
-        quarantined=sum(key in quarantined for key in files.paths),
+        cached=sum(key in contents.rows for key in files.paths),
+        quarantined=sum(key in contents.quarantined for key in files.paths),
         tokens=extraction.identity["tokens"],
         dim=extraction.identity["dim"],
     )

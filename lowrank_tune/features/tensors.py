@@ -34,6 +34,8 @@ def load_tensor(data: bytes) -> torch.Tensor:
         ) from error
     if not isinstance(content, torch.Tensor):
         raise UnusableError(f"holds a {type(content).__name__}, not one tensor [tokens, dim]")
+    if content.layout is not torch.strided or content.is_nested:
+        raise UnusableError("holds a sparse or nested tensor, not a dense one; save it again as [tokens, dim]")
     if content.ndim != 2 or not content.is_floating_point() or 0 in content.shape:
         raise UnusableError(f"holds {_describe(content)}, not floating [tokens, dim]")
     return content.detach()

@@ -189,7 +189,7 @@ def import_shard(row: _Row, extraction: Extraction) -> _Row:
             except UnusableError as error:
                 quarantined.append((key, str(error)))
     except OSError as error:
-        return {"result": ShardResult(plan.shard, len(plan.keys), failure=str(error), fault="input").dump()}
+        return {"result": ShardResult(plan.shard, len(plan.keys), failure=f"{error}; run again", fault="input").dump()}
     result = ShardResult(plan.shard, len(plan.keys), tuple(quarantined))
     return {"result": _commit(extraction, result, keys, tensors).dump()}
 

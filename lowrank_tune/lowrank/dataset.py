@@ -5,6 +5,7 @@ N images, T tokens, D dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from lowrank_tune.errors import CacheError
 from lowrank_tune.records import FeatureSet
 
+_SERIAL_ELEMENTS = 32768
+"""The most that torch copies on the calling thread when it has several."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -58,9 +61,13 @@ class FeatureMatrix:
             # under them, and the process would grow by a batch or two a shard.
             self._shards = {name: self._map(name) for name in sorted({row.shard for row in self.features.rows})}
         x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype) if out is None else out
-        for place, index in enumerate(indices):
-            row = self.features.rows[index]
-            x_NTD[place].copy_(self._shards[row.shard][row.row])
+        # A copy shared between threads waits for each of them, once a row: where other trials have the cores, a batch
+        # would take ten times as long.
+        parts = 1 if torch.get_num_threads() == 1 else math.ceil(self.tokens * self.dim / _SERIAL_ELEMENTS)
+        rows = [self.features.rows[index] for index in indices]
+        pieces = [piece for row in rows for piece in self._shards[row.shard][row.row].chunk(parts)]
+        if pieces:
+            torch._foreach_copy_([piece for x_TD in x_NTD for piece in x_TD.chunk(parts)], pieces)
         return x_NTD
 
     def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:

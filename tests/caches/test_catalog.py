@@ -1,4 +1,5 @@
 import os
+import subprocess
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from lowrank_tune.caches.catalog import (
     remove_cache,
 )
 from lowrank_tune.caches.identity import differences, fingerprint
+from lowrank_tune.caches.sealed import open_cache
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.checkpoint import read_checkpoint_config
@@ -134,6 +136,23 @@ def test_a_cache_in_use_by_an_extraction_is_not_removed(cache):
     assert snapshot(cache) == before
     remove_cache(str(cache))
     assert not cache.exists()
+
+
+def test_a_cache_is_removed_by_its_file_address_too(cache):
+    remove_cache(cache.as_uri())
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_removed_is_named_and_stays(cache):
+    disk = str(cache.parent)
+    if subprocess.run(["mount", "--bind", "-o", "ro", disk, disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        with pytest.raises(InputError, match=rf"{cache.name}: cannot be removed \(Read-only file system\)"):
+            remove_cache(str(cache))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert len(open_cache(cache).rows) == len(KEYS) - 1
 
 
 def test_what_is_no_cache_of_this_machine_is_left_alone(cache, tmp_path):

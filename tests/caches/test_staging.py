@@ -197,6 +197,17 @@ def test_a_staging_directory_without_room_is_named(remote, staging, monkeypatch)
         open_features(remote)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a folder to another user")
+def test_a_default_staging_directory_of_another_user_is_not_trusted(remote, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOWRANK_TUNE_STAGING")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    staged = stage_cache(remote)
+    assert staged.is_relative_to(tmp_path)
+    os.chown(staged.parent.parent, 12345, -1)
+    with pytest.raises(InputError, match="belongs to another user"):
+        stage_cache(remote)
+
+
 def test_a_store_that_does_not_answer_is_named(staging):
     silent = "s3://someone:s3cret@bucket/x?endpoint_override=127.0.0.1%3A9&scheme=http&region=us-east-1"
     with pytest.raises(CacheError, match=r"s3://bucket/x/manifest\.json: cannot be read") as error:
@@ -220,6 +231,27 @@ def test_a_cache_on_a_network_mount_is_copied_too(cache, staging, monkeypatch):
     features = open_features(_pretended_mount(cache, monkeypatch))
     assert Path(features.features.directory).is_relative_to(staging)
     assert features.features.origin == str(cache)
+
+
+def test_a_copy_of_another_cache_under_its_name_is_made_again(remote, cache, staging, tmp_path):
+    copy = stage_cache(remote)
+    build(tmp_path / "other", KEYS[:4])
+    shutil.rmtree(copy)
+    shutil.copytree(tmp_path / "other" / cache.name, copy)
+    assert len(open_cache(stage_cache(remote)).rows) == len(KEYS) - 1
+
+
+def test_a_table_that_is_being_written_is_nobodys(bucket, cache, staging):
+    whole = cache / "sources" / f"{checksum(b'whole')}.parquet"
+    whole.write_bytes(b"whole")
+    half = cache / "sources" / f".tmp-0123-{checksum(b'whole and more')}.parquet"
+    half.write_bytes(b"whole and")
+    assert open_cache(cache).records_path == str(whole)
+    assert verify_cache(cache) == []
+    copy = stage_cache(bucket.put(cache, cache.name))
+    assert [path.name for path in (copy / "sources").iterdir()] == [whole.name]
+    build(cache.parent)
+    assert half.exists(), "its writer does not hold the cache's lock"
 
 
 def test_the_copys_name_is_the_manifests_digest(remote, cache, staging):

@@ -142,17 +142,24 @@ def test_the_batch_size_does_not_show_in_the_features(tiny_config, tiny_tower, p
         assert torch.equal(Encoder(tiny_config, tiny_tower, dtype, batch=batch).encode(image), once)
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+]
+
+
 @pytest.fixture
 def small_memory(monkeypatch):
     """A device whose memory holds attention over so many images only; returns the sizes that were tried."""
     attend = torch.nn.functional.scaled_dot_product_attention
     tried = []
 
-    def limit(images, windows=1):
+    def limit(images, windows=1, error=OUT_OF_MEMORY[0]):
         def attend_if_it_fits(query, *arguments, **options):
             tried.append(len(query))
             if len(query) > images * windows:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                raise error
             return attend(query, *arguments, **options)
 
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_if_it_fits)
@@ -179,6 +186,22 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(
     tried.clear()
     assert small.start(image, torch.float32).wait().notes == (), "it is not tried again"
     assert max(tried) == 2
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY[1:])
+def test_memory_that_the_gpus_own_libraries_lack_is_memory_too(
+    tiny_config, tiny_tower, encoder, photographs, small_memory, error
+):
+    image = pixels(photographs, 56, 8)
+    expected = encoder.encode(image)
+    small_memory(3, error=error)
+    assert torch.equal(Encoder(tiny_config, tiny_tower, "float32", batch=8).encode(image), expected)
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(tiny_config, tiny_tower, photographs, small_memory):
+    small_memory(0, error=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Encoder(tiny_config, tiny_tower, "float32").encode(pixels(photographs, 56, 3))
 
 
 def test_a_device_that_holds_no_image_is_an_error_with_a_remedy(tiny_config, tiny_tower, photographs, small_memory):

@@ -2,12 +2,14 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.record_table import write_record_table
-from lowrank_tune.features.sources import read_records
+from lowrank_tune.features.sources import SourceRecords, read_records
 from lowrank_tune.spec.features import FeaturesSpec
 
 GROUNDING = [
@@ -99,6 +101,15 @@ def test_nested_columns_survive_into_the_record_table(tmp_path):
     assert list(frame.source_key) == ["mine"] * 3
     assert frame.boxes[0][1]["label"] == "text"
     assert write_record_table(tmp_path, records, ["k1", None, "k1"], [None, "gone", None]) == table
+
+
+def test_no_column_is_lost_to_another_of_its_name(tmp_path):
+    (tmp_path / "sources").mkdir()
+    columns = pa.table([[1], [2], [3]], names=["key", "source_key", "key"])
+    table = write_record_table(tmp_path, SourceRecords((None,), columns), [None], ["no file"])
+    found = pyarrow.parquet.read_table(table).to_pylist()[0]
+    assert found["key"] is None
+    assert [value for name, value in found.items() if name.startswith("source_")] == [1, 2, 3]
 
 
 def test_a_column_without_a_common_type_is_kept_as_json_text(tmp_path):

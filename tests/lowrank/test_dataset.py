@@ -41,6 +41,21 @@ def test_features_are_put_where_the_caller_wants_them(make_features, power_law, 
     assert torch.equal(out, x.half()[[4, 1]].to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(70, 1000), (3, 40000), (5, 7)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_threads_give_the_same_rows(make_features, shape, dtype):
+    """Rows of several pieces, of pieces that torch divides all the same, and of one piece."""
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    data = FeatureMatrix(make_features(x, dtype, shard_size=2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(data.load([4, 0, 4, 3]), x.to(data.dtype)[[4, 0, 4, 3]].float())
+        assert data.load([]).shape == (0, *shape)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_nothing_is_read_before_it_is_asked_for(make_features, power_law):
     features = make_features(power_law(4, 4, 5), shard_size=2)
     (Path(features.directory) / "shards" / "00002.safetensors").unlink()
