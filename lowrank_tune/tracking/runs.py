@@ -13,6 +13,7 @@ import requests
 from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
+from sqlalchemy.exc import OperationalError
 
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import TrialConfig, TrialOutcome
@@ -45,7 +46,8 @@ def is_passing(error: Exception) -> bool:
     """Whether an error of the store may go away by itself: no answer, too busy, locked."""
     if isinstance(error, MlflowException):
         return error.error_code in _PASSING
-    return isinstance(error, requests.ConnectionError | requests.Timeout)
+    # MLflow lets some of its database's own errors through, a lock that outlasts its patience among them.
+    return isinstance(error, requests.ConnectionError | requests.Timeout | OperationalError)
 
 
 class StudyRuns:
