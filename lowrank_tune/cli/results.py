@@ -91,7 +91,12 @@ def parse_channels(text: str) -> list[int] | int:
         InputError: it is neither.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdecimal() for part in parts) or parts == ["0"] and "," not in text:
+    if (
+        not parts
+        or not all(part.isascii() and part.isdecimal() for part in parts)
+        or parts == ["0"]
+        and "," not in text
+    ):
         raise InputError(f"--channels {text}: give a count, such as 8, or numbers between commas, such as 0,5,17")
     numbers = [int(part) for part in parts]
     return list(dict.fromkeys(numbers)) if "," in text else numbers[0]
