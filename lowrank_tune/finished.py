@@ -6,9 +6,11 @@ or mounted elsewhere since. No Ray is started.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from lowrank_tune.cluster.directory import find_study, results_directory
+from lowrank_tune.cluster.directory import find_study, results_path
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError, LowrankTuneError
@@ -41,6 +43,7 @@ _STATUS: dict[StoppedBy, TrialStatus] = {
     "interruption": "pruned",
     "error": "failed",
 }
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 _RUN_STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED"}
 
 
@@ -86,7 +89,7 @@ def open_study(results: str | Path | None, name: str) -> PastStudy:
     Raises:
         InputError: there is no such study, it never began to train, or its files are damaged.
     """
-    return read_study(find_study(results_directory(results), name))
+    return read_study(find_study(results_path(results), name))
 
 
 def read_study(directory: Path) -> PastStudy:
@@ -138,16 +141,17 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
     """
     if again or not (study.directory / "comparison.json").is_file():
         gpu = study.plan.spec.resources.gpus_per_trial and torch.cuda.is_available()
-        comparison = compare(
-            study.features,
-            study.split,
-            study.outcomes,
-            objective=study.plan.spec.objective,
-            seed=study.plan.spec.seed,
-            directory=study.directory,
-            confirmations=study.confirmations,
-            device="cuda" if gpu else "cpu",
-        )
+        with _writing(study):
+            comparison = compare(
+                study.features,
+                study.split,
+                study.outcomes,
+                objective=study.plan.spec.objective,
+                seed=study.plan.spec.seed,
+                directory=study.directory,
+                confirmations=study.confirmations,
+                device="cuda" if gpu else "cpu",
+            )
     else:
         comparison = read_comparison(study.directory)
     return replace(comparison, remarks=(*study.remarks, *comparison.remarks))
@@ -168,9 +172,10 @@ def report_of(study: PastStudy, *, again: bool = False) -> tuple[ReportFiles, st
         CacheError: features cannot be read.
     """
     comparison = comparison_of(study, again=again)
-    files = write_report(
-        study.plan, study.features, study.split, study.outcomes, comparison, study.directory, study.confirmations
-    )
+    with _writing(study):
+        files = write_report(
+            study.plan, study.features, study.split, study.outcomes, comparison, study.directory, study.confirmations
+        )
     return files, _track(study, comparison)
 
 
@@ -193,7 +198,8 @@ def visualize(
         CacheError: features cannot be read.
     """
     scene = Scene(study.features, study.split, study.outcomes, comparison_of(study))
-    return write_places(scene, study.directory, images=images, channels=channels, rank=rank)
+    with _writing(study):
+        return write_places(scene, study.directory, images=images, channels=channels, rank=rank)
 
 
 def check_ranks_compared(comparisons: Mapping[str, Comparison], rank: int | None) -> None:
@@ -314,6 +320,19 @@ def _track(study: PastStudy, comparison: Comparison) -> str:
     tracker.log_comparison(comparison, (*study.outcomes, *study.confirmations), study.directory)
     tracker.finish(status)
     return "; ".join(tracker.problems)
+
+
+@contextmanager
+def _writing(study: PastStudy) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise InputError(
+            f"study {study.directory.name}: cannot write into {study.directory} ({error.strerror}); make room or get "
+            "the right to, or copy the study and its features to another results directory and name that with --results"
+        ) from error
 
 
 def _json(path: Path) -> Any:

@@ -57,7 +57,8 @@ def read_comparison(directory: Path) -> Comparison:
         remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{directory}: no readable comparison lies there ({error}); run `lowrank-tune compare` on the study"
+            f"{directory}: no readable comparison lies there ({error}); measure it again with "
+            f"`lowrank-tune compare {directory.name} --again`"
         ) from error
     device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
     return Comparison(rows, str(per_image_path), device, remarks, data, fronts)

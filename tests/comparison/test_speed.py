@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from lowrank_tune.comparison.speed import device_words, images_per_second
 
@@ -43,6 +44,13 @@ def test_one_thread_only_while_it_runs_even_when_it_raises():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_numpy_has_one_thread_too():
+    seen = []
+    with threadpool_limits(2, user_api="blas"):
+        images_per_second(lambda _: seen.extend(threadpool_info()), torch.zeros(1, 2, 2))
+    assert {pool["num_threads"] for pool in seen if pool["user_api"] == "blas"} == {1}
 
 
 def test_the_processor_is_named():

@@ -1,5 +1,6 @@
 """A finished study, and one that was stopped, looked at again: from a program and from the command line."""
 
+import errno
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -120,6 +121,22 @@ def test_a_report_is_written_without_a_tracking_server(
     assert run(["report", ran.result.study_id, "--results", str(moved)]) == 0
     assert page.is_file()
     assert "not in MLflow: tracking server http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_to_is_compared_and_otherwise_refused_in_words(
+    moved: Path, ran: Ran, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # Root may write anywhere, so the refusal is put where the pages are written.
+    monkeypatch.setattr("lowrank_tune.report.write.write_whole", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    where = [ran.result.study_id, "--results", str(moved)]
+    assert run(["compare", *where]) == 0
+    capsys.readouterr()
+    assert run(["visualize", *where, "--image", "0"]) == 2
+    assert "cannot write into" in capsys.readouterr().err
 
 
 def test_studies_side_by_side_say_what_keeps_them_apart(stopped: Path, ran: Ran) -> None:

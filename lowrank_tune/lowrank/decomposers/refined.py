@@ -117,8 +117,8 @@ class Refined(Decomposer):
     def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return G over its trace [N, T, T], that over ‖X‖² [N], which images are dominated [N], and their q [n, T, 1].
 
-        The trace is a trillionth of ‖X‖² and less where q was taken out of equal tokens: the filter's powers of a G over
-        ‖X‖² would leave float32's range.
+        The trace is a trillionth of ‖X‖² or less where q was taken out of equal tokens: powers of a G over ‖X‖² would
+        leave float32's range.
         """
         gram_NTT = gram(x_NTD)
         energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(x_NTD.dtype).tiny)
