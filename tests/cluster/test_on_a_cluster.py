@@ -98,7 +98,7 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(command: Command, tmp_p
     wrong.write_text(STUDY.replace("epochs", "epoch"))
     code, _, err = command("submit", str(wrong), "--address", "http://127.0.0.1:1")
     assert code == 2
-    assert "wrong.yaml:14" in err
+    assert "wrong.yaml:13" in err
 
 
 def test_a_missing_and_a_wrong_token_are_told_apart(
