@@ -38,10 +38,11 @@ def check_shared(results: Path) -> int:
     folder.mkdir()
     try:
         (folder / _DRIVERS).touch()
-        found = {nodes[node]: finding for node, finding in _look_from(nodes, folder).items()}
+        # Several nodes may have one address.
+        found = [(nodes[node], finding) for node, finding in _look_from(nodes, folder).items()]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    problems = [f"node {address} {finding}" for address, finding in sorted(found.items()) if finding]
+    problems = [f"node {address} {finding}" for address, finding in sorted(found) if finding]
     if problems:
         raise InputError(
             f"results directory {results}: {'; '.join(problems)}; every node must have it at this path: mount a shared "

@@ -99,7 +99,8 @@ def test_a_study_whose_supervisor_dies_fails_says_so_and_goes_on(
     assert (failed["state"], failed["progress"]["running"]) == ("failed", 0)
     assert f"lowrank-tune resume {study_dir.name}" in failed["reason"]
     assert 1 <= failed["progress"]["done"] < 4
-    assert command("resume", study_dir.name)[0] == 0
+    code, _, err = command("resume", study_dir.name)
+    assert code == 0, err
     assert command("wait", study_dir.name)[0] == 0
     check_finished(study_dir, before, epochs=100)
 
