@@ -202,7 +202,10 @@ def _corrected(status: dict[str, Any], job: Job) -> dict[str, Any]:
         return status if begun else {**status, "state": "pending", "ended": None, "reason": "", "job": job.job_id}
     if status["state"] in {"pending", "running"}:
         last = job.message.splitlines()[-1] if job.message else f"job {job.job_id} is {job.status}"
-        return {**status, "state": "stopped" if job.status == "STOPPED" else "failed", "reason": last}
+        progress = {**status["progress"], "running": 0, "eta_s": None} if status.get("progress") else {}
+        reason = f"{last}; go on with `lowrank-tune resume {status['study_id']}`"
+        state = "stopped" if job.status == "STOPPED" else "failed"
+        return {**status, "state": state, "reason": reason, "progress": progress}
     return status
 
 

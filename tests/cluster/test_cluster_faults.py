@@ -98,7 +98,7 @@ def test_a_study_whose_supervisor_dies_fails_says_so_and_goes_on(
     failed = status_of(command, study_dir.name)
     assert (failed["state"], failed["progress"]["running"]) == ("failed", 0)
     assert f"lowrank-tune resume {study_dir.name}" in failed["reason"]
-    assert 1 <= failed["progress"]["done"] < 4
+    assert failed["progress"]["done"] < 4  # as of its last write, at most a second before
     code, _, err = command("resume", study_dir.name)
     assert code == 0, err
     assert command("wait", study_dir.name)[0] == 0
