@@ -98,7 +98,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "trials_at_once": calibration.trials_at_once,
         "epochs_expected": calibration.expected_epochs,
         "extraction_seconds": round(extraction, 1),
-        "trial_seconds": round(calibration.trial_seconds, 1),
+        "trial_seconds": round(calibration.trial_seconds, 3),
         "seconds": round(calibration.seconds + extraction, 1),
         "seconds_at_most": round(calibration.seconds_at_most + extraction, 1),
         "hours": round((calibration.seconds + extraction) / 3600, 3),

@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -252,7 +253,7 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
         status |= _read(directory)  # it may just have ended
         if status["state"] == "running":
             status |= {"state": "failed", "reason": _DIED.format(study_id=directory.name)}
-            status["progress"] = {**status.get("progress", {}), "running": 0, "eta_s": None}
+            status["progress"] = {**status.get("progress", {}), **_ended_trials(directory), "running": 0, "eta_s": None}
     return status | lineage
 
 
@@ -273,6 +274,14 @@ def _is_claimed(directory: Path) -> bool:
         return True
     lock.release()
     return False
+
+
+def _ended_trials(directory: Path) -> dict[str, int]:
+    """How many trials and repetitions are over by their own files: what a killed driver wrote last may be older."""
+    outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in directory.glob("trials/*/outcome.json")]
+    search = Counter(outcome["status"] for outcome in outcomes if not outcome["config"]["confirms"])
+    ends = {status: search[status] for status in ("finished", "pruned", "failed")}
+    return {**ends, "done": search.total(), "confirmed": len(outcomes) - search.total()}
 
 
 def _read(directory: Path) -> dict[str, Any]:
