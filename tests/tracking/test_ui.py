@@ -47,7 +47,9 @@ def test_nothing_of_the_server_survives_it(tmp_path: Path, migrated: Path, endin
     port = free_port()
     command = [sys.executable, "-c", SERVE, str(tmp_path), str(port)]
     helpers: list[psutil.Process] = []
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ui:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # A shell's background job, which a test run may be, ignores SIGINT, and so would its children.
+    with subprocess.Popen(command, **quiet, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as ui:
         try:
             wait_for(f"http://127.0.0.1:{port}/health")
             helpers = psutil.Process(ui.pid).children(recursive=True)
