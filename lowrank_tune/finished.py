@@ -250,8 +250,7 @@ def _outcome(folder: Path, states: Mapping[str, TrialState]) -> TrialOutcome | N
     """How a trial ended: from its outcome where it is on file, else from its history and the search's journal."""
     try:
         if (folder / "outcome.json").is_file():
-            fields = _json(folder / "outcome.json")
-            return TrialOutcome(**{**fields, "config": TrialConfig(**fields["config"]), "directory": str(folder)})
+            return TrialOutcome.read(folder / "outcome.json")
         config = TrialConfig(**_json(folder / "config.json"))
         history = _json(folder / "history.json")
         return _from_history(config, history, folder, states.get(config.trial_id))
@@ -283,10 +282,8 @@ def _from_history(
 
 
 def _stopped_by(config: TrialConfig, last: Mapping[str, Any], state: TrialState | None) -> StoppedBy:
-    if last.get("epoch", 0) >= config.epochs:
-        return "budget"
-    if last and last["epoch"] - last["best_epoch"] >= config.patience:
-        return "patience"
+    if last and (ended := config.ends_at(last["epoch"], last["best_epoch"])):
+        return ended
     if state == TrialState.PRUNED:
         return "asha"
     # Optuna fails what an interruption leaves running; a trial that fails by itself and one that is cut off both leave

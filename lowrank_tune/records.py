@@ -163,6 +163,12 @@ class TrialOutcome:
     seconds: float
     reason: str = ""
 
+    @classmethod
+    def read(cls, path: Path) -> TrialOutcome:
+        """Read a trial's outcome.json; its directory is the one where the file lies now, for results may be moved."""
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**fields | {"config": TrialConfig(**fields["config"]), "directory": str(path.parent)})
+
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:

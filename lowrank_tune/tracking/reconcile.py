@@ -137,7 +137,7 @@ def _read_trials(trials_dir: Path) -> Iterator[_OnFile]:
         config = TrialConfig(**_read(path))
         history_path, outcome_path = path.with_name("history.json"), path.with_name("outcome.json")
         rows: list[dict[str, float]] = _read(history_path) if history_path.is_file() else []
-        outcome = _outcome(outcome_path) if outcome_path.is_file() else _ended(config, rows, path.parent)
+        outcome = TrialOutcome.read(outcome_path) if outcome_path.is_file() else _ended(config, rows, path.parent)
         at = _moment(outcome_path if outcome_path.is_file() else path)
         yield _OnFile(config, tuple(_epochs(rows, _moment(path))), outcome, at)
 
@@ -148,13 +148,6 @@ def _epochs(rows: list[dict[str, float]], ended_at: int) -> Iterator[Epoch]:
     for row in rows:
         left -= row["seconds"]
         yield Epoch(int(row["epoch"]), row, ended_at - round(1000 * left))
-
-
-def _outcome(path: Path) -> TrialOutcome:
-    fields: dict[str, Any] = _read(path)
-    # A results directory may have been moved.
-    fields |= {"config": TrialConfig(**fields["config"]), "directory": str(path.parent)}
-    return TrialOutcome(**fields)
 
 
 def _ended(config: TrialConfig, rows: list[dict[str, float]], directory: Path) -> TrialOutcome | None:

@@ -54,7 +54,7 @@ def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
 
 def read_outcomes(trials_dir: Path) -> dict[str, TrialOutcome]:
     """Every outcome on file, of trials and of repetitions, by trial id."""
-    outcomes = (_read(path) for path in trials_dir.glob(f"*/{OUTCOME}"))
+    outcomes = (TrialOutcome.read(path) for path in trials_dir.glob(f"*/{OUTCOME}"))
     return {outcome.config.trial_id: outcome for outcome in outcomes}
 
 
@@ -82,10 +82,3 @@ def recovered_outcome(trial: FrozenTrial, trials_dir: Path) -> TrialOutcome:
         last["stopped_by"] = "budget" if last.get("epoch") == config.epochs else "patience"
     crash = "the driver died before it could write the reason down" if trial.state == TrialState.FAIL else ""
     return outcome_of(config, last, directory, sum(row["seconds"] for row in history), crash)
-
-
-def _read(path: Path) -> TrialOutcome:
-    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # A results directory may have been moved.
-    fields |= {"config": TrialConfig(**fields["config"]), "directory": str(path.parent)}
-    return TrialOutcome(**fields)
