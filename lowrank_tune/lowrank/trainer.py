@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.oracle import Optimum
 from lowrank_tune.lowrank.residence import batches_on
 from lowrank_tune.lowrank.seeds import stream
+from lowrank_tune.lowrank.team import ALONE, Team
 from lowrank_tune.records import Split, StoppedBy, TrialConfig
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class Trainer:
     """Trains one decomposer: AdamW, the learning rate halved on plateaus, early stopping, the best weights kept.
 
     On the CPU the same arguments give the same numbers, and a restored trainer goes on as if it had never stopped.
+    Several processes may train one decomposer: each makes the same calls, takes its share of every batch and of the
+    validation split, and has the same weights and the same figures, those of one process but for rounding.
 
     Args:
         config: The trial.
@@ -58,8 +62,9 @@ class Trainer:
         split: Which images train and which validate.
         optimum: The optimum of `split.validation`, in its order.
         device: Where to train.
-        micro_batch: Images in memory at a time, where `batch_size` of them are too many: gradients are gathered over so
-            many parts of each batch, and the numbers are the same but for rounding. All of them by default.
+        micro_batch: Images in memory at a time, where a batch, or this process's share of one, is too many: gradients
+            are gathered over so many parts, and the numbers are the same but for rounding. All of them by default.
+        team: The processes that train it; this one alone by default.
 
     Attributes:
         model: the decomposer as of the last epoch.
@@ -80,6 +85,7 @@ class Trainer:
         optimum: Optimum,
         device: str = "cpu",
         micro_batch: int | None = None,
+        team: Team = ALONE,
     ) -> None:
         if not split.train or not split.validation:
             raise InputError(f"trial {config.trial_id}: training and validation need an image each; change `split`")
@@ -93,7 +99,9 @@ class Trainer:
         self.split = split
         self.device = device
         self._batches = batches_on(data, device)
-        self.micro_batch = min(micro_batch or config.batch_size, config.batch_size)
+        self.team = team
+        self._own_batch = largest_share(config, team)
+        self.micro_batch = min(micro_batch or self._own_batch, self._own_batch)
         self.history: list[dict[str, float]] = []
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
@@ -104,7 +112,8 @@ class Trainer:
         self._saved_epoch = 0
         self.model = make_decomposer(config, data.tokens, data.dim).to(device)
         self.best_model = copy.deepcopy(self.model)
-        self._optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self._weights = list(self.model.parameters())
+        self._optimizer = AdamW(self._weights, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = ReduceLROnPlateau(self._optimizer, factor=LR_FACTOR, patience=LR_PATIENCE)
 
     @property
@@ -186,6 +195,13 @@ class Trainer:
         self.reason = state["reason"]
 
     def _initialise(self) -> None:
+        if self.team.first:
+            self.team.together(self._fit_start)
+        else:
+            self.team.together(lambda: None)
+        self.team.copy_first(self.model.state_dict().values())
+
+    def _fit_start(self) -> None:
         generator = stream(self.config.seed, "initialise")
         order = torch.randperm(len(self.split.train), generator=generator)[:INITIAL_IMAGES].tolist()
         images = [self.split.train[place] for place in order]
@@ -195,18 +211,29 @@ class Trainer:
 
     def _condense(self) -> list[Tensor]:
         """Return what the training images condense to, made once; nothing where it is X itself or too much to keep."""
-        train, size = self.split.train, self.config.batch_size
+        short = self.micro_batch < self._own_batch
         # Where memory is short, what is kept would be the largest part of it.
-        if type(self.model).condense is Decomposer.condense or self._condensed or self.micro_batch < size:
+        if type(self.model).condense is Decomposer.condense or self._condensed or short:
             return self._condensed
-        one = self.model.condense(self._batches.load(train[:1]))
-        if len(train) * sum(part.nbytes for part in one) <= CONDENSED_BYTES:
-            self._condensed = [part.new_empty(len(train), *part.shape[1:]) for part in one]
-            for start in range(0, len(train), size):
-                parts = self.model.condense(self._batches.load(train[start : start + size]))
-                for whole, part in zip(self._condensed, parts, strict=True):
-                    whole[start : start + size] = part
+        self._condensed = self.team.together(self._condense_own)
+        for whole in self._condensed:
+            self.team.fill(whole)
         return self._condensed
+
+    def _condense_own(self) -> list[Tensor]:
+        """Return tensors of all training images, of which this process has filled in its share."""
+        train, size = self.split.train, self.config.batch_size
+        one = self.model.condense(self._batches.load(train[:1]))
+        if len(train) * sum(part.nbytes for part in one) > CONDENSED_BYTES:
+            return []
+        condensed = [part.new_empty(len(train), *part.shape[1:]) for part in one]
+        own = range(len(train))[self.team.share(len(train))]
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
+            parts = self.model.condense(self._batches.load(train[start:stop]))
+            for whole, part in zip(condensed, parts, strict=True):
+                whole[start:stop] = part
+        return condensed
 
     def _train(self) -> float:
         """Return the mean loss of an epoch."""
@@ -218,49 +245,82 @@ class Trainer:
         for start in range(0, len(order), size):
             places = order[start : start + size]
             self._optimizer.zero_grad()
-            if kept:
-                loss = self.model.condensed_loss(*(part[places] for part in kept))
-                torch.autograd.backward(loss)
-            else:
-                loss = self._backward([train[place] for place in places])
-            self._optimizer.step()
+            loss = self._backward(places, kept) if self.team.size == 1 else self._backward_together(places, kept)
+            self.team.together(self._optimizer.step)
             total += loss.detach() * len(places)
-        return total.item() / len(train)
+        return self.team.sum(total).item() / len(train)
 
-    def _backward(self, images: list[int]) -> Tensor:
+    def _backward(self, places: list[int], kept: list[Tensor]) -> Tensor:
         """Gather the gradients of a batch, `micro_batch` images at a time, and return its loss."""
-        parts = [images[start : start + self.micro_batch] for start in range(0, len(images), self.micro_batch)]
-        if len(parts) > 1:
-            pieces = [partial(self._condensed_of, part) for part in parts]
-            return self.model.backward_in_pieces(pieces, [len(part) for part in parts])
-        loss = self.model.loss(self._batches.lend(images))
+        pieces, shares = self._pieces(places, len(places), kept)
+        if len(pieces) > 1:
+            return self.model.backward_in_pieces(pieces, shares)
+        loss = self.model.condensed_loss(*pieces[0]())
         torch.autograd.backward(loss)
         return loss
 
-    def _condensed_of(self, images: list[int]) -> tuple[Tensor, ...]:
-        return self.model.condense(self._batches.load(images))
+    def _backward_together(self, places: list[int], kept: list[Tensor]) -> Tensor:
+        """Gather the gradients of a batch over the team, and return what this process's images add to its loss."""
+        model, team = self.model, self.team
+        pieces, shares = self._pieces(places[team.share(len(places))], len(places), kept)
+        whole_R = None
+        if model.weighs_ranks:
+            whole_R = team.sum(team.together(lambda: model.residual_in_pieces(pieces, shares)))
+
+        def own() -> tuple[Tensor, Tensor]:
+            loss = model.backward_in_pieces(pieces, shares, whole_R)
+            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
+            return loss, torch.cat([grad.flatten() for grad in grads])
+
+        loss, flat = team.together(own)
+        parts = torch.split(team.sum(flat), [weight.numel() for weight in self._weights])
+        for weight, part in zip(self._weights, parts, strict=True):
+            weight.grad = part.view_as(weight)
+        return loss
+
+    def _pieces(
+        self, places: list[int], of: int, kept: list[Tensor]
+    ) -> tuple[list[Callable[[], tuple[Tensor, ...]]], list[float]]:
+        """Return training images in pieces that fit into memory, and each piece's share of a batch of `of` images."""
+        size = self.micro_batch
+        parts = [places[start : start + size] for start in range(0, len(places), size)]
+        load = self._batches.lend if len(parts) == 1 else self._batches.load
+
+        def condensed(part: list[int]) -> tuple[Tensor, ...]:
+            if kept:
+                return tuple(whole[part] for whole in kept)
+            return self.model.condense(load([self.split.train[place] for place in part]))
+
+        return [partial(condensed, part) for part in parts], [len(part) / of for part in parts]
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         self.model.eval()
-        images = self.split.validation
-        parts: list[list[Figures]] = [[] for _ in self.config.ranks]
-        # A trial short of memory in training is short of it here as well.
-        short = self.micro_batch < self.config.batch_size
-        size = min(VALIDATION_BATCH, self.micro_batch) if short else VALIDATION_BATCH
-        for start in range(0, len(images), size):
-            x_NTD = self._batches.lend(images[start : start + size])
-            a_NTR, b_NRD = self.model(x_NTD)
-            for rank, own in zip(self.config.ranks, parts, strict=True):
-                # An ordered basis: the leading columns are the factors of a lower rank.
-                figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
-                own.append(Figures(*(figure.cpu() for figure in figures)))
+        figures_NKF = self.team.fill(self.team.together(self._measure_own))
         rows = []
-        for own, floor_N in zip(parts, self._floors, strict=True):
-            figures = Figures(*(torch.cat(column) for column in zip(*own, strict=True)))
+        for figures_NF, floor_N in zip(figures_NKF.unbind(1), self._floors, strict=True):
+            figures = Figures(*figures_NF.unbind(-1))
             ratio_N = residual_ratio(figures.residual_N, floor_N, self._energy_N)
             rows.append(torch.stack([figures.mse_N.mean(), figures.token_cosine_N.mean(), ratio_N.mean()]))
         return dict(zip(FIGURES[1:], torch.stack(rows).mean(0).tolist(), strict=True))
+
+    def _measure_own(self) -> Tensor:
+        """Return the validation figures at K ranks, float64 [N, K, F], this process's share of the images filled in."""
+        images, ranks = self.split.validation, self.config.ranks
+        figures_NKF = torch.empty(len(images), len(ranks), len(Figures._fields), dtype=torch.float64)
+        # A trial short of memory in training is short of it here as well.
+        short = self.micro_batch < self._own_batch
+        size = min(VALIDATION_BATCH, self.micro_batch) if short else VALIDATION_BATCH
+        own = range(len(images))[self.team.share(len(images))]
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
+            x_NTD = self._batches.lend(images[start:stop])
+            a_NTR, b_NRD = self.model(x_NTD)
+            for column, rank in enumerate(ranks):
+                # An ordered basis: the leading columns are the factors of a lower rank.
+                figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
+                figures_NKF[start:stop, column] = torch.stack(figures, -1)
+        return figures_NKF
 
     def _judge(self, row: dict[str, float]) -> None:
         """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""
@@ -279,6 +339,11 @@ class Trainer:
             self.best_model.load_state_dict(self.model.state_dict())
         self._scheduler.step(row["val_mse"])
         self.stopped_by = self.config.ends_at(self.epoch, self.best_epoch)
+
+
+def largest_share(config: TrialConfig, team: Team = ALONE) -> int:
+    """How many images of a batch a process of the team has at most."""
+    return math.ceil(config.batch_size / team.size)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -1,6 +1,7 @@
 """Small seeded feature sets, in memory and on disk as the features room writes them."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,19 @@ def power_law() -> Callable[..., Tensor]:
     return make
 
 
-@pytest.fixture
-def make_features(tmp_path: Path) -> Callable[..., FeatureSet]:
-    """Writes features as a cache's shards."""
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., FeatureSet]:
+    """Writes features into a folder as a cache's shards."""
 
-    def make(x_NTD: Tensor, dtype: str = "float32", shard_size: int = 8) -> FeatureSet:
-        (tmp_path / "shards").mkdir(exist_ok=True)
+    def write(directory: Path, x_NTD: Tensor, dtype: str = "float32", shard_size: int = 8) -> FeatureSet:
+        (directory / "shards").mkdir(exist_ok=True)
         rows = []
         for start in range(0, len(x_NTD), shard_size):
             part, name = x_NTD[start : start + shard_size], f"{start:05d}.safetensors"
-            save_file({"features": part.to(getattr(torch, dtype)).contiguous()}, tmp_path / "shards" / name)
+            save_file({"features": part.to(getattr(torch, dtype)).contiguous()}, directory / "shards" / name)
             rows += [FeatureRow(f"{start + row:064x}", name, row) for row in range(len(part))]
         return FeatureSet(
-            directory=str(tmp_path),
+            directory=str(directory),
             fingerprint="0" * 16,
             encoder="synthetic",
             weights="random",
@@ -51,4 +52,10 @@ def make_features(tmp_path: Path) -> Callable[..., FeatureSet]:
             records_path="",
         )
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_features(tmp_path: Path, write_shards: Callable[..., FeatureSet]) -> Callable[..., FeatureSet]:
+    """Writes features as a cache's shards."""
+    return partial(write_shards, tmp_path)

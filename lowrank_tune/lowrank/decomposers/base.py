@@ -129,22 +129,28 @@ class Decomposer(nn.Module, ABC):
         loss: Tensor = (chosen * (fixed[-1] / fixed)).mean()
         return loss
 
-    def backward_in_pieces(self, pieces: Sequence[Callable[[], tuple[Tensor, ...]]], sizes: Sequence[int]) -> Tensor:
-        """Gather the gradients of a batch that does not fit into memory at once.
+    def backward_in_pieces(
+        self,
+        pieces: Sequence[Callable[[], tuple[Tensor, ...]]],
+        shares: Sequence[float],
+        whole_R: Tensor | None = None,
+    ) -> Tensor:
+        """Gather the gradients of a batch that does not fit into memory at once, or of a part of it.
 
         Args:
             pieces: Each gives what `condensed_loss` needs of some of the batch's images; one is in memory at a time.
-            sizes: How many images each has.
+            shares: Which part of the batch's images each has.
+            whole_R: The sum of `residual_in_pieces` over all parts of the batch, where the pieces are not all of it.
 
         Returns:
-            The scalar that `condensed_loss` of the whole batch is, but for rounding; so are the gradients.
+            The scalar that `condensed_loss` of the whole batch is, but for rounding, or the part of it that these
+            pieces add; likewise the gradients.
         """
-        shares = [size / sum(sizes) for size in sizes]
+        total = torch.zeros(())
         try:
-            if len(self.loss_ranks) > 1:
+            if self.weighs_ranks:
                 # The ranks' weights are of the whole batch: they have to be known before its first piece.
-                self._whole_R = self._residual_of(pieces, shares)
-            total = torch.zeros(())
+                self._whole_R = self.residual_in_pieces(pieces, shares) if whole_R is None else whole_R
             for piece, share in zip(pieces, shares, strict=True):
                 loss = self.condensed_loss(*piece()) * share
                 torch.autograd.backward(loss)
@@ -153,14 +159,20 @@ class Decomposer(nn.Module, ABC):
             self._whole_R = None
         return total
 
+    @property
+    def weighs_ranks(self) -> bool:
+        """Whether `condensed_loss` has weights in it that are of the whole batch."""
+        return len(self.loss_ranks) > 1
+
     @torch.no_grad()
-    def _residual_of(self, pieces: Sequence[Callable[[], tuple[Tensor, ...]]], shares: Sequence[float]) -> Tensor:
-        residuals = []
+    def residual_in_pieces(self, pieces: Sequence[Callable[[], tuple[Tensor, ...]]], shares: Sequence[float]) -> Tensor:
+        """Return what pieces of a batch add to its mean residual at each of `loss_ranks`."""
+        total_R = torch.zeros(len(self.loss_ranks), device=next(self.parameters()).device)
         for piece, share in zip(pieces, shares, strict=True):
             self.condensed_loss(*piece())
             if self._seen_R is not None:
-                residuals.append(self._seen_R * share)
-        return torch.stack(residuals).sum(0)
+                total_R += self._seen_R * share
+        return total_R
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
         """Set the weights from training images before the first epoch; by default they stay as drawn.

@@ -1,0 +1,108 @@
+"""One of several processes that train together, for a test: run as a process of its own, with what it finds as JSON.
+
+team_member.py FOLDER RANK SIZE
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+
+from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.team import Team
+from lowrank_tune.lowrank.trainer import Trainer
+from lowrank_tune.records import FeatureSet, Split, TrialConfig
+
+# Batches of 10, 10 and 1: the last one has an image for one worker only.
+SPLIT = Split(train=tuple(range(21)), validation=tuple(range(21, 28)), test=())
+DIRECT = TrialConfig(
+    trial_id="r004-direct-0000",
+    number=0,
+    seed=7,
+    family="direct",
+    rank=4,
+    lr=1e-2,
+    weight_decay=1e-5,
+    batch_size=10,
+    epochs=4,
+    patience=10,
+    family_params={"lambda_b": 1e-4, "lambda_ortho": 1e-3},
+)
+SKETCH = replace(DIRECT, family="sketch", family_params={})
+REFINED = replace(DIRECT, family="refined", family_params={"steps": 2})
+CASES: dict[str, tuple[TrialConfig, int | None]] = {
+    "direct": (DIRECT, None),
+    "sketch": (SKETCH, None),
+    "refined": (REFINED, None),
+    "sketch, nested": (replace(SKETCH, nested_ranks=(1, 2, 4)), None),
+    "refined, nested": (replace(REFINED, nested_ranks=(2, 4)), None),
+    "direct, in parts": (DIRECT, 2),
+    "refined, nested, in parts": (replace(REFINED, nested_ranks=(2, 4)), 2),
+    "smaller batches than workers": (replace(SKETCH, batch_size=1), None),
+    "plateaus and patience": (replace(SKETCH, lr=30.0, epochs=50, patience=5), None),
+}
+
+
+def train(name: str, folder: Path, team: Team) -> dict[str, Any]:
+    """Every epoch of a case, and its weights afterwards."""
+    config, micro_batch = CASES[name]
+    data = FeatureMatrix(FeatureSet.read(folder / "features.json"))
+    optimum = measure_optimum([data.load(SPLIT.validation)])
+    trainer = Trainer(config, data, SPLIT, optimum, micro_batch=micro_batch, team=team)
+    while trainer.stopped_by is None:
+        trainer.step()
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
+    weights = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
+    return {"rows": rows, "stopped_by": trainer.stopped_by, "weights": weights.tolist()}
+
+
+class Odd(Exception):
+    """One that cannot travel."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"{number}: {text}")
+
+
+def meet(team: Team, error: Exception, rank: int) -> list[str]:
+    """What every worker meets of an error on one."""
+
+    def work() -> None:
+        if team.rank == rank:
+            raise error
+
+    try:
+        team.together(work)
+    except Exception as met:
+        return [type(met).__name__, str(met), *getattr(met, "__notes__", [])]
+    return []
+
+
+def main(folder: Path, rank: int, size: int) -> None:
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), rank=rank, world_size=size)
+    team = Team.here()
+    found: dict[str, Any] = {name: train(name, folder, team) for name in CASES}
+    found["memory"] = meet(team, MemoryError("full"), 1)
+    found["odd"] = meet(team, Odd(3, "strange"), 0)
+    found["nothing"] = meet(team, MemoryError("full"), size)
+    if rank == 1:
+        (folder / "1.json").write_text(json.dumps(found))
+        os._exit(0)
+    try:
+        team.sum(torch.zeros(1))
+    except ConnectionError as error:
+        found["lost"] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
