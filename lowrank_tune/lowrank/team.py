@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class Team:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self._met: Exception | None = None
 
     @classmethod
     def here(cls) -> Team:
@@ -70,7 +71,8 @@ class Team:
         worst = int(failed)
         if worst == 0:
             return result
-        raise self._error_of(self.size - worst, error)
+        self._met = self._error_of(self.size - worst, error)
+        raise self._met
 
     def sum(self, x: Tensor) -> Tensor:
         """Add up a tensor over the workers, in place; on every worker it is the same to the last bit."""
@@ -94,26 +96,33 @@ class Team:
             with self._exchange():
                 dist.broadcast(x, src=0)
 
-    def told_by_first(self, value: T) -> T:
-        """Return what the first worker calls this with; it must be possible to pickle it."""
+    def by_first(self, work: Callable[[], T]) -> T:
+        """Let the first worker do something, and tell all of them what it gave; it must be possible to pickle that.
+
+        Raises:
+            Exception: It failed; on every worker.
+        """
+        value: T | None = self.together(work if self.first else _nothing)
         return self._told_by(0, value)
 
-    def _told_by(self, rank: int, value: T) -> T:
+    def agrees_on(self, error: Exception) -> bool:
+        """Whether all workers have met this error just now; otherwise the others may be waiting for this one."""
+        return self.size == 1 or error is self._met
+
+    def _told_by(self, rank: int, value: T | None) -> T:
+        box: list[Any] = [value]
         if self.size == 1:
-            return value
-        box = [value]
+            return cast(T, value)
         with self._exchange():
             dist.broadcast_object_list(box, src=rank)
-        return box[0]
+        return cast(T, box[0])
 
     def _error_of(self, rank: int, error: Exception | None) -> Exception:
         """Return the error that worker `rank` has met, on every worker."""
         if error is not None and rank == self.rank:
             error.add_note(f"on worker {rank + 1} of {self.size}")
             error = _portable(error)
-        told = self._told_by(rank, error)
-        assert told is not None
-        return told
+        return self._told_by(rank, error)
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -125,6 +134,10 @@ class Team:
 
 ALONE = Team()
 """A process that trains by itself."""
+
+
+def _nothing() -> Any:
+    return None
 
 
 def _portable(error: Exception) -> Exception:

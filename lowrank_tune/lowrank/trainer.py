@@ -195,10 +195,7 @@ class Trainer:
         self.reason = state["reason"]
 
     def _initialise(self) -> None:
-        if self.team.first:
-            self.team.together(self._fit_start)
-        else:
-            self.team.together(lambda: None)
+        self.team.by_first(self._fit_start)
         self.team.copy_first(self.model.state_dict().values())
 
     def _fit_start(self) -> None:

@@ -255,11 +255,24 @@ class ResourcesSpec(Section):
     """What a trial may use."""
 
     cpus_per_trial: PositiveFloat = 1.0
-    """CPU cores; torch gets as many threads, at least one."""
+    """CPU cores, of each worker where there are several; torch gets as many threads, at least one."""
     gpus_per_trial: Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)] = 0.0
-    """A fraction lets several trials share a GPU."""
+    """A fraction lets several trials share a GPU; of each worker where there are several, and then a whole number."""
+    workers_per_trial: PositiveInt = 1
+    """Processes that train one trial together, each on its share of every batch, on one node or several."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many as fit, which leaves no room for another study until its last trials."""
+
+    @field_validator("workers_per_trial")
+    @classmethod
+    def _a_gpu_each(cls, workers: int, info: ValidationInfo) -> int:
+        gpus = info.data.get("gpus_per_trial", 0.0)
+        if workers > 1 and gpus != int(gpus):
+            raise rejected(
+                f"workers cannot share a GPU, for NCCL has them exchange between whole ones: make gpus_per_trial 1 "
+                f"instead of {gpus:g}, or workers_per_trial 1"
+            )
+        return workers
 
 
 class TrackingSpec(Section):

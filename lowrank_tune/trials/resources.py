@@ -15,11 +15,12 @@ def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> i
     """How many trials run at a time: as many as fit, or fewer where the study file says so.
 
     Args:
-        spec: what one trial needs; it must fit on one node.
+        spec: what one trial needs; each of its workers must fit on one node.
         nodes: as `ray.nodes()` describes them.
 
     Raises:
-        InputError: no node can hold a trial; the message says what the best one has.
+        InputError: no node can hold a trial's worker, or all of them together not all of its workers; the message says
+            what there is.
     """
     needs = {"CPU": ("cpus_per_trial", spec.cpus_per_trial), "GPU": ("gpus_per_trial", spec.gpus_per_trial)}
     owned = [node["Resources"] for node in nodes if node["Alive"]]
@@ -37,4 +38,11 @@ def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> i
             f"resources: no node of this Ray has {spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU together; "
             "lower cpus_per_trial or gpus_per_trial"
         )
-    return min(fit, spec.max_concurrent or fit)
+    trials = fit // spec.workers_per_trial
+    if trials == 0:
+        raise InputError(
+            f"resources.workers_per_trial: a trial asks for {spec.workers_per_trial} workers of "
+            f"{spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU each, but this Ray has room for {fit}; "
+            "lower it, or run where there are enough"
+        )
+    return min(trials, spec.max_concurrent or trials)

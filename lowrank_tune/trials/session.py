@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lowrank_tune.errors import InputError, LowrankTuneError, redact
-from lowrank_tune.lowrank.trainer import FIGURES, Trainer
+from lowrank_tune.lowrank.team import ALONE, Team
+from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.checkpoint import read_checkpoint, write_checkpoint
 from lowrank_tune.trials.material import read_material
@@ -40,9 +41,11 @@ class TrialSession:
         cpus: cores reserved for it; torch gets as many threads, at least one.
         gpus: GPUs reserved for it.
         reported: the last epoch that the study has heard of; later ones on file are told before any is trained.
+        team: the processes that train it, each by a session of its own; the first one has its files.
 
     Attributes:
-        micro_batch: images in memory at a time: the batch, or a part of it once memory did not suffice.
+        micro_batch: images in memory at a time: this process's share of the batch, or a part of it once memory did not
+            suffice.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TrialSession:
         cpus: float,
         gpus: float,
         reported: int = 0,
+        team: Team = ALONE,
     ) -> None:
         torch.set_num_threads(max(1, int(cpus)))
         self._config = config
@@ -62,7 +66,9 @@ class TrialSession:
         self._trainer: Trainer | None = None
         self._reported = reported
         self._untold: list[dict[str, float]] | None = None
-        self.micro_batch = config.batch_size
+        self._on_file: list[dict[str, float]] = []
+        self._team = team
+        self.micro_batch = largest_share(config, team)
         self._kept_epoch = 0
         self._kept_at = time.perf_counter()
         self._keeping_took = 0.0
@@ -75,7 +81,7 @@ class TrialSession:
             while the trial may go on. A failure that another process would meet again is told in them.
 
         Raises:
-            OSError: this machine cannot reach the files.
+            OSError: this machine cannot reach the files, or the other workers.
             torch.AcceleratorError: this process has lost its device.
         """
         try:
@@ -85,6 +91,8 @@ class TrialSession:
         except (OSError, torch.AcceleratorError):
             raise
         except Exception as error:
+            if not self._team.agrees_on(error):
+                raise
             if not isinstance(error, LowrankTuneError):
                 logger.exception("trial %s failed", self._config.trial_id)
             return self._failed(error)
@@ -94,8 +102,8 @@ class TrialSession:
         try:
             return self._train()
         except Exception as error:
-            less = math.ceil(self._config.batch_size / _SHRINK)
-            if not is_out_of_memory(error) or self.micro_batch <= less:
+            less = math.ceil(largest_share(self._config, self._team) / _SHRINK)
+            if not is_out_of_memory(error) or not self._team.agrees_on(error) or self.micro_batch <= less:
                 raise
             logger.warning("trial %s: %s", self._config.trial_id, error)
         # Out of the handler: until here the error's traceback holds what the failed epoch had allocated.
@@ -113,11 +121,20 @@ class TrialSession:
         return metrics
 
     def _open(self) -> Trainer:
-        material = read_material(self._paths)
-        state = self._checkpoint()
+        state = self._team.by_first(self._checkpoint)
         self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
+        return self._team.together(lambda: self._restored(state))
+
+    def _restored(self, state: dict[str, Any]) -> Trainer:
+        material = read_material(self._paths)
         trainer = Trainer(
-            self._config, material.data, material.split, material.optimum, self._device, micro_batch=self.micro_batch
+            self._config,
+            material.data,
+            material.split,
+            material.optimum,
+            self._device,
+            micro_batch=self.micro_batch,
+            team=self._team,
         )
         if state:
             trainer.restore(state["trainer"])
@@ -136,7 +153,7 @@ class TrialSession:
 
     def keep(self) -> None:
         """Write a checkpoint of the last epoch that ended, when there is none yet and the training is not over."""
-        trainer = self._trainer
+        trainer = self._trainer if self._team.first else None
         if trainer is None or trainer.stopped_by is not None or trainer.epoch <= self._kept_epoch:
             return
         started = time.perf_counter()
@@ -147,16 +164,16 @@ class TrialSession:
 
     def _find_untold(self) -> list[dict[str, float]]:
         """The epochs on file that the study has not heard of: its driver, or an earlier process of the trial, died."""
-        rows = read_history(self._directory, self._config)
+        rows = self._on_file = self._team.by_first(lambda: read_history(self._directory, self._config))
         if rows and self._ends_at(rows[-1]):
             return [row for row in rows if row["epoch"] > self._reported] or rows[-1:]
-        if not (self._directory / CHECKPOINT).is_file():
+        if not self._team.by_first((self._directory / CHECKPOINT).is_file):
             return []
         self._trainer = self._open()
         return [row for row in self._trainer.history if row["epoch"] > self._reported]
 
     def _tell(self, row: dict[str, float]) -> dict[str, Any]:
-        rows = self._trainer.history if self._trainer else read_history(self._directory, self._config)
+        rows = self._trainer.history if self._trainer else self._on_file
         seconds = sum(earlier["seconds"] for earlier in rows if earlier["epoch"] <= row["epoch"])
         return {**row, "trained_seconds": seconds, "stopped_by": self._ends_at(row) or "", "reason": ""}
 
@@ -168,9 +185,26 @@ class TrialSession:
         metrics: dict[str, Any] = dict.fromkeys(FIGURES, math.nan) | {"epoch": 0, "best_epoch": 0, "seconds": 0.0}
         if last:
             metrics |= {name: value for name, value in last[0].items() if name == "epoch" or name.startswith("best_")}
-        reason = redact(f"{type(error).__name__}: {error}" if not isinstance(error, LowrankTuneError) else str(error))
+        reason = self._reason(error)
         seconds = sum(row["seconds"] for row in self._trainer.history) if self._trainer else 0.0
-        return {**metrics, "trained_seconds": seconds, "stopped_by": "error", "reason": " ".join(reason.split())}
+        return {**metrics, "trained_seconds": seconds, "stopped_by": "error", "reason": reason}
+
+    def _reason(self, error: Exception) -> str:
+        said = str(error) if isinstance(error, LowrankTuneError) else f"{type(error).__name__}: {error}"
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        if is_out_of_memory(error):
+            said = f"out of memory{where} with {self.micro_batch} images in it at a time; lower batch_size ({said})"
+        else:
+            said += f" ({where.strip()})" * bool(where)
+        return " ".join(redact(said).split())
+
+
+def open_session(settings: dict[str, Any], team: Team = ALONE) -> TrialSession:
+    """The session of a trial as its actor's configuration describes it, in one of the processes that train it."""
+    config = TrialConfig(**settings["trial"])
+    directory = Path(settings["trials_dir"]) / config.trial_id
+    paths = MaterialPaths(**settings["material"])
+    return TrialSession(config, paths, directory, settings["cpus"], settings["gpus"], settings.get("reported", 0), team)
 
 
 def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
@@ -181,7 +215,8 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
         the trial may go on.
     """
     metrics = trainer.step()
-    trainer.save(directory)
+    if trainer.team.first:
+        trainer.save(directory)
     seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
     return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
 

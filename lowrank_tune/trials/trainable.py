@@ -13,7 +13,6 @@ from typing import Any
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.paths import MaterialPaths
 
 
@@ -21,16 +20,20 @@ class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
     The configuration holds numbers and paths only: `trial` (a TrialConfig), `material` (MaterialPaths), `trials_dir`,
-    `cpus`, `gpus` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
+    `cpus`, `gpus`, `workers` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
     """
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """What Ray reserves for a trial."""
+        """What Ray reserves for a trial; several workers are reserved for by Ray Train, which starts them."""
+        if config["workers"] > 1:
+            # Tune asks for something; a byte is on every node, and takes no worker's place.
+            return PlacementGroupFactory([{"memory": 1}])
         return PlacementGroupFactory([{"CPU": config["cpus"], "GPU": config["gpus"]}])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial."""
+        self._crew: Any = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -43,14 +46,7 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train one epoch; a failure that no other actor would be spared is told, not raised, so this one lives on."""
         if self._session is None:
-            from lowrank_tune.trials.session import TrialSession
-
-            given = self._settings
-            config = TrialConfig(**given["trial"])
-            directory = Path(given["trials_dir"]) / config.trial_id
-            paths = MaterialPaths(**given["material"])
-            reported = given.get("reported", 0)
-            self._session = TrialSession(config, paths, directory, given["cpus"], given["gpus"], reported)
+            self._session = self._open()
         result = self._session.epoch()
         return {**result, "done": bool(result["stopped_by"])}
 
@@ -58,8 +54,29 @@ class TrialActor(tune.Trainable):
         """Keep what a study that is stopped has trained."""
         if self._session is not None:
             self._session.keep()
+        if self._crew is not None:
+            self._crew.part()
+
+    def _open(self) -> Any:
+        given = self._settings
+        if given["workers"] == 1:
+            from lowrank_tune.trials.session import open_session
+
+            return open_session(given)
+        from lowrank_tune.trials.workers import Crew, CrewSession
+
+        if self._crew is None:
+            records = Path(given["trials_dir"]).parent / "tune" / "workers"
+            self._crew = Crew(given["workers"], given["cpus"], given["gpus"], records)
+        return CrewSession(self._crew, given)
 
 
-def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float) -> dict[str, Any]:
+def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float, workers: int = 1) -> dict[str, Any]:
     """The part of an actor's configuration that all trials of a study share."""
-    return {"material": asdict(paths), "trials_dir": str(trials_dir.absolute()), "cpus": cpus, "gpus": gpus}
+    return {
+        "material": asdict(paths),
+        "trials_dir": str(trials_dir.absolute()),
+        "cpus": cpus,
+        "gpus": gpus,
+        "workers": workers,
+    }

@@ -57,7 +57,13 @@ def run_on_tune(
     """
     resources = plan.spec.resources
     at_once = trials_at_once(resources, ray.nodes())
-    shared = actor_config(material, audience.trials_dir, resources.cpus_per_trial, resources.gpus_per_trial)
+    shared = actor_config(
+        material,
+        audience.trials_dir,
+        resources.cpus_per_trial,
+        resources.gpus_per_trial,
+        resources.workers_per_trial,
+    )
     with told_to(audience) as callback, _quiet_tune(callback):
         tune.Tuner(
             TrialActor,
