@@ -43,8 +43,8 @@ class Calibration:
         trial_seconds: a whole training, over families and ranks, if nothing stops it early.
         expected_epochs: epochs that are trained if the scheduler stops as many as it may be expected to.
         trials_at_once: on this machine.
-        memory_per_trial: bytes of the largest training: on a GPU what it allocated at most, else weights, gradients,
-            moments and a batch.
+        memory_per_trial: bytes of the largest training, or of each of its workers: on a GPU what it allocated at most,
+            else weights, gradients, moments and a batch.
         trials_per_gpu: how many of the largest fit on this machine's first GPU; None without one.
         seconds: the study's wall time without the extraction.
         seconds_at_most: the same if nothing is stopped early.
@@ -76,6 +76,8 @@ class _Noise(FeatureMatrix):
 def calibrate(plan: Plan, tokens: int, dim: int, split: Split) -> Calibration:
     """Time a study's largest and smallest trainings, a few steps each, and reckon the whole from them.
 
+    Of a training by several workers one's share is timed; what they exchange is not.
+
     Args:
         plan: the study.
         tokens: T, rows of an image's matrix.
@@ -86,7 +88,10 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split) -> Calibration:
     torch.set_num_threads(max(1, int(resources.cpus_per_trial)))
     device = "cuda" if resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
     data = _Noise(tokens, dim)
-    measured = [_measure(config, data, split, device) for config in _extremes(plan)]
+    workers = resources.workers_per_trial
+    own = Split(*(images[: math.ceil(len(images) / workers)] for images in (split.train, split.validation, split.test)))
+    shares = [replace(config, batch_size=math.ceil(config.batch_size / workers)) for config in _extremes(plan)]
+    measured = [_measure(share, data, own, device) for share in shares]
     trial_seconds = sum(seconds for seconds, _ in measured) / len(measured)
     memory = max(size for _, size in measured)
     cost, epochs = plan_cost(plan), plan.spec.training.epochs
@@ -96,8 +101,8 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split) -> Calibration:
     trainings = cost.n_trials + cost.confirmations
 
     def wall(trials: float) -> float:
-        workers = min(at_once, trainings)
-        return fixed + (trials + cost.confirmations) * trial_seconds / workers + trainings * _TRIAL_S
+        beside = min(at_once, trainings)
+        return fixed + (trials + cost.confirmations) * trial_seconds / beside + trainings * _TRIAL_S
 
     return Calibration(
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -172,6 +177,7 @@ def _at_once(plan: Plan) -> int:
     if resources.gpus_per_trial:
         gpus = torch.cuda.device_count() or 1
         fit = min(fit, math.floor(gpus / resources.gpus_per_trial + 1e-9))
+    fit //= resources.workers_per_trial
     return max(1, min(fit, resources.max_concurrent or fit))
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_AGREED = "met_by_all_workers"
 
 
 class Team:
@@ -31,7 +32,6 @@ class Team:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self._met: Exception | None = None
 
     @classmethod
     def here(cls) -> Team:
@@ -71,8 +71,13 @@ class Team:
         worst = int(failed)
         if worst == 0:
             return result
-        self._met = self._error_of(self.size - worst, error)
-        raise self._met
+        agreed = self._error_of(self.size - worst, error)
+        setattr(agreed, _AGREED, True)
+        try:
+            raise agreed
+        finally:
+            # By a cycle through this frame they would keep what the work that failed had allocated.
+            del agreed, error
 
     def sum(self, x: Tensor) -> Tensor:
         """Add up a tensor over the workers, in place; on every worker it is the same to the last bit."""
@@ -106,8 +111,8 @@ class Team:
         return self._told_by(0, value)
 
     def agrees_on(self, error: Exception) -> bool:
-        """Whether all workers have met this error just now; otherwise the others may be waiting for this one."""
-        return self.size == 1 or error is self._met
+        """Whether all workers have met this error; otherwise the others may be waiting for this one."""
+        return self.size == 1 or hasattr(error, _AGREED)
 
     def _told_by(self, rank: int, value: T | None) -> T:
         box: list[Any] = [value]

@@ -21,6 +21,9 @@ def node(alive: bool = True, **resources: float) -> dict[str, Any]:
         ({"cpus_per_trial": 0.5, "max_concurrent": 3}, [node(CPU=4)], 3),
         ({"cpus_per_trial": 1, "max_concurrent": 9}, [node(CPU=4)], 4),
         ({"cpus_per_trial": 1}, [node(CPU=2), node(alive=False, CPU=32)], 2),
+        ({"cpus_per_trial": 2, "workers_per_trial": 3}, [node(CPU=5), node(CPU=9)], 2),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 1, "workers_per_trial": 4}, [node(CPU=64, GPU=8)], 2),
+        ({"cpus_per_trial": 1, "workers_per_trial": 2, "max_concurrent": 1}, [node(CPU=8)], 1),
     ],
 )
 def test_as_many_trials_run_as_fit_on_the_nodes(spec: dict[str, Any], nodes: list[Any], expected: int) -> None:
@@ -39,3 +42,10 @@ def test_a_trial_that_fits_nowhere_is_refused(nodes: list[Any], said: str) -> No
     spec = ResourcesSpec(cpus_per_trial=2, gpus_per_trial=1)
     with pytest.raises(InputError, match=said):
         trials_at_once(spec, nodes)
+
+
+def test_more_workers_than_fit_on_all_nodes_together_are_refused() -> None:
+    spec = ResourcesSpec(cpus_per_trial=2, workers_per_trial=4)
+    said = r"resources.workers_per_trial: a trial asks for 4 workers of 2 CPU and 0 GPU each, .* has room for 3; lower"
+    with pytest.raises(InputError, match=said):
+        trials_at_once(spec, [node(CPU=5), node(CPU=3)])
