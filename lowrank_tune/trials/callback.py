@@ -33,6 +33,10 @@ EPOCH_METRICS = (
 )
 
 
+_LOW_ON_MEMORY = "the node running low on memory"
+"""What Ray says of a process that it has killed before the system would have."""
+
+
 class TrialListener(Protocol):
     """Whoever shows a study's progress."""
 
@@ -151,5 +155,7 @@ def _crash(trial: Trial) -> str:
         return "its process died"
     # Tune opens the file with a heading of its own.
     said = [line for line in lines if line][1:]
+    if said and _LOW_ON_MEMORY in said[0]:
+        return f"out of memory: {said[0]}"
     traceback = any(line.startswith(("Traceback", "File ", "ray::")) for line in said)
     return said[-1 if traceback else 0] if said else "its process died"

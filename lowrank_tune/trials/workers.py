@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lowrank_tune.lowrank.team import Team
-from lowrank_tune.trials.session import TrialSession, open_session
+from lowrank_tune.trials.session import TrialSession, is_out_of_memory, open_session
 
 _LOOK_S = 0.5
 """How often the actor looks whether its workers still live while it waits for an epoch."""
@@ -156,8 +156,12 @@ def _said(error: Exception | None) -> str:
     causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
     first = next((rank for rank, cause in causes.items() if not isinstance(cause, ConnectionError)), min(causes))
     cause = causes[first]
-    what = "actor died" if isinstance(cause, RayActorError) else type(cause).__name__
-    return " ".join(f"worker {first + 1}: {what}: {cause}".split())
+    if isinstance(cause, OutOfMemoryError) or (isinstance(cause, Exception) and is_out_of_memory(cause)):
+        what = "out of memory"
+    else:
+        what = "actor died" if isinstance(cause, RayActorError) else type(cause).__name__
+    # Ray says all that it knows of a node's memory after the first line.
+    return f"worker {first + 1}: {what}: {next(iter(str(cause).strip().splitlines()), '')}"
 
 
 def _cause(failure: BaseException) -> BaseException:

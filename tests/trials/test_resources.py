@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +52,10 @@ def test_more_workers_than_fit_on_all_nodes_together_are_refused() -> None:
     said = r"resources.workers_per_trial: a trial asks for 4 workers of 2 CPU and 0 GPU each, .* has room for 3; lower"
     with pytest.raises(InputError, match=said):
         trials_at_once(spec, [node(CPU=5), node(CPU=3)])
+
+
+def test_four_trials_that_ask_for_a_quarter_of_a_gpu_train_on_it_at_once(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("shared_gpu.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "4 started, 0 ended"

@@ -11,15 +11,19 @@ import psutil
 import pytest
 import ray
 from optuna.trial import TrialState
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
 from test_run import BROKEN, DIRECT, SLOW, STUCK, optuna_states, run
 from tiny_study import Listener, World, build_plan
 
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.lowrank.oracle import Optimum
 from lowrank_tune.records import TrialOutcome
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.paths import CHECKPOINT
+from lowrank_tune.trials.workers import _said
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -131,12 +135,10 @@ def test_a_trial_that_loses_a_worker_goes_on_with_others(plan_of: PlanOf, world:
     assert not list(plan.study_dir.rglob(CHECKPOINT))
 
 
-def test_a_trial_that_keeps_losing_workers_fails_alone_and_says_so(plan_of: PlanOf, world: World) -> None:
-    plan = plan_of(training={"epochs": 9, "patience": 9}, resources=PAIR)
-    killed, other = run(plan, world, Killer(again=True))
-    assert (killed.status, killed.stopped_by) == ("failed", "error")
-    assert "actor died" in killed.reason
-    assert (other.status, other.epochs) == ("finished", 9)
+def test_a_trial_that_keeps_losing_workers_fails_and_says_so(plan_of: PlanOf, world: World) -> None:
+    plan = plan_of({"rank": 2}, training={"epochs": 9, "patience": 9}, resources=PAIR)
+    with pytest.raises(StudyFailedError, match="all 1 trials failed: 1x .*worker [12]: actor died"):
+        run(plan, world, Killer(again=True))
 
 
 def test_an_interrupted_study_goes_on_where_it_was(plan_of: PlanOf, world: World, tmp_path: Path) -> None:
@@ -161,3 +163,26 @@ def test_an_interrupted_study_goes_on_where_it_was(plan_of: PlanOf, world: World
 def test_more_workers_than_there_is_room_for_are_refused(plan_of: PlanOf, world: World) -> None:
     with pytest.raises(InputError, match=r"resources.workers_per_trial: .* 3 workers .* room for 2"):
         run(plan_of(resources={"workers_per_trial": 3}), world)
+
+
+@pytest.mark.parametrize(
+    ("failures", "said"),
+    [
+        (
+            {0: ConnectionError("worker 1 of 2 has lost the others"), 1: ValueError("odd\nmore")},
+            "worker 2: ValueError: odd",
+        ),
+        ({0: MemoryError("full")}, "worker 1: out of memory: full"),
+        (
+            {1: OutOfMemoryError("1 worker(s) were killed\nstatistics")},
+            "worker 2: out of memory: 1 worker(s) were killed",
+        ),
+        ({1: ActorDiedError()}, "worker 2: actor died: The actor died unexpectedly before finishing this task."),
+    ],
+)
+def test_a_crew_that_has_ended_names_the_worker_that_was_first_and_why(
+    failures: dict[int, Exception], said: str
+) -> None:
+    wrapped = {rank: WorkerHealthCheckFailedError("health", failure) for rank, failure in failures.items()}
+    assert _said(WorkerGroupError("text", wrapped)) == said
+    assert _said(ray.cloudpickle.loads(ray.cloudpickle.dumps(WorkerGroupError("text", failures)))) == said
