@@ -96,6 +96,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "memory_bytes_per_trial": calibration.memory_per_trial,
         "trials_per_gpu": calibration.trials_per_gpu,
         "trials_at_once": calibration.trials_at_once,
+        "workers_per_trial": spec.resources.workers_per_trial,
         "epochs_expected": calibration.expected_epochs,
         "extraction_seconds": round(extraction, 1),
         "trial_seconds": round(calibration.trial_seconds, 3),

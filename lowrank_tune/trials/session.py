@@ -157,7 +157,10 @@ class TrialSession:
         if trainer is None or trainer.stopped_by is not None or trainer.epoch <= self._kept_epoch:
             return
         started = time.perf_counter()
-        state = {"config": asdict(self._config), "micro_batch": self.micro_batch, "trainer": trainer.state()}
+        # A process's share of the batch is no sign that memory is short: the trial may go on with fewer processes.
+        short = self.micro_batch < largest_share(self._config, self._team)
+        micro_batch = self.micro_batch if short else self._config.batch_size
+        state = {"config": asdict(self._config), "micro_batch": micro_batch, "trainer": trainer.state()}
         write_checkpoint(self._directory / CHECKPOINT, state)
         self._kept_epoch, self._kept_at = trainer.epoch, time.perf_counter()
         self._keeping_took = self._kept_at - started

@@ -17,9 +17,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lowrank_tune.lowrank.team import Team
 from lowrank_tune.trials.session import TrialSession, is_out_of_memory, open_session
@@ -89,9 +88,14 @@ class Crew:
         self._exchange.leave.remote(("order", number), (what, settings))
         answer = self._exchange.fetch.remote(("answer", number))
         while not ray.wait([answer], timeout=_LOOK_S)[0]:
-            if not self._thread.is_alive():
+            if not self.alive:
                 raise RuntimeError(_said(self._error)) from self._error
         return ray.get(answer)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its workers train, or are on their way."""
+        return self._thread.is_alive()
 
     def part(self) -> None:
         """End the workers, and wait for them to be gone."""
@@ -123,8 +127,9 @@ class CrewSession:
         return row
 
     def keep(self) -> None:
-        """As `TrialSession.keep`."""
-        self._crew.ask("keep", self._settings)
+        """As `TrialSession.keep`; workers that have died keep nothing."""
+        if self._crew.alive:
+            self._crew.ask("keep", self._settings)
 
 
 def train_as_ordered(config: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import pytest
 import ray
 from optuna.trial import TrialState
 from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import WorkerGroupError
 from test_run import BROKEN, DIRECT, SLOW, STUCK, optuna_states, run
 from tiny_study import Listener, World, build_plan
 
