@@ -261,7 +261,7 @@ class ResourcesSpec(Section):
     workers_per_trial: PositiveInt = 1
     """Processes that train one trial together, each on its share of every batch, on one node or several."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; by default as many as fit, which leaves no room for another study until its last trials."""
+    """Trials at a time; by default as many as fit, or this study's part of them while others work on the cluster."""
 
     @field_validator("workers_per_trial")
     @classmethod

@@ -7,6 +7,7 @@ first step: an actor is up seconds before it would be otherwise, and nothing of 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,7 @@ class TrialActor(tune.Trainable):
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
         """What Ray reserves for a trial; several workers are reserved for by Ray Train, which starts them."""
-        if config["workers"] > 1:
-            # Tune asks for something; a byte is on every node, and takes no worker's place.
-            return PlacementGroupFactory([{"memory": 1}])
-        return PlacementGroupFactory([{"CPU": config["cpus"], "GPU": config["gpus"]}])
+        return _reserved(config["cpus"], config["gpus"], config["workers"])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial."""
@@ -69,6 +67,13 @@ class TrialActor(tune.Trainable):
             records = Path(given["trials_dir"]).parent / "tune" / "workers"
             self._crew = Crew(given["workers"], given["cpus"], given["gpus"], records)
         return CrewSession(self._crew, given)
+
+
+@lru_cache
+def _reserved(cpus: float, gpus: float, workers: int) -> PlacementGroupFactory:
+    """One for all trials of a study: Tune holds on to every trial's until the end."""
+    # Tune asks for something; a byte is on every node, and takes no worker's place.
+    return PlacementGroupFactory([{"CPU": cpus, "GPU": gpus} if workers == 1 else {"memory": 1}])
 
 
 def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float, workers: int = 1) -> dict[str, Any]:
