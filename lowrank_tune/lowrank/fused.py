@@ -52,10 +52,9 @@ def train_together(trainers: Sequence[Trainer]) -> list[Trained]:
         stack = _Stack(trainers)
         size = trainers[0].config.batch_size
         total_M = torch.zeros(len(trainers), device=trainers[0].device)
-        for places_Mn in order_MN.split(size, dim=1):
+        for places_Mn in torch.split(order_MN, size, dim=1):
             loss_M = stack.losses(places_Mn)
-            torch.autograd.backward(loss_M.sum())
-            stack.step()
+            stack.step(loss_M)
             total_M += loss_M.detach() * places_Mn.shape[1]
         losses = (total_M / order_MN.shape[1]).tolist()
         stack.give_back()
@@ -87,21 +86,18 @@ class _Stack:
         self._model = trainers[0].model
         named = [dict(trainer.model.named_parameters()) for trainer in trainers]
         self._weights_MP = _rows([list(weights.values()) for weights in named])
-        self._gradients_MP = torch.zeros_like(self._weights_MP)
         self._leaves: dict[str, Tensor] = {}
         start = 0
         for name, weight in named[0].items():
             shape, end = (len(trainers), *weight.shape), start + weight.numel()
-            leaf = self._weights_MP[:, start:end].view(shape).requires_grad_()
-            leaf.grad = self._gradients_MP[:, start:end].view(shape)
-            self._leaves[name], start = leaf, end
+            self._leaves[name], start = self._weights_MP[:, start:end].view(shape).requires_grad_(), end
         device = self._weights_MP.device
         configs = [trainer.config for trainer in trainers]
         self._params = {
             name: torch.tensor([float(config.family_params[name]) for config in configs], device=device)
             for name in self._model.params
         }
-        self._adamw = _AdamW(trainers, self._weights_MP, self._gradients_MP)
+        self._adamw = _AdamW(trainers, self._weights_MP)
         self._as_it_is = type(self._model).condense is Decomposer.condense
         # Nothing where a family condenses nothing, or where there is too much of it to keep.
         self._kept = [trainer._condense() for trainer in trainers]
@@ -111,16 +107,16 @@ class _Stack:
         """Return each model's loss of its batch, given the places of that in the training split; [M]."""
         return self._model.condensed_losses(self._leaves, self._params, *self._batch(places_Mn))
 
-    def step(self) -> None:
-        """Let each optimiser take a step along the gradients."""
-        self._adamw.step()
-        self._gradients_MP.zero_()
+    def step(self, loss_M: Tensor) -> None:
+        """Let each optimiser take a step along its loss's gradient."""
+        gradients = torch.autograd.grad(loss_M.sum(), list(self._leaves.values()))
+        self._adamw.step(torch.cat([gradient.flatten(1) for gradient in gradients], dim=1))
 
     @torch.no_grad()
     def give_back(self) -> None:
         """Let each trainer have its weights and its optimiser's state."""
         for row, trainer in enumerate(self._trainers):
-            weights = list(trainer.model.parameters())
+            weights: list[Tensor] = list(trainer.model.parameters())
             torch._foreach_copy_(weights, _like(self._weights_MP[row], weights))
         self._adamw.give_back()
 
@@ -132,13 +128,13 @@ class _Stack:
             x_NTD = self._trainers[0]._batches.lend([train[place] for place in places_Mn.flatten().tolist()])
             if self._as_it_is:
                 return (x_NTD,)
-            own = [t.model.condense(x) for t, x in zip(self._trainers, x_NTD.split(size), strict=True)]
+            own = [t.model.condense(x) for t, x in zip(self._trainers, torch.split(x_NTD, size), strict=True)]
             return [torch.cat(parts) for parts in zip(*own, strict=True)]
         places_Mn = places_Mn.to(self._weights_MP.device)
         for which, buffer in enumerate(self._buffers):
             if len(buffer) != places_Mn.numel():
                 buffer = self._buffers[which] = buffer.new_empty(places_Mn.numel(), *self._kept[0][which].shape[1:])
-            for rows, kept, places_n in zip(buffer.split(size), self._kept, places_Mn, strict=True):
+            for rows, kept, places_n in zip(torch.split(buffer, size), self._kept, places_Mn, strict=True):
                 torch.index_select(kept[which], 0, places_n, out=rows)
         return self._buffers
 
@@ -151,12 +147,11 @@ class _AdamW:
     Args:
         trainers: whose optimisers it stands for, a row each.
         weights_MP: what it steps.
-        gradients_MP: along which.
     """
 
-    def __init__(self, trainers: Sequence[Trainer], weights_MP: Tensor, gradients_MP: Tensor) -> None:
+    def __init__(self, trainers: Sequence[Trainer], weights_MP: Tensor) -> None:
         self._optimizers = [trainer._optimizer for trainer in trainers]
-        self._weights_MP, self._gradients_MP = weights_MP, gradients_MP
+        self._weights_MP = weights_MP
         groups = [optimizer.param_groups[0] for optimizer in self._optimizers]
         self._beta1, self._beta2 = groups[0]["betas"]
         self._eps = groups[0]["eps"]
@@ -171,14 +166,14 @@ class _AdamW:
         self._steps_M1 = torch.stack([own[0]["step"] for own in states])[:, None].to(weights_MP.device).double()
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Take a step."""
+    def step(self, gradients_MP: Tensor) -> None:
+        """Take a step along the gradients."""
         self._steps_M1 += 1
         scale_M1 = (1 - self._beta2**self._steps_M1).sqrt()
         pace_M1 = self._lr_M1 / (1 - self._beta1**self._steps_M1)
         self._weights_MP.mul_(self._keep_M1)
-        self._mean_MP.lerp_(self._gradients_MP, 1 - self._beta1)
-        self._square_MP.mul_(self._beta2).addcmul_(self._gradients_MP, self._gradients_MP, value=1 - self._beta2)
+        self._mean_MP.lerp_(gradients_MP, 1 - self._beta1)
+        self._square_MP.mul_(self._beta2).addcmul_(gradients_MP, gradients_MP, value=1 - self._beta2)
         # The pace, and what eps is added to, go into the divisor, which is [M, P] anyway.
         divisor_MP = self._square_MP.sqrt().div_(scale_M1.to(self._square_MP)).add_(self._eps)
         self._weights_MP.addcdiv_(self._mean_MP * pace_M1.to(self._mean_MP), divisor_MP, value=-1)
@@ -216,5 +211,5 @@ def _rows(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def _like(row_P: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The pieces of a row in the shapes of the tensors that it was made of."""
-    pieces = row_P.split([tensor.numel() for tensor in tensors])
+    pieces = torch.split(row_P, [tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

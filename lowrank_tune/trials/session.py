@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowrank_tune.errors import InputError, LowrankTuneError, redact
-from lowrank_tune.lowrank.trainer import FIGURES, Trainer
+from lowrank_tune.lowrank.trainer import FIGURES, Trained, Trainer
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.checkpoint import read_checkpoint, write_checkpoint
 from lowrank_tune.trials.material import read_material
@@ -67,8 +67,24 @@ class TrialSession:
         self._kept_at = time.perf_counter()
         self._keeping_took = 0.0
 
-    def epoch(self) -> dict[str, Any]:
+    def whole_trainer(self) -> Trainer | None:
+        """What trains the next epoch with whole batches in memory; None where `epoch` has something else to do."""
+        try:
+            self._untold = self._find_untold() if self._untold is None else self._untold
+            if self._untold:
+                return None
+            self._trainer = self._trainer or self._open()
+        except Exception:
+            logger.debug("trial %s: `epoch` will meet this again, and tell it", self._config.trial_id, exc_info=True)
+            return None
+        whole = self.micro_batch == self._config.batch_size and self._trainer.stopped_by is None
+        return self._trainer if whole else None
+
+    def epoch(self, trained: Trained | None = None) -> dict[str, Any]:
         """Train one epoch and write what it gave.
+
+        Args:
+            trained: what `fused.train_together` gave for `whole_trainer`, when that has trained this epoch already.
 
         Returns:
             `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty
@@ -81,7 +97,7 @@ class TrialSession:
         try:
             if self._untold is None:
                 self._untold = self._find_untold()
-            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory()
+            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory(trained)
         except (OSError, torch.AcceleratorError):
             raise
         except Exception as error:
@@ -89,10 +105,10 @@ class TrialSession:
                 logger.exception("trial %s failed", self._config.trial_id)
             return self._failed(error)
 
-    def _train_in_memory(self) -> dict[str, Any]:
+    def _train_in_memory(self, trained: Trained | None) -> dict[str, Any]:
         """Train, and where memory does not suffice once more with less of the batch in it."""
         try:
-            return self._train()
+            return self._train(trained)
         except Exception as error:
             less = math.ceil(self._config.batch_size / _SHRINK)
             if not is_out_of_memory(error) or self.micro_batch <= less:
@@ -105,9 +121,9 @@ class TrialSession:
         self.micro_batch = less
         return self._train()
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self, trained: Trained | None = None) -> dict[str, Any]:
         trainer = self._trainer = self._trainer or self._open()
-        metrics = train_epoch(trainer, self._directory)
+        metrics = train_epoch(trainer, self._directory, trained)
         if time.perf_counter() - self._kept_at >= self._keeping_took / _CHECKPOINT_SHARE:
             self.keep()
         return metrics
@@ -173,14 +189,14 @@ class TrialSession:
         return {**metrics, "trained_seconds": seconds, "stopped_by": "error", "reason": " ".join(reason.split())}
 
 
-def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
-    """Train one epoch and write what it gave.
+def train_epoch(trainer: Trainer, directory: Path, trained: Trained | None = None) -> dict[str, Any]:
+    """Train one epoch, unless it was `trained` elsewhere, and write what it gave.
 
     Returns:
         `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
         the trial may go on.
     """
-    metrics = trainer.step()
+    metrics = trainer.step(trained)
     trainer.save(directory)
     seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
     return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}

@@ -43,16 +43,19 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train one epoch; a failure that no other actor would be spared is told, not raised, so this one lives on."""
         if self._session is None:
-            from lowrank_tune.trials.session import TrialSession
-
-            given = self._settings
-            config = TrialConfig(**given["trial"])
-            directory = Path(given["trials_dir"]) / config.trial_id
-            paths = MaterialPaths(**given["material"])
-            reported = given.get("reported", 0)
-            self._session = TrialSession(config, paths, directory, given["cpus"], given["gpus"], reported)
+            self._session = self.open_session(self._settings)
         result = self._session.epoch()
         return {**result, "done": bool(result["stopped_by"])}
+
+    @staticmethod
+    def open_session(given: dict[str, Any]) -> Any:
+        """Begin the trial that a configuration describes, or go on with it."""
+        from lowrank_tune.trials.session import TrialSession
+
+        config = TrialConfig(**given["trial"])
+        directory = Path(given["trials_dir"]) / config.trial_id
+        paths = MaterialPaths(**given["material"])
+        return TrialSession(config, paths, directory, given["cpus"], given["gpus"], given.get("reported", 0))
 
     def cleanup(self) -> None:
         """Keep what a study that is stopped has trained."""

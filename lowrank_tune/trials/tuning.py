@@ -8,14 +8,17 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from lowrank_tune.records import FeatureSet
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.callback import Audience, told_to
+from lowrank_tune.trials.lanes import LaneTrialActor, gains_by_fusing, open_lanes, plan_lanes
 from lowrank_tune.trials.paths import MaterialPaths
 from lowrank_tune.trials.resources import trials_at_once
 from lowrank_tune.trials.trainable import TrialActor, actor_config
@@ -56,11 +59,11 @@ def run_on_tune(
         InputError: a training asks for more than any node has.
     """
     resources = plan.spec.resources
-    at_once = trials_at_once(resources, ray.nodes())
     shared = actor_config(material, audience.trials_dir, resources.cpus_per_trial, resources.gpus_per_trial)
-    with told_to(audience) as callback, _quiet_tune(callback):
+    with told_to(audience) as callback, _actors(plan, material) as (actor, at_once, own), _quiet_tune(callback):
+        shared |= own
         tune.Tuner(
-            TrialActor,
+            actor,
             param_space={**shared, **(space or {})},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
@@ -78,6 +81,21 @@ def run_on_tune(
                 verbose=0,
             ),
         ).fit()
+
+
+@contextmanager
+def _actors(plan: Plan, material: MaterialPaths) -> Iterator[tuple[type[TrialActor], int, dict[str, Any]]]:
+    """Yield what Tune runs, how many at a time, and what it is told beside what all are."""
+    resources = plan.spec.resources
+    fit = trials_at_once(resources.model_copy(update={"max_concurrent": None}), ray.nodes())
+    features = FeatureSet.read(Path(material.features))
+    families = tuple(plan.spec.search.space.families.chosen())
+    if not gains_by_fusing(resources, families, features.tokens * features.dim):
+        yield TrialActor, min(fit, resources.max_concurrent or fit), {}
+        return
+    planned = plan_lanes(resources, fit)
+    with open_lanes(resources, planned, plan.study_id) as names:
+        yield LaneTrialActor, planned.at_once, {"lanes": names, "share": planned.share}
 
 
 def _trial_id(trial: Trial) -> str:
