@@ -61,7 +61,7 @@ class Fusion:
             except Exception as error:
                 logger.warning("%d trials as one: %s; they go on in smaller groups", len(part), error)
             # Out of the handler: until here the error's traceback holds what the failed epoch had allocated.
-            if torch.cuda.is_initialized():
+            if trainers[0].device != "cpu":
                 torch.cuda.empty_cache()
             self.members = min(self.members, len(part) // 2)
             return done | self._train(sessions[start:])

@@ -293,15 +293,16 @@ def open_lanes(resources: ResourcesSpec, planned: LanePlan, study_id: str) -> It
         Their names.
     """
     most = MEMBERS["gpu" if resources.gpus_per_trial else "cpu"]
-    # One dies and is replaced as often as its members' retries allow, which end at some time.
-    actor = ray.remote(Lane).options(
-        num_cpus=resources.cpus_per_trial * (1 - _MEMBERS_SHARE),
-        num_gpus=resources.gpus_per_trial,
-        max_restarts=-1,
-        max_concurrency=1000,
-    )
+    # Restarted as often as need be: its members' retries end at some time.
+    options = {
+        "num_cpus": resources.cpus_per_trial * (1 - _MEMBERS_SHARE),
+        "num_gpus": resources.gpus_per_trial,
+        "max_restarts": -1,
+        "max_concurrency": 1000,
+    }
     names = [f"{study_id}-lane-{number}-{uuid.uuid4().hex[:8]}" for number in range(planned.lanes)]
-    lanes = [actor.options(name=name).remote(most, resources.fuse == "always") for name in names]
+    actor = ray.remote(Lane)
+    lanes = [actor.options(name=name, **options).remote(most, resources.fuse == "always") for name in names]
     try:
         yield names
     finally:

@@ -71,16 +71,18 @@ def test_three_families_as_one_give_what_each_trial_gives_alone(plan_of: PlanOf,
 
 
 def test_a_trial_that_asha_stops_leaves_and_the_others_go_on(plan_of: PlanOf, world: World, tmp_path: Path) -> None:
+    # The last two begin when the first ones have filled the rungs, and hardly learn.
     plan = plan_of(
-        {"rank": 4, "lr": [1e-2, 1e-5, 1e-6, 3e-3]},
+        {"families": {"direct": {}}, "rank": 4, "lr": [1e-3, 2e-3, 3e-3, 4e-3, 1e-6, 1e-7]},
         training={"epochs": 6, "patience": 6},
-        scheduler={"kind": "asha", "grace_epochs": 2, "reduction_factor": 2},
+        scheduler={"kind": "asha", "grace_epochs": 1, "reduction_factor": 2},
         objective="val_mse",
         resources=FUSED,
     )
     outcomes = run(plan, world)
-    assert {outcome.status for outcome in outcomes} == {"finished", "pruned"}
-    assert {outcome.stopped_by for outcome in outcomes} == {"budget", "asha"}
+    assert {outcome.stopped_by for outcome in outcomes[:4]} <= {"budget", "asha"}
+    assert [outcome.epochs for outcome in outcomes if outcome.status == "finished"]
+    assert [(outcome.stopped_by, outcome.epochs) for outcome in outcomes[4:]] == [("asha", 1)] * 2
     assert_as_alone(outcomes, world, tmp_path / "alone")
     assert not list(plan.study_dir.rglob(CHECKPOINT))
 
