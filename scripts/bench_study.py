@@ -125,9 +125,10 @@ def _table(best: dict[str, Run], trials: int) -> None:
         print(f"{name:>8}{run.wall:>9.1f}{run.start:>9.1f}{trials / run.wall * 3600:>10,.0f}{steady:>13,.0f}")
     if {"bare", "unfused", "fused", "plain"} <= best.keys():
         bare, unfused, fused, plain = (best[name] for name in ("bare", "unfused", "fused", "plain"))
+        steady = (unfused.wall - unfused.start) / (fused.wall - fused.start)
         print(f"unfused of bare {unfused.wall / bare.wall:.2f} (wanted 1.15), of plain {unfused.wall / plain.wall:.2f} "
-              f"(wanted 0.60); fused to unfused, trials an hour {unfused.wall / fused.wall:.2f} (wanted 2), after start "
-              f"{(unfused.wall - unfused.start) / (fused.wall - fused.start):.2f}")  # fmt: skip
+              f"(wanted 0.60)\nfused to unfused, trials an hour {unfused.wall / fused.wall:.2f} (wanted 2), "
+              f"after start {steady:.2f}")  # fmt: skip
 
 
 class _World:
@@ -176,9 +177,7 @@ class _World:
         configs, firsts = self._configs(results), spawn.Queue()
         started = time.perf_counter()
         processes = [
-            spawn.Process(
-                target=_train_all, args=(configs[own::CORES], self._features, self._optimum, results, firsts)
-            )
+            spawn.Process(target=_train_all, args=(configs[own::CORES], self._features, self._optimum, results, firsts))
             for own in range(CORES)
         ]
         for process in processes:
@@ -226,9 +225,7 @@ class _World:
         return make_plan(StudySpec.model_validate(study), results, datetime.now(UTC))
 
 
-def _train_all(
-    configs: Sequence[TrialConfig], features: FeatureSet, optimum: Path, results: Path, firsts: Any
-) -> None:
+def _train_all(configs: Sequence[TrialConfig], features: FeatureSet, optimum: Path, results: Path, firsts: Any) -> None:
     torch.set_num_threads(1)
     data, known, told = FeatureMatrix(features), Optimum.load(optimum), False
     for config in configs:

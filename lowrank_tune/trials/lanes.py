@@ -38,7 +38,7 @@ NEVER_ON_CPU = ("direct",)
 """Families whose matrices are large whatever the images are."""
 _MEMBERS_SHARE = 0.1
 """The part of a lane's CPUs that is reserved by its members' actors, which need next to nothing."""
-_WAIT_S = 0.1
+_WAIT_S = 0.25
 """How long a round waits for members that have not asked, at least; and no less than half of what the last one took."""
 _CAUTION = 4
 """What the members of a lane whose process died are divided by: it may have been memory."""
