@@ -1,6 +1,7 @@
 """Whole studies whose trials train as one, on a real Ray: what comes out is what comes out of each alone."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,13 +34,13 @@ def processes(kind: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+            if re.match(rf"ray::{kind}\b", " ".join(process.cmdline())):
                 found.append(process)
     return found
 
 
 def assert_no_lane_is_left() -> None:
-    _, alive = psutil.wait_procs(processes("Lane."), timeout=60)
+    _, alive = psutil.wait_procs(processes("Lane"), timeout=60)
     assert not alive
 
 
@@ -65,7 +66,7 @@ def test_three_families_as_one_give_what_each_trial_gives_alone(plan_of: PlanOf,
     class Watching(Listener):
         def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
             super().trial_epoch(trial_id, epoch, metrics)
-            seen.update(process.pid for process in processes("Lane."))
+            seen.update(process.pid for process in processes("Lane"))
 
     space = {"families": {"direct": {}, "sketch": {}, "refined": {}}, "rank": 4, "lr": [1e-3, 2e-3]}
     plan, told = plan_of(space, resources=FUSED), Watching()
@@ -112,7 +113,7 @@ class Killer(Listener):
             self.killed += 1
 
 
-@pytest.mark.parametrize("kind", ["Lane.", "LaneTrialActor."], ids=["the lane", "one trial's own"])
+@pytest.mark.parametrize("kind", ["Lane", "LaneTrialActor"], ids=["the lane", "one trial's own"])
 def test_a_killed_process_is_replaced_and_every_trial_goes_on(
     plan_of: PlanOf, world: World, tmp_path: Path, kind: str
 ) -> None:
