@@ -261,8 +261,7 @@ class ResourcesSpec(Section):
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many as fit, which leaves no room for another study until its last trials."""
     fuse: Literal["never", "auto", "always"] = "never"
-    """Trials that agree in family, rank and batch size train as one batched model, with the numbers that each has alone
-    but for rounding: never, where it was measured to be faster (small images; any on a GPU), or always."""
+    """Whether trials of one family, rank and batch size train as one model: auto is where it was measured to gain."""
 
 
 class TrackingSpec(Section):
