@@ -9,6 +9,7 @@ from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialOutcome, TrialTracker
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.callback import Audience, TrialListener
+from lowrank_tune.trials.lanes import fuses
 from lowrank_tune.trials.ledger import Ledger, read_outcomes, recovered_outcome, remove_checkpoints, write_outcome
 from lowrank_tune.trials.paths import write_material
 from lowrank_tune.trials.scheduler import PastTrial, make_scheduler
@@ -62,12 +63,13 @@ def run_trials(
             write_outcome(trials_dir, ended[config.trial_id])
     audience = Audience(trials_dir, Ledger(trials_dir, tracker), listener, ended)
     if len(ended) < plan.n_trials:
+        share = None if fuses(plan, features) else FairShare(plan.spec.resources)
         run_on_tune(
             plan,
             material,
             audience,
             "ray",
-            search_alg=StudySearcher(plan, study, FairShare(plan.spec.resources)),
+            search_alg=StudySearcher(plan, study, share),
             scheduler=make_scheduler(plan.spec, past),
             num_samples=plan.n_trials - len(ended),
         )

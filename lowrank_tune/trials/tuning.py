@@ -8,16 +8,20 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from lowrank_tune.records import FeatureSet
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.callback import Audience, told_to
+from lowrank_tune.trials.lanes import LaneTrialActor, fuses, open_lanes, plan_lanes
 from lowrank_tune.trials.paths import MaterialPaths
 from lowrank_tune.trials.resources import trials_at_once
+from lowrank_tune.trials.sharing import FairShare
 from lowrank_tune.trials.trainable import TrialActor, actor_config
 
 MAX_RETRIES = 2
@@ -56,7 +60,6 @@ def run_on_tune(
         InputError: a training asks for more than any node has.
     """
     resources = plan.spec.resources
-    at_once = trials_at_once(resources, ray.nodes())
     shared = actor_config(
         material,
         audience.trials_dir,
@@ -64,9 +67,10 @@ def run_on_tune(
         resources.gpus_per_trial,
         resources.workers_per_trial,
     )
-    with told_to(audience) as callback, _quiet_tune(callback):
+    with told_to(audience) as callback, _actors(plan, material) as (actor, at_once, own), _quiet_tune(callback):
+        shared |= own
         tune.Tuner(
-            TrialActor,
+            actor,
             param_space={**shared, **(space or {})},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
@@ -84,6 +88,20 @@ def run_on_tune(
                 verbose=0,
             ),
         ).fit()
+
+
+@contextmanager
+def _actors(plan: Plan, material: MaterialPaths) -> Iterator[tuple[type[TrialActor], int, dict[str, Any]]]:
+    """Yield what Tune runs, how many at a time, and what it is told beside what all are."""
+    resources = plan.spec.resources
+    at_once = trials_at_once(resources, ray.nodes())
+    if not fuses(plan, FeatureSet.read(Path(material.features))):
+        yield TrialActor, at_once, {}
+        return
+    # Lanes keep their places until the study's end, so they are this study's part of the cluster at its start.
+    planned = plan_lanes(resources, FairShare(resources.model_copy(update={"max_concurrent": None}))())
+    with open_lanes(resources, planned, plan.study_id) as names:
+        yield LaneTrialActor, planned.at_once, {"lanes": names, "share": planned.share}
 
 
 def _trial_id(trial: Trial) -> str:

@@ -1,0 +1,317 @@
+"""Trials that share a process and its device; what trains them trains those of one shape as one.
+
+A lane is an actor with what the study file gives one trial. Tune's actors of its members only pass on what it says, so
+that scheduler, searcher, retries and trackers see trials as they see them without lanes. A round of a lane is an epoch
+of one shape's members: it begins when all of them have asked for their next, or when those that did have waited for so
+long that training them without the others is the quicker way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.tune import PlacementGroupFactory
+
+from lowrank_tune.records import FeatureSet, TrialConfig
+from lowrank_tune.spec.plan import Plan
+from lowrank_tune.spec.schema import ResourcesSpec
+from lowrank_tune.trials.trainable import TrialActor
+
+logger = logging.getLogger(__name__)
+
+MEMBERS = {"cpu": 8, "gpu": 16}
+"""Trials in a lane, at most: on a CPU more of them gained nothing."""
+SMALL_IMAGE = 2**14
+"""Numbers in an image up to which fusing on a CPU is worth it: at [128, 128] it was 1.4 to 1.7 times as fast, at [256,
+256] as fast as not. Larger matrices keep a core busy by themselves."""
+NEVER_ON_CPU = ("direct",)
+"""Families whose matrices are large whatever the images are."""
+_MEMBERS_SHARE = 0.1
+"""The part of a lane's CPUs that is reserved by its members' actors, which need next to nothing."""
+_WAIT_S = 0.25
+"""How long a round waits for members that have not asked, at least; and no less than half of what the last one took."""
+_CAUTION = 4
+"""What the members of a lane whose process died are divided by: it may have been memory."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """A trial in a lane."""
+
+    visit: str
+    shape: tuple[Any, ...]
+    fuses: bool
+    session: Any
+    late: bool = False
+
+
+class Lane:
+    """Trains the trials that ask for an epoch, those of one shape as one; an actor.
+
+    Args:
+        members: trials as one, at most.
+        always: whether trials are fused that are not known to gain by it.
+    """
+
+    def __init__(self, members: int, always: bool) -> None:
+        # Ray's own word for an actor whose process has died before.
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._limit = max(1, members // _CAUTION) if again else members
+        self._always = always
+        self._fusion: Any = None
+        self._members: dict[str, _Member] = {}
+        self._asked: dict[str, tuple[float, asyncio.Future[Any]]] = {}
+        self._took: dict[tuple[Any, ...], float] = {}
+        self._wake = asyncio.Event()
+        # One thread trains, reads and writes; the loop's own only listens.
+        self._thread = ThreadPoolExecutor(1)
+        self._rounds: asyncio.Task[None] | None = None
+
+    async def epoch(self, settings: dict[str, Any], visit: str) -> dict[str, Any]:
+        """Train the next epoch of a trial.
+
+        Args:
+            settings: as `TrialActor` is given them, with the last epoch that the study has heard of.
+            visit: which of the trial's actors asks; an earlier one's trial goes on from its checkpoint.
+        """
+        trial_id = settings["trial"]["trial_id"]
+        if trial_id not in self._members or self._members[trial_id].visit != visit:
+            await self.leave(trial_id, "", keep=True)
+            self._members[trial_id] = await self._in_thread(self._enter, settings, visit)
+        loop = asyncio.get_running_loop()
+        self._rounds = self._rounds or loop.create_task(self._train())
+        future = loop.create_future()
+        self._asked[trial_id] = (time.monotonic(), future)
+        self._members[trial_id].late = False
+        self._wake.set()
+        told = await future
+        if isinstance(told, Exception):
+            raise told
+        return dict(told)
+
+    async def leave(self, trial_id: str, visit: str, keep: bool) -> None:
+        """Let a trial go; the others do not wait for it any more.
+
+        Args:
+            trial_id: which.
+            visit: of the actor that says so; any of them when empty.
+            keep: whether to write a checkpoint of what it has trained.
+        """
+        member = self._members.get(trial_id)
+        if member is None or visit not in ("", member.visit):
+            return
+        del self._members[trial_id]
+        self._asked.pop(trial_id, None)
+        self._wake.set()
+        if keep:
+            await self._in_thread(member.session.keep)
+
+    async def _train(self) -> None:
+        while True:
+            chosen = self._next_round()
+            if not chosen:
+                self._wake.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._patience())
+                continue
+            members = [self._members[trial_id] for trial_id in chosen]
+            futures = [self._asked.pop(trial_id)[1] for trial_id in chosen]
+            started = time.monotonic()
+            try:
+                told = await self._in_thread(self._epoch, members)
+            except Exception as error:
+                told = [error] * len(chosen)
+            self._took[members[0].shape] = time.monotonic() - started
+            for future, what in zip(futures, told, strict=True):
+                if not future.done():
+                    future.set_result(what)
+
+    def _next_round(self) -> list[str]:
+        """Whom to train next: a shape whose members have all asked, else one that has waited for long enough."""
+        shapes: dict[tuple[Any, ...], list[str]] = {}
+        for trial_id in self._asked:
+            shapes.setdefault(self._members[trial_id].shape, []).append(trial_id)
+        now = time.monotonic()
+        for shape, asked in shapes.items():
+            if not self._missing(shape):
+                return asked
+        for shape, asked in shapes.items():
+            if now >= self._until(shape, asked):
+                for member in self._missing(shape):
+                    member.late = True
+                return asked
+        return []
+
+    def _missing(self, shape: tuple[Any, ...]) -> list[_Member]:
+        """Those that a shape's round waits for."""
+        return [
+            member
+            for trial_id, member in self._members.items()
+            if member.shape == shape and member.fuses and not member.late and trial_id not in self._asked
+        ]
+
+    def _until(self, shape: tuple[Any, ...], asked: Sequence[str]) -> float:
+        return min(self._asked[trial_id][0] for trial_id in asked) + max(_WAIT_S, self._took.get(shape, 0.0) / 2)
+
+    def _patience(self) -> float | None:
+        """Seconds until a round begins though nobody else asks; None when nobody has."""
+        until = [self._until(self._members[trial_id].shape, [trial_id]) for trial_id in self._asked]
+        return max(0.0, min(until) - time.monotonic()) if until else None
+
+    async def _in_thread(self, work: Any, *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+
+    def _enter(self, settings: dict[str, Any], visit: str) -> _Member:
+        # Here, in the thread: torch takes seconds to import, and sets its number of threads for the thread that asks.
+        from lowrank_tune.lowrank.fused import fusion_key
+        from lowrank_tune.trials.fusion import Fusion
+        from lowrank_tune.trials.session import open_session
+
+        self._fusion = self._fusion or Fusion(self._limit)
+        config = TrialConfig(**settings["trial"])
+        fuses = self._always or bool(settings["gpus"]) or config.family not in NEVER_ON_CPU
+        shape = fusion_key(config) if fuses else (config.trial_id,)
+        return _Member(visit, shape, fuses, open_session(settings))
+
+    def _epoch(self, members: Sequence[_Member]) -> Any:
+        import torch
+
+        try:
+            return self._fusion.epoch([member.session for member in members])
+        except torch.AcceleratorError:
+            # No later call of this process would find the device again; Ray starts another one.
+            logger.exception("the lane has lost its device")
+            os._exit(1)
+
+
+class LaneTrialActor(TrialActor):
+    """Asks a lane for every epoch of its trial.
+
+    The configuration holds, beside a `TrialActor`'s, `lanes`, their names, and `share`, the CPUs reserved here.
+    """
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        """What Ray reserves for a trial beside its lane."""
+        return PlacementGroupFactory([{"CPU": config["share"]}])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial."""
+        seat = getattr(self, "_session", None)
+        if seat is not None:
+            seat.leave()
+        return super().reset_config(new_config)
+
+    def _open(self) -> Any:
+        return _Seat(self._settings)
+
+
+class _Seat:
+    """A trial's place in a lane, for the actor that Tune knows; in place of a `TrialSession`."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._trial_id = settings["trial"]["trial_id"]
+        lanes = settings["lanes"]
+        # By number: repetitions of one configuration, which have one number, meet in one lane.
+        self._lane = ray.get_actor(lanes[settings["trial"]["number"] % len(lanes)])
+        self._visit = uuid.uuid4().hex
+
+    def epoch(self) -> dict[str, Any]:
+        told: dict[str, Any] = ray.get(self._lane.epoch.remote(self._settings, self._visit))
+        # Should the lane die, its successor tells nothing twice.
+        self._settings = {**self._settings, "reported": max(self._settings.get("reported", 0), int(told["epoch"]))}
+        return told
+
+    def keep(self) -> None:
+        try:
+            ray.get(self._lane.leave.remote(self._trial_id, self._visit, keep=True))
+        except RayActorError:
+            logger.warning("trial %s: its lane is gone", self._trial_id)
+
+    def leave(self) -> None:
+        self._lane.leave.remote(self._trial_id, self._visit, keep=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LanePlan:
+    """How many lanes, and how many trials in them.
+
+    Attributes:
+        lanes: processes that train.
+        at_once: trials in all of them.
+        share: CPUs that each member's own actor reserves.
+    """
+
+    lanes: int
+    at_once: int
+    share: float
+
+
+def plan_lanes(resources: ResourcesSpec, fit: int) -> LanePlan:
+    """Plan as many lanes as trials fit at a time without them, or fewer where these would not be half full.
+
+    Args:
+        resources: what a lane is given.
+        fit: trials that fit at a time.
+    """
+    most = MEMBERS["gpu" if resources.gpus_per_trial else "cpu"]
+    at_once = min(fit * most, resources.max_concurrent or fit * most)
+    share = max(int(1e4 * _MEMBERS_SHARE * resources.cpus_per_trial / most) / 1e4, 1e-4)
+    return LanePlan(min(fit, -(-at_once // (most // 2))), at_once, share)
+
+
+def fuses(plan: Plan, features: FeatureSet) -> bool:
+    """Whether a study's trials train in lanes."""
+    return gains_by_fusing(
+        plan.spec.resources, tuple(plan.spec.search.space.families.chosen()), features.tokens * features.dim
+    )
+
+
+def gains_by_fusing(resources: ResourcesSpec, families: Sequence[str], numbers: int) -> bool:
+    """Whether a study's trials train in lanes.
+
+    Args:
+        resources: as the study file has them.
+        families: of the search.
+        numbers: in an image.
+    """
+    if resources.fuse != "auto" or resources.gpus_per_trial:
+        return resources.fuse != "never"
+    return numbers <= SMALL_IMAGE and any(family not in NEVER_ON_CPU for family in families)
+
+
+@contextmanager
+def open_lanes(resources: ResourcesSpec, planned: LanePlan, study_id: str) -> Iterator[list[str]]:
+    """Start a study's lanes, and end them with the block; a lane whose process dies is started again.
+
+    Yields:
+        Their names.
+    """
+    most = MEMBERS["gpu" if resources.gpus_per_trial else "cpu"]
+    # Restarted as often as need be: its members' retries end at some time.
+    options = {
+        "num_cpus": resources.cpus_per_trial * (1 - _MEMBERS_SHARE),
+        "num_gpus": resources.gpus_per_trial,
+        "max_restarts": -1,
+        "max_concurrency": 1000,
+    }
+    names = [f"{study_id}-lane-{number}-{uuid.uuid4().hex[:8]}" for number in range(planned.lanes)]
+    actor = ray.remote(Lane)
+    lanes = [actor.options(name=name, **options).remote(most, resources.fuse == "always") for name in names]
+    try:
+        yield names
+    finally:
+        for lane in lanes:
+            ray.kill(lane)

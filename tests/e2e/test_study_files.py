@@ -1,0 +1,78 @@
+"""The study files that ship, where two cores suffice: each run as it is, but for sizes that take seconds."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_tune import open_features, run_study
+from lowrank_tune.study import StudyResult
+
+STUDIES = Path(__file__).parents[2] / "studies"
+SMALL = ("features.source={samples: 24}", "features.encoder.image_size=112")
+SHORT = ("split={validation: 4, test: 4}", "search.space.batch_size=4", "training={epochs: 2, patience: 2}",
+         "report={images: [0], channels: 2, confirm_seeds: 0}")  # fmt: skip
+GRACE = "scheduler.grace_epochs=1"
+
+Run = Callable[..., StudyResult]
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a study file; all in one results directory, so that one extraction serves them."""
+    results = tmp_path_factory.mktemp("results")
+
+    def call(name: str, *overrides: str) -> StudyResult:
+        return run_study(STUDIES / f"{name}.yaml", results=results, overrides=(*SHORT, *overrides))
+
+    return call
+
+
+def trained(result: StudyResult) -> set[tuple[str, int]]:
+    return {(row.method, row.rank) for row in result.comparison.rows if row.trial_id}
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_each_opens_with_its_command_its_runtime_and_what_to_expect(file: Path) -> None:
+    header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(rf"lowrank-tune (run|submit) studies/{file.name}", header)
+    assert re.search(r"\d+ (s|min|minutes|hours|h)\b", header)
+    assert "ρ" in header or "cosine" in header
+
+
+def test_the_rank_sweep_trains_each_rank_once(run: Run) -> None:
+    result = run("rank_sweep", *SMALL, "search.space.rank=[2, 4, 8]")
+    assert trained(result) == {("refined", rank) for rank in (2, 4, 8)}
+    assert len(result.outcomes) == 3
+
+
+def test_the_lambda_grid_tries_every_combination(run: Run) -> None:
+    result = run("lambda_grid", *SMALL, "search.space.rank=4")
+    tried = {tuple(outcome.config.family_params.values()) for outcome in result.outcomes}
+    assert len(tried) == len(result.outcomes) == 12
+    assert trained(result) == {("direct", 4)}
+
+
+def test_the_shootout_lets_tpe_choose_among_families(run: Run) -> None:
+    result = run("family_shootout", *SMALL, "search.space.rank=[2, 4]", "search.trials=8", GRACE)
+    assert len(result.outcomes) == 8
+    assert len({outcome.config.family for outcome in result.outcomes}) > 1
+
+
+def test_one_nested_model_serves_every_rank(run: Run) -> None:
+    result = run("nested", *SMALL, "search.space.rank={nested: [2, 4, 8]}")
+    assert len(result.outcomes) == 4
+    assert {rank for _, rank in trained(result)} == {2, 4, 8}
+
+
+def test_tensors_that_others_extracted_are_imported(run: Run, tmp_path: Path) -> None:
+    extracted = open_features(run("rank_sweep", *SMALL, "search.space.rank=2").features.directory)
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for number in range(len(extracted)):
+        torch.save(extracted.load([number])[0], folder / f"features_{number}.pt")
+    result = run("import_cache", f"features.source.tensors={folder}", "search.space.rank=[2, 4]", GRACE)
+    assert trained(result) == {(family, rank) for family in ("sketch", "refined") for rank in (2, 4)}
+    assert (result.features.tokens, result.features.dim) == (extracted.features.tokens, extracted.features.dim)
