@@ -14,7 +14,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -39,9 +38,7 @@ class QuantisedDecomposer:
         }
         matrices = matrices_of(self.model)
         self._raw = [name for name in matrices if name not in in_layers]
-        quantize_(
-            self.model, FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in matrices}), filter_fn=None
-        )
+        quantize_(self.model, FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in matrices}), filter_fn=None)
 
     def __call__(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
         """Decompose images [N, T, D] as `Decomposer.forward` does."""
