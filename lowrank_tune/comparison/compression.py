@@ -88,8 +88,9 @@ def measure_compression(
             x_NTD = x_NTD[seen_N].to(device)
             with torch.inference_mode():
                 allowed = _store_features(x_NTD, tally)
-                _store_factors(x_NTD, ranks, best, allowed, tally)
-                _run_quantised(x_NTD, trained, quantised, tally)
+                made = {_model_key(method): method.decompose(x_NTD) for method in trained}
+                _store_factors(x_NTD, ranks, best, made, allowed, tally)
+                _run_quantised(x_NTD, trained, quantised, made, tally)
     shape = (data.tokens, data.dim)
     trials = {(method.name, method.rank): method.trial_id for method in best}
     stored = _stored_rows(tally, shape, trials)
@@ -124,14 +125,19 @@ def _store_features(x_NTD: Tensor, tally: _Tally) -> dict[str, Tensor]:
 
 
 def _store_factors(
-    x_NTD: Tensor, ranks: Sequence[int], best: Sequence[Method], allowed: Mapping[str, Tensor], tally: _Tally
+    x_NTD: Tensor,
+    ranks: Sequence[int],
+    best: Sequence[Method],
+    made: Mapping[str, Factors],
+    allowed: Mapping[str, Tensor],
+    tally: _Tally,
 ) -> None:
     """Measure the SVD's factors at each rank and the best trained ones; prune what has the most components of each."""
     most = min(x_NTD.shape[-2:])
     _in_each_dtype(x_NTD, "svd", most, ordered(controls.svd(x_NTD, most)), ranks, allowed, tally)
     for method in best:
         own = allowed if method is best[-1] else {}
-        factors = ordered(method.decompose(x_NTD))
+        factors = ordered(made[_model_key(method)])
         _in_each_dtype(x_NTD, method.name, method.rank, factors, [method.rank], own, tally)
 
 
@@ -166,7 +172,11 @@ def _model_key(method: Method) -> str:
 
 
 def _run_quantised(
-    x_NTD: Tensor, trained: Sequence[Method], quantised: Mapping[str, QuantisedDecomposer], tally: _Tally
+    x_NTD: Tensor,
+    trained: Sequence[Method],
+    quantised: Mapping[str, QuantisedDecomposer],
+    made: Mapping[str, Factors],
+    tally: _Tally,
 ) -> None:
     """Measure each trained model's factors, and those of its int8 self."""
     energy_N = x_NTD.double().square().sum((-2, -1))
@@ -174,15 +184,14 @@ def _run_quantised(
         key = _model_key(method)
         if key not in quantised or key in tally.broken:
             continue
-        try:
-            residuals = [
-                residual_by_rank(x_NTD, factors)[:, -1]
-                for factors in (method.decompose(x_NTD), quantised[key](x_NTD, rank=method.rank))
-            ]
-        except RuntimeError:  # torch raises its linear algebra's errors as this
-            tally.broken.add(key)
-            continue
-        tally.models[key].append((torch.stack(residuals) / energy_N).sqrt().cpu())
+        before_N = after_N = residual_by_rank(x_NTD, made[key])[:, -1]
+        if quantised[key].matrices:
+            try:
+                after_N = residual_by_rank(x_NTD, quantised[key](x_NTD, rank=method.rank))[:, -1]
+            except RuntimeError:  # torch raises its linear algebra's errors as this
+                tally.broken.add(key)
+                continue
+        tally.models[key].append((torch.stack([before_N, after_N]) / energy_N).sqrt().cpu())
 
 
 def _stored_rows(tally: _Tally, shape: tuple[int, int], trials: Mapping[tuple[str, int], str]) -> tuple[StoredRow, ...]:
