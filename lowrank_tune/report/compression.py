@@ -73,8 +73,8 @@ def compression_section(compression: Compression, plots: Path) -> Section:
         "rank, and with a rank an image, each beside X itself in int8, int5 and int4. The tables have the figures.",
         caption="Lower and further left is better. Orange: X itself with a scale a token, the control that factors "
         "must beat. Left: the best trained factors of each rank, the SVD's dotted. Right: the SVD's leading "
-        "components, for each image as few as meet a target; crosses: the best trained ones, up to the highest rank compared. "
-        "Dashed: X in float16.",
+        "components, for each image as few as meet a target; crosses: the best trained ones, up to the highest rank "
+        "compared. Dashed: X in float16.",
         charts=tuple(_chart(place, lines, whole) for place, lines in enumerate(panels)),
     )
     tables = [_targets(compression), _stored(compression.stored, whole)]
