@@ -26,6 +26,8 @@ _LOOKS = {
 }  # fmt: skip
 """Colour and marker of each dtype."""
 _CONTROL = ("#D55E00", "X")
+_FLOOR = 1e-3
+"""Percent: smaller errors, which a logarithmic axis has no place for, are drawn here."""
 _X, _Y = "KiB an image", "relative error, %"
 _TITLES = ("A rank for all images", "As many components as each image needs")
 
@@ -140,7 +142,7 @@ def _line(
         marker,
         dash,
         tuple((row.bytes_per_image or 0.0) / 1024 for row in rows),
-        tuple(100 * (row.relative_error_mean or 0.0) for row in rows),
+        tuple(max(100 * (row.relative_error_mean or 0.0), _FLOOR) for row in rows),
         tuple(label(row) for row in rows),
         shown,
     )
