@@ -81,7 +81,7 @@ def _beaten_by(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
         if row is not None and row.bytes_per_image is not None and row.bytes_per_image < control.bytes_per_image:
             winners.append("the SVD's factors" if method == "svd" else f"{method}'s factors")
     if not winners:
-        return "not beaten by any factors"
+        return "not beaten by factors"
     only = " only" if winners == ["the SVD's factors"] and len(_methods(pruned)) > 1 else ""
     return f"beaten by {' and '.join(winners)}{only}"
 

@@ -192,6 +192,16 @@ def test_the_comparison_says_which_controls_are_beaten(study):
         assert dtype in said
 
 
+def test_linear_algebra_that_fails_costs_these_figures_and_no_others(study, monkeypatch):
+    def fail(*_):
+        raise torch.linalg.LinAlgError("svd did not converge\nat all")
+
+    monkeypatch.setattr("lowrank_tune.comparison.compression.ordered", fail)
+    comparison = study.compare()
+    assert comparison.rows and comparison.compression == Compression()
+    assert "bytes against error are left out: svd did not converge" in comparison.remarks
+
+
 X = StoredRow("x", 0, "int8", 4, 65 * 1024, 0.00728, 0.008, 0.9999)
 SVD = PrunedRow("svd", 256, "int8", "int8", 4, 4, 40.2, 50, 50 * 1024.0, 0.007, 0.008)
 TRAINED = PrunedRow("refined", 64, "int5", "int8", 4, 4, 41.0, 52, 60 * 1024.0, 0.007, 0.008, "r064-refined-0001")
@@ -204,7 +214,7 @@ LOST = PrunedRow("refined", 64, "int8", "int8", 4, 3, trial_id="r064-refined-000
         ([SVD, TRAINED], "int8 of X is beaten by the SVD's factors and refined's factors"),
         ([SVD, LOST], "int8 of X is beaten by the SVD's factors only"),
         ([SVD, replace(TRAINED, bytes_per_image=65 * 1024.0)], "int8 of X is beaten by the SVD's factors only"),
-        ([replace(SVD, bytes_per_image=70 * 1024.0), LOST], "int8 of X is not beaten by any factors"),
+        ([replace(SVD, bytes_per_image=70 * 1024.0), LOST], "int8 of X is not beaten by factors"),
         ([SVD], "int8 of X is beaten by the SVD's factors"),
     ],
 )
