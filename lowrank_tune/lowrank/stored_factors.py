@@ -6,7 +6,7 @@ Every product A B is first brought to the form of its own SVD, U Σ Vᵀ, with �
   columns that nearly cancel, as regressed ones may, no longer magnify the rounding of each.
 - A is stored with one scale a token. Tokens differ in length, in some images by a factor of ten; with one scale a
   component (Aᵀ by rows) the longest token's would round the others away. Measured in int4: an error of 23 % instead of
-  33 % where they differ much, 2 to 4 % of itself less where they hardly do; in int8 the two are alike
+  33 % where they differ much, 4 % of itself less where they hardly do; in int8 the two are alike
   (`scripts/bench_compression.py`). B has a scale a component.
 - √Σ in A lets its later columns be smaller, and so be rounded coarser beside the first: all of Σ in A would lose them,
   none of it would spend on them what they are not worth. And what lies in either factor fits into float16's range,
