@@ -1,4 +1,4 @@
-"""Factors in few bytes: an ordered form, Aᵀ and B in few bits, and as many components as an image needs.
+"""Factors in few bytes: an ordered form, A and B in few bits, and as many components as an image needs.
 
 Every product A B is first brought to the form of its own SVD, U Σ Vᵀ, with √Σ in either factor:
 
