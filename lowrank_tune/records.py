@@ -279,6 +279,15 @@ class Comparison:
     data: str = ""
     fronts: tuple[Front, ...] = ()
 
+    def best_of_each_rank(self) -> tuple[ComparisonRow, ...]:
+        """The trained row with the lowest mean residual ratio at each rank, by rising rank."""
+        best: dict[int, ComparisonRow] = {}
+        for row in self.rows:
+            held = best.get(row.rank)
+            if row.trial_id and (held is None or row.residual_ratio_mean < held.residual_ratio_mean):
+                best[row.rank] = row
+        return tuple(best[rank] for rank in sorted(best))
+
 
 class TrialTracker(Protocol):
     """What the trials room tells a tracker, from the driver only; none of these may raise."""

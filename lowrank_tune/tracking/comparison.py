@@ -65,7 +65,7 @@ def has_comparison(client: MlflowClient, run: Run, comparison: Comparison) -> bo
         return False
     # The models come last.
     models = run.outputs.model_outputs if run.outputs else []
-    return {model.step for model in models} >= {row.rank for row in best_of_each_rank(comparison.rows)}
+    return {model.step for model in models} >= {row.rank for row in comparison.best_of_each_rank()}
 
 
 def _known(client: MlflowClient, run: Run) -> set[tuple[str, int, float]]:
@@ -92,16 +92,6 @@ def _figures(row: ComparisonRow) -> dict[str, float | None]:
     }
 
 
-def best_of_each_rank(rows: tuple[ComparisonRow, ...]) -> tuple[ComparisonRow, ...]:
-    """The trained row with the lowest mean residual ratio at each rank, by rising rank."""
-    best: dict[int, ComparisonRow] = {}
-    for row in rows:
-        held = best.get(row.rank)
-        if row.trial_id and (held is None or row.residual_ratio_mean < held.residual_ratio_mean):
-            best[row.rank] = row
-    return tuple(best[rank] for rank in sorted(best))
-
-
 def _log_table(client: MlflowClient, parent: str, comparison: Comparison) -> None:
     # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
     columns = [field.name for field in fields(ComparisonRow)]
@@ -120,7 +110,7 @@ def _log_models(client: MlflowClient, parent: str, comparison: Comparison, outco
     logged = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
     models = [client.get_logged_model(model_id) for model_id in logged]
     names = {(model.name, model.tags.get("lowrank.trial_id")) for model in models}
-    for row in best_of_each_rank(comparison.rows):
+    for row in comparison.best_of_each_rank():
         name = f"rank-{row.rank:03d}-{row.method}"
         if row.trial_id in by_id and (name, row.trial_id) not in names:
             _log_model(client, parent, run.info.experiment_id, name, row, by_id[row.trial_id])
