@@ -47,6 +47,8 @@ class FeatureSet:
             the user's own columns); records that share an image share a key.
         quarantined: how many records had no usable image.
         origin: where the cache lies when `directory` is a node's own copy of it; empty otherwise.
+        rank: R where the cache holds factors, X ≈ A·B in place of X; `dtype` is then theirs, and `encoder` says which
+            model made them. 0 otherwise.
     """
 
     directory: str
@@ -60,6 +62,7 @@ class FeatureSet:
     records_path: str
     quarantined: int = 0
     origin: str = ""
+    rank: int = 0
 
     def write(self, path: Path) -> None:
         """Write this record as JSON."""
