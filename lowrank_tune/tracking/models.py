@@ -22,16 +22,17 @@ from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
-from torch import Tensor, nn
 
-from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.lowrank.exported import ExportedModel, exported_files, load_decomposer, read_exported
+from lowrank_tune.lowrank.graph import write_graph
 from lowrank_tune.records import ComparisonRow, FeatureSet, TrialOutcome
 from lowrank_tune.tracking.events import Compared
 
 BEST = "best"
 """The registry's alias of the version with the lowest mean ρ of all ranks."""
 _TRIAL, _RANK = "lowrank.trial_id", "lowrank.rank"
+# The database forgets the model_id that a version is made with.
+_MODEL = "lowrank.model_id"
 _GRAPH = "model.pt2"
 """What MLflow's pytorch flavour looks for in its folder."""
 
@@ -70,14 +71,18 @@ def log_models(client: MlflowClient, parent: str, event: Compared, register: str
 
 def has_models(client: MlflowClient, run: Run, best: tuple[ComparisonRow, ...], register: str | None) -> bool:
     """Whether a study's run has the best model of each rank, and the registry its versions."""
-    models = {model.tags.get(_TRIAL): model for model in _logged_models(client, run)}
     steps = {output.step for output in run.outputs.model_outputs} if run.outputs else set()
     if not steps >= {row.rank for row in best}:
         return False
     if not register:
         return True
-    registered = {version.model_id for version in client.search_model_versions(f"name = '{register}'")}
-    return {model.model_id for trial, model in models.items() if trial in {row.trial_id for row in best}} <= registered
+    wanted = {(row.trial_id, str(row.rank)) for row in best}
+    models = {
+        model.model_id
+        for model in _logged_models(client, run)
+        if (model.tags.get(_TRIAL), model.tags.get(_RANK)) in wanted
+    }
+    return models <= _registered(client, register)
 
 
 def _logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
@@ -136,34 +141,6 @@ def _save(path: Path, entry: LoggedModel, parent: str, exported: Path, graph: Pa
     graph.rename(path / "pytorch" / _GRAPH)
 
 
-def write_graph(model: Decomposer, path: Path) -> None:
-    """Trace a decomposer, at its default rank and for any number of images, into a file of torch's own.
-
-    Args:
-        model: on the device where the graph shall run.
-        path: the file; loaded, it maps [N, T, D] to the pair (A, B).
-    """
-    device = next(iter(model.state_dict().values())).device
-    # From random numbers: of a graph's own tensors none may come from an example's zeros. torch keeps a size of 1.
-    x_NTD = torch.randn(2, model.tokens, model.dim, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad():
-        traced = torch.export.export(_Pair(model), (x_NTD,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
-    torch.export.save(traced, path)
-
-
-class _Pair(nn.Module):
-    """A decomposer whose result is a plain pair: a named one could be read back only where its class is known."""
-
-    def __init__(self, model: Decomposer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A [N, T, R] and B [N, R, D]."""
-        a_NTR, b_NRD = self.model(x_NTD)
-        return a_NTR, b_NRD
-
-
 def _register(client: MlflowClient, name: str, parent: str, study_id: str, logged: list[_Logged]) -> None:
     """Make each model a version once; the aliases name the study that was registered last."""
     try:
@@ -171,12 +148,13 @@ def _register(client: MlflowClient, name: str, parent: str, study_id: str, logge
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    there = {version.model_id for version in client.search_model_versions(f"name = '{name}'")}
+    there = _registered(client, name)
     best = min(logged, key=lambda entry: entry.row.residual_ratio_mean)
     for entry in logged:
         if entry.model.model_id in there:
             continue
         tags = {"lowrank.study_id": study_id, _TRIAL: entry.row.trial_id, _RANK: str(entry.row.rank)}
+        tags[_MODEL] = entry.model.model_id
         version = client.create_model_version(
             name,
             source=entry.model.artifact_location,
@@ -187,6 +165,18 @@ def _register(client: MlflowClient, name: str, parent: str, study_id: str, logge
         )
         for alias in [f"rank-{entry.row.rank:03d}", *([BEST] if entry is best else [])]:
             client.set_registered_model_alias(name, alias, version.version)
+
+
+def _registered(client: MlflowClient, name: str) -> set[str]:
+    """The models that are versions of a registered model already."""
+    found: set[str] = set()
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+        found |= {version.tags[_MODEL] for version in page if _MODEL in version.tags}
+        token = page.token
+        if not token:
+            return found
 
 
 def _features(study_dir: Path) -> FeatureSet | None:

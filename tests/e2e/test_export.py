@@ -154,6 +154,45 @@ def test_a_spoilt_folder_is_refused_in_words(model: Path, name, spoil, reason) -
     assert "\n" not in str(caught.value)
 
 
+def test_mlflow_holds_the_same_model(ran: Ran, model: Path) -> None:
+    import mlflow
+
+    from lowrank_tune.tracking.store import local_uri
+
+    client = mlflow.MlflowClient(local_uri(ran.results))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (parent,) = client.search_runs(experiments, "tags.`lowrank.kind` = 'study'")
+    outputs = {output.step: output.model_id for output in parent.outputs.model_outputs}
+    location = client.get_logged_model(outputs[4]).artifact_location
+    x_NTD = open_features(ran.result.features.directory).load(range(3))
+    with torch.no_grad():
+        ours = load_decomposer(model)(x_NTD)
+        graph = mlflow.pytorch.load_model(location)(x_NTD)
+    factors = mlflow.pyfunc.load_model(location).predict(x_NTD.numpy())
+    for name, expected, traced in zip("ab", ours, graph, strict=True):
+        assert torch.equal(torch.from_numpy(factors[name]), expected)
+        torch.testing.assert_close(traced, expected)
+
+
+def test_a_model_applied_to_the_studys_cache_has_the_error_that_its_card_tells(
+    ran: Ran, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    arguments = ["apply", str(model), ran.result.features.fingerprint[:8], str(tmp_path / "factors"), "--json"]
+    assert run([*arguments, "--dtype", "float32", "--quiet", "--results", str(ran.results)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["images"], facts["rank"], facts["bytes_per_image"]) == (30, 4, 4 * 4 * sum(facts["shape"]))
+    assert run(["features", "verify", str(tmp_path / "factors"), "--full"]) == 0
+    original, factors = open_features(ran.result.features.directory), open_features(tmp_path / "factors")
+    place = {row.key: index for index, row in enumerate(factors.features.rows)}
+    test = list(ran.result.split.test)
+    keys = [ran.result.features.rows[index].key for index in test]
+    there = {row.key: index for index, row in enumerate(original.features.rows)}
+    x_NTD = original.load([there[key] for key in keys])
+    error = (factors.load([place[key] for key in keys]) - x_NTD).square().mean()
+    assert float(error) == pytest.approx(best(ran, 4).mse_mean, rel=1e-3)
+
+
 def test_loading_needs_neither_ray_nor_mlflow(model: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from lowrank_tune import load_decomposer\n"

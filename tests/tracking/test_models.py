@@ -15,10 +15,10 @@ import torch
 from tracked_study import DIM, TOKENS, Reader, build_plan, config_of, outcome_of, row_of, write_study
 
 from lowrank_tune.lowrank.decomposers import FAMILIES, load_decomposer, make_decomposer
+from lowrank_tune.lowrank.graph import write_graph
 from lowrank_tune.records import Comparison, TrialConfig
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.tracking.models import write_graph
 from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
 
