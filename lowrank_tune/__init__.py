@@ -8,6 +8,7 @@ The names are loaded on first use: importing the package costs neither torch nor
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -43,6 +44,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # torch asks the system for large pages with it, where Linux leaves that to the program: a fresh batch of 32 images then
 # costs a fourth, most of which is the handing out of pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# transformers imports torchao, which makes torch say something to torchao's authors on the user's terminal.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

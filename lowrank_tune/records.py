@@ -263,6 +263,106 @@ class Front:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredRow:
+    """Factors at one rank, or the features themselves, stored in one dtype: means over the test images.
+
+    Attributes:
+        method: `svd`, the best trained family at this rank, or `x` for the features themselves.
+        rank: R; 0 for the features themselves.
+        dtype: `float16`, `int8`, `int5` or `int4`.
+        n_images: images measured.
+        bytes_per_image: all of it, scales included.
+        relative_error_mean: mean over images of ‖X − Y‖ / ‖X‖ for what comes back, Y.
+        relative_error_max: the worst image's.
+        token_cosine_mean: as in `ComparisonRow`.
+        trial_id: the trial behind the factors; empty without one.
+    """
+
+    method: str
+    rank: int
+    dtype: str
+    n_images: int
+    bytes_per_image: int
+    relative_error_mean: float
+    relative_error_max: float
+    token_cosine_mean: float
+    trial_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedRow:
+    """Factors pruned by energy: each image keeps the fewest leading components that meet a target.
+
+    Attributes:
+        method: `svd`, of which every rank is at hand, or the best trained family of the highest rank.
+        rank: the components there are to keep.
+        dtype: as in `StoredRow`.
+        target: the relative error that each image must meet, `0.1`; or `int8`: the error of that image's X in int8.
+        n_images: images measured.
+        n_met: how many of them meet it at any rank; the figures below are there only when all do.
+        rank_mean: mean over images of the rank kept.
+        rank_max: the highest rank kept.
+        bytes_per_image: mean over images, scales and a count of components included.
+        relative_error_mean: as in `StoredRow`.
+        relative_error_max: as in `StoredRow`.
+        trial_id: as in `StoredRow`.
+    """
+
+    method: str
+    rank: int
+    dtype: str
+    target: str
+    n_images: int
+    n_met: int
+    rank_mean: float | None = None
+    rank_max: int | None = None
+    bytes_per_image: float | None = None
+    relative_error_mean: float | None = None
+    relative_error_max: float | None = None
+    trial_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedRow:
+    """A trained decomposer before and after its matrices were brought to int8.
+
+    Attributes:
+        method: its family.
+        rank: R.
+        trial_id: the trial behind it.
+        model_bytes: weights and buffers in float32.
+        quantised_bytes: the same with int8 matrices and their scales; equal where the family has no learned matrix.
+        relative_error_mean: mean over the test images of ‖X − AB‖ / ‖X‖.
+        quantised_relative_error_mean: the same of the int8 model's factors.
+    """
+
+    method: str
+    rank: int
+    trial_id: str
+    model_bytes: int
+    quantised_bytes: int
+    relative_error_mean: float
+    quantised_relative_error_mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """Bytes against error: what `compression.json` holds.
+
+    Attributes:
+        stored: the features themselves, then factors by rank, each in every dtype.
+        pruned: factors with a rank an image, by target.
+        models: each trained model of the comparison, quantised.
+        words: which wins where, a sentence each.
+    """
+
+    stored: tuple[StoredRow, ...] = ()
+    pruned: tuple[PrunedRow, ...] = ()
+    models: tuple[QuantisedRow, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The post-study figures.
 
@@ -273,6 +373,7 @@ class Comparison:
         remarks: sentences a reader must not miss (random weights, a control that wins, a rank without a model).
         data: what the figures were measured on, for people: images, features, encoder and its weights.
         fronts: the trade-offs of `pareto.json`.
+        compression: bytes against error; empty in a study that was compared before there was any.
     """
 
     rows: tuple[ComparisonRow, ...]
@@ -281,6 +382,7 @@ class Comparison:
     remarks: tuple[str, ...] = ()
     data: str = ""
     fronts: tuple[Front, ...] = ()
+    compression: Compression = field(default_factory=Compression)
 
     def best_of_each_rank(self) -> tuple[ComparisonRow, ...]:
         """The trained row with the lowest mean residual ratio at each rank, by rising rank."""

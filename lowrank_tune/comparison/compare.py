@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
+from lowrank_tune.comparison.compression import measure_compression
+from lowrank_tune.comparison.compression_words import verdict_words
 from lowrank_tune.comparison.methods import Method, repeated, trained, untrained
 from lowrank_tune.comparison.pareto import pareto_fronts
 from lowrank_tune.comparison.rows import make_rows
@@ -52,7 +54,7 @@ def compare(
         outcomes: every trial of the study.
         objective: what picks the best trial of a family and rank: `val_residual_ratio`, `val_mse`, `val_token_cosine`.
         seed: the study's; draws the controls' random starts.
-        directory: where `comparison.json`, `per_image.parquet` and `pareto.json` go.
+        directory: where `comparison.json`, `per_image.parquet`, `pareto.json` and `compression.json` go.
         confirmations: further trainings of the best configurations, with fresh seeds.
         device: where methods run and are timed; a GPU when the study trained on one.
 
@@ -78,13 +80,19 @@ def compare(
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if (method.name, method.rank) in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
+    compression = measure_compression(data, split.test, rows, sound, device)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_words(device),
-        remarks=(*say.about_study(features, outcomes, confirmations, rows), *lost, *lost_repeats, *left_out),
+        remarks=(
+            *say.about_study(features, outcomes, confirmations, rows),
+            *filter(None, [verdict_words(compression.stored, compression.pruned)]),
+            *(*lost, *lost_repeats, *left_out),
+        ),
         data=say.data_words(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
+        compression=compression,
     )
     own = ~per_image["method"].isin({repeat.name for repeat in repeats})
     write_comparison(directory, comparison, per_image[own].reset_index(drop=True))

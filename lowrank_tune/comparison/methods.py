@@ -34,6 +34,7 @@ class Method:
         decompose: features [N, T, D] to factors.
         trial_id: the trial behind it; empty for methods without training.
         confirms: the trial whose configuration this one repeats; empty for all else.
+        model: what was trained; None for methods without training.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     decompose: Callable[[Tensor], Factors]
     trial_id: str = ""
     confirms: str = ""
+    model: Decomposer | None = None
 
 
 def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
@@ -89,7 +91,8 @@ def trained(
             except InputError as error:
                 remarks.append(f"The model of trial {outcome.config.trial_id} is left out: {error}.")
                 continue
-            methods.append(Method(family, rank, partial(model, rank=rank), outcome.config.trial_id))
+            trial_id = outcome.config.trial_id
+            methods.append(Method(family, rank, partial(model, rank=rank), trial_id, model=model))
             break
     return methods, remarks
 

@@ -1,7 +1,7 @@
 """A comparison on disk.
 
-`comparison.json` is a list of rows, `per_image.parquet` has a row a method, rank and image, and `pareto.json` is a list
-of trade-offs.
+`comparison.json` is a list of rows, `per_image.parquet` has a row a method, rank and image, `pareto.json` is a list of
+trade-offs, and `compression.json` holds lists of what bytes buy: `stored`, `pruned`, `models` and `words`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import pyarrow.parquet as pq
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.files import write_whole
-from lowrank_tune.records import Comparison, ComparisonRow, Front, FrontPoint
+from lowrank_tune.records import (
+    Comparison,
+    ComparisonRow,
+    Compression,
+    Front,
+    FrontPoint,
+    PrunedRow,
+    QuantisedRow,
+    StoredRow,
+)
 
 _DEVICE, _REMARKS, _DATA = b"lowrank_tune.device", b"lowrank_tune.remarks", b"lowrank_tune.data"
 
@@ -38,6 +47,7 @@ def write_comparison(directory: Path, comparison: Comparison, per_image: pd.Data
     write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
     _write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
     _write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
+    _write_json(directory / "compression.json", asdict(comparison.compression))
 
 
 def read_comparison(directory: Path) -> Comparison:
@@ -53,19 +63,33 @@ def read_comparison(directory: Path) -> Comparison:
     try:
         rows = tuple(ComparisonRow(**row) for row in json.loads(path.read_text(encoding="utf-8")))
         fronts = tuple(_front(**front) for front in json.loads((directory / "pareto.json").read_text(encoding="utf-8")))
+        compression = _compression(directory / "compression.json")
         notes = pq.read_schema(per_image_path).metadata or {}
         remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{directory}: no readable comparison lies there ({error}); measure it again with "
             f"`lowrank-tune compare {directory.name} --again`"
         ) from error
     device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
-    return Comparison(rows, str(per_image_path), device, remarks, data, fronts)
+    return Comparison(rows, str(per_image_path), device, remarks, data, fronts, compression)
 
 
 def _front(points: list[dict[str, Any]], **front: Any) -> Front:
     return Front(points=tuple(FrontPoint(**point) for point in points), **front)
+
+
+def _compression(path: Path) -> Compression:
+    """Read `compression.json`; a study that was compared before there was one has none."""
+    if not path.exists():
+        return Compression()
+    kinds = {"stored": StoredRow, "pruned": PrunedRow, "models": QuantisedRow, "words": str}
+    held: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+    rows = {
+        name: tuple(kind(**row) if isinstance(row, dict) else kind(row) for row in held[name])
+        for name, kind in kinds.items()
+    }
+    return Compression(**rows)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -45,7 +45,20 @@ def measure(x_NTD: Tensor, a_NTR: Tensor, b_NRD: Tensor) -> Figures:
     Returns:
         The figures; not finite for an image whose factors are not.
     """
-    x, y = x_NTD.double(), a_NTR.double() @ b_NRD.double()
+    return measure_matrix(x_NTD, a_NTR.double() @ b_NRD.double())
+
+
+def measure_matrix(x_NTD: Tensor, y_NTD: Tensor) -> Figures:
+    """Measure matrices against those that they stand for, in float64.
+
+    Args:
+        x_NTD: The images' features [N, T, D].
+        y_NTD: What stands for them [N, T, D]; overwritten when it is float64.
+
+    Returns:
+        The figures; not finite for an image that is not.
+    """
+    x, y = x_NTD.double(), y_NTD.double()
     x_energy_NT, y_energy_NT = _row_energy(x), _row_energy(y)
     residual_NT = _row_energy(y.sub_(x))
     # 2 x·y = |x|² + |y|² − |x − y|², which spares another pass over [N, T, D].

@@ -10,11 +10,7 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -26,22 +22,19 @@ class QuantisedDecomposer:
 
     Args:
         model: trained; it stays as it is.
+
+    Attributes:
+        model: the copy.
+        matrices: the names of what is int8 in it; none where the family has learned no matrix.
     """
 
     def __init__(self, model: Decomposer) -> None:
-        # Seconds of import, and only who quantises a model needs it.
-        with _quiet_import():
-            from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
-
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        in_layers = {
-            f"{name}.weight" for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear) and name
-        }
-        matrices = matrices_of(self.model)
-        self._raw = [name for name in matrices if name not in in_layers]
-        quantize_(
-            self.model, FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in matrices}), filter_fn=None
-        )
+        layers = [name for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)]
+        self.matrices = [name for name, weight in self.model.named_parameters() if weight.ndim == 2]
+        self._raw = [name for name in self.matrices if name.removesuffix(".weight") not in layers]
+        if self.matrices:
+            _to_int8(self.model, self.matrices)
 
     def __call__(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
         """Decompose images [N, T, D] as `Decomposer.forward` does."""
@@ -50,9 +43,12 @@ class QuantisedDecomposer:
         return factors
 
 
-def matrices_of(model: nn.Module) -> list[str]:
-    """Name the learned matrices of a model, which are what can be quantised."""
-    return [name for name, weight in model.named_parameters() if weight.ndim == 2]
+def _to_int8(model: nn.Module, matrices: list[str]) -> None:
+    # Seconds of import, and only who quantises a model needs it.
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    config = FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in matrices})
+    quantize_(model, config, filter_fn=None)
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -65,15 +61,3 @@ def _bytes(tensor: Tensor) -> int:
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keep torch's advice to torchao's authors off the user's terminal."""
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -11,6 +11,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.files import write_whole
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.report.compression import compression_section
 from lowrank_tune.report.cost import study_cost
 from lowrank_tune.report.curves import Trial
 from lowrank_tune.report.history import read_history
@@ -179,6 +180,8 @@ def _storage(comparison: Comparison, spectrum: Spectrum | None, plots: Path) -> 
     sections = []
     if comparison.fronts:
         sections.append(Section("tradeoffs", "Trade-offs", (pareto_picture(comparison.fronts, plots),)))
+    if comparison.compression.stored:
+        sections.append(compression_section(comparison.compression, plots))
     if spectrum is not None:
         ranks = sorted({row.rank for row in comparison.rows})
         sections.append(Section("spectrum", "Spectrum", (spectrum_picture(spectrum, ranks, plots),)))

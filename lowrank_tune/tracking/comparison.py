@@ -18,7 +18,10 @@ from lowrank_tune.tracking.events import Compared
 from lowrank_tune.tracking.models import has_models, log_models
 from lowrank_tune.tracking.points import known_points, log_points
 
-_FILES = ("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet", "pareto.json")
+_FILES = (
+    *("report.html", "study.yaml", "study.resolved.yaml"),
+    *("comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
+)
 _TABLE = "comparison_table.json"
 
 
