@@ -93,9 +93,8 @@ def apply(
 
 def factors_facts(factors: FeatureSet) -> dict[str, Any]:
     """What an application left."""
-    from lowrank_tune.lowrank.compression import packed_bytes
+    from lowrank_tune.lowrank.factors import factors_bytes
 
-    sides = ((factors.tokens, factors.rank), (factors.rank, factors.dim))
     return {
         "factors": factors.directory,
         "fingerprint": factors.fingerprint,
@@ -104,5 +103,5 @@ def factors_facts(factors: FeatureSet) -> dict[str, Any]:
         "shape": [factors.tokens, factors.dim],
         "rank": factors.rank,
         "dtype": factors.dtype,
-        "bytes_per_image": sum(packed_bytes(side, factors.dtype) for side in sides),
+        "bytes_per_image": factors_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype),
     }

@@ -1,11 +1,14 @@
-"""Caches of factors: A [T, R] and B [R, D] of each image, few bits a number, read back as the features they stand for.
+"""Caches of factors: A [T, R] and B [R, D] of each image, read back as the features they stand for.
+
+In float16 and float32 they are what the decomposer gave. For integers the same product is first ordered, and Aᵀ stored,
+as `stored_factors.py` tells: what is on disk is what the comparison of bytes and error measured.
 
 N images, T tokens, D dim, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowrank_tune.errors import CacheError
-from lowrank_tune.lowrank.compression import pack, unpack
+from lowrank_tune.errors import CacheError, InputError
+from lowrank_tune.lowrank.compression import pack, packed_bytes, unpack
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
+from lowrank_tune.lowrank.stored_factors import ordered
 from lowrank_tune.records import FeatureSet
-
-SIDES = ("a", "b")
 
 
 def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
@@ -36,8 +38,37 @@ def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
     Raises:
         InputError: a number is not finite, or does not fit the dtype.
     """
-    sides = zip(SIDES, (a_TR, b_RD), strict=True)
-    return {f"{side}.{name}": part for side, factor in sides for name, part in pack(factor, dtype).items()}
+    if not (a_TR.isfinite().all() and b_RD.isfinite().all()):
+        raise InputError("NaN or infinity among them")
+    if is_float(dtype):
+        sides = {"a": a_TR, "b": b_RD}
+    else:
+        (u_TR,), (v_RD,) = ordered(Factors(a_TR[None], b_RD[None]))
+        sides = {"a": u_TR.mT, "b": v_RD}
+    return {f"{side}.{name}": part for side, factor in sides.items() for name, part in pack(factor, dtype).items()}
+
+
+def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Restore what `pack_factors` stored: A [T, R] and B [R, D], float32.
+
+    Raises:
+        InputError: the parts are not what it makes of this dtype and these sizes.
+    """
+    b_RD = unpack(_of_side(parts, "b"), dtype, (rank, dim))
+    if is_float(dtype):
+        return unpack(_of_side(parts, "a"), dtype, (tokens, rank)), b_RD
+    return unpack(_of_side(parts, "a"), dtype, (rank, tokens)).mT, b_RD
+
+
+def factors_bytes(tokens: int, dim: int, rank: int, dtype: str) -> int:
+    """Count the bytes of what `pack_factors` returns."""
+    a = (tokens, rank) if is_float(dtype) else (rank, tokens)
+    return packed_bytes(a, dtype) + packed_bytes((rank, dim), dtype)
+
+
+def is_float(dtype: str) -> bool:
+    """Whether factors are stored as they are, and not as codes with scales."""
+    return dtype.startswith("float")
 
 
 def open_matrix(features: FeatureSet) -> FeatureMatrix:
@@ -85,11 +116,7 @@ class FactorMatrix(FeatureMatrix):
         if row.shard not in self._parts:
             self._parts[row.shard] = self._map_parts(row.shard)
         parts = {name: part[row.row] for name, part in self._parts[row.shard].items()}
-        shapes = ((self.tokens, self.rank), (self.rank, self.dim))
-        a_TR, b_RD = (
-            unpack(_of_side(parts, side), self.features.dtype, shape) for side, shape in zip(SIDES, shapes, strict=True)
-        )
-        return a_TR, b_RD
+        return unpack_factors(parts, self.features.dtype, self.tokens, self.dim, self.rank)
 
     def _map_parts(self, name: str) -> dict[str, Tensor]:
         path = Path(self.features.directory) / "shards" / name
@@ -102,5 +129,5 @@ class FactorMatrix(FeatureMatrix):
             ) from error
 
 
-def _of_side(parts: dict[str, Tensor], side: str) -> dict[str, Tensor]:
+def _of_side(parts: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{side}."): part for name, part in parts.items() if name.startswith(f"{side}.")}
