@@ -73,7 +73,7 @@ def apply(
     from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.factors.apply import apply_decomposer
 
-    with shown_progress(quiet=quiet) as progress:
+    with shown_progress(quiet=quiet, doing="decomposing") as progress:
         found = apply_decomposer(
             model,
             features,
