@@ -95,17 +95,8 @@ def apply_decomposer(
     target = _target(out)
     identity = factors_identity(chosen, identity_rank, given, store_dtype)
     work = _Work(target, identity, chosen, given, device, max_quarantined, address)
-    work.check_ours()
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        progress = on_progress or (lambda done, total: None)
-        contents = read_sealed(target, identity)
-        if contents is None or contents.missing(given.keys):
-            with only_process(target, on_note or _logger.warning, "applying a decomposer"):
-                work.extend(progress)
-        else:
-            work.check_keys(contents)
-            progress(len(given.keys), len(given.keys))
+        work.run(on_progress or (lambda done, total: None), on_note or _logger.warning)
         return open_cache(target)
     except OSError as error:
         raise InputError(f"{target}: cannot hold the factors ({error}); free it, or choose another folder") from error
@@ -148,6 +139,18 @@ class _Work:
         self.device = device
         self.max_quarantined = max_quarantined
         self.address = address
+
+    def run(self, progress: Progress, note: Callable[[str], None]) -> None:
+        """Make what is missing, if anything is."""
+        self.check_ours()
+        self.target.mkdir(parents=True, exist_ok=True)
+        contents = read_sealed(self.target, self.identity)
+        if contents is None or contents.missing(self.given.keys):
+            with only_process(self.target, note, "applying a decomposer"):
+                self.extend(progress)
+        else:
+            self.check_keys(contents)
+            progress(len(self.given.keys), len(self.given.keys))
 
     def check_ours(self) -> None:
         """Refuse a folder that holds anything else.
