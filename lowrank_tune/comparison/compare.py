@@ -25,7 +25,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes
 from lowrank_tune.lowrank.seeds import stream
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import Comparison, ComparisonRow, Compression, FeatureSet, Split, TrialOutcome
 
 PCA_IMAGES = 512
 """Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
@@ -80,7 +80,7 @@ def compare(
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if (method.name, method.rank) in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
-    compression = measure_compression(data, split.test, rows, sound, device)
+    compression, unmeasured = _compression(data, split, rows, sound, device)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
@@ -88,7 +88,7 @@ def compare(
         remarks=(
             *say.about_study(features, outcomes, confirmations, rows),
             *filter(None, [verdict_words(compression.stored, compression.pruned)]),
-            *(*lost, *lost_repeats, *left_out),
+            *(*unmeasured, *lost, *lost_repeats, *left_out),
         ),
         data=say.data_words(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
@@ -97,6 +97,17 @@ def compare(
     own = ~per_image["method"].isin({repeat.name for repeat in repeats})
     write_comparison(directory, comparison, per_image[own].reset_index(drop=True))
     return comparison
+
+
+def _compression(
+    data: FeatureMatrix, split: Split, rows: Sequence[ComparisonRow], methods: Sequence[Method], device: str
+) -> tuple[Compression, list[str]]:
+    """Measure bytes against error; what breaks on the way costs a study these figures, not all of them."""
+    try:
+        return measure_compression(data, split.test, rows, methods, device), []
+    except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Compression(), [f"bytes against error are left out: {reason}"]
 
 
 def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:

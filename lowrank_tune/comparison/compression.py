@@ -59,6 +59,14 @@ class _Tally:
         self.cosines[key].append(figures.token_cosine_N.cpu())
 
 
+class _Images:
+    """A batch [N, T, D] in float32, as methods take it, and in float64, as it is measured; and its energy [N]."""
+
+    def __init__(self, x_NTD: Tensor, exact_NTD: Tensor) -> None:
+        self.x_NTD, self.exact_NTD = x_NTD, exact_NTD
+        self.energy_N = exact_NTD.square().sum((-2, -1))
+
+
 def measure_compression(
     data: FeatureMatrix, test: Sequence[int], rows: Sequence[ComparisonRow], methods: Sequence[Method], device: str
 ) -> Compression:
@@ -87,10 +95,12 @@ def measure_compression(
         if seen_N.any():
             x_NTD = x_NTD[seen_N].to(device)
             with torch.inference_mode():
-                allowed = _store_features(x_NTD, tally)
+                # What measures is in float64: converted once, for there are many measures.
+                images = _Images(x_NTD, x_NTD.double())
+                allowed = _store_features(images, tally)
                 made = {_model_key(method): method.decompose(x_NTD) for method in trained}
-                _store_factors(x_NTD, ranks, best, made, allowed, tally)
-                _run_quantised(x_NTD, trained, quantised, made, tally)
+                _store_factors(images, ranks, best, made, allowed, tally)
+                _run_quantised(images, trained, quantised, made, tally)
     shape = (data.tokens, data.dim)
     trials = {(method.name, method.rank): method.trial_id for method in best}
     stored = _stored_rows(tally, shape, trials)
@@ -108,24 +118,23 @@ def _best(rows: Sequence[ComparisonRow], trained: Sequence[Method]) -> list[Meth
     return [best[rank] for rank in sorted(best)]
 
 
-def _store_features(x_NTD: Tensor, tally: _Tally) -> dict[str, Tensor]:
+def _store_features(images: _Images, tally: _Tally) -> dict[str, Tensor]:
     """Measure X in each dtype; return the residual that each target allows, [N]."""
-    energy_N = x_NTD.double().square().sum((-2, -1))
-    allowed = {target: float(target) ** 2 * energy_N for target in TARGETS}
+    allowed = {target: float(target) ** 2 * images.energy_N for target in TARGETS}
     for dtype in DTYPES:
         try:
-            figures = measure_matrix(x_NTD, restored(x_NTD, dtype))
+            figures = measure_matrix(images.exact_NTD, restored(images.x_NTD, dtype))
         except InputError:  # larger than float16 is
             tally.broken.add((ITSELF, 0, dtype))
             continue
-        tally.add((ITSELF, 0, dtype), figures, energy_N)
+        tally.add((ITSELF, 0, dtype), figures, images.energy_N)
         if dtype in AS_NEAR_AS:
             allowed[dtype] = figures.residual_N
     return allowed
 
 
 def _store_factors(
-    x_NTD: Tensor,
+    images: _Images,
     ranks: Sequence[int],
     best: Sequence[Method],
     made: Mapping[str, Factors],
@@ -133,16 +142,16 @@ def _store_factors(
     tally: _Tally,
 ) -> None:
     """Measure the SVD's factors at each rank and the best trained ones; prune what has the most components of each."""
-    most = min(x_NTD.shape[-2:])
-    _in_each_dtype(x_NTD, "svd", most, ordered(controls.svd(x_NTD, most)), ranks, allowed, tally)
+    most = min(images.x_NTD.shape[-2:])
+    _in_each_dtype(images, "svd", most, ordered(controls.svd(images.x_NTD, most)), ranks, allowed, tally)
     for method in best:
         own = allowed if method is best[-1] else {}
         factors = ordered(made[_model_key(method)])
-        _in_each_dtype(x_NTD, method.name, method.rank, factors, [method.rank], own, tally)
+        _in_each_dtype(images, method.name, method.rank, factors, [method.rank], own, tally)
 
 
 def _in_each_dtype(
-    x_NTD: Tensor,
+    images: _Images,
     name: str,
     most: int,
     factors: Factors,
@@ -150,21 +159,21 @@ def _in_each_dtype(
     allowed: Mapping[str, Tensor],
     tally: _Tally,
 ) -> None:
-    energy_N = x_NTD.double().square().sum((-2, -1))
     for dtype in DTYPES:
         try:
-            a_NTR, b_NRD = restored_factors(factors, dtype)
+            for rank in ranks:
+                leading = Factors(factors.a_NTR[..., :rank], factors.b_NRD[:, :rank])
+                figures = measure(images.exact_NTD, *restored_factors(leading, dtype))
+                tally.add((name, rank, dtype), figures, images.energy_N)
+            residual_NR = residual_by_rank(images.exact_NTD, restored_factors(factors, dtype)) if allowed else None
         except InputError:  # larger than float16 is
             tally.broken.update((name, rank, dtype) for rank in (*ranks, most))
             continue
-        for rank in ranks:
-            tally.add((name, rank, dtype), measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank]), energy_N)
-        if allowed:
-            residual_NR = residual_by_rank(x_NTD, Factors(a_NTR, b_NRD))
+        if residual_NR is not None:
             for target, allowed_N in allowed.items():
                 kept_N = prune(residual_NR, allowed_N)
                 left_N = residual_NR.gather(1, kept_N.clamp_min(0)[:, None])[:, 0]
-                tally.kept[(name, most, dtype), target].append((kept_N.cpu(), (left_N / energy_N).sqrt().cpu()))
+                tally.kept[(name, most, dtype), target].append((kept_N.cpu(), (left_N / images.energy_N).sqrt().cpu()))
 
 
 def _model_key(method: Method) -> str:
@@ -172,26 +181,26 @@ def _model_key(method: Method) -> str:
 
 
 def _run_quantised(
-    x_NTD: Tensor,
+    images: _Images,
     trained: Sequence[Method],
     quantised: Mapping[str, QuantisedDecomposer],
     made: Mapping[str, Factors],
     tally: _Tally,
 ) -> None:
     """Measure each trained model's factors, and those of its int8 self."""
-    energy_N = x_NTD.double().square().sum((-2, -1))
     for method in trained:
         key = _model_key(method)
         if key not in quantised or key in tally.broken:
             continue
-        before_N = after_N = residual_by_rank(x_NTD, made[key])[:, -1]
+        before_N = after_N = residual_by_rank(images.exact_NTD, made[key])[:, -1]
         if quantised[key].matrices:
             try:
-                after_N = residual_by_rank(x_NTD, quantised[key](x_NTD, rank=method.rank))[:, -1]
+                factors = quantised[key](images.x_NTD, rank=method.rank)
             except RuntimeError:  # torch raises its linear algebra's errors as this
                 tally.broken.add(key)
                 continue
-        tally.models[key].append((torch.stack([before_N, after_N]) / energy_N).sqrt().cpu())
+            after_N = residual_by_rank(images.exact_NTD, factors)[:, -1]
+        tally.models[key].append((torch.stack([before_N, after_N]) / images.energy_N).sqrt().cpu())
 
 
 def _stored_rows(tally: _Tally, shape: tuple[int, int], trials: Mapping[tuple[str, int], str]) -> tuple[StoredRow, ...]:

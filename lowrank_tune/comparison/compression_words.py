@@ -57,12 +57,15 @@ def _against(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
         f"{control.dtype} of X takes {kib(control.bytes_per_image)} an image at a relative error of "
         f"{percent(control.relative_error_mean)}"
     ]
-    for method in _methods(pruned):
+    for method in _methods([row for row in pruned if row.target == control.dtype]):
         row = smallest(pruned, control.dtype, method)
         whose = "the SVD's factors" if method == "svd" else f"{method}'s factors"
         if row is None or row.bytes_per_image is None:
-            most = max(other.rank for other in pruned if other.method == method)
-            said.append(f"{whose} come as near on every image at no rank up to {most}")
+            own = [other for other in pruned if (other.method, other.target) == (method, control.dtype)]
+            nearest = max(own, key=lambda other: other.n_met)
+            said.append(
+                f"{whose}, up to rank {nearest.rank}, come as near on {nearest.n_met} of {nearest.n_images} images"
+            )
         else:
             said.append(
                 f"as near on every image, {whose} take {kib(row.bytes_per_image)} ({row.dtype}, "
@@ -78,7 +81,7 @@ def _beaten_by(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
         if row is not None and row.bytes_per_image is not None and row.bytes_per_image < control.bytes_per_image:
             winners.append("the SVD's factors" if method == "svd" else f"{method}'s factors")
     if not winners:
-        return "not beaten by any factors"
+        return "not beaten by factors"
     only = " only" if winners == ["the SVD's factors"] and len(_methods(pruned)) > 1 else ""
     return f"beaten by {' and '.join(winners)}{only}"
 

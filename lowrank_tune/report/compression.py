@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
@@ -25,6 +26,8 @@ _LOOKS = {
 }  # fmt: skip
 """Colour and marker of each dtype."""
 _CONTROL = ("#D55E00", "X")
+_FLOOR = 1e-3
+"""Percent: smaller errors, which a logarithmic axis has no place for, are drawn here."""
 _X, _Y = "KiB an image", "relative error, %"
 _TITLES = ("A rank for all images", "As many components as each image needs")
 
@@ -139,7 +142,7 @@ def _line(
         marker,
         dash,
         tuple((row.bytes_per_image or 0.0) / 1024 for row in rows),
-        tuple(100 * (row.relative_error_mean or 0.0) for row in rows),
+        tuple(max(100 * (row.relative_error_mean or 0.0), _FLOOR) for row in rows),
         tuple(label(row) for row in rows),
         shown,
     )
@@ -193,32 +196,54 @@ def _draw(axes: Axes, lines: Sequence[Line], whole: StoredRow | None) -> None:
 
 def _chart(place: int, lines: Sequence[Line], whole: StoredRow | None) -> Chart:
     figure = go.Figure()
+    shown: set[str] = set()
     for line in lines:
-        symbol = SYMBOLS.get(line.marker, "circle")
-        mode = "+".join(part for part, there in (("lines", line.dash), ("markers", line.marker)) if there)
+        method, comma, dtype = line.name.partition(", ")
         figure.add_scatter(
-            x=line.kib, y=line.errors, mode=mode, name=line.name,
+            x=line.kib, y=line.errors, name={"svd": "the SVD's"}.get(method, method),
+            mode="+".join(part for part, there in (("lines", line.dash), ("markers", line.marker)) if there),
             line={
                 "color": line.color,
                 "width": 1.4 + (line.name == "X itself"),
                 "dash": "dot" if line.dash == ":" else "solid",
             },
-            marker={"symbol": symbol, "size": 9, "color": line.color, "line": {"width": 1.6, "color": line.color}},
+            marker={
+                "symbol": SYMBOLS.get(line.marker, "circle"),
+                "size": 9,
+                "color": line.color,
+                "line": {"width": 1.6, "color": line.color},
+            },
+            # Lines of one method beside those that give the dtypes' colours are one entry of the legend.
+            showlegend=method not in shown,
+            legendgroup=dtype if comma else method,
             text=[
                 f"<b>{line.name}</b>, {label}<br>{x:,.4g} KiB an image<br>relative error {y:.3g} %"
                 for x, y, label in zip(line.kib, line.errors, line.labels, strict=True)
             ],
             hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(quiet_layout(_X, _Y))
-    figure.update_layout(xaxis={"type": "log", "dtick": "D2"}, yaxis={"type": "log", "dtick": "D2"})
-    if whole is not None:
-        figure.add_vline(
-            x=whole.bytes_per_image / 1024, line={"color": "#888888", "dash": "dash", "width": 1.2},
-            annotation_text="X in float16", annotation_position="bottom left",
+        shown.add(method)
+    errors = [error for line in lines for error in line.errors]
+    if whole is not None and errors:
+        figure.add_scatter(
+            x=[whole.bytes_per_image / 1024] * 2, y=[min(errors), max(errors)], mode="lines", name="X in float16",
+            line={"color": "#888888", "width": 1.4, "dash": "dash"}, hoverinfo="skip",
         )  # fmt: skip
+    sizes = [kib for line in lines for kib in line.kib]
+    figure.update_layout(quiet_layout(_X, _Y))
+    figure.update_layout(
+        xaxis=_log_ticks(sizes),
+        yaxis=_log_ticks(errors),
+    )
     alt = f"Line chart: {_TITLES[place]}: relative error against KiB an image. The tables below have the figures."
     return chart(f"compression-{place}", _TITLES[place], figure, alt, 470)
+
+
+def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis with a tick at each 1, 2 and 5 of its decades."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.4g}" for tick in ticks]}
 
 
 def _targets(compression: Compression) -> Table:

@@ -108,7 +108,7 @@ def test_print_shows_the_pictures_in_place_of_the_charts(report: Chrome) -> None
             "return [...document.querySelectorAll('.still img')].filter((e) => e.offsetParent).length"
         )
         charts = report.execute_script("return document.querySelector('#chart-cosine').offsetParent")
-        assert (pictures, charts) == (6, None)
+        assert (pictures, charts) == (7, None)
     finally:
         report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 

@@ -30,7 +30,7 @@ def moved(ran: Ran, tmp_path: Path) -> Path:
 def stopped(moved: Path, ran: Ran) -> Path:
     """The same, stopped in the middle: no comparison, half of the trials, one of them cut off after an epoch."""
     directory = moved / "studies" / ran.result.study_id
-    for name in ("comparison.json", "per_image.parquet", "pareto.json", "report.html"):
+    for name in ("comparison.json", "per_image.parquet", "pareto.json", "compression.json", "report.html"):
         (directory / name).unlink()
     (directory / "status.json").write_text(json.dumps({"state": "stopped", "started": "2026-01-01T00:00:00+00:00"}))
     for folder in (directory / "trials").iterdir():

@@ -35,7 +35,8 @@ def test_results_directory_holds_what_the_contract_names(ran: Ran) -> None:
     assert directory == ran.results / "studies" / ran.result.study_id
     for name in (
         "study.yaml", "study.resolved.yaml", "plan.json", "status.json", "tune", "comparison.json",
-        "per_image.parquet", "pareto.json", "plots/rank_curve.png", "plots/pareto.png", "report.html",
+        "per_image.parquet", "pareto.json", "compression.json", "plots/rank_curve.png", "plots/pareto.png",
+        "plots/compression.png", "report.html",
     ):  # fmt: skip
         assert (directory / name).exists(), name
     assert (directory / "study.yaml").read_text() == ran.study_file.read_text()
@@ -154,7 +155,12 @@ def _check_parent(client: MlflowClient, parent: Run, ran: Ran) -> None:
         assert values[row.rank] == pytest.approx(row.residual_ratio_mean)
         assert all(math.isfinite(value) for value in values.values())
     artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert {"report.html", "comparison.json", "per_image.parquet", "pareto.json", "plots", "study.yaml"} <= artifacts
+    assert {
+        *("report.html", "comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
+        *("plots", "study.yaml"),
+    } <= artifacts
+    plots = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "plots")}
+    assert "plots/compression.png" in plots
 
 
 def test_optuna_opens_the_study(ran: Ran) -> None:

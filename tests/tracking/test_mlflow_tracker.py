@@ -187,7 +187,7 @@ def test_the_comparison_lies_in_the_parent_with_rank_as_its_step(plan: Plan) -> 
     assert reader.history(parent, "test.direct.residual_ratio") == [(4, pytest.approx(1.2))]
     assert reader.artifacts(parent) == {
         *("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet"),
-        *("pareto.json", "comparison_table.json", "plots"),
+        *("pareto.json", "compression.json", "comparison_table.json", "plots"),
     }
     assert reader.artifacts(parent, "plots") == {"plots/rank_curve.png"}
     assert reader.artifacts(reader.trial(SKETCH.trial_id)) == {"loss_curves.png"}

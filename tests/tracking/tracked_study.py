@@ -51,7 +51,8 @@ def write_study(plan: Plan, configs: list[TrialConfig]) -> Comparison:
     """The files that a finished study has, and its comparison: `svd` and each trial's family."""
     plots = plan.study_dir / "plots"
     plots.mkdir(parents=True)
-    for name in ("report.html", "study.yaml", "study.resolved.yaml", "pareto.json", "plots/rank_curve.png"):
+    files = ("report.html", "study.yaml", "study.resolved.yaml", "pareto.json", "compression.json")
+    for name in (*files, "plots/rank_curve.png"):
         (plan.study_dir / name).write_text(name)
     (plan.study_dir / "per_image.parquet").write_bytes(b"parquet")
     rows = [row_of("svd", rank, 1.0) for rank in (2, 4)]
