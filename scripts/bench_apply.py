@@ -23,7 +23,7 @@ from lowrank_tune import apply_decomposer, load_decomposer, open_features
 from lowrank_tune.features.pipeline import import_tensors
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
 from lowrank_tune.lowrank.exported import exported_files
-from lowrank_tune.lowrank.factors import factors_bytes
+from lowrank_tune.lowrank.stored_factors import factor_bytes
 from lowrank_tune.records import TrialConfig
 
 TOKENS, DIM, RANK, BATCH = 256, 2048, 64, 16
@@ -94,7 +94,7 @@ def main() -> None:
         table.add_row("bare loop, one thread", f"{seconds:.1f}", f"{images / seconds:.1f}", "", "")
         for dtype in ("float16", "int8", "int4"):
             seconds, rate = applied(model, cache, home / dtype, dtype)
-            size = factors_bytes(TOKENS, DIM, RANK, dtype)
+            size = factor_bytes(TOKENS, DIM, RANK, dtype)
             table.add_row(
                 f"apply --dtype {dtype}", f"{seconds:.1f}", f"{images / seconds:.1f}", f"{rate:.1f}", f"{size:,}"
             )

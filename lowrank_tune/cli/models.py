@@ -93,7 +93,7 @@ def apply(
 
 def factors_facts(factors: FeatureSet) -> dict[str, Any]:
     """What an application left."""
-    from lowrank_tune.lowrank.factors import factors_bytes
+    from lowrank_tune.lowrank.stored_factors import factor_bytes
 
     return {
         "factors": factors.directory,
@@ -103,5 +103,5 @@ def factors_facts(factors: FeatureSet) -> dict[str, Any]:
         "shape": [factors.tokens, factors.dim],
         "rank": factors.rank,
         "dtype": factors.dtype,
-        "bytes_per_image": factors_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype),
+        "bytes_per_image": factor_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype),
     }

@@ -1,7 +1,7 @@
 """Caches of factors: A [T, R] and B [R, D] of each image, read back as the features they stand for.
 
-In float16 and float32 they are what the decomposer gave. For integers the same product is first ordered, and Aᵀ stored,
-as `stored_factors.py` tells: what is on disk is what the comparison of bytes and error measured.
+In float16 and float32 they are what the decomposer gave. For integers the same product is first ordered, as
+`stored_factors.py` tells: what is on disk is what the comparison of bytes and error measured.
 
 N images, T tokens, D dim, R rank.
 """
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.lowrank.compression import pack, packed_bytes, unpack
+from lowrank_tune.lowrank.compression import pack, unpack
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.stored_factors import ordered
@@ -40,11 +40,12 @@ def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
     """
     if not (a_TR.isfinite().all() and b_RD.isfinite().all()):
         raise InputError("NaN or infinity among them")
-    if is_float(dtype):
-        sides = {"a": a_TR, "b": b_RD}
-    else:
-        (u_TR,), (v_RD,) = ordered(Factors(a_TR[None], b_RD[None]))
-        sides = {"a": u_TR.mT, "b": v_RD}
+    if not dtype.startswith("float"):
+        try:
+            (a_TR,), (b_RD,) = ordered(Factors(a_TR[None], b_RD[None]))
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"they cannot be ordered ({str(error).splitlines()[0]})") from error
+    sides = {"a": a_TR, "b": b_RD}
     return {f"{side}.{name}": part for side, factor in sides.items() for name, part in pack(factor, dtype).items()}
 
 
@@ -54,21 +55,8 @@ def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: in
     Raises:
         InputError: the parts are not what it makes of this dtype and these sizes.
     """
-    b_RD = unpack(_of_side(parts, "b"), dtype, (rank, dim))
-    if is_float(dtype):
-        return unpack(_of_side(parts, "a"), dtype, (tokens, rank)), b_RD
-    return unpack(_of_side(parts, "a"), dtype, (rank, tokens)).mT, b_RD
-
-
-def factors_bytes(tokens: int, dim: int, rank: int, dtype: str) -> int:
-    """Count the bytes of what `pack_factors` returns."""
-    a = (tokens, rank) if is_float(dtype) else (rank, tokens)
-    return packed_bytes(a, dtype) + packed_bytes((rank, dim), dtype)
-
-
-def is_float(dtype: str) -> bool:
-    """Whether factors are stored as they are, and not as codes with scales."""
-    return dtype.startswith("float")
+    a_TR = unpack(_of_side(parts, "a"), dtype, (tokens, rank))
+    return a_TR, unpack(_of_side(parts, "b"), dtype, (rank, dim))
 
 
 def open_matrix(features: FeatureSet) -> FeatureMatrix:

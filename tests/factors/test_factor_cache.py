@@ -20,7 +20,8 @@ from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.commit import commit_rows
 from lowrank_tune.lowrank.compression import STORE_DTYPES
 from lowrank_tune.lowrank.exported import read_exported
-from lowrank_tune.lowrank.factors import factors_bytes, pack_factors, unpack_factors
+from lowrank_tune.lowrank.factors import pack_factors, unpack_factors
+from lowrank_tune.lowrank.stored_factors import factor_bytes
 from tests.factors.conftest import DIM, RANK, TOKENS, write_tensors
 
 COUNT = 5
@@ -61,7 +62,7 @@ def test_factors_are_read_as_features_and_as_factors(cache: Path) -> None:
     torch.testing.assert_close(half, matrix.load([4, 1]).half())
     (shard,) = (cache / "shards").iterdir()
     row = {name: part[0] for name, part in load_file(shard).items()}
-    assert sum(part.nbytes for part in row.values()) == factors_bytes(TOKENS, DIM, RANK, dtype)
+    assert sum(part.nbytes for part in row.values()) == factor_bytes(TOKENS, DIM, RANK, dtype)
 
 
 def test_every_part_of_a_row_is_under_its_checksum(cache: Path) -> None:
