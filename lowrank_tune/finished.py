@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from lowrank_tune.cluster.directory import find_study, results_path
+from lowrank_tune.cluster.directory import find_study, read_plan, results_path
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.records import Comparison, FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
 from lowrank_tune.report.spatial_report import Scene
 from lowrank_tune.report.write import ReportFiles, write_places, write_report
-from lowrank_tune.spec.loading import load_study
-from lowrank_tune.spec.plan import Plan, make_plan
+from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.events import RunStatus
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 
@@ -102,9 +100,8 @@ def read_study(directory: Path) -> PastStudy:
         InputError: it never began to train, or its files are damaged.
     """
     results = directory.parent.parent
-    spec = load_study(directory / "study.resolved.yaml")
     try:
-        started = datetime.fromisoformat(_json(directory / "plan.json")["started"])
+        plan = read_plan(directory)
         state = str(_json(directory / "status.json")["state"])
         split = Split(**{name: tuple(images) for name, images in _json(directory / "tune" / "split.json").items()})
         features = _moved(FeatureSet.read(directory / "tune" / "features.json"), results)
@@ -115,7 +112,6 @@ def read_study(directory: Path) -> PastStudy:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"study {directory.name}: its files cannot be read ({error}); run it again") from error
-    plan = replace(make_plan(spec, results, started), study_id=directory.name, study_dir=directory)
     outcomes = _outcomes(directory)
     return PastStudy(
         directory=directory,

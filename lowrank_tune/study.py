@@ -47,6 +47,7 @@ from lowrank_tune.trials.ledger import read_outcomes
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.paths import check_same_images
 from lowrank_tune.trials.run import run_trials
+from lowrank_tune.trials.sharing import taking_part
 
 
 class StudyProgress:
@@ -313,15 +314,8 @@ def resume_line(plan: Plan) -> str:
 
 def _story(plan: Plan, mlflow: StudyTracker, tracker: StatusTracker, progress: StudyProgress) -> StudyResult:
     directory = plan.study_dir
-    features = local_copy(_extract(plan, progress))
-    check_same_images(directory / "tune", features)
-    split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
-    check_images(plan.spec.report.images, len(split.test))
-    optimum_path = _save_optimum(features, split, directory, progress)
-    progress.stage(f"training {tracker.left} trials on {len(split.train)} images")
-    progress.trials(tracker.left)
-    outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
-    confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
+    with taking_part(plan.study_id):
+        features, split, outcomes, confirmations = _train(plan, tracker, progress)
     progress.stage(f"comparing with the SVD and the controls on {len(split.test)} test images")
     comparison = compare(
         features,
@@ -347,6 +341,22 @@ def _story(plan: Plan, mlflow: StudyTracker, tracker: StatusTracker, progress: S
         confirmations=confirmations,
         tracked_by="" if mlflow.store.uri == local_uri(plan.results) else mlflow.store.shown,
     )
+
+
+def _train(
+    plan: Plan, tracker: StatusTracker, progress: StudyProgress
+) -> tuple[FeatureSet, Split, tuple[TrialOutcome, ...], tuple[TrialOutcome, ...]]:
+    """All that occupies the cluster: features, trials and repetitions."""
+    features = local_copy(_extract(plan, progress))
+    check_same_images(plan.study_dir / "tune", features)
+    split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
+    check_images(plan.spec.report.images, len(split.test))
+    optimum_path = _save_optimum(features, split, plan.study_dir, progress)
+    progress.stage(f"training {tracker.left} trials on {len(split.train)} images")
+    progress.trials(tracker.left)
+    outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
+    confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
+    return features, split, outcomes, confirmations
 
 
 def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "") -> Plan:

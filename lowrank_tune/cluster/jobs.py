@@ -100,7 +100,7 @@ class Cluster:
         known = {job.job_id for job in self.jobs()}
         job_id = study_id if study_id not in known and study else f"{study_id}.{time.time_ns() // 1_000_000:x}"
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), JOB_VARIABLE: job_id, **_tracking_variables()}
-        with working_directory(study) as folder, self._refusals_told():
+        with working_directory(job_id, study) as folder, self._refusals_told():
             self._client.submit_job(
                 entrypoint=shlex.join([*_LAUNCH, *arguments]),
                 submission_id=job_id,
@@ -199,7 +199,7 @@ class Cluster:
         """
         job_id = f"{_READING}{uuid.uuid4().hex[:8]}"
         self._forget_readings()
-        with working_directory() as folder, self._refusals_told():
+        with working_directory(job_id) as folder, self._refusals_told():
             self._client.submit_job(
                 entrypoint=shlex.join([*_LAUNCH, *arguments, "--results", str(results)]),
                 submission_id=job_id,

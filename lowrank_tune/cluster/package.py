@@ -13,18 +13,23 @@ from lowrank_tune.spec.features import TensorSource
 from lowrank_tune.spec.schema import StudySpec
 
 STUDY_FILE = "study.yaml"
+_JOB_FILE = "job"
 _PACKAGE = Path(__file__).parents[1]
 
 
 @contextmanager
-def working_directory(study: Path | None = None) -> Iterator[Path]:
+def working_directory(job_id: str, study: Path | None = None) -> Iterator[Path]:
     """A folder with the package, and the study file as `study.yaml`; gone afterwards.
 
     Args:
+        job_id: the job that takes it along. It is written into the folder, which makes its content the job's own: Ray
+            uploads equal content once, and deletes it with the last job that uses it, even where the next one has just
+            been told that it need not upload it.
         study: the file.
     """
     with TemporaryDirectory(prefix="lowrank-tune-") as folder:
         shutil.copytree(_PACKAGE, Path(folder) / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        (Path(folder) / _JOB_FILE).write_text(job_id, encoding="utf-8")
         if study is not None:
             shutil.copyfile(study, Path(folder) / STUDY_FILE)
         yield Path(folder)

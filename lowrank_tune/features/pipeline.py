@@ -73,7 +73,7 @@ def extract_features(
             note = on_note or _logger.warning
             _explain(extraction, note)
             with only_process(directory, note, "extracting"):
-                contents = _extend(extraction, spec, files, quarantine, progress, address)
+                contents = _extend(extraction, spec, files, quarantine, progress, note, address)
         else:
             progress(len(files.paths), len(files.paths))
         return _feature_set(extraction, contents, records, quarantine)
@@ -181,6 +181,7 @@ def _extend(
     files: SourceFiles,
     quarantine: Quarantine,
     on_progress: Progress,
+    note: Notes,
     address: str | None,
 ) -> Contents:
     """Extract what is missing and seal the cache; call it only while holding the cache's lock."""
@@ -193,7 +194,7 @@ def _extend(
     if missing:
         reasons = dict(contents.quarantined)
         plans = _plan_shards(missing, files.paths)
-        with contextlib.closing(_make_shards(extraction, spec, plans, address)) as results:
+        with contextlib.closing(_make_shards(extraction, spec, plans, address, note)) as results:
             for result in results:
                 reasons |= dict(result.quarantined)
                 quarantine.check(reasons)
@@ -211,7 +212,7 @@ def _plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[Shar
 
 
 def _make_shards(
-    extraction: Extraction, spec: FeaturesSpec, plans: Sequence[ShardPlan], address: str | None
+    extraction: Extraction, spec: FeaturesSpec, plans: Sequence[ShardPlan], address: str | None, note: Notes
 ) -> Generator[ShardResult, None, None]:
     """Have the shards made, and tell of each one; what was committed before a failure stays."""
     # A run that finds everything in the cache spends no time on importing torch and Ray.
@@ -222,7 +223,7 @@ def _make_shards(
     from lowrank_tune.session import ray_session
 
     with ray_session(address):
-        pool = find_pool(spec, len(plans))
+        pool = find_pool(spec, len(plans), note)
         _logger.info("extracting %d shards with %s", len(plans), pool)
         try:
             with contextlib.closing(run_extraction(extraction, plans, pool)) as results:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
 
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError
 from lowrank_tune.spec.features import FeaturesSpec, TensorSource
 
 DECODE_CPUS = 0.5
@@ -22,8 +22,11 @@ Not as much as a decoding task, or Ray Data would fuse the two stages; and with 
 CPUs leave room for a decoding task on some machine, however they are placed.
 """
 
-PATIENCE_S = 20.0
-"""How long to wait for resources that other work holds: what ended just now is still giving its own back."""
+SHRINK_AFTER_S = 20.0
+"""How long to wait for the whole of what would be had without other work: what ended just now is still giving it back.
+"""
+
+_LOOK_EVERY_S = 0.2
 
 _logger = logging.getLogger(__name__)
 
@@ -57,27 +60,35 @@ class Pool:
     decoders: int | None = None
 
 
-def find_pool(spec: FeaturesSpec, shards: int, patience_s: float = PATIENCE_S) -> Pool:
-    """Divide the Ray cluster that is connected, and see that other work leaves the pool its room.
+def find_pool(
+    spec: FeaturesSpec, shards: int, note: Callable[[str], None], shrink_after_s: float = SHRINK_AFTER_S
+) -> Pool:
+    """Divide the Ray cluster that is connected, and wait until other work leaves the pool its room.
 
     Args:
         spec: `actors`, `batch_size` and `decoders`; `auto` actors become fewer where other work holds the rest.
         shards: how many shards there are to make.
-        patience_s: how long to wait for what other work holds.
+        note: told, once, what is waited for.
+        shrink_after_s: how long to wait for the whole pool before a smaller one will do.
 
     Raises:
         InputError: the cluster has not what the study file asks for.
-        LowrankTuneError: it has, but other work holds it.
     """
     nodes = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     if isinstance(spec.source, TensorSource):  # nothing is encoded, so GPUs do not matter
         nodes = [Node(node.cpus, 0) for node in nodes]
     pool = plan_pool(spec, shards, nodes)
-    deadline = time.monotonic() + patience_s
+    began, told = time.monotonic(), False
     while not _fits(pool, free := _node(ray.available_resources())):
-        if time.monotonic() > deadline:
-            return shrink_pool(pool, nodes, free, fewer=spec.actors == "auto")
-        time.sleep(min(0.2, patience_s))
+        if time.monotonic() - began > shrink_after_s:
+            smaller = shrink_pool(pool, free, fewer=spec.actors == "auto")
+            if smaller is not None:
+                _logger.warning("other work holds some of the Ray cluster; extracting with %s", smaller)
+                return smaller
+            if not told:
+                note(f"waiting for other work to end: {_lack(pool, nodes, free, fewer=spec.actors == 'auto')}")
+                told = True
+        time.sleep(_LOOK_EVERY_S)
     return pool
 
 
@@ -117,30 +128,32 @@ def plan_pool(spec: FeaturesSpec, shards: int, nodes: Sequence[Node]) -> Pool:
     )
 
 
-def shrink_pool(pool: Pool, nodes: Sequence[Node], free: Node, *, fewer: bool) -> Pool:
+def shrink_pool(pool: Pool, free: Node, *, fewer: bool) -> Pool | None:
     """Make do with what other work leaves: encoders with fewer CPUs, and fewer encoders if that is allowed.
 
     Args:
         pool: what would be had without other work.
-        nodes: the cluster's machines.
-        free: what is free of them all, together.
+        free: what is free of all machines, together.
         fewer: whether there may be fewer encoders.
 
-    Raises:
-        LowrankTuneError: other work leaves too little.
+    Returns:
+        None where it leaves too little.
     """
     for actors in range(pool.actors, 0 if fewer else pool.actors - 1, -1):
         for cpus_each in _shares(pool.cpus_each):
             smaller = replace(pool, actors=actors, cpus_each=cpus_each, threads=max(1, int(cpus_each)))
             if _fits(smaller, free):
-                _logger.warning("other work holds some of the Ray cluster; extracting with %s", smaller)
                 return smaller
+    return None
+
+
+def _lack(pool: Pool, nodes: Sequence[Node], free: Node, *, fewer: bool) -> str:
     encoders = 1 if fewer else pool.actors
     gpus = f"{encoders * pool.gpus_each:g} GPUs and " if pool.gpus_each else ""
-    raise LowrankTuneError(
+    return (
         f"the extraction needs at least {gpus}{encoders * LEAST_CPUS + DECODE_CPUS:g} CPUs for {encoders} encoders and "
-        f"a decoding task; the Ray cluster has {_shown(nodes)}, but other work leaves {_shown([free])}: wait for it to "
-        f"end or stop it{'' if fewer else ', or lower features.actors'}"
+        f"a decoding task; the Ray cluster has {_shown(nodes)}, of which {_shown([free])} are free"
+        f"{'' if fewer else '; a lower features.actors would need less'}"
     )
 
 

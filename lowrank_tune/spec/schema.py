@@ -260,7 +260,7 @@ class ResourcesSpec(Section):
     gpus_per_trial: Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)] = 0.0
     """A fraction lets several trials share a GPU."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; by default as many as fit, which leaves no room for another study until its last trials."""
+    """Trials at a time; by default as many as fit, or this study's part of them while others work on the cluster."""
 
 
 def _registered_name(name: str) -> str:

@@ -38,7 +38,7 @@ class EventWriter:
         is_passing: Callable[[Exception], bool],
         *,
         pause_s: float = 0.5,
-        patience_s: float = 20.0,
+        patience_s: float = 90.0,
     ) -> None:
         self._connect = connect
         self._is_passing = is_passing

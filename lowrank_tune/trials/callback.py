@@ -120,11 +120,13 @@ class WatchTrials(Callback):
         _tell(self._audience.tracker.trial_ended, outcome)
         if self._audience.listener is not None:
             _tell(self._audience.listener.trial_ended, outcome)
-        _forget_statistics(trial)
+        _forget(trial)
 
 
-def _forget_statistics(trial: Trial) -> None:
-    """Let go of what Tune keeps of each metric of each trial until its very end: most of what a driver grows by."""
+def _forget(trial: Trial) -> None:
+    """Let go of what Tune keeps of each trial until its very end: most of what a driver grows by."""
+    # What an actor answered when it was asked where it is; Ray keeps the answer and its task for as long as this lives.
+    trial._default_result_or_future = None
     trial.run_metadata.metric_analysis.clear()
     trial.run_metadata.metric_n_steps.clear()
 

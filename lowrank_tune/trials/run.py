@@ -13,6 +13,7 @@ from lowrank_tune.trials.ledger import Ledger, read_outcomes, recovered_outcome,
 from lowrank_tune.trials.paths import write_material
 from lowrank_tune.trials.scheduler import PastTrial, make_scheduler
 from lowrank_tune.trials.searcher import StudySearcher, config_of, open_optuna_study, settle
+from lowrank_tune.trials.sharing import FairShare
 from lowrank_tune.trials.tuning import run_on_tune
 
 
@@ -66,7 +67,7 @@ def run_trials(
             material,
             audience,
             "ray",
-            search_alg=StudySearcher(plan, study),
+            search_alg=StudySearcher(plan, study, FairShare(plan.spec.resources)),
             scheduler=make_scheduler(plan.spec, past),
             num_samples=plan.n_trials - len(ended),
         )

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,13 @@ class StudySearcher(Searcher):
     Args:
         plan: the study; with the method `grid` its points are suggested in their order.
         study: where Optuna keeps them.
+        share: how many trials may be at work now.
     """
 
-    def __init__(self, plan: Plan, study: optuna.Study) -> None:
+    def __init__(self, plan: Plan, study: optuna.Study, share: Callable[[], float] = lambda: math.inf) -> None:
         super().__init__()
         self._plan = plan
+        self._share = share
         self._study = study
         known = study.get_trials(deepcopy=False)
         self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
@@ -76,8 +78,10 @@ class StudySearcher(Searcher):
         self._live: dict[str, Trial] = {}
         self._reported: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Ask for the next point; `FINISHED` when there is none."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Ask for the next point; `FINISHED` when there is none, None while others' turn is."""
+        if len(self._live) >= self._share():
+            return None
         if self._unfinished:
             frozen = self._unfinished.pop(0)
             self._study.sampler = _sampler(self._plan, frozen.number)

@@ -7,6 +7,7 @@ first step: an actor is up seconds before it would be otherwise, and nothing of 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class TrialActor(tune.Trainable):
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
         """What Ray reserves for a trial."""
-        return PlacementGroupFactory([{"CPU": config["cpus"], "GPU": config["gpus"]}])
+        return _reserved(config["cpus"], config["gpus"])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial."""
@@ -58,6 +59,12 @@ class TrialActor(tune.Trainable):
         """Keep what a study that is stopped has trained."""
         if self._session is not None:
             self._session.keep()
+
+
+@lru_cache
+def _reserved(cpus: float, gpus: float) -> PlacementGroupFactory:
+    """One for all trials of a study: Tune holds on to every trial's until the end."""
+    return PlacementGroupFactory([{"CPU": cpus, "GPU": gpus}])
 
 
 def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a cluster does to a study at work: a node and the head die, and two studies meet.
+"""What a cluster does to a study at work: a node, the job's supervisor and the head die, and two studies meet.
 
 Each test ends with the same questions: is every trial over, was none trained twice, does MLflow hold each once.
 """
@@ -82,6 +82,27 @@ def test_the_trials_of_a_node_that_dies_go_on_elsewhere(command: Command, client
     assert status_of(command, study_dir.name)["progress"]["finished"] == 4
     check_finished(study_dir, before)
     client.machines.start("worker")
+
+
+def test_a_study_whose_supervisor_dies_fails_says_so_and_goes_on(
+    command: Command, client: RayCluster, submit: Submit
+) -> None:
+    study_dir = submit(*SHORT)
+    before = in_the_middle(study_dir)
+    driver = psutil.Process(status_of(command, study_dir.name)["pid"])
+    (supervisor,) = client.machines.processes("head", "JobSupervisor")
+    supervisor.kill()
+    assert command("wait", study_dir.name)[0] == 1
+    # Ray ends a driver that nobody supervises any more: two would work on one study after `resume`.
+    wait_until(lambda: gone(driver))
+    failed = status_of(command, study_dir.name)
+    assert (failed["state"], failed["progress"]["running"]) == ("failed", 0)
+    assert f"lowrank-tune resume {study_dir.name}" in failed["reason"]
+    assert failed["progress"]["done"] < 4  # as of its last write, at most a second before
+    code, _, err = command("resume", study_dir.name)
+    assert code == 0, err
+    assert command("wait", study_dir.name)[0] == 0
+    check_finished(study_dir, before, epochs=100)
 
 
 def test_a_study_goes_on_after_its_head_was_lost_and_started_again(
