@@ -43,7 +43,7 @@ def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
     if not dtype.startswith("float"):
         try:
             (a_TR,), (b_RD,) = ordered(Factors(a_TR[None], b_RD[None]))
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:  # as torch raises what LAPACK fails at
             raise InputError(f"they cannot be ordered ({str(error).splitlines()[0]})") from error
     sides = {"a": a_TR, "b": b_RD}
     return {f"{side}.{name}": part for side, factor in sides.items() for name, part in pack(factor, dtype).items()}
