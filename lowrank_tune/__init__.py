@@ -12,9 +12,22 @@ import logging
 import os
 from typing import Any
 
-__all__ = ["clone_study", "extend_study", "load_study", "open_features", "resume_study", "run_study"]
+__all__ = [
+    "apply_decomposer",
+    "clone_study",
+    "export_study",
+    "extend_study",
+    "load_decomposer",
+    "load_study",
+    "open_features",
+    "resume_study",
+    "run_study",
+]
 
 _HOMES = {
+    "apply_decomposer": "lowrank_tune.factors.apply",
+    "export_study": "lowrank_tune.exports.study",
+    "load_decomposer": "lowrank_tune.lowrank.exported",
     "clone_study": "lowrank_tune.life",
     "extend_study": "lowrank_tune.life",
     "resume_study": "lowrank_tune.life",

@@ -47,6 +47,8 @@ class FeatureSet:
             the user's own columns); records that share an image share a key.
         quarantined: how many records had no usable image.
         origin: where the cache lies when `directory` is a node's own copy of it; empty otherwise.
+        rank: R where the cache holds factors, X ≈ A·B in place of X; `dtype` is then theirs, and `encoder` says which
+            model made them. 0 otherwise.
     """
 
     directory: str
@@ -60,6 +62,7 @@ class FeatureSet:
     records_path: str
     quarantined: int = 0
     origin: str = ""
+    rank: int = 0
 
     def write(self, path: Path) -> None:
         """Write this record as JSON."""
@@ -380,6 +383,15 @@ class Comparison:
     data: str = ""
     fronts: tuple[Front, ...] = ()
     compression: Compression = field(default_factory=Compression)
+
+    def best_of_each_rank(self) -> tuple[ComparisonRow, ...]:
+        """The trained row with the lowest mean residual ratio at each rank, by rising rank."""
+        best: dict[int, ComparisonRow] = {}
+        for row in self.rows:
+            held = best.get(row.rank)
+            if row.trial_id and (held is None or row.residual_ratio_mean < held.residual_ratio_mean):
+                best[row.rank] = row
+        return tuple(best[rank] for rank in sorted(best))
 
 
 class TrialTracker(Protocol):

@@ -22,6 +22,7 @@ from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.factors import open_matrix
 from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_images
@@ -204,7 +205,7 @@ def extract_study(
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
-    """Open a sealed feature cache, `results/features/<fingerprint>`.
+    """Open a sealed feature cache, `results/features/<fingerprint>`, or one of factors that `apply` wrote.
 
     Args:
         directory: the cache's folder, or its address on an object store; where it is not on a local disk, it is copied
@@ -212,13 +213,13 @@ def open_features(directory: str | Path) -> FeatureMatrix:
 
     Returns:
         All its images: `len(features)`, `features.load([0, 1])` -> float32 tensor [2, tokens, dim],
-        `features.features.rows[0].key`.
+        `features.features.rows[0].key`. Of factors, `load` gives X ≈ A·B, and `features.factors([0, 1])` A and B.
 
     Raises:
         CacheError: it is unsealed or damaged.
         InputError: the address does not answer, or there is no room for a copy.
     """
-    return FeatureMatrix(open_local(directory))
+    return open_matrix(open_local(directory))
 
 
 def validation_optimum(features: FeatureSet, split: Split) -> Optimum:

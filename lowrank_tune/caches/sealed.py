@@ -29,6 +29,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.json"
 SOURCES = "sources"
+FACTORS = "factors"
+"""The kind of a cache that holds A [T, R] and B [R, D] of each image, X ≈ A·B, in place of X."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def open_sealed(cache: Folder, directory: str) -> FeatureSet:
         rows=tuple(contents.rows.values()),
         records_path=join(join(directory, SOURCES), tables[-1]) if tables else "",
         quarantined=len(contents.quarantined),
+        rank=identity["rank"] if identity["kind"] == FACTORS else 0,
     )
 
 
@@ -185,7 +188,8 @@ def read_manifest(cache: Folder) -> dict[str, Any]:
         raise CacheError(
             f"{path}: has format {manifest['format']}, this program reads {FORMAT}; remove {cache.name} and run again"
         )
-    if fingerprint(manifest["identity"]) != cache.last:
+    # Only a cache that is found by its content has its name from it; where factors go, their user says.
+    if manifest["identity"].get("kind") != FACTORS and fingerprint(manifest["identity"]) != cache.last:
         raise CacheError(
             f"{cache.name}: holds the cache {fingerprint(manifest['identity'])}; "
             "give the directory that name again, or remove it"

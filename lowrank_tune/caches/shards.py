@@ -1,12 +1,18 @@
-"""The shards of a feature cache and their commit records, as files: named, read, checked. Needs no torch."""
+"""The shards of a cache and their commit records, as files: named, read, checked. Needs no torch.
+
+An image of a feature cache is one tensor, `features` [T, D]. A cache of another kind says in its identity which tensors
+an image is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowrank_tune.caches.headers import Readable, parse_header
 from lowrank_tune.caches.identity import Identity
@@ -19,9 +25,12 @@ TENSOR = "features"
 SHARDS = "shards"
 COMMITS = "commits"
 
-STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8"}
 """What safetensors calls each dtype of a cache."""
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1}
+
+Layout = dict[str, tuple[str, list[int]]]
+"""By name, in a shard's order, safetensors' dtype and the shape of each tensor that one image is."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,27 @@ class Commit:
     def keys(self) -> set[str]:
         """Every key that this shard has dealt with."""
         return {key for key, _ in self.rows + self.quarantined}
+
+
+def layout(identity: Identity) -> Layout:
+    """The tensors of one image in a cache of this identity: wide items first, as safetensors has them."""
+    feature = STORED.get(identity["store_dtype"], ""), [identity["tokens"], identity["dim"]]
+    tensors = identity.get("tensors", {TENSOR: feature})
+    return {
+        name: (kind, list(shape))
+        for name, (kind, shape) in sorted(tensors.items(), key=lambda entry: (-ITEM_BYTES[entry[1][0]], entry[0]))
+    }
+
+
+def header_of(tensors: Layout, count: int) -> dict[str, Any]:
+    """What a safetensors header says of so many images: each tensor's `dtype`, `shape` and `data_offsets`."""
+    entries: dict[str, Any] = {}
+    start = 0
+    for name, (kind, shape) in tensors.items():
+        end = start + count * _row_bytes(kind, shape)
+        entries[name] = {"dtype": kind, "shape": [count, *shape], "data_offsets": [start, end]}
+        start = end
+    return entries
 
 
 def shard_name(keys: Sequence[str]) -> str:
@@ -91,29 +121,49 @@ def shard_problems(cache: Folder, commit: Commit, identity: Identity, *, full: b
             return [f"{name}: has {size} bytes, {commit.size} were committed"]
         with shards.open(commit.shard) as file:
             start, header = parse_header(file, size)
-            shape = [len(commit.rows), identity["tokens"], identity["dim"]]
-            entry = header.get(TENSOR, {})
-            found = (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
-            row_bytes = shape[1] * shape[2] * _ITEM_BYTES[identity["store_dtype"]]
-            if found != (STORED[identity["store_dtype"]], shape, [0, row_bytes * shape[0]]):
-                return [f"{name}: holds {found[0]} {found[1]}, expected {STORED[identity['store_dtype']]} {shape}"]
-            return _checksum_problems(name, file, commit, start, row_bytes) if full else []
+            tensors = layout(identity)
+            if header != (expected := header_of(tensors, len(commit.rows))):
+                return [f"{name}: holds {_shown(header)}, expected {_shown(expected)}"]
+            return _checksum_problems(name, file, commit, start, tensors) if full else []
     except FileNotFoundError:
         return [f"{name}: is missing"]
     except (OSError, ValueError) as error:
         return [f"{name}: cannot be read ({error})"]
 
 
-def _checksum_problems(name: str, file: Readable, commit: Commit, start: bytes, row_bytes: int) -> list[str]:
+def _checksum_problems(name: str, file: Readable, commit: Commit, start: bytes, tensors: Layout) -> list[str]:
     problems = []
     if checksum(start) != commit.header:
         problems.append(f"{name}: the header is not the one that was committed")
-    for row, (key, expected) in enumerate(commit.rows):
-        if checksum(file.read(row_bytes)) != expected:
-            problems.append(f"{name}: row {row} ({key[:16]}) is not what was committed")
+    found = [_hash() for _ in commit.rows]
+    for kind, shape in tensors.values():
+        for row in found:
+            row.update(file.read(_row_bytes(kind, shape)))
+    for number, (row, (key, expected)) in enumerate(zip(found, commit.rows, strict=True)):
+        if row.hexdigest() != expected:
+            problems.append(f"{name}: row {number} ({key[:16]}) is not what was committed")
     return problems
 
 
-def checksum(data: bytes | memoryview) -> str:
-    """16 hex digits of blake2b."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+def _row_bytes(kind: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * ITEM_BYTES[kind]
+
+
+def _shown(header: dict[str, Any]) -> str:
+    entries = [
+        f"{name} {entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else name
+        for name, entry in sorted(header.items())
+    ]
+    return ", ".join(entries) or "nothing"
+
+
+def checksum(*pieces: bytes | memoryview) -> str:
+    """16 hex digits of blake2b over the pieces, one after the other."""
+    digest = _hash()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lowrank_tune.cli.features import features_app
+from lowrank_tune.cli.models import models_app
 from lowrank_tune.cli.options import Address, Json, NewId, Overrides, Quiet, Results, StudyFile
 from lowrank_tune.cli.results import add_commands
 from lowrank_tune.cli.studies import studies_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(features_app, name="features")
 app.add_typer(studies_app)
+app.add_typer(models_app)
 add_commands(app)
 
 

@@ -45,7 +45,7 @@ class _Work:
     """A part of the story that is counted.
 
     Attributes:
-        what: `extracting` or `training`.
+        what: `training`, or what is done with images: `extracting`, `decomposing`.
         unit: of what is counted.
         total: how many there are.
         done: how many are over.
@@ -65,9 +65,11 @@ class TerminalProgress(StudyProgress):
     Args:
         epochs: of a trial at most; tells how far one that trains is.
         console: where to show it; stderr by default.
+        doing: what is done with images.
     """
 
-    def __init__(self, epochs: int = 0, console: Console | None = None) -> None:
+    def __init__(self, epochs: int = 0, console: Console | None = None, doing: str = "extracting") -> None:
+        self._doing = doing
         self._console = console or Console(stderr=True, highlight=False)
         self._epochs = epochs
         self._started = time.monotonic()
@@ -96,7 +98,7 @@ class TerminalProgress(StudyProgress):
 
     def images(self, done: int, total: int) -> None:
         """Count the images."""
-        work = self._counted("extracting", "images/s", total, done)
+        work = self._counted(self._doing, "images/s", total, done)
         before, work.done = work.done, done
         part = max(1, -(-total // _PARTS))
         if not self._console.is_terminal and done != before and (done // part != before // part or done == total):
@@ -186,7 +188,7 @@ class TerminalProgress(StudyProgress):
     def _rate(self, work: _Work) -> str:
         began, before = work.began
         seconds = time.monotonic() - began
-        if work.what != "extracting" or work.done <= before or seconds <= 0:
+        if work.what != self._doing or work.done <= before or seconds <= 0:
             return ""
         return f", {rate_text((work.done - before) / seconds)} {work.unit}"
 
@@ -205,18 +207,19 @@ class TerminalProgress(StudyProgress):
 
 
 @contextmanager
-def shown_progress(epochs: int = 0, quiet: bool = False) -> Iterator[StudyProgress]:
+def shown_progress(epochs: int = 0, quiet: bool = False, doing: str = "extracting") -> Iterator[StudyProgress]:
     """What a command shows while it works.
 
     Args:
         epochs: of a trial at most.
         quiet: show nothing.
+        doing: what is done with images.
     """
     with _pythons_stderr_only():
         if quiet:
             yield StudyProgress()
             return
-        with TerminalProgress(epochs) as progress:
+        with TerminalProgress(epochs, doing=doing) as progress:
             yield progress
 
 

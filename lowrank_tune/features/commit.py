@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowrank_tune.caches.shards import SHARDS, STORED, TENSOR, Commit, checksum, commit_path
+from lowrank_tune.caches.shards import SHARDS, STORED, TENSOR, Commit, checksum, commit_path, header_of
 from lowrank_tune.features.durable import write_durably, write_pieces_durably
 from lowrank_tune.features.jobs import UnusableError
 
@@ -59,30 +60,56 @@ def commit_shard(
     Raises:
         OSError: no space, no permission; nothing is committed then.
     """
-    rows = [_bytes_of(row_TD) for row_TD in features_NTD]
-    header = _header(features_NTD[0], len(rows)) if rows else b""
-    if rows:
-        write_pieces_durably(directory / SHARDS / shard, [header, *rows])
+    return commit_rows(directory, shard, keys, {TENSOR: features_NTD}, quarantined)
+
+
+def commit_rows(
+    directory: Path,
+    shard: str,
+    keys: Sequence[str],
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
+    quarantined: Sequence[tuple[str, str]],
+) -> Commit:
+    """Write a shard whose images are several tensors each, and then its commit record.
+
+    Args:
+        directory: as for `commit_shard`.
+        shard: as for `commit_shard`.
+        keys: one a row.
+        tensors: by name, in the order of the cache's layout, N rows each.
+        quarantined: as for `commit_shard`.
+
+    Raises:
+        OSError: as for `commit_shard`.
+    """
+    pieces = [[_bytes_of(row) for row in rows] for rows in tensors.values()]
+    header = _header({name: rows[0] for name, rows in tensors.items()}, len(keys)) if keys else b""
+    if keys:
+        write_pieces_durably(directory / SHARDS / shard, [header, *itertools.chain.from_iterable(pieces)])
     commit = Commit(
         shard=shard,
-        size=len(header) + sum(row.nbytes for row in rows),
-        header=checksum(header) if rows else "",
-        rows=tuple((key, checksum(row)) for key, row in zip(keys, rows, strict=True)),
+        size=len(header) + sum(piece.nbytes for rows in pieces for piece in rows),
+        header=checksum(header) if keys else "",
+        rows=tuple((key, checksum(*row)) for key, row in zip(keys, zip(*pieces, strict=True), strict=True)),
         quarantined=tuple(quarantined),
     )
     write_durably(commit_path(directory, shard), json.dumps(asdict(commit), sort_keys=True).encode())
     return commit
 
 
-def _header(row_TD: Tensor, count: int) -> bytes:
-    """What safetensors writes before the values of one tensor [N, T, D]; its own writer would copy them twice."""
-    kind = STORED[str(row_TD.dtype).removeprefix("torch.")]
-    entry = {"dtype": kind, "shape": [count, *row_TD.shape], "data_offsets": [0, count * row_TD.nbytes]}
-    text = json.dumps({TENSOR: entry}, separators=(",", ":")).encode()
+def stored_as(row: Tensor) -> tuple[str, list[int]]:
+    """Safetensors' dtype and the shape of a tensor, as a cache's layout has them."""
+    return STORED[str(row.dtype).removeprefix("torch.")], list(row.shape)
+
+
+def _header(first: Mapping[str, Tensor], count: int) -> bytes:
+    """What safetensors writes before the values of so many such rows; its own writer would copy them twice."""
+    entries = header_of({name: stored_as(row) for name, row in first.items()}, count)
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes_of(row_TD: Tensor) -> memoryview:
+def _bytes_of(row: Tensor) -> memoryview:
     # numpy has no bfloat16, but it has bytes.
-    return row_TD.reshape(-1).view(torch.uint8).numpy().data
+    return row.reshape(-1).view(torch.uint8).numpy().data

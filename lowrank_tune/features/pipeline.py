@@ -72,7 +72,7 @@ def extract_features(
         if contents is None or contents.missing(files.paths):
             note = on_note or _logger.warning
             _explain(extraction, note)
-            with _only_process(directory, note):
+            with only_process(directory, note, "extracting"):
                 contents = _extend(extraction, spec, files, quarantine, progress, note, address)
         else:
             progress(len(files.paths), len(files.paths))
@@ -239,13 +239,14 @@ def _make_shards(
 
 
 @contextlib.contextmanager
-def _only_process(directory: Path, note: Notes) -> Iterator[None]:
+def only_process(directory: Path, note: Notes, doing: str) -> Iterator[None]:
+    """Hold a cache's lock; told that another process does the same, wait for it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(only_writer(directory, timeout=0))
         except Timeout:
-            note(f"another process is extracting into {directory}: waiting for it")
+            note(f"another process is {doing} into {directory}: waiting for it")
             stack.enter_context(only_writer(directory))
         yield
 

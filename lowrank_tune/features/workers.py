@@ -52,7 +52,7 @@ def run_extraction(
     Yields:
         One result a shard; ending the iteration early stops the workers.
     """
-    with _quiet_ray_data():
+    with quiet_ray_data():
         results = _plan(extraction, plans, pool)
         # Without prefetching, a result is told when it is there and not when the next one is.
         for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
@@ -210,7 +210,7 @@ def _commit(
 
 
 @contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def quiet_ray_data() -> Iterator[None]:
     """No progress bars, plans and statistics on the terminal, Ray's own log files keep them; and no endless waiting."""
     context = ray.data.DataContext.get_current()
     quiet = {

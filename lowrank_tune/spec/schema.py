@@ -6,6 +6,7 @@ are wrong, so that one look at a file finds everything.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -284,6 +285,12 @@ class ResourcesSpec(Section):
         return fuse
 
 
+def _registered_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}", name):
+        raise rejected("letters, digits, spaces, `.`, `-` and `_` only, beginning with a letter or digit, 100 at most")
+    return name
+
+
 class TrackingSpec(Section):
     """Where MLflow keeps the study."""
 
@@ -291,6 +298,8 @@ class TrackingSpec(Section):
     """A server or database; by default MLFLOW_TRACKING_URI, else sqlite in the results directory."""
     experiment: Text | None = None
     """The experiment's name; the study's by default."""
+    register_as: Annotated[Text, AfterValidator(_registered_name)] | None = None
+    """The model in MLflow's registry of which the best of each rank becomes a version; none by default."""
 
     @field_validator("uri")
     @classmethod

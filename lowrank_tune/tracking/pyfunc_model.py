@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.lowrank.exported import load_decomposer
 
 
 class PyfuncDecomposer:
     """A trained decomposer behind MLflow's `predict`.
 
     Args:
-        path: `best_model.safetensors`.
+        directory: an exported model, `config.json` and `model.safetensors`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._decomposer = load_decomposer(path).eval()
+    def __init__(self, directory: Path) -> None:
+        self._decomposer = load_decomposer(directory)
 
     @torch.no_grad()
     def predict(self, x_NTD: NDArray[np.float32], params: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:

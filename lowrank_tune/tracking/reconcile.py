@@ -114,11 +114,12 @@ def _repair_comparison(runs: StudyRuns, plan: Plan, parent: Run, comparison: Com
     # MLflow's model side takes another second to import.
     from lowrank_tune.tracking.comparison import has_comparison, log_comparison
 
-    if has_comparison(runs.client, parent, comparison):
+    register = plan.spec.tracking.register_as
+    if has_comparison(runs.client, parent, comparison, register):
         return False
     outcomes = tuple(trial.outcome for trial in _read_trials(plan.study_dir / "trials") if trial.outcome)
     event = Compared(comparison, outcomes, plan.study_dir, _moment(Path(comparison.per_image_path)))
-    log_comparison(runs.client, runs.parent, runs.children, event)
+    log_comparison(runs.client, runs.parent, runs.children, event, register)
     return True
 
 

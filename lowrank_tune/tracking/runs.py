@@ -122,7 +122,7 @@ class StudyRuns:
                 # MLflow's model side takes another second to import, and is needed by the last event only.
                 from lowrank_tune.tracking.comparison import log_comparison
 
-                log_comparison(self.client, self.parent, self.children, event)
+                log_comparison(self.client, self.parent, self.children, event, self._plan.spec.tracking.register_as)
             case StudyEnded(status, at):
                 self._end_study(status, at)
 

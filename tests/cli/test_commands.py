@@ -47,7 +47,8 @@ def test_commands_about_the_file_load_no_heavy_library(arguments: list[str]) -> 
         "report",
     ]
     + ["features ls", "features show", "features verify", "features import", "features rm"]
-    + ["submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile"],
+    + ["submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile"]
+    + ["export", "apply"],
 )
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command.split(), "--help"]) == 0

@@ -20,7 +20,7 @@ from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.decoding import decode_shard
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.jobs import Extraction, ImageEncoding, ShardPlan, ShardResult
-from lowrank_tune.features.pipeline import _only_process, extract_features
+from lowrank_tune.features.pipeline import extract_features, only_process
 from lowrank_tune.features.pool import Pool
 from lowrank_tune.features.workers import ShardEncoder, import_shard
 from lowrank_tune.spec.features import FeaturesSpec
@@ -65,7 +65,7 @@ def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
     notes = []
 
     def enter():
-        with _only_process(directory, notes.append):
+        with only_process(directory, notes.append, "extracting"):
             entered.set()
 
     with FileLock(tmp_path / f".{directory.name}.lock"):

@@ -89,7 +89,7 @@ def studies(draw: st.DrawFn) -> StudySpec:
                         fuse=st.sampled_from(["never", "auto", "always"]),
                     )
                     | optional(gpus_per_trial=st.integers(0, 4), workers_per_trial=counts),
-                    tracking=optional(uri=texts, experiment=texts),
+                    tracking=optional(uri=texts, experiment=texts, register_as=st.just("decomposer 1.0")),
                     report=optional(
                         images=st.just([0]) | st.just([]), channels=counts, confirm_seeds=st.integers(0, 5)
                     ),

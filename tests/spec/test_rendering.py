@@ -37,7 +37,7 @@ def test_every_default_is_filled_in_and_explained_and_an_absent_family_stays_abs
     assert list(content) == list(StudySpec.model_fields)
     assert content["search"]["trials"] == 20
     assert content["search"]["space"]["families"] == {"sketch": {}}
-    assert content["tracking"] == {"uri": None, "experiment": None}
+    assert content["tracking"] == {"uri": None, "experiment": None, "register_as": None}
     assert "uri: null" in text
     keys = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
-from tracked_study import DIM, TOKENS, Reader, build_plan, config_of, metrics_of, outcome_of, write_study
+from tracked_study import Reader, build_plan, config_of, metrics_of, outcome_of, write_study
 
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
@@ -195,25 +194,6 @@ def test_the_comparison_lies_in_the_parent_with_rank_as_its_step(plan: Plan) -> 
     assert parent.data.tags["mlflow.note.content"] == "random weights"
     table = reader.table("comparison_table.json")
     assert [row[table["columns"].index("method")] for row in table["data"]] == ["svd", "svd", "sketch", "direct"]
-
-
-def test_the_best_model_of_each_rank_is_an_mlflow_model_without_a_pickle(plan: Plan) -> None:
-    worse = config_of(4, "direct", 2)
-    configs = [SKETCH, DIRECT, worse]
-    comparison = write_study(plan, configs)
-    with StudyTracker(plan) as tracker:
-        for config in configs:
-            tracker.trial_started(config)
-        tracker.log_comparison(comparison, [outcome_of(plan, config) for config in configs], plan.study_dir)
-    reader = read(plan)
-    outputs = reader.parent().outputs.model_outputs
-    models = {output.step: reader.client.get_logged_model(output.model_id) for output in outputs}
-    assert {rank: model.name for rank, model in models.items()} == {2: "rank-002-sketch", 4: "rank-004-direct"}
-    location = Path(models[2].artifact_location.removeprefix("file://"))
-    assert not [file for file in location.rglob("*") if file.suffix in (".pkl", ".pickle", ".pt")]
-    x_NTD = np.random.default_rng(0).standard_normal((3, TOKENS, DIM)).astype(np.float32)
-    factors = mlflow.pyfunc.load_model(str(location)).predict(x_NTD)
-    assert (factors["a"].shape, factors["b"].shape) == ((3, TOKENS, 2), (3, 2, DIM))
 
 
 def test_a_comparison_delivered_twice_is_there_once(plan: Plan) -> None:

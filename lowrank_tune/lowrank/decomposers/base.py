@@ -69,6 +69,7 @@ class Decomposer(nn.Module, ABC):
         self.tokens = tokens
         self.dim = dim
         self.rank = rank
+        self.default_rank = rank
         self.family_params = dict(params)
         self.loss_ranks: tuple[int, ...] = (rank,)
         self._seen_R: Tensor | None = None
@@ -80,8 +81,8 @@ class Decomposer(nn.Module, ABC):
 
         Args:
             x_NTD: Features [N, T, D] in the weights' dtype.
-            rank: How many columns A gets, `self.rank` by default. Fewer are the leading ones of an ordered basis, for
-                families that have one.
+            rank: How many columns A gets, `self.default_rank` when None. Fewer are the leading ones of an ordered
+                basis, for families that have one.
 
         Raises:
             InputError: This family, or this model, has no factors of that rank.
@@ -205,7 +206,7 @@ class Decomposer(nn.Module, ABC):
             InputError: It is not in 1..`self.rank`.
         """
         if rank is None:
-            return self.rank
+            return self.default_rank
         if not 1 <= rank <= self.rank:
             raise InputError(f"rank {rank}: this {self.family} model was made for ranks 1 to {self.rank}")
         return rank

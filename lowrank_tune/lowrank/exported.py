@@ -1,0 +1,190 @@
+"""A trained decomposer outside its study: a folder with `config.json` and `model.safetensors`, as the hub has models.
+
+    model_type, format      what the folder is, and the version of this layout
+    family, family_params   which decomposer, and what its family alone has
+    tokens, dim             T and D of the features that it takes
+    rank                    R that it gives when not asked for another
+    ranks, max_rank         those that it was trained for, and the one that its weights were made for
+    dtype                   the weights'
+    weights_sha256          the digest of model.safetensors: damaged or exchanged weights are refused
+    features, training      what it was trained on and how, for people and for comparison
+
+Needs torch alone: neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.decomposers import Decomposer
+from lowrank_tune.lowrank.decomposers import load_decomposer as load_weights
+from lowrank_tune.records import FeatureSet, TrialConfig
+
+MODEL_TYPE = "lowrank_decomposer"
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_FEATURES = ("fingerprint", "encoder", "weights", "dtype")
+_TRAINING = ("trial_id", "lr", "weight_decay", "batch_size", "epochs", "patience", "seed")
+_REMEDY = "export it again with `lowrank-tune export`"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedModel:
+    """What an exported folder says of itself.
+
+    Attributes:
+        directory: the folder.
+        family: the decomposer's.
+        tokens: T of the features that it takes.
+        dim: D of them.
+        rank: what it gives when not asked for another.
+        ranks: those that it was trained for, rising.
+        max_rank: the one that its weights were made for.
+        weights_sha256: the digest of its weights.
+        about: the whole of config.json.
+    """
+
+    directory: Path
+    family: str
+    tokens: int
+    dim: int
+    rank: int
+    ranks: tuple[int, ...]
+    max_rank: int
+    weights_sha256: str
+    about: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """The beginning of the weights' digest, which covers family, sizes and parameters: 16 hex digits."""
+        return self.weights_sha256[:16]
+
+    def check_rank(self, rank: int | None) -> int:
+        """Return the rank to compute, the model's own when None.
+
+        Raises:
+            InputError: it was not trained for that one.
+        """
+        if rank is None:
+            return self.rank
+        if rank not in self.ranks:
+            raise InputError(
+                f"rank {rank}: {self.directory} was trained for {', '.join(map(str, self.ranks))}; choose among them"
+            )
+        return rank
+
+
+def exported_files(
+    weights: Path, rank: int, study_id: str, trained: TrialConfig, features: FeatureSet | None
+) -> dict[str, bytes]:
+    """Make the contents of a model's folder.
+
+    Args:
+        weights: a trial's `best_model.safetensors`, which is taken as it is.
+        rank: what the model shall give when not asked for another.
+        study_id: the study that it comes from.
+        trained: the trial's configuration.
+        features: what it was trained on; None where that is not known any more.
+
+    Returns:
+        Name and bytes of each file.
+
+    Raises:
+        InputError: the weights are missing, or are no decomposer's.
+    """
+    model = load_weights(weights)
+    data = weights.read_bytes()
+    config = {
+        "model_type": MODEL_TYPE,
+        "format": FORMAT,
+        "family": model.family,
+        "family_params": model.family_params,
+        "tokens": model.tokens,
+        "dim": model.dim,
+        "rank": rank,
+        "ranks": sorted(trained.ranks),
+        "max_rank": model.rank,
+        "dtype": str(next(iter(model.state_dict().values())).dtype).removeprefix("torch."),
+        "weights_sha256": hashlib.sha256(data).hexdigest(),
+        "features": {name: getattr(features, name) for name in _FEATURES} if features else {},
+        "training": {
+            "study_id": study_id,
+            **{name: getattr(trained, name) for name in _TRAINING},
+            **trained.family_params,
+        },
+    }
+    return {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS: data}
+
+
+def read_exported(directory: str | Path) -> ExportedModel:
+    """Read what an exported folder says of itself; the weights are not looked at.
+
+    Raises:
+        InputError: there is none, or it is not one of this program's models.
+    """
+    path = Path(directory).expanduser().absolute() / CONFIG
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path.parent}: no exported model, it has no {CONFIG}; `lowrank-tune export` writes one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+    found = about.get("model_type") if isinstance(about, dict) else None
+    if found != MODEL_TYPE:
+        raise InputError(f"{path}: model_type is {found!r}, not {MODEL_TYPE!r}; name a folder that `export` wrote")
+    if about.get("format") != FORMAT:
+        raise InputError(f"{path}: has format {about.get('format')!r}, this program reads {FORMAT}; {_REMEDY}")
+    try:
+        numbers = {name: int(about[name]) for name in ("tokens", "dim", "rank", "max_rank")}
+        ranks = tuple(sorted(int(rank) for rank in about["ranks"]))
+        return ExportedModel(
+            path.parent,
+            family=str(about["family"]),
+            ranks=ranks,
+            weights_sha256=str(about["weights_sha256"]),
+            about=about,
+            **numbers,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); {_REMEDY}") from error
+
+
+def load_decomposer(directory: str | Path) -> Decomposer:
+    """Load an exported decomposer.
+
+        model = load_decomposer(DIR)
+        a, b = model(x)  # float32 [N, T, D] to [N, T, R] and [N, R, D], X ≈ a @ b
+
+    Args:
+        directory: what `lowrank-tune export` wrote.
+
+    Returns:
+        The decomposer on the CPU, in evaluation mode; `.to("cuda")` moves it, and `model(x, rank=16)` asks for another
+        rank where it was trained for several.
+
+    Raises:
+        InputError: the folder is no exported model, or its weights are damaged or another model's.
+    """
+    model = read_exported(directory)
+    weights = model.directory / WEIGHTS
+    try:
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{weights}: cannot be read ({error.strerror}); {_REMEDY}") from error
+    if digest != model.weights_sha256:
+        raise InputError(f"{weights}: is damaged or another model's, its digest is not {CONFIG}'s; {_REMEDY}")
+    decomposer = load_weights(weights)
+    found = (decomposer.family, decomposer.tokens, decomposer.dim, decomposer.rank)
+    if found != (model.family, model.tokens, model.dim, model.max_rank):
+        raise InputError(f"{model.directory / CONFIG}: does not describe the weights beside it; {_REMEDY}")
+    decomposer.default_rank = decomposer.check_rank(model.rank)
+    return decomposer.eval()

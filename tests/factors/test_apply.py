@@ -1,0 +1,212 @@
+"""A decomposer applied to caches and tensors on real Ray, and what stops it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lowrank_tune import apply_decomposer, load_decomposer, open_features
+from lowrank_tune.caches.sealed import verify_cache
+from lowrank_tune.cli import run
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.pipeline import import_tensors
+from lowrank_tune.lowrank.factors import FactorMatrix
+from lowrank_tune.lowrank.stored_factors import factor_bytes, ordered, restored_factors
+from tests.factors.conftest import DIM, RANK, TOKENS, write_model, write_tensors
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+FEW = 70
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of images."""
+    return write_tensors(tmp_path_factory.mktemp("few") / "tensors", range(FEW))
+
+
+@pytest.fixture(scope="module")
+def out(model: Path, few: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    out = tmp_path_factory.mktemp("applied") / "factors"
+    apply_decomposer(model, few, out, store_dtype="float32")
+    return out
+
+
+def originals(few: Path, out: Path) -> torch.Tensor:
+    """The tensors in the order of the factors, by the table that tells which file each key is."""
+    matrix = open_features(out)
+    table = pd.read_parquet(matrix.features.records_path).set_index("key")
+    return torch.stack([torch.load(table.path[row.key], weights_only=True) for row in matrix.features.rows])
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit code and stderr."""
+    capsys.readouterr()
+    code = run([str(argument) for argument in arguments])
+    return code, capsys.readouterr().err
+
+
+def test_what_is_stored_is_what_the_decomposer_gives(model: Path, few: Path, out: Path) -> None:
+    matrix = open_features(out)
+    assert isinstance(matrix, FactorMatrix)
+    assert (len(matrix), matrix.tokens, matrix.dim, matrix.rank) == (FEW, TOKENS, DIM, RANK)
+    x_NTD = originals(few, out)
+    a_NTR, b_NRD = load_decomposer(model)(x_NTD)
+    found = matrix.factors(range(FEW))
+    torch.testing.assert_close(found.a_NTR, a_NTR.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.b_NRD, b_NRD.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matrix.load([3, 0]), (a_NTR @ b_NRD).detach()[[3, 0]], rtol=1e-5, atol=1e-4)
+    assert [len(batch) for batch in matrix.batches(range(FEW), 32)] == [32, 32, 6]
+    manifest = json.loads((out / "manifest.json").read_text())["identity"]
+    assert manifest["model"] == json.loads((model / "config.json").read_text())["weights_sha256"][:16]
+    assert manifest["features"] and (manifest["rank"], manifest["store_dtype"]) == (RANK, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_factors_in_few_bits_are_read_back_as_they_were_rounded(
+    model: Path, few: Path, out: Path, tmp_path: Path, dtype: str
+) -> None:
+    features = apply_decomposer(model, few, tmp_path / "factors", store_dtype=dtype)
+    assert verify_cache(tmp_path / "factors", full=True) == []
+    exact, found = open_features(out), open_features(tmp_path / "factors")
+    assert [row.key for row in features.rows] == [row.key for row in exact.features.rows]
+    # What the comparison of bytes and error measures is what lies on the disk.
+    expected = restored_factors(ordered(exact.factors(range(FEW))), dtype)
+    products = [factors.a_NTR @ factors.b_NRD for factors in (found.factors(range(FEW)), expected)]
+    torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.load(range(FEW)), products[0])
+    shards = (tmp_path / "factors" / "shards").iterdir()
+    bytes_an_image = factor_bytes(TOKENS, DIM, RANK, dtype)
+    assert 0 <= sum(shard.stat().st_size for shard in shards) - FEW * bytes_an_image < 2000
+
+
+def test_a_cache_gives_what_its_tensors_give_under_its_name_path_or_address(
+    model: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    features = import_tensors(few, results / "features", store_dtype="float32")
+    target = tmp_path / "factors"
+    for name in (features.fingerprint[:6], features.directory, Path(features.directory).as_uri()):
+        capsys.readouterr()
+        assert run(["apply", str(model), name, str(target), "--results", str(results), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["images"], facts["rank"], facts["dtype"]) == (FEW, RANK, "float16")
+        assert json.loads((target / "manifest.json").read_text())["identity"]["features"] == features.fingerprint
+    matrix, cache = open_features(target), open_features(features.directory)
+    assert {row.key for row in matrix.features.rows} == {row.key for row in cache.features.rows}
+    x_NTD = cache.load([[row.key for row in cache.features.rows].index(matrix.features.rows[7].key)])
+    a_NTR, b_NRD = load_decomposer(model)(x_NTD)
+    torch.testing.assert_close(matrix.load([7]), (a_NTR @ b_NRD).detach(), rtol=0.01, atol=0.01)
+    assert Path(matrix.features.records_path).read_bytes() == Path(cache.features.records_path).read_bytes()
+
+
+def test_factors_are_features_and_may_be_decomposed_again(model: Path, out: Path, tmp_path: Path) -> None:
+    smaller = write_model(tmp_path / "smaller", rank=3)
+    apply_decomposer(smaller, out, tmp_path / "again", store_dtype="float32")
+    matrix = open_features(tmp_path / "again")
+    x_NTD = open_features(out).load([0])
+    place = [row.key for row in matrix.features.rows].index(open_features(out).features.rows[0].key)
+    a_NTR, b_NRD = load_decomposer(smaller)(x_NTD)
+    torch.testing.assert_close(matrix.load([place]), (a_NTR @ b_NRD).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_nested_model_gives_any_of_its_ranks_and_no_other(few: Path, tmp_path: Path) -> None:
+    nested = write_model(tmp_path / "nested", nested=(2, RANK))
+    features = apply_decomposer(nested, few, tmp_path / "factors", rank=2)
+    assert features.rank == 2
+    with pytest.raises(InputError, match="rank 3: .* was trained for 2, 6; choose among them"):
+        apply_decomposer(nested, few, tmp_path / "other", rank=3)
+
+
+def test_what_is_done_is_not_done_again_and_starts_no_ray(model: Path, few: Path, out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    command = [sys.executable, "-m", "lowrank_tune", "apply", str(model), str(few), str(out), "--dtype", "float32"]
+    dead = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(command, env=dead, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_features_that_grow_are_gone_on_with(model: Path, tmp_path: Path) -> None:
+    folder, target = write_tensors(tmp_path / "tensors", range(5)), tmp_path / "factors"
+    apply_decomposer(model, folder, target)
+    before = {path.name: path.read_bytes() for path in (target / "shards").iterdir()}
+    write_tensors(folder, range(5, 9))
+    assert len(apply_decomposer(model, folder, target).rows) == 9
+    after = {path.name: path.read_bytes() for path in (target / "shards").iterdir()}
+    assert before.items() < after.items()
+
+
+def test_broken_files_are_quarantined_each_with_its_reason(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tensors(tmp_path / "tensors", range(8))
+    torch.save(torch.full((TOKENS, DIM), float("nan")), folder / "features_1.pt")
+    torch.save({"features": torch.ones(TOKENS, DIM)}, folder / "features_2.pt")
+    torch.save(print, folder / "features_3.pt")
+    code, err = told(capsys, "apply", model, folder, tmp_path / "factors")
+    assert code == 2 and err.count("\n") == 1 + err.count("images (")
+    assert "3 of 8 images cannot be decomposed, more than --max-quarantined 0.05 allows" in err
+    assert "features_1.pt: the features hold NaN" in err and "features_3.pt: needs pickle" in err
+    features = apply_decomposer(model, folder, tmp_path / "factors", max_quarantined=0.5)
+    assert (len(features.rows), features.quarantined) == (5, 3)
+    errors = pd.read_parquet(features.records_path).error.tolist()
+    assert [isinstance(error, str) for error in errors] == [False, True, True, True, False, False, False, False]
+
+
+def test_a_flipped_bit_in_the_factors_is_found(model: Path, few: Path, tmp_path: Path) -> None:
+    target = tmp_path / "factors"
+    apply_decomposer(model, few, target, store_dtype="int4")
+    shard = max((target / "shards").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (problem,) = verify_cache(target, full=True)
+    assert "row 63" in problem
+    assert verify_cache(target, full=False) == []
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    model: Path, few: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_shape = write_tensors(tmp_path / "shape", range(2), (TOKENS, DIM + 1))
+    other_images = write_tensors(tmp_path / "images", range(1000, 1003))
+    other_model = write_model(tmp_path / "other", seed=2)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    (tmp_path / "nothing").mkdir()
+    new = tmp_path / "new"
+    for arguments, reason in [
+        ((model, other_shape, new), f"images of [16, {DIM + 1}], but {model} takes [16, {DIM}]"),
+        ((model, other_images, out, "--dtype", "float32"), f"holds {FEW} images that {other_images} has not"),
+        ((other_model, few, out, "--dtype", "float32"), "belongs to another model, other features or another dtype"),
+        ((model, few, out, "--dtype", "int8"), "store_dtype: expected 'int8', found 'float32'"),
+        ((model, few, foreign), "holds something else (thesis.tex), and is left alone"),
+        ((model, few, foreign / "thesis.tex"), "is a file; name a folder"),
+        ((model, tmp_path / "nothing", new), "is no feature cache"),
+        ((model, "f00d", new, "--results", tmp_path), "feature cache f00d: not in"),
+        ((few, few, new), "no exported model, it has no config.json"),
+        ((model, few, new, "--rank", "4"), "was trained for 6"),
+        ((model, few, new, "--device", "cuda"), "the Ray cluster has no GPU"),
+        ((model, few, "s3://bucket/factors"), "only local and mounted paths"),
+    ]:
+        code, err = told(capsys, "apply", "--quiet", *arguments)
+        assert code == 2, (arguments, err)
+        assert reason in err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_unsealed_folder_of_another_model_is_not_added_to(model: Path, few: Path, out: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "identity.json").write_bytes((out / "identity.json").read_bytes())
+    with pytest.raises(InputError, match="belongs to another model"):
+        apply_decomposer(write_model(tmp_path / "other", seed=2), few, begun, store_dtype="float32")
+    assert len(apply_decomposer(model, few, begun, store_dtype="float32").rows) == FEW
