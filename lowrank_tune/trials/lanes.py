@@ -23,22 +23,13 @@ import ray
 from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory
 
-from lowrank_tune.records import FeatureSet, TrialConfig
-from lowrank_tune.spec.plan import Plan
+from lowrank_tune.records import TrialConfig
 from lowrank_tune.spec.schema import ResourcesSpec
+from lowrank_tune.trials.fusing import NEVER_ON_CPU, LanePlan
 from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)
 
-MEMBERS = {"cpu": 8, "gpu": 16}
-"""Trials in a lane, at most: on a CPU more of them gained nothing."""
-SMALL_IMAGE = 2**14
-"""Numbers in an image up to which fusing on a CPU is worth it: at [128, 128] it was 1.4 to 1.7 times as fast, at [256,
-256] as fast as not. Larger matrices keep a core busy by themselves."""
-NEVER_ON_CPU = ("direct",)
-"""Families whose matrices are large whatever the images are."""
-_MEMBERS_SHARE = 0.1
-"""The part of a lane's CPUs that is reserved by its members' actors, which need next to nothing."""
 _WAIT_S = 0.25
 """How long a round waits for members that have not asked, at least; and no less than half of what the last one took."""
 _CAUTION = 4
@@ -133,7 +124,9 @@ class Lane:
             except Exception as error:
                 told = [error] * len(chosen)
             self._took[members[0].shape] = time.monotonic() - started
-            for future, what in zip(futures, told, strict=True):
+            for trial_id, future, what in zip(chosen, futures, told, strict=True):
+                if isinstance(what, dict) and what["stopped_by"]:
+                    self._members.pop(trial_id, None)
                 if not future.done():
                     future.set_result(what)
 
@@ -244,54 +237,6 @@ class _Seat:
         self._lane.leave.remote(self._trial_id, self._visit, keep=False)
 
 
-@dataclass(frozen=True, slots=True)
-class LanePlan:
-    """How many lanes, and how many trials in them.
-
-    Attributes:
-        lanes: processes that train.
-        at_once: trials in all of them.
-        share: CPUs that each member's own actor reserves.
-    """
-
-    lanes: int
-    at_once: int
-    share: float
-
-
-def plan_lanes(resources: ResourcesSpec, fit: int) -> LanePlan:
-    """Plan as many lanes as trials fit at a time without them, or fewer where these would not be half full.
-
-    Args:
-        resources: what a lane is given.
-        fit: trials that fit at a time.
-    """
-    most = MEMBERS["gpu" if resources.gpus_per_trial else "cpu"]
-    at_once = min(fit * most, resources.max_concurrent or fit * most)
-    share = max(int(1e4 * _MEMBERS_SHARE * resources.cpus_per_trial / most) / 1e4, 1e-4)
-    return LanePlan(min(fit, -(-at_once // (most // 2))), at_once, share)
-
-
-def fuses(plan: Plan, features: FeatureSet) -> bool:
-    """Whether a study's trials train in lanes."""
-    return gains_by_fusing(
-        plan.spec.resources, tuple(plan.spec.search.space.families.chosen()), features.tokens * features.dim
-    )
-
-
-def gains_by_fusing(resources: ResourcesSpec, families: Sequence[str], numbers: int) -> bool:
-    """Whether a study's trials train in lanes.
-
-    Args:
-        resources: as the study file has them.
-        families: of the search.
-        numbers: in an image.
-    """
-    if resources.fuse != "auto" or resources.gpus_per_trial:
-        return resources.fuse != "never"
-    return numbers <= SMALL_IMAGE and any(family not in NEVER_ON_CPU for family in families)
-
-
 @contextmanager
 def open_lanes(resources: ResourcesSpec, planned: LanePlan, study_id: str) -> Iterator[list[str]]:
     """Start a study's lanes, and end them with the block; a lane whose process dies is started again.
@@ -299,17 +244,16 @@ def open_lanes(resources: ResourcesSpec, planned: LanePlan, study_id: str) -> It
     Yields:
         Their names.
     """
-    most = MEMBERS["gpu" if resources.gpus_per_trial else "cpu"]
     # Restarted as often as need be: its members' retries end at some time.
     options = {
-        "num_cpus": resources.cpus_per_trial * (1 - _MEMBERS_SHARE),
+        "num_cpus": planned.cpus,
         "num_gpus": resources.gpus_per_trial,
         "max_restarts": -1,
         "max_concurrency": 1000,
     }
     names = [f"{study_id}-lane-{number}-{uuid.uuid4().hex[:8]}" for number in range(planned.lanes)]
-    actor = ray.remote(Lane)
-    lanes = [actor.options(name=name, **options).remote(most, resources.fuse == "always") for name in names]
+    actor, always = ray.remote(Lane), resources.fuse == "always"
+    lanes = [actor.options(name=name, **options).remote(planned.members, always) for name in names]
     try:
         yield names
     finally:

@@ -90,8 +90,12 @@ def apart(trainer: Trainer, other: Trainer) -> float:
 def test_each_has_the_numbers_that_it_has_alone(make_trainer, config):
     configs = members(config)
     together = [make_trainer(own) for own in configs]
-    for _ in range(config.epochs):
+    step_together(together)
+    early = [[weight.detach().clone() for weight in trainer.model.parameters()] for trainer in together]
+    for _ in range(config.epochs - 1):
         step_together(together)
+    for trainer, weights in zip(together, early, strict=True):
+        assert not any(torch.equal(*pair) for pair in zip(trainer.model.parameters(), weights, strict=True))
     for trainer, own in zip(together, configs, strict=True):
         expected = alone(make_trainer, own)
         assert trainer.stopped_by == "budget"

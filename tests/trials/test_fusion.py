@@ -15,8 +15,8 @@ from lowrank_tune.lowrank.trainer import Trained, Trainer
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.spec.schema import ResourcesSpec
 from lowrank_tune.trials import fusion as fusion_module
+from lowrank_tune.trials.fusing import gains_by_fusing, plan_lanes
 from lowrank_tune.trials.fusion import Fusion
-from lowrank_tune.trials.lanes import gains_by_fusing, plan_lanes
 from lowrank_tune.trials.paths import MaterialPaths, write_material
 from lowrank_tune.trials.session import TrialSession
 
@@ -115,6 +115,7 @@ def test_auto_fuses_where_it_was_measured_to_gain_and_on_a_gpu(
         ({"max_concurrent": 4}, 2, 1, 4),
         ({"max_concurrent": 6}, 2, 2, 6),
         ({"gpus_per_trial": 1}, 1, 1, 16),
+        ({"gpus_per_trial": 0.25}, 4, 4, 16),
     ],
 )
 def test_lanes_hold_no_more_trials_than_may_run_and_no_more_cpus_than_they_have(
@@ -122,4 +123,4 @@ def test_lanes_hold_no_more_trials_than_may_run_and_no_more_cpus_than_they_have(
 ) -> None:
     planned = plan_lanes(ResourcesSpec.model_validate(given), fit)
     assert (planned.lanes, planned.at_once) == (lanes, at_once)
-    assert 0 < planned.share * planned.at_once <= 0.1 * fit + 1e-9
+    assert planned.lanes * planned.cpus + planned.at_once * planned.share <= fit + 1e-9
