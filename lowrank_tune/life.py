@@ -19,8 +19,9 @@ from lowrank_tune.cluster.directory import (
 from lowrank_tune.cluster.status import claimed, read_status
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.pipeline import probe_shape
+from lowrank_tune.progress import StudyProgress
 from lowrank_tune.spec.loading import load_study, parse_study
-from lowrank_tune.study import Given, StudyProgress, StudyResult, carry_out, check_ranks, plan_study, repair_tracking
+from lowrank_tune.study import Given, StudyResult, carry_out, check_ranks, plan_study, repair_tracking
 from lowrank_tune.trials.widening import widen_journal
 
 

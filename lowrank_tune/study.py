@@ -8,14 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lowrank_tune.caches.staging import local_copy, open_local
 from lowrank_tune.cluster.directory import Lineage, check_id, create_study, results_directory
 from lowrank_tune.cluster.probe import check_shared
-from lowrank_tune.cluster.status import READY, StatusFile, StatusTracker, claimed, working_on
+from lowrank_tune.cluster.status import READY, StatusTracker, claimed, working_on
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.comparison.methods import winners
 from lowrank_tune.comparison.store import read_comparison
@@ -24,6 +23,7 @@ from lowrank_tune.features.pipeline import extract_features, probe_shape
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.factors import open_matrix
 from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
+from lowrank_tune.progress import StudyProgress, Told
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.report.write import write_report
@@ -48,39 +48,6 @@ from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.paths import check_same_images
 from lowrank_tune.trials.run import run_trials
 from lowrank_tune.trials.sharing import taking_part
-
-
-class StudyProgress:
-    """What a study tells while it runs; each method may be overridden, and none needs to be."""
-
-    def stage(self, text: str) -> None:
-        """A new part of the story begins."""
-
-    def images(self, done: int, total: int) -> None:
-        """So many of the images that the cache lacked are in it now."""
-
-    def trials(self, total: int) -> None:
-        """So many trainings begin: the search's trials, then the repetitions of its best."""
-
-    def trial_epoch(self, metrics: dict[str, Any]) -> None:
-        """A trial finished an epoch: its `trial_id`, `epoch` and figures."""
-
-    def trial_ended(self, outcome: TrialOutcome) -> None:
-        """A trial is over."""
-
-
-class _Told(StudyProgress):
-    """Passes on what happens, and puts the part of the story at work into status.json."""
-
-    def __init__(self, progress: StudyProgress, status: StatusFile) -> None:
-        self._progress = progress
-        self._status = status
-        self.images, self.trials = progress.images, progress.trials  # type: ignore[method-assign]
-        self.trial_epoch, self.trial_ended = progress.trial_epoch, progress.trial_ended  # type: ignore[method-assign]
-
-    def stage(self, text: str) -> None:
-        self._status.update(stage=text)
-        self._progress.stage(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +252,7 @@ def carry_out(
             create_study(plan, given.text, given.overrides, given.lineage)
         status = stack.enter_context(working_on(plan.study_dir))
         tracker = StatusTracker(mlflow, status, plan.n_trials, read_outcomes(plan.study_dir / "trials").values())
-        told = _Told(progress, status)
+        told = Told(progress, status)
         told.stage(READY.format(study_id=plan.study_id))
         try:
             return _story(plan, mlflow, tracker, told)

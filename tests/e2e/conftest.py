@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lowrank_tune import run_study
-from lowrank_tune.study import StudyProgress, StudyResult
+from lowrank_tune.progress import StudyProgress
+from lowrank_tune.study import StudyResult
 
 STUDY = """\
 name: small
