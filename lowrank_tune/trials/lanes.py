@@ -25,7 +25,7 @@ from ray.tune import PlacementGroupFactory
 
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.spec.schema import ResourcesSpec
-from lowrank_tune.trials.fusing import NEVER_ON_CPU, LanePlan
+from lowrank_tune.trials.lane_plan import NEVER_ON_CPU, LanePlan
 from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialOutcome, TrialTracker
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.callback import Audience, TrialListener
-from lowrank_tune.trials.fusing import fuses
+from lowrank_tune.trials.lane_plan import fuses
 from lowrank_tune.trials.ledger import Ledger, read_outcomes, recovered_outcome, remove_checkpoints, write_outcome
 from lowrank_tune.trials.paths import write_material
 from lowrank_tune.trials.scheduler import PastTrial, make_scheduler

@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial
 from lowrank_tune.records import FeatureSet
 from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials.callback import Audience, told_to
-from lowrank_tune.trials.fusing import fuses, plan_lanes
+from lowrank_tune.trials.lane_plan import fuses, plan_lanes
 from lowrank_tune.trials.lanes import LaneTrialActor, open_lanes
 from lowrank_tune.trials.paths import MaterialPaths
 from lowrank_tune.trials.resources import trials_at_once

@@ -15,8 +15,8 @@ from lowrank_tune.lowrank.trainer import Trained, Trainer
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.spec.schema import ResourcesSpec
 from lowrank_tune.trials import fusion as fusion_module
-from lowrank_tune.trials.fusing import gains_by_fusing, plan_lanes
 from lowrank_tune.trials.fusion import Fusion
+from lowrank_tune.trials.lane_plan import gains_by_fusing, plan_lanes
 from lowrank_tune.trials.paths import MaterialPaths, write_material
 from lowrank_tune.trials.session import TrialSession
 
