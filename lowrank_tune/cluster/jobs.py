@@ -205,11 +205,11 @@ class Cluster:
                 submission_id=job_id,
                 runtime_env={"working_dir": str(folder)},
             )
-        self.wait_over(job_id)
-        printed, info = self.logs(job_id), self._client.get_job_info(job_id)
-        if info.driver_exit_code:
-            error = InputError if info.driver_exit_code == InputError.exit_code else LowrankTuneError
-            raise error(_reason(printed, None))
+        job = self.wait_over(job_id)
+        printed = self.logs(job_id)
+        if job.status != "SUCCEEDED":
+            error = InputError if job.exit_code == InputError.exit_code else LowrankTuneError
+            raise error(_reason(printed, job))
         # Before it stands what Ray prints of the entry point.
         lines = printed.splitlines()
         start = next((at for at, line in enumerate(lines) if line in {"{", "[", "[]"}), len(lines))

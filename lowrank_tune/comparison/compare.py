@@ -21,7 +21,7 @@ from lowrank_tune.comparison.rows import make_rows
 from lowrank_tune.comparison.scoring import Kind, score
 from lowrank_tune.comparison.speed import BATCH, device_words, images_per_second
 from lowrank_tune.comparison.store import write_comparison
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes
 from lowrank_tune.lowrank.seeds import stream
@@ -105,7 +105,9 @@ def _compression(
     """Measure bytes against error; what breaks on the way costs a study these figures, not all of them."""
     try:
         return measure_compression(data, split.test, rows, methods, device), []
-    except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
+    except CacheError:
+        raise
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Compression(), [f"bytes against error are left out: {reason}"]
 

@@ -122,6 +122,8 @@ def _write(target: Path, files: Mapping[str, bytes]) -> None:
             os.rename(target, old)
         os.rename(fresh, target)
     except OSError as error:
+        if old.is_dir() and not target.exists():
+            os.rename(old, target)
         raise InputError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
     finally:
         for remains in (fresh, old):

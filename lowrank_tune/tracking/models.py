@@ -1,7 +1,7 @@
 """The best model of each rank as an MLflow model of two flavours, and as versions in MLflow's model registry.
 
 `python_function` reads `config.json` and safetensors with this package. `pytorch` is the graph that `torch.export`
-traces, which needs neither this package nor a pickle.
+traces, which needs neither this package nor unpickling: MLflow makes sure of that where it is told not to unpickle.
 
 N images, T tokens, D dim, R rank.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.signature import ModelSignature
@@ -33,6 +34,7 @@ BEST = "best"
 _TRIAL, _RANK = "lowrank.trial_id", "lowrank.rank"
 # The database forgets the model_id that a version is made with.
 _MODEL = "lowrank.model_id"
+_ALIASED = "lowrank.aliased"
 _GRAPH = "model.pt2"
 """What MLflow's pytorch flavour looks for in its folder."""
 
@@ -82,7 +84,8 @@ def has_models(client: MlflowClient, run: Run, best: tuple[ComparisonRow, ...], 
         for model in _logged_models(client, run)
         if (model.tags.get(_TRIAL), model.tags.get(_RANK)) in wanted
     }
-    return models <= _registered(client, register)
+    versions = _registered(client, register)
+    return models <= {model_id for model_id, version in versions.items() if _ALIASED in version.tags}
 
 
 def _logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
@@ -151,11 +154,12 @@ def _register(client: MlflowClient, name: str, parent: str, study_id: str, logge
     there = _registered(client, name)
     best = min(logged, key=lambda entry: entry.row.residual_ratio_mean)
     for entry in logged:
-        if entry.model.model_id in there:
+        version = there.get(entry.model.model_id)
+        if version is not None and _ALIASED in version.tags:
             continue
         tags = {"lowrank.study_id": study_id, _TRIAL: entry.row.trial_id, _RANK: str(entry.row.rank)}
         tags[_MODEL] = entry.model.model_id
-        version = client.create_model_version(
+        version = version or client.create_model_version(
             name,
             source=entry.model.artifact_location,
             run_id=parent,
@@ -165,15 +169,17 @@ def _register(client: MlflowClient, name: str, parent: str, study_id: str, logge
         )
         for alias in [f"rank-{entry.row.rank:03d}", *([BEST] if entry is best else [])]:
             client.set_registered_model_alias(name, alias, version.version)
+        # Last: a version without it is one that an interruption left before it had its aliases.
+        client.set_model_version_tag(name, version.version, _ALIASED, "true")
 
 
-def _registered(client: MlflowClient, name: str) -> set[str]:
-    """The models that are versions of a registered model already."""
-    found: set[str] = set()
+def _registered(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
+    """By the model's id, the versions that a registered model has already."""
+    found: dict[str, ModelVersion] = {}
     token: str | None = None
     while True:
         page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
-        found |= {version.tags[_MODEL] for version in page if _MODEL in version.tags}
+        found |= {version.tags[_MODEL]: version for version in page if _MODEL in version.tags}
         token = page.token
         if not token:
             return found

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 """How long a round waits for members that have not asked, at least; and no less than half of what the last one took."""
+_PLACE_S = 60.0
+"""How long a lane may wait for its place before the study does without it."""
 _CAUTION = 4
 """What the members of a lane whose process died are divided by: it may have been memory."""
 
@@ -90,6 +92,9 @@ class Lane:
         if isinstance(told, Exception):
             raise told
         return dict(told)
+
+    async def ready(self) -> None:
+        """Answer: the lane has got its place."""
 
     async def leave(self, trial_id: str, visit: str, keep: bool) -> None:
         """Let a trial go; the others do not wait for it any more.
@@ -242,7 +247,7 @@ def open_lanes(resources: ResourcesSpec, planned: LanePlan, study_id: str) -> It
     """Start a study's lanes, and end them with the block; a lane whose process dies is started again.
 
     Yields:
-        Their names.
+        The names of those that got a place in time, one at least: the trials of another one would wait for ever.
     """
     # Restarted as often as need be: its members' retries end at some time.
     options = {
@@ -253,9 +258,15 @@ def open_lanes(resources: ResourcesSpec, planned: LanePlan, study_id: str) -> It
     }
     names = [f"{study_id}-lane-{number}-{uuid.uuid4().hex[:8]}" for number in range(planned.lanes)]
     actor, always = ray.remote(Lane), resources.fuse == "always"
-    lanes = [actor.options(name=name, **options).remote(planned.members, always) for name in names]
+    lanes = {name: actor.options(name=name, **options).remote(planned.members, always) for name in names}
     try:
-        yield names
+        answers = {lane.ready.remote(): name for name, lane in lanes.items()}
+        placed, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_PLACE_S)
+        placed = placed or ray.wait(list(answers), num_returns=1)[0]
+        found = {answers[answer] for answer in placed}
+        for name in set(names) - found:
+            ray.kill(lanes.pop(name))
+        yield [name for name in names if name in found]
     finally:
-        for lane in lanes:
+        for lane in lanes.values():
             ray.kill(lane)

@@ -70,6 +70,9 @@ def run_on_tune(
     )
     with told_to(audience) as callback, _actors(plan, material) as (actor, at_once, own), _quiet_tune(callback):
         shared |= own
+        if space is not None and actor is TrialActor:
+            # No searcher is asked what this study's part is.
+            at_once = min(at_once, FairShare(resources)())
         tune.Tuner(
             actor,
             param_space={**shared, **(space or {})},
@@ -102,7 +105,8 @@ def _actors(plan: Plan, material: MaterialPaths) -> Iterator[tuple[type[TrialAct
     # Lanes keep their places until the study's end, so they are this study's part of the cluster at its start.
     planned = plan_lanes(resources, FairShare(resources.model_copy(update={"max_concurrent": None}))())
     with open_lanes(resources, planned, plan.study_id) as names:
-        yield LaneTrialActor, planned.at_once, {"lanes": names, "share": planned.share}
+        at_once = min(planned.at_once, len(names) * planned.members)
+        yield LaneTrialActor, at_once, {"lanes": names, "share": planned.share}
 
 
 def _trial_id(trial: Trial) -> str:

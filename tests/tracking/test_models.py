@@ -159,3 +159,14 @@ def test_nothing_is_registered_unless_the_study_says_so(tmp_path: Path, migrated
     plan = build_plan(tmp_path)
     reader = track(plan, [SKETCH], write_study(plan, [SKETCH]))
     assert list(reader.client.search_registered_models()) == []
+
+
+def test_a_version_that_was_left_without_its_aliases_gets_them_and_is_not_made_twice(plan: Plan) -> None:
+    comparison = write_study(plan, [SKETCH])
+    track(plan, [SKETCH], comparison)
+    client = mlflow.MlflowClient(local_uri(plan.results))
+    client.delete_registered_model_alias("decomposer", "best")
+    client.delete_model_version_tag("decomposer", "1", "lowrank.aliased")
+    assert reconcile(plan, comparison).comparison_added
+    assert versions(plan) == {"1": (plan.study_id, SKETCH.trial_id)}
+    assert aliases(plan) == {"rank-002": "1", "best": "1"}

@@ -19,6 +19,7 @@ from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.lowrank.oracle import Optimum
 from lowrank_tune.records import TrialOutcome
 from lowrank_tune.spec.plan import Plan
+from lowrank_tune.trials import lanes
 from lowrank_tune.trials.local import run_one_trial
 from lowrank_tune.trials.paths import CHECKPOINT
 
@@ -150,3 +151,23 @@ def test_a_stopped_study_goes_on_with_what_each_trial_had(plan_of: PlanOf, world
     assert sorted((trial_id, epoch) for trial_id, epoch, _ in told.epochs) == sorted(
         (outcome.config.trial_id, epoch) for outcome in outcomes for epoch in range(1, 9)
     )
+
+
+def test_a_lane_that_gets_no_place_is_done_without(
+    plan_of: PlanOf, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @ray.remote(num_cpus=1)
+    class Other:
+        def here(self) -> bool:
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.here.remote())
+    monkeypatch.setattr(lanes, "_PLACE_S", 5.0)
+    try:
+        # The Ray of these tests has two CPUs.
+        plan = plan_of({"rank": 3, "lr": [1e-3, 2e-3, 3e-3, 4e-3]}, resources=FUSED | {"max_concurrent": 16})
+        assert [outcome.status for outcome in run(plan, world)] == ["finished"] * 4
+    finally:
+        ray.kill(other)
+    assert_no_lane_is_left()
