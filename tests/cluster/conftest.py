@@ -190,6 +190,8 @@ def client(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     """The cluster, with its token in this process's environment."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster.address)
+    # MLflow puts it there when a test before this one names a store, and a job would take it along.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return cluster
 
 
