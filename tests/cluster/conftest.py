@@ -118,7 +118,9 @@ class RayCluster:
 
 def client_environment(token: str) -> dict[str, str]:
     names = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | names
+    # MLflow leaves the store there that an earlier test named, and the cluster's jobs would use it.
+    left_out = {"PYTHONPATH", "MLFLOW_TRACKING_URI"}
+    return {name: value for name, value in os.environ.items() if name not in left_out} | names
 
 
 def own_places(agent: int, temporary: Path) -> list[str]:
@@ -190,7 +192,6 @@ def client(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     """The cluster, with its token in this process's environment."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster.address)
-    # MLflow puts it there when a test before this one names a store, and a job would take it along.
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return cluster
 
