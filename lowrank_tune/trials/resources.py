@@ -15,6 +15,20 @@ def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> i
     """How many trials run at a time: as many as fit, or fewer where the study file says so.
 
     Args:
+        spec: as for `trials_that_fit`.
+        nodes: as for `trials_that_fit`.
+
+    Raises:
+        InputError: as `trials_that_fit` does.
+    """
+    fit = trials_that_fit(spec, nodes)
+    return min(fit, spec.max_concurrent or fit)
+
+
+def trials_that_fit(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
+    """How many trials the cluster has room for.
+
+    Args:
         spec: what one trial needs; each of its workers must fit on one node.
         nodes: as `ray.nodes()` describes them.
 
@@ -45,4 +59,4 @@ def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> i
             f"{spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU each, but this Ray has room for {fit}; "
             "lower it, or run where there are enough"
         )
-    return min(trials, spec.max_concurrent or trials)
+    return trials

@@ -17,7 +17,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.spec.schema import ResourcesSpec
-from lowrank_tune.trials.resources import trials_at_once
+from lowrank_tune.trials.resources import trials_that_fit
 
 _NAME = "lowrank-tune study "
 _LOOK_EVERY_S = 2.0
@@ -44,8 +44,20 @@ def studies_at_work() -> int:
     return sum(group["name"].startswith(_NAME) and group["state"] != "REMOVED" for group in groups)
 
 
+def fair_part(resources: ResourcesSpec) -> int:
+    """A study's part of as many trials as fit, whatever others leave unused; at least one.
+
+    Args:
+        resources: what a trial needs.
+
+    Raises:
+        InputError: none fits.
+    """
+    return math.ceil(trials_that_fit(resources, ray.nodes()) / max(1, studies_at_work()))
+
+
 class FairShare:
-    """How many trials a study may have at work: its part of as many as fit, whatever others leave unused.
+    """How many trials a study may have at work while it runs: its part, or fewer where the study file says so.
 
     Args:
         resources: what a trial needs.
@@ -62,7 +74,6 @@ class FairShare:
             self._looked_at = now
             # While a node is lost, nothing may fit; what fitted before is the best guess.
             with suppress(InputError):
-                fit = trials_at_once(self._resources.model_copy(update={"max_concurrent": None}), ray.nodes())
-                part = math.ceil(fit / max(1, studies_at_work()))
+                part = fair_part(self._resources)
                 self._share = min(part, self._resources.max_concurrent or part)
         return self._share

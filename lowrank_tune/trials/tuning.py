@@ -22,7 +22,7 @@ from lowrank_tune.trials.lane_plan import fuses, plan_lanes
 from lowrank_tune.trials.lanes import LaneTrialActor, open_lanes
 from lowrank_tune.trials.paths import MaterialPaths
 from lowrank_tune.trials.resources import trials_at_once
-from lowrank_tune.trials.sharing import FairShare
+from lowrank_tune.trials.sharing import fair_part
 from lowrank_tune.trials.trainable import TrialActor, actor_config
 
 MAX_RETRIES = 2
@@ -72,7 +72,7 @@ def run_on_tune(
         shared |= own
         if space is not None and actor is TrialActor:
             # No searcher is asked what this study's part is.
-            at_once = min(at_once, FairShare(resources)())
+            at_once = min(at_once, fair_part(resources))
         tune.Tuner(
             actor,
             param_space={**shared, **(space or {})},
@@ -103,7 +103,7 @@ def _actors(plan: Plan, material: MaterialPaths) -> Iterator[tuple[type[TrialAct
         yield TrialActor, at_once, {}
         return
     # Lanes keep their places until the study's end, so they are this study's part of the cluster at its start.
-    planned = plan_lanes(resources, FairShare(resources.model_copy(update={"max_concurrent": None}))())
+    planned = plan_lanes(resources, fair_part(resources))
     with open_lanes(resources, planned, plan.study_id) as names:
         at_once = min(planned.at_once, len(names) * planned.members)
         yield LaneTrialActor, at_once, {"lanes": names, "share": planned.share}
