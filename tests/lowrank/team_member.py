@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch.distributed as dist
+import trial_configs
 
 from lowrank_tune.lowrank.dataset import FeatureMatrix
 from lowrank_tune.lowrank.oracle import measure_optimum
@@ -24,21 +25,10 @@ from lowrank_tune.records import FeatureSet, Split, TrialConfig
 
 # Batches of 10, 10 and 1: the last one has an image for one worker only.
 SPLIT = Split(train=tuple(range(21)), validation=tuple(range(21, 28)), test=())
-DIRECT = TrialConfig(
-    trial_id="r004-direct-0000",
-    number=0,
-    seed=7,
-    family="direct",
-    rank=4,
-    lr=1e-2,
-    weight_decay=1e-5,
-    batch_size=10,
-    epochs=4,
-    patience=10,
-    family_params={"lambda_b": 1e-4, "lambda_ortho": 1e-3},
-)
-SKETCH = replace(DIRECT, family="sketch", family_params={})
-REFINED = replace(DIRECT, family="refined", family_params={"steps": 2})
+LONGER = {"lr": 1e-2, "batch_size": 10, "epochs": 4}
+DIRECT = replace(trial_configs.DIRECT, **LONGER)
+SKETCH = replace(trial_configs.SKETCH, **LONGER)
+REFINED = replace(trial_configs.REFINED, **LONGER, family_params={"steps": 2})
 CASES: dict[str, tuple[TrialConfig, int | None]] = {
     "direct": (DIRECT, None),
     "sketch": (SKETCH, None),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from trial_configs import DIRECT, REFINED, SKETCH
 
 from lowrank_tune.lowrank import trainer as trainer_module
 from lowrank_tune.lowrank.dataset import FeatureMatrix
@@ -15,21 +16,6 @@ from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
 
 SPLIT = Split(train=tuple(range(26)), validation=tuple(range(26, 32)), test=())
-DIRECT = TrialConfig(
-    trial_id="r004-direct-0000",
-    number=0,
-    seed=7,
-    family="direct",
-    rank=4,
-    lr=1e-3,
-    weight_decay=1e-5,
-    batch_size=4,
-    epochs=5,
-    patience=10,
-    family_params={"lambda_b": 1e-4, "lambda_ortho": 1e-3},
-)
-SKETCH = replace(DIRECT, trial_id="r004-sketch-0000", family="sketch", family_params={})
-REFINED = replace(DIRECT, trial_id="r004-refined-0000", family="refined", family_params={"steps": 3})
 EVERY = pytest.mark.parametrize(
     "config",
     [DIRECT, SKETCH, REFINED, replace(SKETCH, nested_ranks=(1, 2, 4)), replace(REFINED, nested_ranks=(2, 4))],

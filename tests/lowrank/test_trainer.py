@@ -6,6 +6,7 @@ from io import BytesIO
 import pytest
 import torch
 from torch import Tensor
+from trial_configs import DIRECT, SKETCH
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.dataset import FeatureMatrix
@@ -16,20 +17,6 @@ from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
 
 SPLIT = Split(train=tuple(range(24)), validation=tuple(range(24, 32)), test=())
-DIRECT = TrialConfig(
-    trial_id="r004-direct-0000",
-    number=0,
-    seed=7,
-    family="direct",
-    rank=4,
-    lr=1e-3,
-    weight_decay=1e-5,
-    batch_size=4,
-    epochs=5,
-    patience=10,
-    family_params={"lambda_b": 1e-4, "lambda_ortho": 1e-3},
-)
-SKETCH = replace(DIRECT, trial_id="r004-sketch-0000", family="sketch", family_params={})
 BOTH = pytest.mark.parametrize("config", [DIRECT, SKETCH], ids=["direct", "sketch"])
 
 MakeTrainer = Callable[..., Trainer]

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_run import BROKEN, DIRECT, SLOW, STUCK, optuna_states, run
-from tiny_study import Listener, World, build_plan
+from tiny_study import Killer, Listener, World, build_plan
 
 from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.lowrank.oracle import Optimum
@@ -42,6 +42,10 @@ def workers() -> list[psutil.Process]:
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)
     return sorted(found, key=lambda process: process.create_time())
+
+
+def last_worker() -> list[psutil.Process]:
+    return workers()[-1:]
 
 
 def all_ended() -> bool:
@@ -113,21 +117,11 @@ def test_budget_asha_patience_and_a_broken_loss_each_end_a_trial(plan_of: PlanOf
     assert [len(read(outcome)) for outcome in outcomes[:3]] == [4, 3, 2]
 
 
-class Killer(Listener):
-    """Kills a worker at the first epoch, and at every later one when it is told to."""
-
-    def __init__(self, again: bool) -> None:
-        super().__init__()
-        self._again = again
-
-    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        super().trial_epoch(trial_id, epoch, metrics)
-        if trial_id.endswith("-0000") and (epoch == 1 or self._again):
-            workers()[-1].kill()
-
-
 def test_a_trial_that_loses_a_worker_goes_on_with_others(plan_of: PlanOf, world: World, tmp_path: Path) -> None:
-    plan, told = plan_of({"batch_size": 3}, training={"epochs": 4, "patience": 4}, resources=PAIR), Killer(again=False)
+    plan, told = (
+        plan_of({"batch_size": 3}, training={"epochs": 4, "patience": 4}, resources=PAIR),
+        Killer(last_worker, again=False),
+    )
     outcomes = run(plan, world, told)
     for outcome in outcomes:
         assert [epoch for trial_id, epoch, _ in told.epochs if trial_id == outcome.config.trial_id] == [1, 2, 3, 4]
@@ -138,7 +132,7 @@ def test_a_trial_that_loses_a_worker_goes_on_with_others(plan_of: PlanOf, world:
 def test_a_trial_that_keeps_losing_workers_fails_and_says_so(plan_of: PlanOf, world: World) -> None:
     plan = plan_of({"rank": 2}, training={"epochs": 9, "patience": 9}, resources=PAIR)
     with pytest.raises(StudyFailedError, match="all 1 trials failed: 1x .*worker [12]: actor died"):
-        run(plan, world, Killer(again=True))
+        run(plan, world, Killer(last_worker, again=True))
 
 
 def test_an_interrupted_study_goes_on_where_it_was(plan_of: PlanOf, world: World, tmp_path: Path) -> None:

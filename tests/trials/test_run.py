@@ -16,7 +16,7 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from tiny_study import Listener, World, build_plan, make_world
+from tiny_study import Killer, Listener, World, build_plan, make_world
 
 from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.lowrank.decomposers import load_decomposer
@@ -178,22 +178,8 @@ def test_random_runs_as_many_trials_as_asked_two_at_a_time_whatever_a_watcher_do
     assert {outcome.status for outcome in outcomes} == {"finished"}
 
 
-class Killer(Listener):
-    """Kills the trial processes at the first epoch, and at every later one when it is told to."""
-
-    def __init__(self, again: bool) -> None:
-        super().__init__()
-        self._again = again
-
-    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        super().trial_epoch(trial_id, epoch, metrics)
-        if trial_id.endswith("-0000") and (epoch == 1 or self._again):
-            for process in actors():
-                process.kill()
-
-
 def test_a_killed_process_is_replaced_and_its_trial_goes_on(plan_of: PlanOf, world: World) -> None:
-    plan, told = plan_of(training={"epochs": 4, "patience": 4}), Killer(again=False)
+    plan, told = plan_of(training={"epochs": 4, "patience": 4}), Killer(actors, again=False)
     killed, other = run(plan, world, told)
     assert [(outcome.status, outcome.epochs) for outcome in (killed, other)] == [("finished", 4)] * 2
     for outcome in (killed, other):
@@ -208,7 +194,7 @@ def test_a_killed_process_is_replaced_and_its_trial_goes_on(plan_of: PlanOf, wor
 
 def test_a_trial_whose_processes_keep_dying_fails_alone(plan_of: PlanOf, world: World) -> None:
     plan = plan_of(training={"epochs": 9, "patience": 9})
-    killed, other = run(plan, world, Killer(again=True))
+    killed, other = run(plan, world, Killer(actors, again=True))
     assert (killed.status, killed.stopped_by) == ("failed", "error")
     assert "actor died" in killed.reason
     assert (other.status, other.epochs) == ("finished", 9)
