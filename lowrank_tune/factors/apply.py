@@ -18,14 +18,13 @@ import torch
 from lowrank_tune.caches.identity import Identity, differences
 from lowrank_tune.caches.places import Folder
 from lowrank_tune.caches.sealed import FACTORS, MANIFEST, Contents, canonical, open_cache, read_manifest, read_sealed
-from lowrank_tune.caches.shards import SHARD_ROWS, shard_name
-from lowrank_tune.errors import CacheError, InputError, LowrankTuneError
+from lowrank_tune.errors import InputError
 from lowrank_tune.factors.given import Given, find_given
 from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.commit import stored_as
 from lowrank_tune.features.durable import write_durably
 from lowrank_tune.features.jobs import ShardPlan, ShardResult
-from lowrank_tune.features.pipeline import only_process
+from lowrank_tune.features.pipeline import delivered, only_process, plan_shards
 from lowrank_tune.lowrank.compression import STORE_DTYPES
 from lowrank_tune.lowrank.exported import ExportedModel, load_decomposer, read_exported
 from lowrank_tune.lowrank.factors import pack_factors
@@ -201,7 +200,7 @@ class _Work:
         self._check(reasons)
         progress(done, total)
         if missing:
-            with contextlib.closing(self._make(_plans(missing, self.given.paths))) as made:
+            with contextlib.closing(self._make(plan_shards(missing, self.given.paths))) as made:
                 for result in made:
                     reasons |= dict(result.quarantined)
                     self._check(reasons)
@@ -246,7 +245,6 @@ class _Work:
     def _make(self, plans: Sequence[ShardPlan]) -> Generator[ShardResult, None, None]:
         # A run that finds everything done spends no time on importing Ray.
         import ray
-        from ray.exceptions import RayError
 
         from lowrank_tune.factors.workers import Decomposition, run_decomposition
         from lowrank_tune.session import ray_session
@@ -256,17 +254,7 @@ class _Work:
             device = _device(self.device, has.get("GPU", 0.0))
             actors = max(1, min(len(plans), int(has.get("GPU" if device == "cuda" else "CPU", 1.0))))
             job = Decomposition(str(self.target), self.identity, str(self.model.directory), self.given.place, device)
-            try:
-                with contextlib.closing(run_decomposition(job, plans, actors)) as results:
-                    for result in results:
-                        if result.failure:
-                            raise (InputError if result.fault == "input" else CacheError)(result.failure)
-                        yield result
-            except RayError as error:
-                reason = (str(error).strip() or repr(error)).splitlines()[-1]
-                raise LowrankTuneError(
-                    f"the work into {self.target} stopped ({reason}); what is committed stays, run again"
-                ) from error
+            yield from delivered(run_decomposition(job, plans, actors), f"the work into {self.target}")
 
 
 def _device(wanted: str, gpus: float) -> str:
@@ -275,14 +263,6 @@ def _device(wanted: str, gpus: float) -> str:
     if wanted == "cuda" and gpus < 1:
         raise InputError("--device cuda: the Ray cluster has no GPU; start it with one, or use cpu")
     return wanted
-
-
-def _plans(missing: Sequence[str], paths: Mapping[str, Path]) -> list[ShardPlan]:
-    plans = []
-    for first in range(0, len(missing), SHARD_ROWS):
-        keys = tuple(missing[first : first + SHARD_ROWS])
-        plans.append(ShardPlan(shard_name(keys), keys, tuple(str(paths[key]) for key in keys if key in paths)))
-    return plans
 
 
 def _target(out: str | Path) -> Path:

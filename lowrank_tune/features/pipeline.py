@@ -193,7 +193,7 @@ def _extend(
     on_progress(done, total)
     if missing:
         reasons = dict(contents.quarantined)
-        plans = _plan_shards(missing, files.paths)
+        plans = plan_shards(missing, files.paths)
         with contextlib.closing(_make_shards(extraction, spec, plans, address, note)) as results:
             for result in results:
                 reasons |= dict(result.quarantined)
@@ -203,21 +203,50 @@ def _extend(
     return seal(directory, extraction.identity, extraction.encoder, extraction.weights)
 
 
-def _plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[ShardPlan]:
+def plan_shards(missing: Sequence[str], paths: Mapping[str, Path]) -> list[ShardPlan]:
+    """Which shards hold what is missing.
+
+    Args:
+        missing: keys of images.
+        paths: key -> file; empty where the images are not files.
+    """
     plans = []
     for first in range(0, len(missing), SHARD_ROWS):
         keys = tuple(missing[first : first + SHARD_ROWS])
-        plans.append(ShardPlan(shard_name(keys), keys, tuple(str(paths[key]) for key in keys)))
+        plans.append(ShardPlan(shard_name(keys), keys, tuple(str(paths[key]) for key in keys if paths)))
     return plans
+
+
+def delivered(made: Generator[ShardResult, None, None], work: str) -> Generator[ShardResult, None, None]:
+    """Pass on what Ray's workers made, shard by shard, until one fails; what was committed before it stays.
+
+    Args:
+        made: their answers.
+        work: what they do, for messages.
+
+    Raises:
+        InputError: a shard failed by what the user gave.
+        CacheError: or by the files of a cache.
+        LowrankTuneError: or Ray did.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        with contextlib.closing(made):
+            for result in made:
+                if result.failure:
+                    raise (InputError if result.fault == "input" else CacheError)(result.failure)
+                yield result
+    except RayError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise LowrankTuneError(f"{work} stopped ({reason}); what is committed stays, run again") from error
 
 
 def _make_shards(
     extraction: Extraction, spec: FeaturesSpec, plans: Sequence[ShardPlan], address: str | None, note: Notes
 ) -> Generator[ShardResult, None, None]:
-    """Have the shards made, and tell of each one; what was committed before a failure stays."""
+    """Have the shards made, and tell of each one."""
     # A run that finds everything in the cache spends no time on importing torch and Ray.
-    from ray.exceptions import RayError
-
     from lowrank_tune.features.pool import find_pool
     from lowrank_tune.features.workers import run_extraction
     from lowrank_tune.session import ray_session
@@ -225,17 +254,7 @@ def _make_shards(
     with ray_session(address):
         pool = find_pool(spec, len(plans), note)
         _logger.info("extracting %d shards with %s", len(plans), pool)
-        try:
-            with contextlib.closing(run_extraction(extraction, plans, pool)) as results:
-                for result in results:
-                    if result.failure:
-                        raise (InputError if result.fault == "input" else CacheError)(result.failure)
-                    yield result
-        except RayError as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[-1]
-            raise LowrankTuneError(
-                f"the extraction into {extraction.directory} stopped ({reason}); what is committed stays, run again"
-            ) from error
+        yield from delivered(run_extraction(extraction, plans, pool), f"the extraction into {extraction.directory}")
 
 
 @contextlib.contextmanager
