@@ -25,13 +25,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "apply_decomposer": "lowrank_tune.factors.apply",
-    "export_study": "lowrank_tune.exports.study",
-    "load_decomposer": "lowrank_tune.lowrank.exported",
+    "apply_decomposer": "lowrank_tune.features.decompose",
+    "export_study": "lowrank_tune.export",
+    "load_decomposer": "lowrank_tune.lowrank.pretrained",
     "clone_study": "lowrank_tune.life",
     "extend_study": "lowrank_tune.life",
     "resume_study": "lowrank_tune.life",
-    "load_study": "lowrank_tune.spec.loading",
+    "load_study": "lowrank_tune.config.loading",
     "open_features": "lowrank_tune.study",
     "run_study": "lowrank_tune.study",
 }

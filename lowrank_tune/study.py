@@ -5,49 +5,85 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowrank_tune.caches.staging import local_copy, open_local
-from lowrank_tune.cluster.directory import Lineage, check_id, create_study, results_directory
 from lowrank_tune.cluster.probe import check_shared
-from lowrank_tune.cluster.status import READY, StatusTracker, claimed, working_on
-from lowrank_tune.comparison.compare import compare
-from lowrank_tune.comparison.methods import winners
-from lowrank_tune.comparison.store import read_comparison
-from lowrank_tune.errors import InputError
-from lowrank_tune.features.pipeline import extract_features, probe_shape
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.factors import open_matrix
-from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
-from lowrank_tune.progress import StudyProgress, Told
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
-from lowrank_tune.report.spatial import check_images
-from lowrank_tune.report.write import write_report
-from lowrank_tune.session import ray_session
-from lowrank_tune.spec.loading import load_study
-from lowrank_tune.spec.plan import (
-    Plan,
-    first_params,
-    make_plan,
-    max_rank,
-    split_images,
-    trial_config,
+from lowrank_tune.cluster.study_dir import (
+    READY,
+    Lineage,
+    StatusFile,
+    StatusTracker,
+    check_id,
+    claimed,
+    create_study,
+    extended_plan,
+    find_study,
+    read_plan,
+    read_status,
+    record_extension,
+    results_directory,
+    spec_difference,
+    working_on,
 )
-from lowrank_tune.spec.rendering import render_study
-from lowrank_tune.spec.schema import StudySpec
-from lowrank_tune.tracking.events import Repairs
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.comparison.compare import compare, read_comparison
+from lowrank_tune.comparison.methods import winners
+from lowrank_tune.config.loading import load_study, parse_study
+from lowrank_tune.config.plan import Plan, first_params, make_plan, max_rank, split_images, trial_config
+from lowrank_tune.config.render import render_study
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.extract import extract_features, probe_shape
+from lowrank_tune.features.remote import local_copy, open_local
+from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
+from lowrank_tune.lowrank.svd import Optimum, measure_optimum
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.report.report import write_report
+from lowrank_tune.report.spatial import check_images
+from lowrank_tune.runtime import ray_session
+from lowrank_tune.tracking.mlflow_tracker import Repairs, StudyTracker
 from lowrank_tune.tracking.store import local_uri
-from lowrank_tune.trials.confirm import confirm_trials
-from lowrank_tune.trials.ledger import read_outcomes
-from lowrank_tune.trials.local import run_one_trial
-from lowrank_tune.trials.paths import check_same_images
-from lowrank_tune.trials.run import run_trials
-from lowrank_tune.trials.sharing import taking_part
+from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
+from lowrank_tune.trials.trial import run_one_trial
+from lowrank_tune.trials.tuning import confirm_trials, run_trials, taking_part, widen_journal
+
+
+class StudyProgress:
+    """What a study tells while it runs; each method may be overridden, and none needs to be."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the story begins."""
+
+    def images(self, done: int, total: int) -> None:
+        """So many of the images that the cache lacked are in it now."""
+
+    def trials(self, total: int) -> None:
+        """So many trainings begin: the search's trials, then the repetitions of its best."""
+
+    def trial_epoch(self, metrics: dict[str, Any]) -> None:
+        """A trial finished an epoch: its `trial_id`, `epoch` and figures."""
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """A trial is over."""
+
+
+class Told(StudyProgress):
+    """Passes on what happens, and puts the part of the story at work into status.json."""
+
+    def __init__(self, progress: StudyProgress, status: StatusFile) -> None:
+        self._progress = progress
+        self._status = status
+        self.images, self.trials = progress.images, progress.trials  # type: ignore[method-assign]
+        self.trial_epoch, self.trial_ended = progress.trial_epoch, progress.trial_ended  # type: ignore[method-assign]
+
+    def stage(self, text: str) -> None:
+        """Put it into status.json as well."""
+        self._status.update(stage=text)
+        self._progress.stage(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +304,7 @@ def repair_tracking(plan: Plan) -> Repairs:
         TrackingError: the store does not answer.
     """
     # It imports MLflow, which takes seconds.
-    from lowrank_tune.tracking.reconcile import reconcile
+    from lowrank_tune.tracking.sync import reconcile
 
     finished = (plan.study_dir / "comparison.json").is_file()
     return reconcile(plan, read_comparison(plan.study_dir) if finished else None)
@@ -398,3 +434,118 @@ def _extract(plan: Plan, progress: StudyProgress, address: str | None = None) ->
     )
     check_ranks(plan.spec, features.tokens, features.dim)
     return features
+
+
+def resume_study(
+    study_id: str,
+    *,
+    results: str | Path | None = None,
+    address: str | None = None,
+    progress: StudyProgress | None = None,
+) -> StudyResult:
+    """Go on with a study that was stopped, or that failed: its features, trials and repetitions are not made again.
+
+    Trials that are over stay over; those that were being trained go on from their last checkpoint; the search goes on
+    as it would have. A study whose trials are all over is compared and reported anew.
+
+    Args:
+        study_id: its id, or the beginning of it.
+        results: as for `run_study`.
+        address: as for `run_study`.
+        progress: as for `run_study`.
+
+    Raises:
+        InputError: there is no such study, another process works on it, or its images have changed.
+        StudyFailedError: no trial gave a model.
+        TrackingError: the MLflow server does not answer.
+    """
+    return carry_out(read_plan(find_study(results_directory(results), study_id)), address, progress)
+
+
+def extend_study(
+    study_id: str,
+    *,
+    trials: int = 0,
+    overrides: Sequence[str] = (),
+    results: str | Path | None = None,
+    address: str | None = None,
+    progress: StudyProgress | None = None,
+) -> StudyResult:
+    """Add trials to a finished study; searcher and scheduler know the old ones, and all are compared anew.
+
+    Args:
+        study_id: as for `resume_study`.
+        trials: how many to add; a grid grows with its space instead.
+        overrides: `key.path=value` texts, such as a wider `search.space`.
+        results: as for `run_study`.
+        address: as for `run_study`.
+        progress: as for `run_study`.
+
+    Raises:
+        InputError: it is not finished, nothing would be added, or what changes would make its trials incomparable.
+        StudyFailedError: no trial gave a model.
+        TrackingError: the MLflow server does not answer.
+    """
+    directory = find_study(results_directory(results), study_id)
+    with claimed(directory):
+        state = read_status(directory, ours=True)["state"]
+        if state != "finished":
+            raise InputError(f"study {directory.name}: it is {state}; `lowrank-tune resume` comes before `extend`")
+        before = read_plan(directory)
+        plan = extended_plan(before, trials, overrides)
+        check_ranks(plan.spec, *probe_shape(plan.spec.features, plan.features_root, plan.spec.seed))
+        widen_journal(plan, directory / "tune" / "optuna.journal")
+        record_extension(before, plan, overrides)
+    return carry_out(plan, address, progress)
+
+
+def clone_study(
+    study_id: str,
+    *,
+    overrides: Sequence[str] = (),
+    results: str | Path | None = None,
+    address: str | None = None,
+    progress: StudyProgress | None = None,
+    new_id: str = "",
+) -> StudyResult:
+    """Run a new study with another one's file and some other values; it remembers its parent and the difference.
+
+    Args:
+        study_id: the parent's id, or the beginning of it.
+        overrides: `key.path=value` texts laid over the parent's file.
+        results: as for `run_study`.
+        address: as for `run_study`.
+        progress: as for `run_study`.
+        new_id: as for `run_study`.
+
+    Raises:
+        InputError: there is no such study, or something in its file, the data or the results must be changed.
+        StudyFailedError: no trial gave a model.
+        TrackingError: the MLflow server does not answer.
+    """
+    directory = find_study(results_directory(results), study_id)
+    text = (directory / "study.resolved.yaml").read_text(encoding="utf-8")
+    spec = parse_study(text, directory.name, overrides)
+    lineage = Lineage(directory.name, spec_difference(load_study(directory / "study.resolved.yaml"), spec))
+    plan = plan_study(spec, results, new_id)
+    return carry_out(plan, address, progress, Given(text, tuple(overrides), lineage))
+
+
+def reconcile_study(study_id: str, results: str | Path | None = None) -> dict[str, Any]:
+    """Make MLflow hold what a study's own files hold.
+
+    Args:
+        study_id: its id, or the beginning of it.
+        results: as for `run_study`.
+
+    Returns:
+        `study_id` and what was repaired, as `Repairs` counts it, fit for JSON.
+
+    Raises:
+        InputError: there is no such study, its files are damaged, or a process works on it and tells MLflow itself.
+        TrackingError: the store does not answer.
+    """
+    directory = find_study(results_directory(results), study_id)
+    plan = read_plan(directory)
+    with claimed(directory):
+        return {"study_id": plan.study_id, **asdict(repair_tracking(plan))}

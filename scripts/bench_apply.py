@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
-from lowrank_tune.features.pipeline import import_tensors
+from lowrank_tune.features.extract import import_tensors
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
-from lowrank_tune.lowrank.exported import exported_files
-from lowrank_tune.lowrank.stored_factors import factor_bytes
+from lowrank_tune.lowrank.pretrained import exported_files
+from lowrank_tune.lowrank.quantization import factor_bytes
 from lowrank_tune.records import TrialConfig
 
 TOKENS, DIM, RANK, BATCH = 256, 2048, 64, 16

@@ -26,12 +26,11 @@ from bench_decomposers import PARAMS, _photographs, _power_law, _written
 from torch import Tensor
 
 from lowrank_tune.comparison import compare as room
-from lowrank_tune.lowrank import controls
-from lowrank_tune.lowrank.compression import restored
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank import baselines
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors, make_decomposer, save_decomposer
-from lowrank_tune.lowrank.seeds import stream
-from lowrank_tune.lowrank.stored_factors import ordered
+from lowrank_tune.lowrank.linalg import stream
+from lowrank_tune.lowrank.quantization import ordered, restored
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialConfig, TrialOutcome
 
 RANKS = (64, 128)
@@ -96,7 +95,7 @@ def _choices(x_NTD: Tensor) -> None:
     print("\n  relative error   scale a component   scale a token   components mixed")
     generator = torch.Generator().manual_seed(0)
     for rank in RANKS:
-        best = controls.svd(x_NTD, rank)
+        best = baselines.svd(x_NTD, rank)
         a_NTR, b_NRD = ordered(best)
         mix_RR = torch.randn(rank, rank, generator=generator)
         mixed = Factors(best.a_NTR @ mix_RR, torch.linalg.solve(mix_RR, best.b_NRD))

@@ -37,14 +37,13 @@ from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from lowrank_tune.features.samples import write_samples
-from lowrank_tune.lowrank import controls
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.features.sources import write_samples
+from lowrank_tune.lowrank import baselines
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors, make_decomposer
-from lowrank_tune.lowrank.linalg import gram, principal_axes
+from lowrank_tune.lowrank.linalg import gram, principal_axes, stream
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
-from lowrank_tune.lowrank.oracle import measure_optimum
-from lowrank_tune.lowrank.seeds import stream
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig
 
@@ -164,10 +163,10 @@ class _Bench:
 
 def _controls(rank: int, axes_DR: Tensor) -> dict[str, Route]:
     return {
-        "random_sketch": lambda x: controls.random_sketch(x, rank, stream(0, "sketch")),
-        "pca_basis": partial(controls.pca_basis, rank=rank, axes_DR=axes_DR),
-        "power_1": lambda x: controls.power_1(x, rank, stream(0, "power")),
-        "randomized_svd": lambda x: controls.randomized_svd(x, rank, stream(0, "randomized")),
+        "random_sketch": lambda x: baselines.random_sketch(x, rank, stream(0, "sketch")),
+        "pca_basis": partial(baselines.pca_basis, rank=rank, axes_DR=axes_DR),
+        "power_1": lambda x: baselines.power_1(x, rank, stream(0, "power")),
+        "randomized_svd": lambda x: baselines.randomized_svd(x, rank, stream(0, "randomized")),
     }
 
 
@@ -179,7 +178,7 @@ def _rivals(rank: int) -> Mapping[str, Route]:
         return Factors(u[..., :rank] * s[:, None, :rank], v[:, :rank])
 
     def eigh(x_NTD: Tensor, gram_NTT: Tensor) -> Factors:
-        return controls.project(x_NTD, torch.linalg.eigh(gram_NTT).eigenvectors[..., -rank:])
+        return baselines.project(x_NTD, torch.linalg.eigh(gram_NTT).eigenvectors[..., -rank:])
 
     def lowrank(x_NTD: Tensor) -> Factors:
         u, s, v = torch.svd_lowrank(x_NTD, q=rank)
@@ -197,7 +196,7 @@ def _rivals(rank: int) -> Mapping[str, Route]:
         "Gram (syrk) + eigh": lambda x: eigh(x, gram(x)),
         "svd_lowrank": lowrank,
         "scikit-learn randomized_svd": scikit,
-        "control randomized_svd": lambda x: controls.randomized_svd(x, rank, stream(0, "randomized")),
+        "control randomized_svd": lambda x: baselines.randomized_svd(x, rank, stream(0, "randomized")),
     }
 
 

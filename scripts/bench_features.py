@@ -35,13 +35,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from lowrank_tune.caches.identity import fingerprint
-from lowrank_tune.caches.sealed import open_cache
-from lowrank_tune.caches.shards import SHARD_ROWS, shard_name
-from lowrank_tune.features.cache import recover, seal
-from lowrank_tune.features.commit import commit_shard
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.residence import Mapped
+from lowrank_tune.features.cache import SHARD_ROWS, commit_shard, fingerprint, open_cache, recover, seal, shard_name
+from lowrank_tune.lowrank.data import FeatureMatrix, Mapped
 
 CORES = 2
 TOKENS, DIM, BATCH = 256, 2048, 32
@@ -217,8 +212,8 @@ def _make_verify_read(tensors: Path, results: Path) -> None:
     """The driver of `bench_memory`, by the library's own functions."""
     import ray
 
-    from lowrank_tune.caches.sealed import verify_cache
-    from lowrank_tune.features.pipeline import import_tensors
+    from lowrank_tune.features.cache import verify_cache
+    from lowrank_tune.features.extract import import_tensors
 
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, log_to_driver=False, configure_logging=False,
              object_store_memory=100_000_000)  # fmt: skip

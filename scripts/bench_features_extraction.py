@@ -31,12 +31,10 @@ from torch.nn.functional import cosine_similarity
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.features.checkpoint import WEIGHTS_MARK, find_tower, read_checkpoint_config, write_tiny_checkpoint
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.pipeline import extract_features
-from lowrank_tune.features.pool import Pool, find_pool
-from lowrank_tune.features.tiny import WEIGHTS_MARK, write_tiny_checkpoint
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.extract import Pool, extract_features, find_pool
 
 IMAGE_SIZE = 448
 SHARD = 64

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 
 
 def main() -> None:

@@ -43,15 +43,15 @@ from ray import tune
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 from safetensors.torch import save_file
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
+from lowrank_tune.config.plan import Plan, make_plan, trial_config
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan, make_plan, trial_config
-from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.trials.run import run_trials
-from lowrank_tune.trials.session import train_epoch
+from lowrank_tune.trials.trial import train_epoch
+from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, TRAIN, VALIDATION = 16, 32, 600, 56
 SPLIT = Split(tuple(range(TRAIN)), tuple(range(TRAIN, TRAIN + VALIDATION)), ())

@@ -33,13 +33,13 @@ import ray
 import torch
 from safetensors.torch import save_file
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.config.plan import Plan, make_plan
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan, make_plan
-from lowrank_tune.spec.schema import StudySpec
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.trials.run import run_trials
+from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, IMAGES = 8, 12, 24
 SPLIT = Split(tuple(range(16)), tuple(range(16, 20)), tuple(range(20, 24)))

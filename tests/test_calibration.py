@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lowrank_tune.calibration import Calibration, calibrate
+from lowrank_tune.config.plan import make_plan
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.cost import Calibration, calibrate
 from lowrank_tune.records import Split
-from lowrank_tune.spec.plan import make_plan
-from lowrank_tune.spec.schema import StudySpec
 
 SPLIT = Split(tuple(range(64)), tuple(range(64, 72)), tuple(range(72, 80)))
 

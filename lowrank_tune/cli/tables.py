@@ -14,11 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lowrank_tune.cli.listing import print_facts
-from lowrank_tune.inspection import Check
+from lowrank_tune.cli.output import print_facts
+from lowrank_tune.cost import Check
 from lowrank_tune.records import Comparison, FeatureSet, TrialOutcome
-from lowrank_tune.report.terminal import at_rank, comparison_tables, studies_table, verdict_table
-from lowrank_tune.report.words import summary
+from lowrank_tune.report.text import at_rank, comparison_tables, studies_table, summary, verdict_table
 from lowrank_tune.study import StudyResult
 
 

@@ -5,27 +5,248 @@ N images, T tokens, D dim, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
 from lowrank_tune.comparison.compression import measure_compression
-from lowrank_tune.comparison.compression_words import verdict_words
-from lowrank_tune.comparison.methods import Method, repeated, trained, untrained
-from lowrank_tune.comparison.pareto import pareto_fronts
-from lowrank_tune.comparison.rows import make_rows
-from lowrank_tune.comparison.scoring import Kind, score
-from lowrank_tune.comparison.speed import BATCH, device_words, images_per_second
-from lowrank_tune.comparison.store import write_comparison
+from lowrank_tune.comparison.methods import (
+    BATCH,
+    Kind,
+    Method,
+    device_words,
+    images_per_second,
+    repeated,
+    score,
+    trained,
+    untrained,
+)
+from lowrank_tune.comparison.remarks import verdict_words
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.linalg import principal_axes
-from lowrank_tune.lowrank.seeds import stream
-from lowrank_tune.records import Comparison, ComparisonRow, Compression, FeatureSet, Split, TrialOutcome
+from lowrank_tune.files import write_whole
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.linalg import principal_axes, stream
+from lowrank_tune.records import (
+    Comparison,
+    ComparisonRow,
+    Compression,
+    FeatureSet,
+    Front,
+    FrontPoint,
+    PrunedRow,
+    QuantisedRow,
+    Split,
+    StoredRow,
+    TrialOutcome,
+)
+
+CONFIDENCE = 0.95
+"""Of the interval around the mean paired difference."""
+
+Interval = tuple[float, float | None, float | None]
+"""A mean, and the ends of its confidence interval where there is one."""
+
+
+def make_rows(
+    data: FeatureMatrix,
+    per_image: pd.DataFrame,
+    methods: Sequence[Method],
+    repeats: Sequence[Method],
+    speeds: Mapping[Kind, float],
+) -> list[ComparisonRow]:
+    """Make a row of each method at each rank.
+
+    Args:
+        data: the features.
+        per_image: `score`'s table of the methods, their repetitions and the SVD.
+        methods: what the rows are of, beside the SVD.
+        repeats: the repetitions of trained ones, by `confirms`; those that the table lacks are passed over.
+        speeds: images a second of each method and of the SVD.
+
+    Returns:
+        The rows by rank.
+    """
+    trials = {(method.name, method.rank): method.trial_id for method in methods}
+    tables = {kind: table.set_index("index") for kind, table in per_image.groupby(["method", "rank"], sort=False)}
+    rows = []
+    for name, rank in sorted(speeds, key=lambda kind: kind[1]):
+        images, trial_id = tables[name, rank], trials.get((name, rank), "")
+        again = [
+            tables[repeat.name, rank]
+            for repeat in repeats
+            if trial_id and repeat.confirms == trial_id and (repeat.name, repeat.rank) in tables and repeat.rank == rank
+        ]
+        ratio_mean, ratio_sd = _over_seeds([table["residual_ratio"].mean() for table in again])
+        cosine_mean, cosine_sd = _over_seeds([table["token_cosine"].mean() for table in again])
+        difference, low, high = mean_interval(images["token_cosine"] - tables["svd", rank]["token_cosine"])
+        rows.append(
+            ComparisonRow(
+                method=name,
+                rank=rank,
+                n_images=len(images),
+                token_cosine_mean=float(images["token_cosine"].mean()),
+                token_cosine_sd=float(images["token_cosine"].std(ddof=1)) if len(images) > 1 else 0.0,
+                flat_cosine_mean=float(images["flat_cosine"].mean()),
+                mse_mean=float(images["mse"].mean()),
+                residual_ratio_mean=float(images["residual_ratio"].mean()),
+                residual_ratio_max=float(images["residual_ratio"].max()),
+                bytes_per_image=(data.tokens + data.dim) * rank * data.dtype.itemsize,
+                images_per_second=speeds[name, rank],
+                trial_id=trial_id,
+                seeds=len(again),
+                residual_ratio_seed_mean=ratio_mean,
+                residual_ratio_seed_sd=ratio_sd,
+                token_cosine_seed_mean=cosine_mean,
+                token_cosine_seed_sd=cosine_sd,
+                token_cosine_minus_svd=difference,
+                token_cosine_minus_svd_low=low,
+                token_cosine_minus_svd_high=high,
+            )
+        )
+    return rows
+
+
+def mean_interval(values_N: ArrayLike) -> Interval:
+    """Take the mean of values with its confidence interval by Student's t, for values drawn independently.
+
+    Args:
+        values_N: N finite numbers, at least one.
+
+    Returns:
+        The mean and the interval's ends; no ends for a single value.
+    """
+    values = np.asarray(values_N, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, None, None
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def _over_seeds(means: Sequence[float]) -> tuple[float | None, float | None]:
+    mean = float(np.mean(means)) if means else None
+    return mean, float(np.std(means, ddof=1)) if len(means) > 1 else None
+
+
+def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:
+    """Work out both trade-offs.
+
+    Args:
+        outcomes: every trial of the study. Pruned ones are candidates, for they have a model; those without one are
+            not, nor those of nested ranks, whose figures are means over several ranks.
+        rows: the comparison's.
+
+    Returns:
+        `search`, where it has a candidate, and `storage`.
+    """
+    trials = [
+        FrontPoint(config.family, config.rank, x=config.rank, y=trial.best["val_mse"], trial_id=config.trial_id)
+        for trial, config in ((trial, trial.config) for trial in outcomes)
+        if trial.status != "failed" and "val_mse" in trial.best and not config.nested_ranks
+    ]
+    methods = [
+        FrontPoint(row.method, row.rank, x=row.bytes_per_image, y=row.token_cosine_mean, trial_id=row.trial_id)
+        for row in rows
+    ]
+    search = Front("search", "rank", "val_mse", "lower", _marked(trials, "lower"))
+    storage = Front("storage", "bytes_per_image", "token_cosine_mean", "higher", _marked(methods, "higher"))
+    return tuple(front for front in (search, storage) if front.points)
+
+
+def _marked(points: Sequence[FrontPoint], better: Literal["lower", "higher"]) -> tuple[FrontPoint, ...]:
+    """Sort candidates by what they cost and mark those that none dominates; equals stand or fall together."""
+    sign = 1.0 if better == "lower" else -1.0
+    marked: list[FrontPoint] = []
+    best: tuple[float, float] | None = None
+    for point in sorted(points, key=lambda point: (point.x, sign * point.y)):
+        cost = (point.x, sign * point.y)
+        on_front = best is None or cost[1] < best[1] or cost == best
+        best = cost if on_front else best
+        marked.append(replace(point, on_front=on_front))
+    return tuple(marked)
+
+
+_DEVICE, _REMARKS, _DATA = b"lowrank_tune.device", b"lowrank_tune.remarks", b"lowrank_tune.data"
+
+
+def write_comparison(directory: Path, comparison: Comparison, per_image: pd.DataFrame) -> None:
+    """Write a comparison's files, each whole or not at all.
+
+    `comparison.json` is a list by contract, so device, data and remarks travel in the parquet file's own metadata.
+
+    Args:
+        directory: the study's.
+        comparison: what to write, every figure finite; its `per_image_path` lies in the directory.
+        per_image: one row a (method, rank, image).
+    """
+    table = pa.Table.from_pandas(per_image, preserve_index=False)
+    notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
+    write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
+    _write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
+    _write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
+    _write_json(directory / "compression.json", asdict(comparison.compression))
+
+
+def read_comparison(directory: Path) -> Comparison:
+    """Read what `write_comparison` wrote.
+
+    Args:
+        directory: the study's.
+
+    Raises:
+        InputError: the study has no comparison, or its files are damaged.
+    """
+    path, per_image_path = directory / "comparison.json", directory / "per_image.parquet"
+    try:
+        rows = tuple(ComparisonRow(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+        fronts = tuple(_front(**front) for front in json.loads((directory / "pareto.json").read_text(encoding="utf-8")))
+        compression = _read_compression(directory / "compression.json")
+        notes = pq.read_schema(per_image_path).metadata or {}
+        remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{directory}: no readable comparison lies there ({error}); measure it again with "
+            f"`lowrank-tune compare {directory.name} --again`"
+        ) from error
+    device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
+    return Comparison(rows, str(per_image_path), device, remarks, data, fronts, compression)
+
+
+def _front(points: list[dict[str, Any]], **front: Any) -> Front:
+    return Front(points=tuple(FrontPoint(**point) for point in points), **front)
+
+
+def _read_compression(path: Path) -> Compression:
+    """Read `compression.json`; a study that was compared before there was one has none."""
+    if not path.exists():
+        return Compression()
+    kinds = {"stored": StoredRow, "pruned": PrunedRow, "models": QuantisedRow, "words": str}
+    held: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+    rows = {
+        name: tuple(kind(**row) if isinstance(row, dict) else kind(row) for row in held[name])
+        for name, kind in kinds.items()
+    }
+    return Compression(**rows)
+
+
+def _write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
 
 PCA_IMAGES = 512
 """Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""

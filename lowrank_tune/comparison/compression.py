@@ -16,17 +16,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_tune.comparison.compression_words import compression_words
-from lowrank_tune.comparison.methods import Method
-from lowrank_tune.comparison.scoring import BATCH_NUMBERS
+from lowrank_tune.comparison.methods import BATCH_NUMBERS, Method
+from lowrank_tune.comparison.remarks import compression_words
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank import controls
-from lowrank_tune.lowrank.compression import packed_bytes, restored
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank import baselines
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.metrics import Figures, measure, measure_matrix
-from lowrank_tune.lowrank.quantised import QuantisedDecomposer, model_bytes
-from lowrank_tune.lowrank.stored_factors import factor_bytes, ordered, prune, residual_by_rank, restored_factors
+from lowrank_tune.lowrank.quantization import (
+    QuantisedDecomposer,
+    factor_bytes,
+    model_bytes,
+    ordered,
+    packed_bytes,
+    prune,
+    residual_by_rank,
+    restored,
+    restored_factors,
+)
 from lowrank_tune.records import ComparisonRow, Compression, PrunedRow, QuantisedRow, StoredRow
 
 DTYPES = ("float16", "int8", "int5", "int4")
@@ -143,7 +150,7 @@ def _store_factors(
 ) -> None:
     """Measure the SVD's factors at each rank and the best trained ones; prune what has the most components of each."""
     most = min(images.x_NTD.shape[-2:])
-    _in_each_dtype(images, "svd", most, ordered(controls.svd(images.x_NTD, most)), ranks, allowed, tally)
+    _in_each_dtype(images, "svd", most, ordered(baselines.svd(images.x_NTD, most)), ranks, allowed, tally)
     for method in best:
         own = allowed if method is best[-1] else {}
         factors = ordered(made[_model_key(method)])

@@ -1,31 +1,592 @@
-"""Writing a feature cache: `features/<fingerprint>/`, laid out as `caches/sealed.py` tells.
+"""A sealed feature cache, `features/<fingerprint>/`: opened, checked, and refused where it is not what it was.
 
-Everything is written whole (`durable.py`), and names and contents depend only on the images and the fingerprint, so
-that a cache completed after any kill is byte for byte the one of an uninterrupted run.
+    shards/<name>.safetensors   tensor `features` [n, T, D], n <= 64
+    commits/<name>.json         written after its shard: the shard's size, checksums, quarantined keys
+    quarantine.json             every quarantined key with its reason; written at sealing
+    manifest.json               seals all of the above by digest; written last
+    sources/<digest>.parquet    a user's records and the key of each one's image
+
+A shard counts when its commit is there; a cache counts when its manifest is there. Everything is written whole
+(`durable.py`), and names and contents depend only on the images and the fingerprint, so that a cache completed after
+any kill is byte for byte the one of an uninterrupted run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import logging
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lowrank_tune.caches.identity import Identity, fingerprint
-from lowrank_tune.caches.places import Folder
-from lowrank_tune.caches.sealed import (
-    FORMAT,
-    MANIFEST,
-    QUARANTINE,
-    SOURCES,
-    Contents,
-    canonical,
-    read_manifest,
-    sealed_commits,
+import fsspec
+import psutil
+import pyarrow as pa
+from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.errors import CacheError, InputError, redact
+from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
+from lowrank_tune.files import Readable, parse_header, remove_temporaries, write_durably, write_pieces_durably
+from lowrank_tune.records import FeatureRow, FeatureSet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Identity = dict[str, Any]
+
+
+def fingerprint(identity: Identity) -> str:
+    """16 hex digits of the identity's sha256."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(expected: Identity, found: Identity) -> list[str]:
+    """One text for each field in which two identities differ: `vision.depth: expected 32, found 24`."""
+    wanted, there = dict(_fields(expected)), dict(_fields(found))
+    return [
+        f"{name}: expected {wanted.get(name)!r}, found {there.get(name)!r}"
+        for name in sorted(wanted.keys() | there.keys())
+        if wanted.get(name) != there.get(name)
+    ]
+
+
+def _fields(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in identity.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+_NETWORK_FILESYSTEMS = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "virtiofs"}
 )
-from lowrank_tune.caches.shards import COMMITS, SHARDS, Commit, checksum, commit_path, read_commit, shard_problems
-from lowrank_tune.errors import CacheError
-from lowrank_tune.features.durable import remove_temporaries, write_durably
+_READ_AHEAD = 8 * 2**20
+"""Bytes of one request to an object store: some rows, so that a request's delay does not count."""
 
-_logger = logging.getLogger(__name__)
+
+class Mount(Protocol):
+    """What psutil tells of a mounted file system."""
+
+    @property
+    def mountpoint(self) -> str:
+        """Where it is seen."""
+
+    @property
+    def fstype(self) -> str:
+        """Its kind."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that is only read.
+
+    Attributes:
+        name: its path, or its address without credentials.
+        filesystem: where it lies.
+        path: its path there.
+    """
+
+    name: str
+    filesystem: FileSystem
+    path: str
+
+    @classmethod
+    def at(cls, place: str | Path) -> Folder:
+        """The folder at a path, or at any address that pyarrow or fsspec knows (`file://`, `s3://`, `gs://`, …).
+
+        Raises:
+            InputError: the address is of no known kind, or what its kind needs is missing.
+        """
+        if not is_uri(place):
+            path = os.path.abspath(Path(place).expanduser())
+            return cls(path, LocalFileSystem(), path)
+        address = str(place)
+        try:
+            try:
+                filesystem, path = FileSystem.from_uri(address)
+            except pa.ArrowInvalid:
+                other, path = fsspec.core.url_to_fs(address)
+                filesystem = PyFileSystem(FSSpecHandler(other))
+        except (OSError, ValueError, ImportError, pa.ArrowException) as error:
+            raise InputError(f"{redact(address)}: no place to read from ({redact(str(error))}); "
+                             "give a local path, or an address such as s3://bucket/results") from error  # fmt: skip
+        return cls(redact(address).partition("?")[0].rstrip("/"), filesystem, path.rstrip("/"))
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.name}/{name}", self.filesystem, f"{self.path}/{name}")
+
+    @property
+    def last(self) -> str:
+        """The folder's own name."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading it goes over a network: an object store, or a network mount."""
+        local = isinstance(self.filesystem, LocalFileSystem)
+        return not local or on_network_mount(self.path, psutil.disk_partitions(all=True))
+
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+        return bool(self.filesystem.get_file_info(self.path).type == FileType.Directory)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file in it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the place does not answer.
+        """
+        info = self.filesystem.get_file_info(f"{self.path}/{name}")
+        if info.type != FileType.File:
+            raise FileNotFoundError(f"{self.name}/{name}")
+        return int(info.size)
+
+    def read(self, name: str) -> bytes:
+        """Read a file in it as a whole.
+
+        Raises:
+            OSError: it is missing, or the place does not answer.
+        """
+        with self.open(name) as file:
+            return bytes(file.read())
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Open a file in it, to be read from its start on."""
+        ahead = None if isinstance(self.filesystem, LocalFileSystem) else _READ_AHEAD
+        return self.filesystem.open_input_stream(f"{self.path}/{name}", compression=None, buffer_size=ahead)
+
+    def files(self) -> list[str]:
+        """Names of the files in it, the latest last; none when it is missing."""
+        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        found = [(info.mtime_ns or 0, str(info.base_name)) for info in infos if info.type == FileType.File]
+        return [name for _, name in sorted(found)]
+
+    def bytes(self) -> int:
+        """How many bytes its files have."""
+        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        return sum(info.size for info in infos if info.type == FileType.File)
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted; none when it is missing."""
+        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        return sorted(str(info.base_name) for info in infos if info.type == FileType.Directory)
+
+
+def is_uri(place: str | Path) -> bool:
+    """Whether a place is an address and no path."""
+    return isinstance(place, str) and "://" in place
+
+
+def join(place: str, name: str) -> str:
+    """A place within a place; the query of an address stays at its end."""
+    address, mark, query = place.partition("?") if is_uri(place) else (place, "", "")
+    return f"{address.rstrip('/')}/{name}{mark}{query}"
+
+
+def results_place(results: str | Path | None) -> str:
+    """The results directory's name: what is given, else LOWRANK_TUNE_RESULTS, else `results`."""
+    return str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
+
+
+def on_network_mount(path: str, partitions: Iterable[Mount]) -> bool:
+    """Whether a local path lies on a network mount or a FUSE file system.
+
+    Args:
+        path: absolute; links are followed.
+        partitions: what is mounted, as `psutil.disk_partitions(all=True)` tells it.
+    """
+    place = Path(os.path.realpath(path))
+    above = [part for part in partitions if place.is_relative_to(part.mountpoint)]
+    if not above:
+        return False
+    # Of two mounts at one point the later one is seen.
+    kind = max(enumerate(above), key=lambda entry: (len(Path(entry[1].mountpoint).parts), entry[0]))[1].fstype
+    return kind in _NETWORK_FILESYSTEMS or kind.startswith("fuse.")
+
+
+SHARD_ROWS = 64
+"""Images a shard, at most."""
+
+TENSOR = "features"
+SHARDS = "shards"
+COMMITS = "commits"
+
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8"}
+"""What safetensors calls each dtype of a cache."""
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1}
+
+Layout = dict[str, tuple[str, list[int]]]
+"""By name, in a shard's order, safetensors' dtype and the shape of each tensor that one image is."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What is known about a shard, written after it.
+
+    Attributes:
+        shard: file name under `shards/`.
+        size: the file's bytes; 0, and no file, where no image was usable.
+        header: checksum of the file's bytes before the first value.
+        rows: key and checksum of each row, in the tensor's order.
+        quarantined: key and reason of each image that was to be in this shard and could not be encoded.
+    """
+
+    shard: str
+    size: int
+    header: str
+    rows: tuple[tuple[str, str], ...]
+    quarantined: tuple[tuple[str, str], ...]
+
+    def keys(self) -> set[str]:
+        """Every key that this shard has dealt with."""
+        return {key for key, _ in self.rows + self.quarantined}
+
+
+def layout(identity: Identity) -> Layout:
+    """The tensors of one image in a cache of this identity: wide items first, as safetensors has them."""
+    feature = STORED.get(identity["store_dtype"], ""), [identity["tokens"], identity["dim"]]
+    tensors = identity.get("tensors", {TENSOR: feature})
+    return {
+        name: (kind, list(shape))
+        for name, (kind, shape) in sorted(tensors.items(), key=lambda entry: (-ITEM_BYTES[entry[1][0]], entry[0]))
+    }
+
+
+def header_of(tensors: Layout, count: int) -> dict[str, Any]:
+    """What a safetensors header says of so many images: each tensor's `dtype`, `shape` and `data_offsets`."""
+    entries: dict[str, Any] = {}
+    start = 0
+    for name, (kind, shape) in tensors.items():
+        end = start + count * _row_bytes(kind, shape)
+        entries[name] = {"dtype": kind, "shape": [count, *shape], "data_offsets": [start, end]}
+        start = end
+    return entries
+
+
+def shard_name(keys: Sequence[str]) -> str:
+    """The file name of the shard that is planned for these keys: the same keys give the same name in every run."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16] + ".safetensors"
+
+
+def commit_path(directory: Path, shard: str) -> Path:
+    """The commit record of a shard in the cache at `directory`."""
+    return directory / COMMITS / Path(shard).with_suffix(".json").name
+
+
+def read_commit(data: bytes) -> Commit:
+    """Read the content of a commit record.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        fields = json.loads(data)
+        rows = tuple((str(key), str(check)) for key, check in fields["rows"])
+        quarantined = tuple((str(key), str(error)) for key, error in fields["quarantined"])
+        return Commit(fields["shard"], fields["size"], fields["header"], rows, quarantined)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a commit record ({error!r})") from error
+
+
+def shard_problems(cache: Folder, commit: Commit, identity: Identity, *, full: bool) -> list[str]:
+    """What is wrong with a committed shard: one text each, none when it is sound.
+
+    Args:
+        cache: the cache's folder.
+        commit: what the shard should be.
+        identity: the cache's; gives tokens, dim and dtype.
+        full: also read every value and compare checksums.
+    """
+    if not commit.rows:
+        return []
+    shards = cache / SHARDS
+    name = f"{shards.name}/{commit.shard}"
+    try:
+        size = shards.size(commit.shard)
+        if size != commit.size:
+            return [f"{name}: has {size} bytes, {commit.size} were committed"]
+        with shards.open(commit.shard) as file:
+            start, header = parse_header(file, size)
+            tensors = layout(identity)
+            if header != (expected := header_of(tensors, len(commit.rows))):
+                return [f"{name}: holds {_shown(header)}, expected {_shown(expected)}"]
+            return _checksum_problems(name, file, commit, start, tensors) if full else []
+    except FileNotFoundError:
+        return [f"{name}: is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{name}: cannot be read ({error})"]
+
+
+def _checksum_problems(name: str, file: Readable, commit: Commit, start: bytes, tensors: Layout) -> list[str]:
+    problems = []
+    if checksum(start) != commit.header:
+        problems.append(f"{name}: the header is not the one that was committed")
+    found = [_hash() for _ in commit.rows]
+    for kind, shape in tensors.values():
+        for row in found:
+            row.update(file.read(_row_bytes(kind, shape)))
+    for number, (row, (key, expected)) in enumerate(zip(found, commit.rows, strict=True)):
+        if row.hexdigest() != expected:
+            problems.append(f"{name}: row {number} ({key[:16]}) is not what was committed")
+    return problems
+
+
+def _row_bytes(kind: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * ITEM_BYTES[kind]
+
+
+def _shown(header: dict[str, Any]) -> str:
+    entries = [
+        f"{name} {entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else name
+        for name, entry in sorted(header.items())
+    ]
+    return ", ".join(entries) or "nothing"
+
+
+def checksum(*pieces: bytes | memoryview) -> str:
+    """16 hex digits of blake2b over the pieces, one after the other."""
+    digest = _hash()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8)
+
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.json"
+SOURCES = "sources"
+FACTORS = "factors"
+"""The kind of a cache that holds A [T, R] and B [R, D] of each image, X ≈ A·B, in place of X."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache holds.
+
+    Attributes:
+        rows: key -> its row.
+        quarantined: key -> reason.
+    """
+
+    rows: dict[str, FeatureRow]
+    quarantined: dict[str, str]
+
+    @classmethod
+    def of(cls, commits: Iterable[Commit]) -> Contents:
+        """Collect the rows of these shards."""
+        rows: dict[str, FeatureRow] = {}
+        quarantined: dict[str, str] = {}
+        for commit in commits:
+            for number, (key, _) in enumerate(commit.rows):
+                rows.setdefault(key, FeatureRow(key, commit.shard, number))
+            quarantined |= dict(commit.quarantined)
+        return cls(rows, quarantined)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that are neither stored nor quarantined, each once, in their order."""
+        return [key for key in dict.fromkeys(keys) if key not in self.rows and key not in self.quarantined]
+
+
+def open_cache(place: str | Path) -> FeatureSet:
+    """Open a sealed cache with all its images.
+
+    Sizes, shapes and digests are compared; `verify_cache` also reads every value.
+
+    Args:
+        place: its folder's path or address.
+
+    Returns:
+        Its features, shard by shard; `records_path` is the source that was recorded last, or empty.
+
+    Raises:
+        CacheError: the cache is missing, unsealed, damaged or not what its name says; the message says what differs.
+    """
+    return open_sealed(Folder.at(place), str(place))
+
+
+def open_sealed(cache: Folder, directory: str) -> FeatureSet:
+    """As `open_cache`, with the place as readers shall be told it."""
+    manifest = read_manifest(cache)
+    contents = Contents.of(sealed_commits(cache, manifest))
+    tables = record_tables(cache)
+    identity = manifest["identity"]
+    return FeatureSet(
+        directory=directory,
+        fingerprint=manifest["fingerprint"],
+        encoder=manifest["encoder"],
+        weights=manifest["weights"],
+        dtype=identity["store_dtype"],
+        tokens=identity["tokens"],
+        dim=identity["dim"],
+        rows=tuple(contents.rows.values()),
+        records_path=join(join(directory, SOURCES), tables[-1]) if tables else "",
+        quarantined=len(contents.quarantined),
+        rank=identity["rank"] if identity["kind"] == FACTORS else 0,
+    )
+
+
+def read_sealed(directory: Path, identity: Identity) -> Contents | None:
+    """What a sealed cache holds; None where there is none yet.
+
+    Raises:
+        CacheError: there is one, and it is damaged or made differently.
+    """
+    if not (directory / MANIFEST).exists():
+        return None
+    cache = Folder.at(directory)
+    manifest = read_manifest(cache)
+    if differ := differences(identity, manifest["identity"]):
+        raise CacheError(f"{directory}: was made differently ({'; '.join(differ)}); remove the directory and run again")
+    return Contents.of(sealed_commits(cache, manifest))
+
+
+def read_committed(directory: Path, identity: Identity) -> Contents:
+    """What an extraction would find done already: every committed shard whose size and shape are right.
+
+    The values are not read, and the cache need not be sealed; another process may be writing into it.
+    """
+    cache = Folder.at(directory)
+    commits = []
+    for path in sorted((directory / COMMITS).glob("[!.]*.json")):
+        try:
+            commit = read_commit(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if not shard_problems(cache, commit, identity, full=False):
+            commits.append(commit)
+    return Contents.of(commits)
+
+
+def verify_cache(place: str | Path, full: bool = True) -> list[str]:
+    """Check a cache against its seal.
+
+    Args:
+        place: its folder's path or address.
+        full: read every value and compare its checksum; otherwise sizes, shapes and records only.
+
+    Returns:
+        One text a problem, each naming a file; none when the cache is sound.
+    """
+    cache = Folder.at(place)
+    try:
+        manifest = read_manifest(cache)
+    except CacheError as error:
+        return [str(error)]
+    problems = []
+    for name, digest in manifest["commits"].items():
+        commit = _matching_commit(cache, name, digest)
+        if isinstance(commit, str):
+            problems.append(commit)
+        else:
+            problems += shard_problems(cache, commit, manifest["identity"], full=full)
+    if not _matches(cache, QUARANTINE, manifest["quarantine"]):
+        problems.append(f"{cache.name}/{QUARANTINE}: is not the one that was sealed")
+    sources = cache / SOURCES
+    for name in record_tables(cache):
+        if not _matches(sources, name, name.removesuffix(".parquet")):
+            problems.append(
+                f"{sources.name}/{name}: is not what was recorded; remove it, and the next run writes it again"
+            )
+    return problems
+
+
+def read_manifest(cache: Folder) -> dict[str, Any]:
+    """The manifest of a sealed cache, without its own digest.
+
+    Raises:
+        CacheError: it is missing, damaged, of another format, or another cache's.
+    """
+    path = f"{cache.name}/{MANIFEST}"
+    try:
+        data = cache.read(MANIFEST)
+        manifest: dict[str, Any] = json.loads(data)
+        digest = manifest.pop("digest")
+        if checksum(canonical(manifest)) != digest or canonical({**manifest, "digest": digest}) != data:
+            raise ValueError("its own digest differs")
+    except FileNotFoundError as error:
+        state = "is not sealed, its extraction has not finished" if cache.exists() else "is no feature cache"
+        raise CacheError(f"{cache.name}: {state}; run the extraction to its end") from error
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({redact(str(error))}); see that its place answers") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CacheError(f"{path}: is damaged ({error}); {_remedy(cache)}") from error
+    if manifest["format"] != FORMAT:
+        raise CacheError(
+            f"{path}: has format {manifest['format']}, this program reads {FORMAT}; remove {cache.name} and run again"
+        )
+    # Only a cache that is found by its content has its name from it; where factors go, their user says.
+    if manifest["identity"].get("kind") != FACTORS and fingerprint(manifest["identity"]) != cache.last:
+        raise CacheError(
+            f"{cache.name}: holds the cache {fingerprint(manifest['identity'])}; "
+            "give the directory that name again, or remove it"
+        )
+    return manifest
+
+
+def sealed_commits(cache: Folder, manifest: dict[str, Any]) -> list[Commit]:
+    """The commit records that a manifest seals, each with its shard in place.
+
+    Raises:
+        CacheError: one is missing or not the one that was sealed, or a shard is not what was committed.
+    """
+    commits = []
+    for name, digest in manifest["commits"].items():
+        commit = _matching_commit(cache, name, digest)
+        if isinstance(commit, str):
+            raise CacheError(f"{commit}; {_remedy(cache)}")
+        if problems := shard_problems(cache, commit, manifest["identity"], full=False):
+            raise CacheError(f"{problems[0]}; {_remedy(cache)}")
+        commits.append(commit)
+    return commits
+
+
+def record_tables(cache: Folder) -> list[str]:
+    """Names of the tables under `sources/`, the latest last; one that is still being written is none of them."""
+    return [name for name in (cache / SOURCES).files() if name.endswith(".parquet") and not name.startswith(".")]
+
+
+def canonical(content: object) -> bytes:
+    """JSON in the one form whose digest is taken."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _matching_commit(cache: Folder, name: str, digest: str) -> Commit | str:
+    """The commit record of that name when it is the one that was sealed; what is wrong with it otherwise."""
+    commits = cache / COMMITS
+    try:
+        data = commits.read(name)
+    except FileNotFoundError:
+        return f"{commits.name}/{name}: is missing"
+    except OSError as error:
+        return f"{commits.name}/{name}: cannot be read ({redact(str(error))})"
+    return read_commit(data) if checksum(data) == digest else f"{commits.name}/{name}: is not the one that was sealed"
+
+
+def _matches(folder: Folder, name: str, digest: str) -> bool:
+    try:
+        return checksum(folder.read(name)) == digest
+    except OSError:
+        return False
+
+
+def _remedy(cache: Folder) -> str:
+    return f"remove {cache.name}/{MANIFEST} and run again: sound shards are kept, damaged ones are extracted anew"
+
+
+logger = logging.getLogger(__name__)
 
 
 def recover(directory: Path, identity: Identity) -> Contents:
@@ -103,5 +664,252 @@ def _sound_commit(cache: Folder, path: Path, identity: Identity) -> Commit | Non
     except (OSError, ValueError) as error:
         problems = [f"{path}: {error}"]
     for problem in problems:
-        _logger.warning("%s; it is extracted anew", problem)
+        logger.warning("%s; it is extracted anew", problem)
     return None if problems else commit
+
+
+class UnusableError(Exception):
+    """This one image or tensor file cannot become features; the message is the reason, for its quarantine row."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard that is to be made.
+
+    Attributes:
+        shard: its file name.
+        keys: sha256 of each file.
+        paths: where each file lies.
+    """
+
+    shard: str
+    keys: tuple[str, ...]
+    paths: tuple[str, ...]
+
+    def dump(self) -> str:
+        """As JSON, for a row of a dataset."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> ShardPlan:
+        """Read what `dump` wrote."""
+        fields = json.loads(text)
+        return cls(fields["shard"], tuple(fields["keys"]), tuple(fields["paths"]))
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What became of a shard.
+
+    Attributes:
+        shard: its file name.
+        images: how many files it was planned for.
+        quarantined: key and reason of those that could not be used.
+        failure: why the shard was not committed; empty when it was.
+        fault: whose failure it is: the user's `input`, or the `cache`'s place.
+        notes: what the user should know of how it was made.
+    """
+
+    shard: str
+    images: int
+    quarantined: tuple[tuple[str, str], ...] = ()
+    failure: str = ""
+    fault: Literal["input", "cache"] = "cache"
+    notes: tuple[str, ...] = ()
+
+    def dump(self) -> str:
+        """As JSON, for a row of a dataset."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> ShardResult:
+        """Read what `dump` wrote."""
+        fields = json.loads(text)
+        fields["quarantined"] = tuple((key, error) for key, error in fields["quarantined"])
+        fields["notes"] = tuple(fields["notes"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class ImageEncoding:
+    """How images become features."""
+
+    config: CheckpointConfig
+    tower: TowerFiles
+    image_size: int
+    compute_dtype: str
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """All that a worker needs to know, beside its shard.
+
+    Attributes:
+        directory: the cache.
+        identity: what the features depend on; gives tokens, dim and dtype.
+        encoder: what makes the features, for people.
+        weights: `random`, `pretrained` or `unknown`.
+        encoding: None for tensors, which are features already.
+    """
+
+    directory: str
+    identity: Identity
+    encoder: str
+    weights: str
+    encoding: ImageEncoding | None
+
+
+def to_stored(features_TD: Tensor, store_dtype: str) -> Tensor:
+    """Convert to the cache's dtype.
+
+    Args:
+        features_TD: [T, D], of a floating type.
+        store_dtype: `float16`, `bfloat16` or `float32`.
+
+    Returns:
+        [T, D] in that dtype.
+
+    Raises:
+        UnusableError: a value is NaN or infinite, or too large for the dtype.
+    """
+    import torch
+
+    if not torch.isfinite(features_TD).all():
+        raise UnusableError("the features hold NaN or infinite values")
+    stored = features_TD.to(getattr(torch, store_dtype))
+    if not torch.isfinite(stored).all():
+        largest = features_TD.abs().max().item()
+        raise UnusableError(
+            f"a value of {largest:.4g} does not fit {store_dtype}; set features.store_dtype to bfloat16 or float32"
+        )
+    return stored
+
+
+def commit_shard(
+    directory: Path,
+    shard: str,
+    keys: Sequence[str],
+    features_NTD: Tensor | Sequence[Tensor],
+    quarantined: Sequence[tuple[str, str]],
+) -> Commit:
+    """Write a shard and then its commit record.
+
+    Args:
+        directory: the cache; `shards/` and `commits/` are there.
+        shard: file name.
+        keys: one a row.
+        features_NTD: N rows [T, D] in the cache's dtype, on the CPU, written one after the other; N may be 0.
+        quarantined: key and reason of the images without a row.
+
+    Raises:
+        OSError: no space, no permission; nothing is committed then.
+    """
+    return commit_rows(directory, shard, keys, {TENSOR: features_NTD}, quarantined)
+
+
+def commit_rows(
+    directory: Path,
+    shard: str,
+    keys: Sequence[str],
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
+    quarantined: Sequence[tuple[str, str]],
+) -> Commit:
+    """Write a shard whose images are several tensors each, and then its commit record.
+
+    Args:
+        directory: as for `commit_shard`.
+        shard: as for `commit_shard`.
+        keys: one a row.
+        tensors: by name, in the order of the cache's layout, N rows each.
+        quarantined: as for `commit_shard`.
+
+    Raises:
+        OSError: as for `commit_shard`.
+    """
+    pieces = [[_bytes_of(row) for row in rows] for rows in tensors.values()]
+    header = _header({name: rows[0] for name, rows in tensors.items()}, len(keys)) if keys else b""
+    if keys:
+        write_pieces_durably(directory / SHARDS / shard, [header, *itertools.chain.from_iterable(pieces)])
+    commit = Commit(
+        shard=shard,
+        size=len(header) + sum(piece.nbytes for rows in pieces for piece in rows),
+        header=checksum(header) if keys else "",
+        rows=tuple((key, checksum(*row)) for key, row in zip(keys, zip(*pieces, strict=True), strict=True)),
+        quarantined=tuple(quarantined),
+    )
+    write_durably(commit_path(directory, shard), json.dumps(asdict(commit), sort_keys=True).encode())
+    return commit
+
+
+def stored_as(row: Tensor) -> tuple[str, list[int]]:
+    """Safetensors' dtype and the shape of a tensor, as a cache's layout has them."""
+    return STORED[str(row.dtype).removeprefix("torch.")], list(row.shape)
+
+
+def _header(first: Mapping[str, Tensor], count: int) -> bytes:
+    """What safetensors writes before the values of so many such rows; its own writer would copy them twice."""
+    entries = header_of({name: stored_as(row) for name, row in first.items()}, count)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(row: Tensor) -> memoryview:
+    import torch
+
+    # numpy has no bfloat16, but it has bytes.
+    return row.reshape(-1).view(torch.uint8).numpy().data
+
+
+FORWARD_VERSION = 2
+"""Counts up with every change of the forward or decoding code that can change a value.
+
+2: bfloat16, and float32 on a GPU, take steps that round otherwise than transformers' own; 16-bit images are scaled.
+"""
+
+IMPORT_VERSION = 1
+"""Likewise for ready tensors, which no forward touches."""
+
+_VISION_DEFAULTS = {
+    "depth": None,
+    "fullatt_block_indexes": None,
+    "hidden_act": "silu",
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_heads": None,
+    "out_hidden_size": None,
+    "patch_size": None,
+    "rope_parameters": None,
+    "spatial_merge_size": None,
+    "temporal_patch_size": 2,
+    "window_size": None,
+}
+_PREPROCESSOR_KEYS = ("image_mean", "image_std", "rescale_factor")
+
+
+def image_identity(spec: FeaturesSpec, config: CheckpointConfig, weights_digest: str) -> Identity:
+    """What the features of an image depend on, beside its bytes."""
+    tokens, dim = config.shape(spec.encoder.image_size)
+    return {
+        "kind": "images",
+        "forward": FORWARD_VERSION,
+        "weights": weights_digest,
+        "vision": {key: config.vision.get(key, default) for key, default in _VISION_DEFAULTS.items()},
+        "preprocessing": {key: config.preprocessor.get(key) for key in _PREPROCESSOR_KEYS},
+        "image_size": spec.encoder.image_size,
+        "compute_dtype": spec.encoder.compute_dtype,
+        "store_dtype": spec.store_dtype,
+        "tokens": tokens,
+        "dim": dim,
+    }
+
+
+def tensor_identity(spec: FeaturesSpec, tokens: int, dim: int) -> Identity:
+    """What imported tensors depend on, beside the bytes of their files."""
+    return {
+        "kind": "tensors",
+        "forward": IMPORT_VERSION,
+        "store_dtype": spec.store_dtype,
+        "tokens": tokens,
+        "dim": dim,
+    }

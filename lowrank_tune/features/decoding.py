@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lowrank_tune.features.jobs import ShardPlan, ShardResult, UnusableError
+from lowrank_tune.features.cache import ShardPlan, ShardResult, UnusableError
 
 MAX_ASPECT_RATIO = 200
 """Qwen's own limit: beyond it an image resized to a square shows nothing of itself."""

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
-from lowrank_tune.features.tower import SquareTower, align_mlp, cut_patches, is_exact, window_grid
+from lowrank_tune.features.window_attention import SquareTower, align_mlp, cut_patches, is_exact, window_grid
 
 PATCHES_A_BATCH = {"cuda": 32 * 1024, "cpu": 4 * 1024}
 """Where no batch size is given: 32 images of 448 pixels a side fill a GPU, 4 the caches of a CPU."""

@@ -185,3 +185,9 @@ def _weigh(x_NTD: Tensor, test_DK: Tensor | None) -> Tensor:
     rows = (x_NTD / lengths_N11.clamp_min(torch.finfo(x_NTD.dtype).tiny)).flatten(0, 1)
     share: Tensor = (rows.mT @ (rows if test_DK is None else rows @ test_DK)).double()
     return share
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """Return a generator on the CPU for one purpose of one seed; other purposes' numbers are independent of its."""
+    words = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]) >> 1)

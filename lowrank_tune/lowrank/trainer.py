@@ -22,14 +22,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.files import write_whole
+from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
-from lowrank_tune.lowrank.files import write_whole
+from lowrank_tune.lowrank.distributed import ALONE, Team
+from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
-from lowrank_tune.lowrank.oracle import Optimum
-from lowrank_tune.lowrank.residence import batches_on
-from lowrank_tune.lowrank.seeds import stream
-from lowrank_tune.lowrank.team import ALONE, Team
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import Split, StoppedBy, TrialConfig
 
 logger = logging.getLogger(__name__)

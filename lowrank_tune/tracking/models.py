@@ -12,6 +12,7 @@ import importlib.metadata
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,12 @@ from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
+from numpy.typing import NDArray
 
-from lowrank_tune.lowrank.exported import ExportedModel, exported_files, load_decomposer, read_exported
 from lowrank_tune.lowrank.graph import write_graph
+from lowrank_tune.lowrank.pretrained import ExportedModel, exported_files, load_decomposer, read_exported
 from lowrank_tune.records import ComparisonRow, FeatureSet, TrialOutcome
-from lowrank_tune.tracking.events import Compared
+from lowrank_tune.tracking.mlflow_tracker import Compared
 
 BEST = "best"
 """The registry's alias of the version with the lowest mean ρ of all ranks."""
@@ -135,7 +137,7 @@ def _save(path: Path, entry: LoggedModel, parent: str, exported: Path, graph: Pa
     model.add_flavor("pytorch", model_data="pytorch", pytorch_version=str(torch.__version__), code=None)
     save_model(
         path,
-        loader_module="lowrank_tune.tracking.pyfunc_model",
+        loader_module="lowrank_tune.tracking.models",
         data_path=str(exported),
         mlflow_model=model,
         pip_requirements=_requirements(),
@@ -206,3 +208,32 @@ def _signature(model: ExportedModel) -> ModelSignature:
 def _requirements() -> list[str]:
     packages = ("lowrank-tune", "torch", "safetensors", "numpy")
     return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages]
+
+
+class PyfuncDecomposer:
+    """A trained decomposer behind MLflow's `predict`.
+
+    Args:
+        directory: an exported model, `config.json` and `model.safetensors`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._decomposer = load_decomposer(directory)
+
+    @torch.no_grad()
+    def predict(self, x_NTD: NDArray[np.float32], params: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
+        """Decompose images.
+
+        Args:
+            x_NTD: their features, float32 [N, T, D].
+            params: taken because MLflow passes it; there are none.
+
+        Returns:
+            `a` [N, T, R] and `b` [N, R, D], float32.
+        """
+        factors = self._decomposer(torch.from_numpy(np.ascontiguousarray(x_NTD, dtype=np.float32)))
+        return {"a": factors.a_NTR.numpy(), "b": factors.b_NRD.numpy()}
+
+
+def _load_pyfunc(data_path: str) -> PyfuncDecomposer:
+    return PyfuncDecomposer(Path(data_path))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_tune.lowrank.fused import train_together
-from lowrank_tune.trials.session import TrialSession
+from lowrank_tune.trials.trial import TrialSession
 
 logger = logging.getLogger(__name__)
 

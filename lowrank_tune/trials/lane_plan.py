@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowrank_tune.config.plan import Plan
+from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.records import FeatureSet
-from lowrank_tune.spec.plan import Plan
-from lowrank_tune.spec.schema import ResourcesSpec
 
 MEMBERS_ON_CPU = 8
 """Trials in a lane, at most: with 16 of them a trial was hardly faster than with 8."""

@@ -23,8 +23,8 @@ import ray
 from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory
 
+from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.spec.schema import ResourcesSpec
 from lowrank_tune.trials.lane_plan import NEVER_ON_CPU, LanePlan
 from lowrank_tune.trials.trainable import TrialActor
 
@@ -174,7 +174,7 @@ class Lane:
         # Here, in the thread: torch takes seconds to import, and sets its number of threads for the thread that asks.
         from lowrank_tune.lowrank.fused import fusion_key
         from lowrank_tune.trials.fusion import Fusion
-        from lowrank_tune.trials.session import open_session
+        from lowrank_tune.trials.trial import open_session
 
         self._fusion = self._fusion or Fusion(self._limit)
         config = TrialConfig(**settings["trial"])

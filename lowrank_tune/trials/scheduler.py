@@ -17,9 +17,9 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.spec.schema import StudySpec
-from lowrank_tune.trials.objective import DIRECTIONS
+from lowrank_tune.trials.search import DIRECTIONS
 
 
 @dataclass(frozen=True, slots=True)

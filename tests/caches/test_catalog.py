@@ -4,7 +4,11 @@ import threading
 
 import pytest
 
-from lowrank_tune.caches.catalog import (
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.cache import differences, fingerprint, image_identity, open_cache, recover, seal
+from lowrank_tune.features.checkpoint import read_checkpoint_config
+from lowrank_tune.features.remote import (
     cache_row,
     describe_cache,
     find_cache,
@@ -13,13 +17,6 @@ from lowrank_tune.caches.catalog import (
     only_writer,
     remove_cache,
 )
-from lowrank_tune.caches.identity import differences, fingerprint
-from lowrank_tune.caches.sealed import open_cache
-from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import recover, seal
-from lowrank_tune.features.checkpoint import read_checkpoint_config
-from lowrank_tune.features.identity import image_identity
-from lowrank_tune.spec.features import FeaturesSpec
 from tests.features.cachekit import IDENTITY, KEYS, snapshot
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.caches.places import Folder, join, on_network_mount
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.cache import Folder, join, on_network_mount
 
 mount = namedtuple("mount", "mountpoint fstype")
 

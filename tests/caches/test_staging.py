@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from lowrank_tune import open_features
-from lowrank_tune.caches import staging as staging_module
-from lowrank_tune.caches.sealed import open_cache, verify_cache
-from lowrank_tune.caches.shards import checksum
-from lowrank_tune.caches.staging import local_copy, stage_cache
 from lowrank_tune.errors import CacheError, InputError
+from lowrank_tune.features import remote as staging_module
+from lowrank_tune.features.cache import checksum, open_cache, verify_cache
+from lowrank_tune.features.remote import local_copy, stage_cache
 from tests.features.cachekit import KEYS, build, features_of, snapshot
 
 

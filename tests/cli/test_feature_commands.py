@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_tune.caches.catalog import only_writer
 from lowrank_tune.cli import run
+from lowrank_tune.features.remote import only_writer
 from tests.cli.test_commands import loaded_by
 
 STUDY = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowrank_tune.cluster.studies import submit_study
+from lowrank_tune.cluster.jobs import submit_study
 from lowrank_tune.tracking.store import local_uri
 from tests.cluster.conftest import STUDY, Command, RayCluster, status_of, wait_until
 from tests.tracked_once import assert_tracked_once

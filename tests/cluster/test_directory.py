@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
-from lowrank_tune.cluster.directory import Lineage, create_study, read_plan
+from lowrank_tune.cluster.study_dir import Lineage, create_study, read_plan
+from lowrank_tune.config.loading import parse_study
+from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.errors import InputError
-from lowrank_tune.spec.loading import parse_study
-from lowrank_tune.spec.plan import Plan, make_plan
 from lowrank_tune.study import plan_study
 from tests.cluster.conftest import STUDY
 

@@ -80,7 +80,7 @@ class Study:
 
 @pytest.fixture(autouse=True)
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_tune.comparison.speed.SECONDS", 0.005)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.SECONDS", 0.005)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.compression import COUNT_BYTES, DTYPES, TARGETS
-from lowrank_tune.comparison.compression_words import compression_words, verdict_words
-from lowrank_tune.comparison.store import read_comparison
+from lowrank_tune.comparison.remarks import compression_words, verdict_words
 from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
 
 LEVELS = {"int8": 127, "int5": 15, "int4": 7}

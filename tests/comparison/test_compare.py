@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
 
+from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.methods import winners
-from lowrank_tune.comparison.store import read_comparison
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank import controls
+from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer
 
 CONTRACT = [
@@ -126,7 +126,7 @@ def test_per_image_figures_average_to_the_rows(study):
 
 def test_small_batches_change_no_figure(study, monkeypatch):
     whole = study.compare()
-    monkeypatch.setattr("lowrank_tune.comparison.scoring.BATCH_NUMBERS", 4 * 16 * 24)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.BATCH_NUMBERS", 4 * 16 * 24)
     batched = study.compare()
     for one, other in zip(whole.rows, batched.rows, strict=True):
         assert asdict(replace(one, images_per_second=0)) == pytest.approx(asdict(replace(other, images_per_second=0)))
@@ -276,7 +276,7 @@ def test_a_damaged_comparison_is_an_input_error(study):
 
 
 def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monkeypatch):
-    monkeypatch.setattr("lowrank_tune.comparison.scoring.BATCH_NUMBERS", 2 * 16 * 24)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.BATCH_NUMBERS", 2 * 16 * 24)
     calls = []
 
     def fails_second(x_NTD, rank, generator):
@@ -285,8 +285,8 @@ def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monke
             raise torch.linalg.LinAlgError("not positive definite\nmore")
         return original(x_NTD, rank, generator)
 
-    original = controls.power_1
-    monkeypatch.setattr(controls, "power_1", fails_second)
+    original = baselines.power_1
+    monkeypatch.setattr(baselines, "power_1", fails_second)
     comparison = study.compare()
     assert "power_1 at rank 6 is left out: not positive definite" in comparison.remarks
     assert {row.rank for row in comparison.rows if row.method == "power_1"} == {2}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.comparison.pareto import pareto_fronts
+from lowrank_tune.comparison.compare import pareto_fronts
 from lowrank_tune.records import ComparisonRow, TrialConfig, TrialOutcome
 
 

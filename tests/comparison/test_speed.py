@@ -6,7 +6,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lowrank_tune.comparison.speed import device_words, images_per_second
+from lowrank_tune.comparison.methods import device_words, images_per_second
 
 
 def test_the_rate_is_images_over_a_runs_seconds():
@@ -22,7 +22,7 @@ def test_the_rate_is_images_over_a_runs_seconds():
 
 
 def test_quick_methods_are_run_several_times(monkeypatch):
-    monkeypatch.setattr("lowrank_tune.comparison.speed.SECONDS", 10.0)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.SECONDS", 10.0)
     calls = []
     images_per_second(lambda x_NTD: calls.append(len(x_NTD)), torch.zeros(8, 2, 2))
     assert calls == [1] + [8] * 9

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers import FAMILIES, Decomposer, load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import TrialConfig
 
 pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES))

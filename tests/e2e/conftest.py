@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from lowrank_tune import run_study
-from lowrank_tune.progress import StudyProgress
-from lowrank_tune.study import StudyResult
+from lowrank_tune.study import StudyProgress, StudyResult
 
 STUDY = """\
 name: small

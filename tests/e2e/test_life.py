@@ -15,11 +15,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from lowrank_tune import clone_study, extend_study, resume_study, run_study
 from lowrank_tune.cli import run
-from lowrank_tune.cluster.directory import read_plan
-from lowrank_tune.cluster.status import claimed, read_status
+from lowrank_tune.cluster.study_dir import claimed, read_plan, read_status
 from lowrank_tune.errors import InputError
-from lowrank_tune.life import reconcile_study
-from lowrank_tune.study import StudyResult
+from lowrank_tune.study import StudyResult, reconcile_study
 from tests.e2e.conftest import STUDY, Witness
 from tests.tracked_once import assert_tracked_once
 

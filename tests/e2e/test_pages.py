@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from lowrank_tune.finished import read_study, visualize
+from lowrank_tune.past_study import read_study, visualize
 from tests.e2e.browser import chromium, chromium_or_skip, complaints, resize, shows, wait
 from tests.e2e.conftest import Ran
 

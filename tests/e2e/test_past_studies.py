@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lowrank_tune.cli import run
-from lowrank_tune.cli.results import parse_channels
+from lowrank_tune.cli.app import parse_channels
 from lowrank_tune.errors import InputError
-from lowrank_tune.finished import comparability, comparison_of, open_study, read_study
+from lowrank_tune.past_study import comparability, comparison_of, open_study, read_study
 from tests.e2e.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -130,7 +130,7 @@ def test_what_cannot_be_written_to_is_compared_and_otherwise_refused_in_words(
         raise OSError(errno.EROFS, "Read-only file system")
 
     # Root may write anywhere, so the refusal is put where the pages are written.
-    monkeypatch.setattr("lowrank_tune.report.write.write_whole", refuse)
+    monkeypatch.setattr("lowrank_tune.report.report.write_whole", refuse)
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     where = [ran.result.study_id, "--results", str(moved)]
     assert run(["compare", *where]) == 0

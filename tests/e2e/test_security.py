@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.caches.catalog import find_cache
 from lowrank_tune.cli import run
-from lowrank_tune.cluster.directory import Lineage, create_study, find_study
+from lowrank_tune.cluster.study_dir import Lineage, create_study, find_study
+from lowrank_tune.config.loading import parse_study
 from lowrank_tune.errors import InputError, StudyFileError, TrackingError
-from lowrank_tune.spec.loading import parse_study
+from lowrank_tune.features.remote import find_cache
 from lowrank_tune.study import plan_study
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 

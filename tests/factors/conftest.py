@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
-from lowrank_tune.lowrank.exported import exported_files
+from lowrank_tune.lowrank.pretrained import exported_files
 from lowrank_tune.records import TrialConfig
 
 TOKENS, DIM, RANK = 16, 48, 6

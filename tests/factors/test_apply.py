@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
-from lowrank_tune.caches.sealed import verify_cache
 from lowrank_tune.cli import run
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.pipeline import import_tensors
-from lowrank_tune.lowrank.factors import FactorMatrix
-from lowrank_tune.lowrank.stored_factors import factor_bytes, ordered, restored_factors
+from lowrank_tune.features.cache import verify_cache
+from lowrank_tune.features.extract import import_tensors
+from lowrank_tune.lowrank.data import FactorMatrix
+from lowrank_tune.lowrank.quantization import factor_bytes, ordered, restored_factors
 from tests.factors.conftest import DIM, RANK, TOKENS, write_model, write_tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowrank_tune.caches.sealed import open_cache, verify_cache
+from lowrank_tune.features.cache import open_cache, verify_cache
 from tests.factors.conftest import IMAGES
 from tests.features.cachekit import snapshot
 
 PROGRAM = """
 import sys, ray
-from lowrank_tune.factors.apply import apply_decomposer
+from lowrank_tune.features.decompose import apply_decomposer
 ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000,
          log_to_driver=False, configure_logging=False)
 apply_decomposer(*sys.argv[1:], store_dtype="int8")

@@ -9,19 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_tune import open_features
-from lowrank_tune.caches.sealed import open_cache, verify_cache
-from lowrank_tune.caches.shards import layout, shard_name
-from lowrank_tune.caches.staging import stage_cache
 from lowrank_tune.cli import run
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.factors.apply import factors_identity
-from lowrank_tune.factors.given import find_given
-from lowrank_tune.features.cache import recover, seal
-from lowrank_tune.features.commit import commit_rows
-from lowrank_tune.lowrank.compression import STORE_DTYPES
-from lowrank_tune.lowrank.exported import read_exported
-from lowrank_tune.lowrank.factors import pack_factors, unpack_factors
-from lowrank_tune.lowrank.stored_factors import factor_bytes
+from lowrank_tune.features.cache import commit_rows, layout, open_cache, recover, seal, shard_name, verify_cache
+from lowrank_tune.features.decompose import factors_identity, find_given
+from lowrank_tune.features.remote import stage_cache
+from lowrank_tune.lowrank.data import pack_factors, unpack_factors
+from lowrank_tune.lowrank.pretrained import read_exported
+from lowrank_tune.lowrank.quantization import STORE_DTYPES, factor_bytes
 from tests.factors.conftest import DIM, RANK, TOKENS, write_tensors
 
 COUNT = 5

@@ -7,11 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_tune.caches.identity import fingerprint
-from lowrank_tune.caches.sealed import Contents
-from lowrank_tune.caches.shards import shard_name
-from lowrank_tune.features.cache import recover, seal
-from lowrank_tune.features.commit import commit_shard
+from lowrank_tune.features.cache import Contents, commit_shard, fingerprint, recover, seal, shard_name
 
 IDENTITY = {"kind": "tensors", "forward": 1, "store_dtype": "float16", "tokens": 3, "dim": 5}
 KEYS = [hashlib.sha256(bytes([number])).hexdigest() for number in range(11)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, find_tower, read_checkpoint_config
-from lowrank_tune.features.samples import write_samples
+from lowrank_tune.features.sources import write_samples
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,8 @@ import torch
 from cachekit import BROKEN, IDENTITY, KEYS, build, build_and_die, cache_directory, features_of, snapshot
 from safetensors.torch import load_file, save
 
-from lowrank_tune.caches.sealed import open_cache, read_sealed, verify_cache
-from lowrank_tune.caches.shards import shard_name
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import seal
-from lowrank_tune.features.commit import commit_shard
+from lowrank_tune.features.cache import commit_shard, open_cache, read_sealed, seal, shard_name, verify_cache
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def test_every_row_lies_where_the_cache_says(sealed):
 def test_killed_at_any_step_the_next_run_completes_the_same_bytes(tmp_path, sealed):
     """SIGKILL before and after each fsync and rename of three shards, their commits and the seal."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lowrank_tune.features.commit", "lowrank_tune.features.cache"])
+    context.set_forkserver_preload(["lowrank_tune.features.cache", "lowrank_tune.features.cache"])
     expected = snapshot(sealed)
     unsealed = 0
     for step in count():

@@ -6,10 +6,9 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
+from lowrank_tune import files
 from lowrank_tune.errors import InputError
-from lowrank_tune.features import durable
-from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
-from lowrank_tune.features.tiny import write_tiny_checkpoint
+from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config, write_tiny_checkpoint
 
 LANGUAGE_SHARD = "model-00001-of-00003.safetensors"
 
@@ -55,13 +54,13 @@ def test_the_tiny_checkpoint_is_the_same_bytes_everywhere_and_marked_random(tmp_
 
 def test_two_processes_may_write_it_at_once(tmp_path, monkeypatch):
     barrier = threading.Barrier(2, timeout=20)
-    rename = durable.os.rename
+    rename = files.os.rename
 
     def together(source, target):
         barrier.wait()
         rename(source, target)
 
-    monkeypatch.setattr(durable.os, "rename", together)
+    monkeypatch.setattr(files.os, "rename", together)
     writers = [threading.Thread(target=write_tiny_checkpoint, args=(tmp_path,)) for _ in range(2)]
     for writer in writers:
         writer.start()

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image, ImageCms
 from qwen_vl_utils import fetch_image
 
+from lowrank_tune.features.cache import UnusableError
 from lowrank_tune.features.decoding import decode_image
-from lowrank_tune.features.jobs import UnusableError
 
 
 def encoded(image, kind="PNG", **options):

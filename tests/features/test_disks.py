@@ -9,13 +9,19 @@ import pytest
 import torch
 from cachekit import IDENTITY, snapshot
 
-from lowrank_tune.caches.identity import fingerprint
-from lowrank_tune.caches.sealed import open_cache, verify_cache
-from lowrank_tune.caches.shards import shard_name
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import recover, seal
-from lowrank_tune.features.jobs import Extraction, ShardPlan, ShardResult
-from lowrank_tune.features.workers import import_shard
+from lowrank_tune.features.cache import (
+    Extraction,
+    ShardPlan,
+    ShardResult,
+    fingerprint,
+    open_cache,
+    recover,
+    seal,
+    shard_name,
+    verify_cache,
+)
+from lowrank_tune.features.extract import import_shard
 
 
 def mounted(*arguments: str) -> bool:

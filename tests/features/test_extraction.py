@@ -14,13 +14,13 @@ from cachekit import snapshot
 from PIL import Image
 from safetensors.torch import load_file
 
-from lowrank_tune.caches.sealed import open_cache, verify_cache
+from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import CacheError, InputError
+from lowrank_tune.features.cache import open_cache, verify_cache
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.pipeline import extract_features, probe_shape
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.extract import extract_features, probe_shape
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -119,8 +119,8 @@ def test_a_manifest_of_cached_images_starts_nothing_and_keeps_its_columns(extrac
     spec = images_spec({"manifest": str(tmp_path / "data.jsonl"), "root": str(folder)})
     program = (
         "import sys, pathlib; sys.modules['torch'] = sys.modules['ray.data'] = None\n"
-        "from lowrank_tune.features.pipeline import extract_features\n"
-        "from lowrank_tune.spec.features import FeaturesSpec\n"
+        "from lowrank_tune.features.extract import extract_features\n"
+        "from lowrank_tune.config.schema import FeaturesSpec\n"
         "spec = FeaturesSpec.model_validate_json(sys.argv[1])\n"
         "features = extract_features(spec, pathlib.Path(sys.argv[2]), seed=0)\n"
         "features.write(pathlib.Path(sys.argv[3]))\n"

@@ -17,16 +17,16 @@ import pytest
 from cachekit import snapshot
 from PIL import Image
 
-from lowrank_tune.caches.sealed import open_cache, verify_cache
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.features.cache import open_cache, verify_cache
 
 IMAGES, SHARDS = 300, 5
 PROGRAM = """
 import sys, pathlib, ray
 from lowrank_tune.cli import run
 from lowrank_tune.errors import LowrankTuneError
-from lowrank_tune.features.pipeline import extract_features
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.extract import extract_features
+from lowrank_tune.config.schema import FeaturesSpec
 spec = FeaturesSpec.model_validate_json(sys.argv[1])
 ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,
          log_to_driver=False, configure_logging=False)

@@ -5,9 +5,9 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.pool import DECODE_CPUS, LEAST_CPUS, Node, find_pool, plan_pool, shrink_pool
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.extract import DECODE_CPUS, LEAST_CPUS, Node, find_pool, plan_pool, shrink_pool
 
 
 def spec(actors="auto", **keys):

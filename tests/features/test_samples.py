@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features import samples
-from lowrank_tune.features.samples import write_samples
+from lowrank_tune.features import sources
+from lowrank_tune.features.sources import write_samples
 
 
 def digests(crops):
@@ -28,7 +28,7 @@ def test_crops_come_from_many_photographs_and_match_their_origin(tmp_path):
     crops = write_samples(40, 0, tmp_path)
     assert len({origin["photograph"] for _, origin in crops}) == 20
     path, origin = next(crop for crop in crops if crop[1]["photograph"] == "coffee")
-    with Image.open(next(p for p in samples._photograph_paths() if p.stem == "coffee")) as coffee:
+    with Image.open(next(p for p in sources._photograph_paths() if p.stem == "coffee")) as coffee:
         left, top, size = origin["left"], origin["top"], origin["size"]
         expected = np.asarray(coffee.crop((left, top, left + size, top + size)))
     with Image.open(path) as image:
@@ -55,7 +55,7 @@ def test_a_lost_crop_is_written_again_with_the_same_bytes(tmp_path):
 
 
 def test_missing_photographs_name_the_package_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "_PHOTOGRAPHS", {"no_such_package": ("data/x.png",)})
-    monkeypatch.setattr(samples, "_DISTRIBUTIONS", {"no_such_package": "scikit-nothing"})
+    monkeypatch.setattr(sources, "_PHOTOGRAPHS", {"no_such_package": ("data/x.png",)})
+    monkeypatch.setattr(sources, "_DISTRIBUTIONS", {"no_such_package": "scikit-nothing"})
     with pytest.raises(InputError, match="pip install scikit-nothing"):
         write_samples(3, 0, Path(tmp_path))

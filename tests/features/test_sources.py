@@ -7,10 +7,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.record_table import write_record_table
-from lowrank_tune.features.sources import SourceRecords, read_records
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.sources import SourceRecords, read_records, write_record_table
 
 GROUNDING = [
     {

@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank_tune.config.schema import FeaturesSpec, StudySpec
+from lowrank_tune.cost import _describe_images, survey_features, try_images
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import recover, seal
-from lowrank_tune.features.jobs import ShardPlan, ShardResult, UnusableError
-from lowrank_tune.features.pipeline import extract_features, plan_extraction
-from lowrank_tune.features.sources import read_records
-from lowrank_tune.features.survey import survey_features, try_images
-from lowrank_tune.features.tensors import load_tensor
-from lowrank_tune.features.workers import import_shard
-from lowrank_tune.inspection import _describe_images
-from lowrank_tune.spec.features import FeaturesSpec
-from lowrank_tune.spec.schema import StudySpec
+from lowrank_tune.features.cache import ShardPlan, ShardResult, UnusableError, recover, seal
+from lowrank_tune.features.extract import extract_features, import_shard, plan_extraction
+from lowrank_tune.features.sources import load_tensor, read_records
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.tower import SquareTower, align_mlp, cut_patches, window_grid
+from lowrank_tune.features.window_attention import SquareTower, align_mlp, cut_patches, window_grid
 
 PUBLISHED = {
     "depth": 2,

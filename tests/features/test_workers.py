@@ -16,14 +16,12 @@ from cachekit import IDENTITY, snapshot
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.features.cache import Extraction, ImageEncoding, ShardPlan, ShardResult
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.decoding import decode_shard
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.jobs import Extraction, ImageEncoding, ShardPlan, ShardResult
-from lowrank_tune.features.pipeline import extract_features, only_process
-from lowrank_tune.features.pool import Pool
-from lowrank_tune.features.workers import ShardEncoder, import_shard
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.extract import Pool, ShardEncoder, extract_features, import_shard, only_process
 
 POOL = Pool(actors=1, gpus_each=0, cpus_each=1, threads=1, batch=4)
 
@@ -192,8 +190,8 @@ def test_a_real_extraction_goes_on_with_a_smaller_batch_and_says_so(ray_cluster,
     """In a Ray whose workers have a small GPU memory, beside one whose workers have not: the same cache."""
     program = """
 import logging, pathlib, sys, ray
-from lowrank_tune.features.pipeline import extract_features
-from lowrank_tune.spec.features import FeaturesSpec
+from lowrank_tune.features.extract import extract_features
+from lowrank_tune.config.schema import FeaturesSpec
 
 def shrink_memory():
     import torch

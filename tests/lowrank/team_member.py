@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 import trial_configs
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import measure_optimum
-from lowrank_tune.lowrank.team import Team
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.distributed import Team
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import FeatureSet, Split, TrialConfig
 

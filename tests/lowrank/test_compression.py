@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.compression import STORE_DTYPES, pack, packed_bytes, restored, unpack
+from lowrank_tune.lowrank.quantization import STORE_DTYPES, pack, packed_bytes, restored, unpack
 
 INTEGERS = {"int8": 127, "int5": 15, "int4": 7}
 MATRICES = st.builds(

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from lowrank_tune.lowrank import controls
+from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.linalg import principal_axes
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 
 SHAPES = [(24, 40), (40, 24)]
 
@@ -16,12 +16,12 @@ def generator(seed: int = 0) -> torch.Generator:
 def every_control(x, rank, train):
     axes = principal_axes([train], rank, generator())
     return {
-        "random_sketch": controls.random_sketch(x, rank, generator()),
-        "pca_basis": controls.pca_basis(x, rank, axes),
-        "power_1": controls.power_1(x, rank, generator()),
-        "randomized_svd": controls.randomized_svd(x, rank, generator()),
-        "svd": controls.svd(x, rank),
-        "svd_rows": controls.svd_rows(x, rank),
+        "random_sketch": baselines.random_sketch(x, rank, generator()),
+        "pca_basis": baselines.pca_basis(x, rank, axes),
+        "power_1": baselines.power_1(x, rank, generator()),
+        "randomized_svd": baselines.randomized_svd(x, rank, generator()),
+        "svd": baselines.svd(x, rank),
+        "svd_rows": baselines.svd_rows(x, rank),
     }
 
 
@@ -49,14 +49,14 @@ def test_controls_rank_as_theory_says(power_law, tokens, dim, rank):
 
 def test_svd_rows_explains_more_of_each_token(power_law):
     x = power_law(4, 24, 40)
-    by_rows, plain = (measure(x, *route(x, 6)) for route in (controls.svd_rows, controls.svd))
+    by_rows, plain = (measure(x, *route(x, 6)) for route in (baselines.svd_rows, baselines.svd))
     assert (by_rows.token_cosine_N > plain.token_cosine_N).all()
     assert (by_rows.flat_cosine_N < plain.flat_cosine_N).all()
 
 
 def test_a_seed_gives_the_same_factors(power_law):
     x = power_law(2, 24, 40)
-    for control in (controls.random_sketch, controls.power_1, controls.randomized_svd):
+    for control in (baselines.random_sketch, baselines.power_1, baselines.randomized_svd):
         first, second, other = (control(x, 6, generator(seed)) for seed in (1, 1, 2))
         assert torch.equal(first.a_NTR, second.a_NTR)
         assert not torch.equal(first.a_NTR, other.a_NTR)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from team_member import CASES, train
 
-from lowrank_tune.lowrank.team import ALONE, Team
+from lowrank_tune.lowrank.distributed import ALONE, Team
 
 SIZE = 2
 

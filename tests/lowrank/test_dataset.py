@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.lowrank.files import write_whole
+from lowrank_tune.files import write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):

@@ -9,9 +9,9 @@ from torch import Tensor
 from trial_configs import DIRECT, REFINED, SKETCH
 
 from lowrank_tune.lowrank import trainer as trainer_module
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.fused import fusion_key, train_together
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.lowrank.oracle import Optimum, measure_optimum
+from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 
 SHAPES = st.tuples(st.integers(1, 10), st.integers(1, 14))
 FLOAT16 = SHAPES.flatmap(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer
-from lowrank_tune.lowrank.quantised import QuantisedDecomposer, model_bytes
+from lowrank_tune.lowrank.quantization import QuantisedDecomposer, model_bytes
 from lowrank_tune.records import TrialConfig
 
 TOKENS, DIM, RANK = 16, 48, 8
@@ -79,5 +79,5 @@ def test_a_models_bytes_are_its_weights_and_buffers() -> None:
 
 
 def test_only_who_quantises_loads_torchao() -> None:
-    code = "import lowrank_tune.lowrank.quantised, sys; sys.exit('torchao' in sys.modules)"
+    code = "import lowrank_tune.lowrank.quantization, sys; sys.exit('torchao' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers.direct import Direct
 from lowrank_tune.lowrank.decomposers.refined import Refined
 from lowrank_tune.lowrank.decomposers.sketch import Sketch
 from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
 from lowrank_tune.lowrank.metrics import EXACT, measure, residual_ratio
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.residence import RESIDENT_FRACTION, Mapped, Resident, Streamed, batches_on, fits
+from lowrank_tune.lowrank.data import RESIDENT_FRACTION, FeatureMatrix, Mapped, Resident, Streamed, batches_on, fits
 
 WAYS = {
     "mapped": Mapped,

@@ -9,10 +9,10 @@ from torch import Tensor
 from trial_configs import DIRECT, SKETCH
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
 

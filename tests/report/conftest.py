@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from lowrank_tune.config.plan import Plan, make_plan
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan, make_plan
-from lowrank_tune.spec.schema import StudySpec
 
 TOKENS, DIM = 12, 20
 TEST = (5, 6, 7, 8)

@@ -9,11 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.records import FeatureRow, FeatureSet, Split
-from lowrank_tune.report.boxes import inside_boxes, read_boxes
-from lowrank_tune.report.regions import compare_regions
-from lowrank_tune.report.spatial import spatial_views
+from lowrank_tune.report.spatial import compare_regions, inside_boxes, read_boxes, spatial_views
 
 WIDE = (200, 100)
 

@@ -10,14 +10,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.charts import script_safe
-from lowrank_tune.report.learning_charts import learning_charts, spectrum_charts
-from lowrank_tune.report.rank_charts import rank_charts, tradeoff_charts
-from lowrank_tune.report.search import LEAST_FOR_IMPORTANCE, search_views
-from lowrank_tune.report.spectrum import measure_spectrum
-from lowrank_tune.report.stretch import ABOVE_ONE, TOWARDS_ONE
+from lowrank_tune.report.charts import learning_charts, measure_spectrum, rank_charts, spectrum_charts, tradeoff_charts
+from lowrank_tune.report.report import LEAST_FOR_IMPORTANCE, search_views
+from lowrank_tune.report.style import ABOVE_ONE, TOWARDS_ONE, script_safe
 
 
 def traces(chart):

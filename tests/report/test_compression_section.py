@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
-from lowrank_tune.report.compression import _figure, _fixed, _pruned, compression_section
-from lowrank_tune.report.write import write_report
+from lowrank_tune.report.charts import _figure, _fixed, _pruned, compression_section
+from lowrank_tune.report.report import write_report
 
 KIB = 1024
 WHOLE = StoredRow("x", 0, "float16", 4, 128 * KIB, 0.0, 0.0, 1.0)

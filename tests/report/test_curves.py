@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from lowrank_tune.report.curves import learning_curves, loss_curves, rank_curve
-from lowrank_tune.report.palette import BOUNDS, CONTROLS, in_order, look_of
-from lowrank_tune.report.scales import thinned
+from lowrank_tune.report.charts import learning_curves, loss_curves, rank_curve
+from lowrank_tune.report.style import BOUNDS, CONTROLS, in_order, look_of, thinned
 
 
 def drawn(figure: Figure) -> None:

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from lowrank_tune.report.history import read_history, series
+from lowrank_tune.report.text import read_history, series
 
 
 def test_epochs_come_in_order_with_their_finite_numbers(tmp_path):

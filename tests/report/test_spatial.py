@@ -9,11 +9,9 @@ import torch
 from PIL import Image
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.report.boxes import BoxColumn
-from lowrank_tune.report.maps import spatial_figure
-from lowrank_tune.report.spatial import check_images, grid_shape, photograph, spatial_views
+from lowrank_tune.report.spatial import BoxColumn, check_images, grid_shape, photograph, spatial_figure, spatial_views
 
 
 def spatial_view(data, split, image, *, rank, channels, network, boxes=None):

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from lowrank_tune.report.table import rank_groups
-from lowrank_tune.report.terminal import comparison_tables, verdict_table
+from lowrank_tune.report.text import comparison_tables, rank_groups, verdict_table
 
 
 def printed(comparison, render=comparison_tables) -> list[str]:

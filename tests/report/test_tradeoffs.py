@@ -5,7 +5,7 @@ import io
 import pytest
 
 from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.tradeoffs import pareto_figure
+from lowrank_tune.report.charts import pareto_figure
 
 SEARCH = Front(
     "search", "rank", "val_mse", "lower",

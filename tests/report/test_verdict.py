@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from lowrank_tune.report.cost import bytes_text, study_cost
-from lowrank_tune.report.spectrum import Spectrum
-from lowrank_tune.report.verdict import choices, excess_text, rank_sentence, verdicts
+from lowrank_tune.lowrank.svd import Spectrum
+from lowrank_tune.report.text import bytes_text, choices, excess_text, rank_sentence, study_cost, verdicts
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowrank_tune.report.words import (
+from lowrank_tune.report.text import (
     cosine_text,
     difference_text,
     duration_text,

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.spatial_report import Scene, spatial_section
-from lowrank_tune.report.write import write_places, write_report
+from lowrank_tune.report.report import Scene, spatial_section, write_places, write_report
 
 VOID = {"meta", "img", "br", "link", "hr"}
 

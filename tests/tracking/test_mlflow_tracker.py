@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from tracked_study import Reader, build_plan, config_of, metrics_of, outcome_of, write_study
 
-from lowrank_tune.spec.plan import Plan
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from tracked_study import DIM, TOKENS, Reader, build_plan, config_of, outcome_of, row_of, write_study
 
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.lowrank.decomposers import FAMILIES, load_decomposer, make_decomposer
 from lowrank_tune.lowrank.graph import write_graph
 from lowrank_tune.records import Comparison, TrialConfig
-from lowrank_tune.spec.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
+from lowrank_tune.tracking.sync import reconcile
 
 SKETCH, DIRECT, WORSE = config_of(0), config_of(1, "direct", 4), config_of(4, "direct", 2)
 PARAMS = {"direct": {"lambda_b": 1e-4, "lambda_ortho": 1e-3}, "sketch": {}, "refined": {"steps": 3}}

@@ -12,7 +12,7 @@ import pytest
 from mlflow_server import Gate, MlflowServer
 from tracked_study import Reader, build_plan, config_of, metrics_of, outcome_of
 
-from lowrank_tune.spec.plan import Plan
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from tracked_study import Reader, build_plan, config_of, metrics_of, outcome_of, write_study
 
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan
-from lowrank_tune.tracking.events import Repairs
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.tracking.reconcile import reconcile
+from lowrank_tune.tracking.mlflow_tracker import Repairs, StudyTracker
 from lowrank_tune.tracking.store import local_uri
+from lowrank_tune.tracking.sync import reconcile
 
 FINISHED, PRUNED, FAILED, UNHEARD, KILLED = (config_of(number) for number in range(5))
 SILENT = config_of(5, "direct", 4)

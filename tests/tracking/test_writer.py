@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 from tracked_study import build_plan, config_of, outcome_of
 
-from lowrank_tune.tracking.events import Epoch, EpochsEnded, Event, StudyEnded, TrialEnded, TrialStarted, coalesce
-from lowrank_tune.tracking.writer import Deliver, EventWriter
+from lowrank_tune.tracking.mlflow_tracker import (
+    Deliver,
+    Epoch,
+    EpochsEnded,
+    Event,
+    EventWriter,
+    StudyEnded,
+    TrialEnded,
+    TrialStarted,
+    coalesce,
+)
 
 EVENTS: list[Event] = [TrialStarted(config_of(n), n) for n in range(4)]
 
@@ -101,7 +110,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("lowrank_tune.tracking.writer.time", clock)
+    monkeypatch.setattr("lowrank_tune.tracking.mlflow_tracker.time", clock)
     return clock
 
 

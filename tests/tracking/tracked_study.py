@@ -10,10 +10,10 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from lowrank_tune.config.plan import Plan, make_plan
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan, make_plan
-from lowrank_tune.spec.schema import StudySpec
 
 TOKENS, DIM = 6, 10
 

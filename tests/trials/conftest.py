@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_study import DIM, IMAGES, TOKENS, World, build_plan, make_world
 
-from lowrank_tune.spec.plan import Plan
+from lowrank_tune.config.plan import Plan
 
 
 @pytest.fixture(scope="session")

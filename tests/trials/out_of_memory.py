@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from tiny_study import World, write_features
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import measure_optimum
-from lowrank_tune.lowrank.team import Team
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.distributed import Team
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Split, TrialConfig
-from lowrank_tune.trials.paths import MaterialPaths, write_material
-from lowrank_tune.trials.session import TrialSession
+from lowrank_tune.trials.outcomes import MaterialPaths, write_material
+from lowrank_tune.trials.trial import TrialSession
 
 TOKENS, DIM, BATCH = 256, 1024, 64
 SPARE = 260 * 2**20  # a batch is 64 MiB, and training holds several times as much

@@ -15,7 +15,7 @@ import ray
 import torch
 from tiny_study import DIM, IMAGES, TOKENS, Listener, build_plan, make_world
 
-from lowrank_tune.trials.run import run_trials
+from lowrank_tune.trials.tuning import run_trials
 
 
 class Interrupter(Listener):

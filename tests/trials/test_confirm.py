@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_study import Listener, World
 
-from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.config.plan import Plan, trial_config
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TrialOutcome
-from lowrank_tune.spec.plan import Plan, trial_config
-from lowrank_tune.trials.confirm import confirm_trials
-from lowrank_tune.trials.local import run_one_trial
+from lowrank_tune.trials.trial import run_one_trial
+from lowrank_tune.trials.tuning import confirm_trials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

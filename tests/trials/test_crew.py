@@ -17,13 +17,13 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_run import BROKEN, DIRECT, SLOW, STUCK, optuna_states, run
 from tiny_study import Killer, Listener, World, build_plan
 
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError, StudyFailedError
-from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TrialOutcome
-from lowrank_tune.spec.plan import Plan
-from lowrank_tune.trials.local import run_one_trial
-from lowrank_tune.trials.paths import CHECKPOINT
-from lowrank_tune.trials.workers import _said
+from lowrank_tune.trials.outcomes import CHECKPOINT
+from lowrank_tune.trials.trainable import _said
+from lowrank_tune.trials.trial import run_one_trial
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -15,13 +15,13 @@ from optuna.trial import TrialState
 from test_run import optuna_states, run
 from tiny_study import Listener, World
 
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TrialOutcome
-from lowrank_tune.spec.plan import Plan
 from lowrank_tune.trials import lanes
-from lowrank_tune.trials.local import run_one_trial
-from lowrank_tune.trials.paths import CHECKPOINT
+from lowrank_tune.trials.outcomes import CHECKPOINT
+from lowrank_tune.trials.trial import run_one_trial
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -11,14 +11,14 @@ import torch
 from test_trial_checkpoint import CONFIG, without_seconds
 from tiny_study import World
 
+from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.lowrank.trainer import Trained, Trainer
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.spec.schema import ResourcesSpec
 from lowrank_tune.trials import fusion as fusion_module
 from lowrank_tune.trials.fusion import Fusion
 from lowrank_tune.trials.lane_plan import gains_by_fusing, plan_lanes
-from lowrank_tune.trials.paths import MaterialPaths, write_material
-from lowrank_tune.trials.session import TrialSession
+from lowrank_tune.trials.outcomes import MaterialPaths, write_material
+from lowrank_tune.trials.trial import TrialSession
 
 CONFIGS = [replace(CONFIG, trial_id=f"trial-{number}", seed=number, lr=1e-3 * (1 + number)) for number in range(5)]
 

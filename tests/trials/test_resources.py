@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.spec.schema import ResourcesSpec
-from lowrank_tune.trials.resources import trials_at_once
+from lowrank_tune.trials.tuning import trials_at_once
 
 
 def node(alive: bool = True, **resources: float) -> dict[str, Any]:

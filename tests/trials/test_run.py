@@ -18,14 +18,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tiny_study import Killer, Listener, World, build_plan, make_world
 
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan
-from lowrank_tune.trials.local import run_one_trial
-from lowrank_tune.trials.paths import CHECKPOINT
-from lowrank_tune.trials.run import run_trials
+from lowrank_tune.trials.outcomes import CHECKPOINT
+from lowrank_tune.trials.trial import run_one_trial
+from lowrank_tune.trials.tuning import run_trials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

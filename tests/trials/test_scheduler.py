@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from lowrank_tune.spec.plan import Plan
+from lowrank_tune.config.plan import Plan
 from lowrank_tune.trials.scheduler import FairASHA, make_scheduler
 
 PlanOf = Callable[..., Plan]

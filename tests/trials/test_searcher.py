@@ -11,8 +11,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from lowrank_tune.spec.plan import Plan
-from lowrank_tune.trials.searcher import StudySearcher, open_optuna_study
+from lowrank_tune.config.plan import Plan
+from lowrank_tune.trials.search import StudySearcher, open_optuna_study
 
 PlanOf = Callable[..., Plan]
 

@@ -13,8 +13,8 @@ from test_trial_checkpoint import CONFIG, without_seconds
 from tiny_study import World
 
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.trials.paths import CHECKPOINT, MaterialPaths, write_material
-from lowrank_tune.trials.session import TrialSession
+from lowrank_tune.trials.outcomes import CHECKPOINT, MaterialPaths, write_material
+from lowrank_tune.trials.trial import TrialSession
 
 SessionOf = Callable[..., TrialSession]
 

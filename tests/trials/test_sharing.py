@@ -7,9 +7,8 @@ import pytest
 from tiny_study import Listener, World, build_plan
 
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.trials import sharing
-from lowrank_tune.trials.run import run_trials
-from lowrank_tune.trials.sharing import studies_at_work, taking_part
+from lowrank_tune.trials import tuning
+from lowrank_tune.trials.tuning import run_trials, studies_at_work, taking_part
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def test_a_study_that_fills_the_cluster_makes_room_for_one_that_comes(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(tuning, "_LOOK_EVERY_S", 0.0)
     space = {"rank": [2, 3, 4, 5, 6, 7], "lr": [1e-3, 1e-2]}
     plan = build_plan(tmp_path, space, training={"epochs": 40, "patience": 40}, resources={})
     at_work: list[int] = []

@@ -4,8 +4,8 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lowrank_tune.spec.schema import SpaceSpec
-from lowrank_tune.trials.space import optuna_params, suggest
+from lowrank_tune.config.schema import SpaceSpec
+from lowrank_tune.trials.search import optuna_params, suggest
 
 
 def draw(space: dict[str, Any], fixed: dict[str, Any] | None = None) -> tuple[dict[str, Any], optuna.trial.FrozenTrial]:

@@ -6,11 +6,11 @@ import torch
 from tiny_study import World
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import Optimum
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.trials.checkpoint import read_checkpoint, write_checkpoint
+from lowrank_tune.trials.trial import read_checkpoint, write_checkpoint
 
 CONFIG = TrialConfig(
     "r002-direct-0000", 0, 5, "direct", 2, 0.01, 1e-5, 4, 4, 4, {"lambda_b": 1e-4, "lambda_ortho": 0.0}

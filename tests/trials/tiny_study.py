@@ -10,11 +10,11 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from lowrank_tune.lowrank.dataset import FeatureMatrix
-from lowrank_tune.lowrank.oracle import measure_optimum
+from lowrank_tune.config.plan import Plan, make_plan
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.spec.plan import Plan, make_plan
-from lowrank_tune.spec.schema import StudySpec
 
 TOKENS, DIM, IMAGES = 12, 20, 16
 SPLIT = Split(train=tuple(range(8)), validation=tuple(range(8, 12)), test=tuple(range(12, 16)))

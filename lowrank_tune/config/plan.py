@@ -1,0 +1,294 @@
+"""What a study will do, worked out from its file alone: identity, folders, trials, seeds, split and cost.
+
+Everything here is a pure function: nothing is read, written or started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.config.axes import Axis, combinations, first_value, largest_value
+from lowrank_tune.config.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
+from lowrank_tune.errors import InputError
+from lowrank_tune.records import Split, TrialConfig
+
+_SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
+_BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
+_EXTENSIBLE = {"search", "resources", "report", "tracking"}
+_ID_EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+# 20 bits of time in steps of 512 s last until 2043; the 12 bits left tell apart what starts within one step.
+_ID_STEP_S = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A study about to start.
+
+    Attributes:
+        spec: the study file, every default filled in.
+        study_id: `<name>-<8 hex>`, see `make_study_id`.
+        spec_hash: identity of the resolved study file whatever its start, 16 hex digits.
+        results: the results directory.
+        study_dir: `results/studies/<study_id>`.
+        features_root: `results/features`, which studies share.
+        n_trials: how many trials are tried at most.
+        grid: for method grid every combination, in order: `family`, `rank`, `lr`, `weight_decay`, `batch_size` and the
+            family's own parameters; empty for the other methods.
+        started: when, in UTC.
+    """
+
+    spec: StudySpec
+    study_id: str
+    spec_hash: str
+    results: Path
+    study_dir: Path
+    features_root: Path
+    n_trials: int
+    grid: tuple[dict[str, Any], ...]
+    started: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCost:
+    """What can be said of a study's cost before its images are seen.
+
+    Attributes:
+        n_trials: trials at most.
+        max_epochs: epochs of all trials together when none is stopped early.
+        confirmations: trainings that repeat the best of each rank with fresh seeds, at most.
+        combinations: points of each family's space; None where a range makes them endless.
+    """
+
+    n_trials: int
+    max_epochs: int
+    confirmations: int
+    combinations: dict[str, int | None]
+
+
+def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
+    """Work out a study.
+
+    Args:
+        spec: what to do.
+        results: the results directory; not touched.
+        started: the study's start; it makes the id unique.
+    """
+    started = started.astimezone(UTC)
+    identity = spec_hash(spec)
+    study_id = make_study_id(spec.name, identity, started)
+    grid = tuple(grid_points(spec)) if spec.search.method == "grid" else ()
+    return Plan(
+        spec=spec,
+        study_id=study_id,
+        spec_hash=identity,
+        results=results,
+        study_dir=results / "studies" / study_id,
+        features_root=results / "features",
+        n_trials=len(grid) or spec.search.trials or DEFAULT_TRIALS,
+        grid=grid,
+        started=started,
+    )
+
+
+def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
+    """The same study with more trials: those that it had keep their numbers, and its grid grows at the end.
+
+    Args:
+        plan: the study as it was.
+        spec: its file with a larger `search.trials` or another `search.space`.
+
+    Raises:
+        InputError: nothing is added, or what changes would make old and new trials incomparable.
+    """
+    fixed = [key for key in type(spec).model_fields if getattr(spec, key) != getattr(plan.spec, key)]
+    fixed = [key for key in fixed if key not in _EXTENSIBLE]
+    if spec.search.method != plan.spec.search.method:
+        fixed.append("search.method")
+    if fixed:
+        raise InputError(
+            f"{', '.join(fixed)}: an extension keeps it, for its trials are compared with those that there are; "
+            "`lowrank-tune clone` makes a new study of this one"
+        )
+    grid = plan.grid
+    if spec.search.method == "grid":
+        grid += tuple(point for point in grid_points(spec) if point not in plan.grid)
+    n_trials = len(grid) or spec.search.trials or DEFAULT_TRIALS
+    if n_trials <= plan.n_trials:
+        more = "a wider search.space" if grid else "--trials"
+        raise InputError(f"study {plan.study_id}: nothing to add to its {plan.n_trials} trials; give {more}")
+    return replace(plan, spec=spec, grid=grid, n_trials=n_trials)
+
+
+def spec_hash(spec: StudySpec) -> str:
+    """The identity of a study's content, 16 hex digits: equal for equal specs, whatever file they were written in."""
+    return _digest(json.dumps(spec.model_dump(mode="json"), sort_keys=True))[:16]
+
+
+def make_study_id(name: str, identity: str, started: datetime) -> str:
+    """Name one start of a study: `<name>-<8 hex>`.
+
+    The first five digits count steps of 512 s (8.5 minutes) since 2026, so that lists of one name sort by time; the
+    last three are a hash of the spec and of the start's microsecond, so that starts within one step differ, but for one
+    pair in 4096. A caller that finds the folder taken plans again with a later start.
+
+    Args:
+        name: the study's name.
+        identity: its `spec_hash`.
+        started: its start, with a time zone.
+    """
+    step = int((started - _ID_EPOCH).total_seconds()) // _ID_STEP_S
+    return f"{name}-{step % 16**5:05x}{_digest(f'{identity}:{started.isoformat()}')[:3]}"
+
+
+def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
+    """Every combination of a space without ranges: families in the schema's order, then the axes, the last fastest."""
+    for family in spec.search.space.families.chosen():
+        axes = spec.search.space.axes(family)
+        for values in itertools.product(*(axis if isinstance(axis, tuple) else (axis,) for axis in axes.values())):
+            yield {"family": family, **dict(zip(axes, values, strict=True))}
+
+
+def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
+    """One point to try a study file with: each list's first value, each range's middle.
+
+    Args:
+        spec: the study.
+        family: which of its families; the first by default.
+    """
+    family = family or next(iter(spec.search.space.families.chosen()))
+    axes: dict[str, Axis] = spec.search.space.axes(family)
+    return {"family": family, **{name: first_value(axis) for name, axis in axes.items()}}
+
+
+def max_rank(spec: StudySpec) -> int:
+    """The highest rank that a study may try."""
+    return largest_value(spec.search.space.rank)
+
+
+def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialConfig:
+    """All that one training depends on.
+
+    Args:
+        plan: the study.
+        number: the trial's position in the search, from 0.
+        params: `family`, `rank`, `lr`, `weight_decay`, `batch_size`, and the family's own.
+
+    Returns:
+        The trial, its seed derived from the study's seed and its number.
+    """
+    family, rank = str(params["family"]), int(params["rank"])
+    return TrialConfig(
+        trial_id=f"r{rank:03d}-{family}-{number:04d}",
+        number=number,
+        seed=int(_digest(f"{plan.spec.seed}:trial:{number}")[:8], 16),
+        family=family,
+        rank=rank,
+        lr=float(params["lr"]),
+        weight_decay=float(params["weight_decay"]),
+        batch_size=int(params["batch_size"]),
+        epochs=plan.spec.training.epochs,
+        patience=plan.spec.training.patience,
+        family_params={name: value for name, value in params.items() if name not in _SHARED_PARAMS},
+        nested_ranks=plan.spec.search.space.nested_ranks,
+    )
+
+
+def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialConfig:
+    """A trial's configuration with a fresh seed, to see how much of its figures was luck.
+
+    Args:
+        plan: the study.
+        config: a trial of its search.
+        repeat: which repetition, from 1.
+
+    Returns:
+        The same training under the id `<trial_id>-s<repeat>`, its seed derived from the study's, the trial's number and
+        the repetition.
+    """
+    return replace(
+        config,
+        trial_id=f"{config.trial_id}-s{repeat}",
+        seed=int(_digest(f"{plan.spec.seed}:trial:{config.number}:repeat:{repeat}")[:8], 16),
+        confirms=config.trial_id,
+    )
+
+
+def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
+    """Divide images by a hash of their keys, so that adding images moves few of the others.
+
+    The images in order of `sha256("<seed>:<key>")`: the first ones test, the last ones validate, those between train.
+    With validation and test at opposite ends, an image that stops testing goes on to train, never to validate.
+
+    Args:
+        keys: the images' keys, distinct.
+        split: how many of each.
+        seed: the study's.
+
+    Returns:
+        Indices into `keys`.
+
+    Raises:
+        InputError: none would be left to train.
+    """
+    n_validation, n_test = split.counts(len(keys))
+    n_train = len(keys) - n_validation - n_test
+    if n_train < 1:
+        raise InputError(
+            f"split: {n_validation} images to validate and {n_test} to test leave none of {len(keys)} to train; "
+            "lower split.validation or split.test, or give more images"
+        )
+    order = sorted(range(len(keys)), key=lambda index: _digest(f"{seed}:{keys[index]}"))
+    test, train, validation = order[:n_test], order[n_test : n_test + n_train], order[n_test + n_train :]
+    return Split(train=tuple(sorted(train)), validation=tuple(sorted(validation)), test=tuple(sorted(test)))
+
+
+def plan_cost(plan: Plan) -> PlanCost:
+    """The part of a study's cost that needs no look at its images."""
+    space = plan.spec.search.space
+    axes = {family: space.axes(family) for family in space.families.chosen()}
+    ranks = combinations([next(iter(axes.values()))["rank"]]) or plan.n_trials
+    return PlanCost(
+        n_trials=plan.n_trials,
+        max_epochs=plan.n_trials * plan.spec.training.epochs,
+        confirmations=min(ranks, plan.n_trials) * plan.spec.report.confirm_seeds,
+        combinations={family: combinations(own.values()) for family, own in axes.items()},
+    )
+
+
+def cache_bytes(n_images: int, tokens: int, dim: int, dtype: str) -> int:
+    """How many bytes the features of some images take in a cache, its few kilobytes of records aside.
+
+    Args:
+        n_images: N.
+        tokens: T, rows of an image's matrix.
+        dim: D, its columns.
+        dtype: `features.store_dtype`.
+    """
+    return n_images * tokens * dim * _BYTES_PER_ELEMENT[dtype]
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON can hold it: what `plan.json` and `plan --json` show."""
+    return {
+        "study_id": plan.study_id,
+        "name": plan.spec.name,
+        "spec_hash": plan.spec_hash,
+        "started": plan.started.isoformat(),
+        "study_dir": str(plan.study_dir),
+        "features_root": str(plan.features_root),
+        "method": plan.spec.search.method,
+        "objective": plan.spec.objective,
+        **asdict(plan_cost(plan)),
+        "grid": list(plan.grid),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,81 @@
+"""StudySpec -> a study file with every default filled in; and the JSON schema that editors check study files with."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from lowrank_tune.config.axes import IntRange, LogUniformRange, NestedRanks, Section, UniformRange
+from lowrank_tune.config.schema import FamiliesSpec, FeaturesSpec, StudySpec, TensorSource
+
+_SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_INDENT = 2
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes `null`, where ruamel's own leaves a value out and a reader in doubt."""
+
+    def represent_null(self, _: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
+
+
+def render_study(spec: StudySpec) -> str:
+    """Write a study as YAML, every key with its meaning above it; `load_study` reads an equal spec from it."""
+    yaml = YAML()
+    yaml.Representer = _Representer
+    # Long texts such as paths stay on one line.
+    yaml.width = 2**20
+    text = io.StringIO()
+    yaml.dump(_mapping(spec, 0), text)
+    return text.getvalue()
+
+
+def study_schema() -> dict[str, Any]:
+    """JSON Schema, draft 2020-12, of a study file; checks across keys are `load_study`'s alone."""
+    return {"$schema": _SCHEMA_DIALECT, **StudySpec.model_json_schema()}
+
+
+def _mapping(section: Section, depth: int) -> CommentedMap:
+    mapping = CommentedMap()
+    for name, field in type(section).model_fields.items():
+        if _is_absent(section, name):
+            continue
+        value = getattr(section, name)
+        mapping[name] = _node(value, depth + 1)
+        mapping.yaml_set_comment_before_after_key(name, before=_comment(field, value), indent=depth * _INDENT)
+    return mapping
+
+
+def _is_absent(section: Section, name: str) -> bool:
+    """Whether a key must be left out to mean what it means: a family not tried, an encoder with nothing to encode."""
+    if isinstance(section, FeaturesSpec):
+        return name == "encoder" and isinstance(section.source, TensorSource)
+    return isinstance(section, FamiliesSpec) and getattr(section, name) is None
+
+
+def _node(value: Any, depth: int) -> Any:
+    if isinstance(value, UniformRange | LogUniformRange | IntRange | NestedRanks):
+        node = CommentedMap({name: _node(bounds, depth) for name, bounds in value})
+        node.fa.set_flow_style()
+        return node
+    if isinstance(value, Section):
+        return _mapping(value, depth)
+    if isinstance(value, tuple):
+        items = CommentedSeq(value)
+        items.fa.set_flow_style()
+        return items
+    return value
+
+
+def _comment(field: FieldInfo, value: Any) -> str:
+    described = field.description or (type(value).__doc__ if isinstance(value, Section) else None)
+    return (described or "").strip()

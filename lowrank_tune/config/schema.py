@@ -1,0 +1,498 @@
+"""The study file's schema: what each key means, its unit and its default.
+
+A check that concerns several keys stands in the smallest section that holds them all, and runs though other sections
+are wrong, so that one look at a file finds everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from lowrank_tune.config.axes import (
+    Axis,
+    CountAxis,
+    LrAxis,
+    NestedRanks,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    RankAxis,
+    Real,
+    Section,
+    StepsAxis,
+    Text,
+    WeightAxis,
+    combinations,
+    distinct,
+    largest_value,
+    rejected,
+)
+
+TOKEN_PIXELS = 28
+"""Pixels a side that one merged token of the Qwen2.5-VL tower covers."""
+MANIFEST_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SOURCES = ("images", "manifest", "tensors", "samples")
+
+
+class ImageSource(Section):
+    """A directory or a glob of images."""
+
+    images: Text
+    """A directory (searched recursively) or a glob with `**`, relative to the working directory."""
+
+
+def _table_path(path: str) -> str:
+    if PurePath(path).suffix.lower() not in MANIFEST_SUFFIXES:
+        raise rejected(f"the suffix tells the table's format: {', '.join(MANIFEST_SUFFIXES)}")
+    return path
+
+
+class ManifestSource(Section):
+    """A table of records, one image each: JSON, JSONL, CSV or parquet."""
+
+    manifest: Annotated[Text, AfterValidator(_table_path)]
+    """The table's path; its suffix tells the format."""
+    image_column: Text = "image"
+    """The column with each image's path."""
+    root: Text | None = None
+    """The folder that relative image paths start from; the table's own folder by default."""
+
+
+class TensorSource(Section):
+    """A directory of ready features, `features_N.pt`, one tensor [tokens, dim] each."""
+
+    tensors: Text
+    """The directory."""
+
+
+class SampleSource(Section):
+    """Photographs that ship inside scikit-image and scikit-learn, cropped."""
+
+    samples: Annotated[int, Field(strict=True, ge=3, le=1024)]
+    """How many crops."""
+
+
+def _source_form(value: Any) -> str | None:
+    keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Section) else ()
+    forms = [form for form in SOURCES if form in keys]
+    return f"<{forms[0]}>" if len(forms) == 1 else None
+
+
+Source = Annotated[
+    Annotated[ImageSource, Tag("<images>")]
+    | Annotated[ManifestSource, Tag("<manifest>")]
+    | Annotated[TensorSource, Tag("<tensors>")]
+    | Annotated[SampleSource, Tag("<samples>")],
+    Discriminator(
+        _source_form,
+        custom_error_type="source",
+        custom_error_message="exactly one source is expected: {images: PATH}, {manifest: PATH}, {tensors: PATH} "
+        "or {samples: COUNT}",
+    ),
+]
+
+
+class EncoderSpec(Section):
+    """The Qwen2.5-VL vision tower."""
+
+    checkpoint: Text = "Qwen/Qwen2.5-VL-3B-Instruct"
+    """A hub id, a checkpoint directory, or `tiny-random`: a small tower with seeded random weights."""
+    image_size: Annotated[int, Field(strict=True, ge=28, le=4480, multiple_of=TOKEN_PIXELS)] = 448
+    """Pixels a side; a token covers 28x28 of them."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the tower computes in."""
+
+
+def _one_or_other(value: Any) -> str:
+    return "<word>" if isinstance(value, str) else "<count>"
+
+
+CountOrAuto = Annotated[
+    Annotated[PositiveInt, Tag("<count>")] | Annotated[Literal["auto"], Tag("<word>")],
+    Discriminator(_one_or_other),
+]
+
+
+class FeaturesSpec(Section):
+    """Where the features come from and how they are kept."""
+
+    source: Source
+    """Exactly one of images, manifest, tensors and samples."""
+    encoder: EncoderSpec = EncoderSpec()
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """What the cache stores; float16 holds bfloat16 features exactly up to 65,280."""
+    actors: CountOrAuto = "auto"
+    """Encoder actors: `auto` takes one a GPU, or one a machine where there is none."""
+    batch_size: CountOrAuto = "auto"
+    """Images that an encoder takes at once: `auto` fills its device. Halved where the GPU's memory does not suffice."""
+    decoders: CountOrAuto = "auto"
+    """Tasks that read and decode images at once, half a CPU each: `auto` takes as many as fit."""
+    max_quarantined: Annotated[Real, Field(ge=0, le=1)] = 0.05
+    """The fraction of broken images above which the extraction fails."""
+
+    @field_validator("encoder")
+    @classmethod
+    def _nothing_to_encode(cls, encoder: EncoderSpec, info: ValidationInfo) -> EncoderSpec:
+        if isinstance(info.data.get("source"), TensorSource):
+            raise rejected("tensors are features already, nothing encodes them: remove encoder")
+        return encoder
+
+
+DEFAULT_TRIALS = 20
+LARGEST_GRID = 10_000
+
+
+def _share_form(value: Any) -> str:
+    return "<fraction>" if isinstance(value, float) else "<count>"
+
+
+Share = Annotated[
+    Annotated[PositiveInt, Tag("<count>")] | Annotated[float, Field(strict=True, gt=0, lt=1), Tag("<fraction>")],
+    Discriminator(_share_form),
+]
+
+
+class SplitSpec(Section):
+    """How the images are divided; what is left trains."""
+
+    validation: Share = 0.1
+    """A count, or a fraction of all images."""
+    test: Share = 0.1
+    """A count, or a fraction of all images."""
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> SplitSpec:
+        shares = (self.validation, self.test)
+        if sum(share for share in shares if isinstance(share, float)) >= 1:
+            raise rejected("validation and test take every image and leave none to train: their sum must be below 1")
+        return self
+
+    def counts(self, n_images: int) -> tuple[int, int]:
+        """How many of so many images validate and test; a fraction is rounded down, and is one image at least.
+
+        Returns:
+            (validation, test); their sum may exceed `n_images`.
+        """
+        # 0.29 of 100 is 28.999999999999996 in binary, and 29 to whoever wrote it.
+        validation, test = (
+            share if isinstance(share, int) else max(1, int(share * n_images + 1e-9))
+            for share in (self.validation, self.test)
+        )
+        return validation, test
+
+
+class DirectSpace(Section):
+    """`direct`: a network regresses both factors."""
+
+    lambda_b: WeightAxis = 1e-4
+    """Weight of the mean squared element of B."""
+    lambda_ortho: WeightAxis = 1e-3
+    """Weight of the distance of A's columns from orthonormality."""
+
+
+class SketchSpace(Section):
+    """`sketch`: a learned sketch of the columns, B in closed form; nothing of its own to search."""
+
+
+class RefinedSpace(Section):
+    """`refined`: a filter of each image's Gram matrix sharpens a basis of its tokens, B in closed form."""
+
+    steps: StepsAxis = 2
+    """Products with the Gram matrix in the filter; a step more brings ρ nearer to 1 and costs time."""
+
+
+def _absent_is_not_null(schema: dict[str, Any]) -> None:
+    """In a file a family with nothing after it is tried with its defaults; None here is one that is not named."""
+    schema["minProperties"] = 1
+    for family in schema["properties"].values():
+        family.pop("default")
+
+
+class FamiliesSpec(Section):
+    """Which decomposers are tried, each with what it alone has; at least one."""
+
+    model_config = ConfigDict(json_schema_extra=_absent_is_not_null)
+
+    direct: DirectSpace | None = None
+    """A network regresses both factors; nothing after it, and it has its defaults."""
+    sketch: SketchSpace | None = None
+    """A learned sketch of the columns, B in closed form; nothing after it, and it has its defaults."""
+    refined: RefinedSpace | None = None
+    """A basis sharpened by a learned filter, B in closed form; nothing after it, and it has its defaults."""
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> FamiliesSpec:
+        if not self.chosen():
+            raise rejected(f"at least one family is needed: {', '.join(type(self).model_fields)}")
+        return self
+
+    def chosen(self) -> dict[str, Section]:
+        """The families to try, each with its own space, in the schema's order."""
+        named = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: own for name, own in named if own is not None}
+
+
+class SpaceSpec(Section):
+    """What is searched."""
+
+    rank: RankAxis = 128
+    """R, the columns of A and rows of B; {nested: [16, 32, 64]} trains one model for all of them."""
+    lr: LrAxis = 1e-3
+    """AdamW's learning rate at the start."""
+    weight_decay: WeightAxis = 1e-5
+    """AdamW's decoupled weight decay."""
+    batch_size: CountAxis = 8
+    """Images a step."""
+    families: FamiliesSpec
+    """Which decomposers are tried, each with what it alone has; at least one."""
+
+    @field_validator("families")
+    @classmethod
+    def _ordered_where_nested(cls, families: FamiliesSpec, info: ValidationInfo) -> FamiliesSpec:
+        if isinstance(info.data.get("rank"), NestedRanks) and families.direct is not None:
+            reason = "nested ranks need an ordered basis, which direct has not: remove it, or make rank a list"
+            raise rejected(reason, ("direct",))
+        return families
+
+    @property
+    def nested_ranks(self) -> tuple[int, ...]:
+        """The ranks that each training serves, rising; empty where each serves the one that it was given."""
+        return tuple(sorted(self.rank.nested)) if isinstance(self.rank, NestedRanks) else ()
+
+    def axes(self, family: str) -> dict[str, Axis]:
+        """What a trial of a family chooses: first what every family has, then what it alone has.
+
+        Nested ranks leave nothing to choose: the rank is the highest of them.
+        """
+        own = self.families.chosen()[family]
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
+        if isinstance(self.rank, NestedRanks):
+            shared["rank"] = largest_value(self.rank)
+        return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
+
+
+class SearchSpec(Section):
+    """How the space is searched."""
+
+    method: Literal["grid", "random", "tpe"] = "tpe"
+    """Every combination, independent draws, or Optuna's TPE."""
+    trials: PositiveInt | None = Field(default=None, validate_default=True)
+    """How many trials; 20 by default for random and tpe. A grid's number follows from its axes."""
+    space: SpaceSpec
+    """A constant, a list, or a range {uniform|loguniform|int: [low, high]} for each key."""
+
+    @field_validator("trials")
+    @classmethod
+    def _grid_counts_itself(cls, trials: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("method") != "grid":
+            return trials or DEFAULT_TRIALS
+        if trials is not None:
+            raise rejected("a grid tries every combination of its lists: make it null, or choose method random or tpe")
+        return None
+
+    @field_validator("space")
+    @classmethod
+    def _grid_is_finite(cls, space: SpaceSpec, info: ValidationInfo) -> SpaceSpec:
+        if info.data.get("method") != "grid":
+            return space
+        sizes = {family: combinations(space.axes(family).values()) for family in space.families.chosen()}
+        if None in sizes.values():
+            raise rejected(
+                "a grid cannot try every value of a range: make it a list, or choose method random or tpe",
+                *dict.fromkeys(_range_places(space)),
+            )
+        total = sum(size or 0 for size in sizes.values())
+        if total > LARGEST_GRID:
+            raise rejected(f"a grid of {total:,} combinations is above {LARGEST_GRID:,}: choose method random or tpe")
+        return space
+
+
+def _range_places(space: SpaceSpec) -> Iterator[tuple[str, ...]]:
+    for family in space.families.chosen():
+        for name, axis in space.axes(family).items():
+            if isinstance(axis, Section):
+                yield (name,) if name in type(space).model_fields else ("families", family, name)
+
+
+class TrainingSpec(Section):
+    """The budget of one trial."""
+
+    epochs: PositiveInt = 20
+    """Passes over the training split."""
+    patience: PositiveInt = 10
+    """Epochs in a row without a lower validation MSE before a trial stops; never, if as many as epochs."""
+
+
+class SchedulerSpec(Section):
+    """Which trials are stopped early."""
+
+    kind: Literal["asha", "none"] = "asha"
+    """Asynchronous successive halving, or every trial to its end."""
+    grace_epochs: PositiveInt = 3
+    """No trial is stopped before this epoch; 3 by default, or training.epochs where that is less."""
+    reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 3
+    """One in so many goes on at each rung."""
+    compete_within: Annotated[tuple[Literal["rank", "family"], ...], AfterValidator(distinct)] = ("rank",)
+    """Trials compete for survival only with trials that agree in these."""
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise rejected("above 1 a number of GPUs must be whole; below 1 it is the share of one")
+    return gpus
+
+
+class ResourcesSpec(Section):
+    """What a trial may use."""
+
+    cpus_per_trial: PositiveFloat = 1.0
+    """CPU cores, of each worker where there are several; torch gets as many threads, at least one."""
+    gpus_per_trial: Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)] = 0.0
+    """A fraction lets several trials share a GPU; of each worker where there are several, and then a whole number."""
+    workers_per_trial: PositiveInt = 1
+    """Processes that train one trial together, each on its share of every batch, on one node or several."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at a time; by default as many as fit, or this study's part of them while others work on the cluster."""
+    fuse: Literal["never", "auto", "always"] = "never"
+    """Whether trials of one family, rank and batch size train as one model: auto is where it was measured to gain."""
+
+    @field_validator("workers_per_trial")
+    @classmethod
+    def _a_gpu_each(cls, workers: int, info: ValidationInfo) -> int:
+        gpus = info.data.get("gpus_per_trial", 0.0)
+        if workers > 1 and gpus != int(gpus):
+            raise rejected(
+                f"workers cannot share a GPU, for NCCL has them exchange between whole ones: make gpus_per_trial 1 "
+                f"instead of {gpus:g}, or workers_per_trial 1"
+            )
+        return workers
+
+    @field_validator("fuse")
+    @classmethod
+    def _one_worker_each(cls, fuse: str, info: ValidationInfo) -> str:
+        if fuse != "never" and info.data.get("workers_per_trial", 1) > 1:
+            raise rejected("trials of several workers do not train as one model: make it never, or workers_per_trial 1")
+        return fuse
+
+
+def _registered_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}", name):
+        raise rejected("letters, digits, spaces, `.`, `-` and `_` only, beginning with a letter or digit, 100 at most")
+    return name
+
+
+class TrackingSpec(Section):
+    """Where MLflow keeps the study."""
+
+    uri: Text | None = None
+    """A server or database; by default MLFLOW_TRACKING_URI, else sqlite in the results directory."""
+    experiment: Text | None = None
+    """The experiment's name; the study's by default."""
+    register_as: Annotated[Text, AfterValidator(_registered_name)] | None = None
+    """The model in MLflow's registry of which the best of each rank becomes a version; none by default."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        # A study file is copied into results, MLflow and the report.
+        if uri and not uri.startswith("sqlite:") and "@" in uri.partition("://")[2]:
+            raise rejected(
+                "an address in a study file must not hold a user name or password: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or give the whole address in MLFLOW_TRACKING_URI"
+            )
+        return uri
+
+
+class ReportSpec(Section):
+    """The post-study figures and pictures."""
+
+    images: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], AfterValidator(distinct)] = (0,)
+    """Which images of the test split get spatial pictures, counted from 0."""
+    channels: PositiveInt = 8
+    """How many channels each shows."""
+    confirm_seeds: Annotated[int, Field(strict=True, ge=0)] = 3
+    """How often the best configuration of each rank is trained again, each time with a fresh seed; 0 for never."""
+
+
+class StudySpec(Section):
+    """A study file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+    """Letters, digits, `-` and `_`; names the MLflow experiment and the results folder."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    """Reaches the split, the searcher, every trial's weights and mini-batches, and the controls."""
+    features: FeaturesSpec
+    split: SplitSpec = SplitSpec()
+    search: SearchSpec
+    training: TrainingSpec = TrainingSpec()
+    scheduler: SchedulerSpec = Field(default=SchedulerSpec(), validate_default=True)
+    objective: Literal["val_residual_ratio", "val_mse", "val_token_cosine"] = "val_residual_ratio"
+    """What searcher and scheduler steer by, and what picks the best trial of a family and rank."""
+    resources: ResourcesSpec = ResourcesSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    report: ReportSpec = ReportSpec()
+
+    @field_validator("split")
+    @classmethod
+    def _samples_suffice(cls, split: SplitSpec, info: ValidationInfo) -> SplitSpec:
+        n_images = _known_images(info)
+        if n_images is not None and sum(split.counts(n_images)) >= n_images:
+            validation, test = split.counts(n_images)
+            raise rejected(f"{validation} images to validate and {test} to test leave none of {n_images} to train")
+        return split
+
+    @field_validator("search")
+    @classmethod
+    def _rank_exists(cls, search: SearchSpec, info: ValidationInfo) -> SearchSpec:
+        features = info.data.get("features")
+        if isinstance(features, FeaturesSpec) and not isinstance(features.source, TensorSource):
+            side = features.encoder.image_size
+            tokens, highest = (side // TOKEN_PIXELS) ** 2, largest_value(search.space.rank)
+            if highest > tokens:
+                reason = f"rank {highest} is above the {tokens} tokens of an image of {side} pixels a side: lower it"
+                raise rejected(reason, ("space", "rank"))
+        return search
+
+    @field_validator("scheduler")
+    @classmethod
+    def _grace_fits(cls, scheduler: SchedulerSpec, info: ValidationInfo) -> SchedulerSpec:
+        training = info.data.get("training")
+        if not isinstance(training, TrainingSpec) or scheduler.grace_epochs <= training.epochs:
+            return scheduler
+        if "grace_epochs" not in scheduler.model_fields_set:
+            return scheduler.model_copy(update={"grace_epochs": training.epochs})
+        if scheduler.kind == "asha":
+            reason = f"asha would stop nothing: at most training.epochs, {training.epochs}, or kind: none"
+            raise rejected(reason, ("grace_epochs",))
+        return scheduler
+
+    @field_validator("report")
+    @classmethod
+    def _images_exist(cls, report: ReportSpec, info: ValidationInfo) -> ReportSpec:
+        split, n_images = info.data.get("split"), _known_images(info)
+        if isinstance(split, SplitSpec) and (n_images is not None or isinstance(split.test, int)):
+            n_test = split.counts(n_images or 0)[1]
+            if max(report.images, default=0) >= n_test:
+                reason = f"the test split has {n_test} images, counted from 0: the last is {n_test - 1}"
+                raise rejected(reason, ("images",))
+        return report
+
+
+def _known_images(info: ValidationInfo) -> int | None:
+    features = info.data.get("features")
+    source = features.source if isinstance(features, FeaturesSpec) else None
+    return source.samples if isinstance(source, SampleSource) else None

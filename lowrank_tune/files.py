@@ -1,0 +1,156 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Give `path` its content in one step: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: The file to make or replace; its folder is made when missing.
+        write: Writes the content to the path that it is given, a temporary neighbour of `path`.
+
+    Raises:
+        OSError: The folder cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Names that begin so belong to an unfinished write; whoever holds the folder may delete them."""
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that its name never shows anything but all of `data`.
+
+    Raises:
+        OSError: as `write_pieces_durably`.
+    """
+    write_pieces_durably(path, [data])
+
+
+def write_pieces_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file piece by piece so that its name never shows anything but all of them.
+
+    The order is temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: no space, no permission; the temporary file is removed and an older `path` is left as it was.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_directory(path.parent)
+
+
+def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder with these files in one step; where it exists already, leave it.
+
+    Two processes may do so at once: the first rename wins and the other's copy is dropped.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    if directory.exists():
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{directory.name}")
+    temporary.mkdir()
+    try:
+        for name, data in files.items():
+            write_durably(temporary / name, data)
+        os.rename(temporary, directory)
+    except OSError:
+        if not directory.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _fsync_directory(directory.parent)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what unfinished writes left in this folder."""
+    for path in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Readable(Protocol):
+    """A binary file."""
+
+    def read(self, size: int, /) -> bytes:
+        """Read so many bytes, or fewer at the file's end."""
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Read where the values begin and what they are.
+
+    Returns:
+        The offset of the first value in the file, and each tensor's `dtype`, `shape` and `data_offsets`; these count
+        from there.
+
+    Raises:
+        ValueError: it is no safetensors file, or a truncated one.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data, header = parse_header(file, path.stat().st_size)
+    return len(data), header
+
+
+def parse_header(file: Readable, size: int) -> tuple[bytes, dict[str, Any]]:
+    """Read the header of a file that is open at its start.
+
+    Args:
+        file: a safetensors file.
+        size: its bytes.
+
+    Returns:
+        The file's bytes before the first value, and each tensor's `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        ValueError: it is no safetensors file, or a truncated one.
+        OSError: it cannot be read.
+    """
+    start = file.read(8)
+    if len(start) < 8:
+        raise ValueError("shorter than a header")
+    (length,) = struct.unpack("<Q", start)
+    if 8 + length > size:
+        raise ValueError("the header is longer than the file")
+    text = file.read(length)
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    header.pop("__metadata__", None)
+    return start + text, header

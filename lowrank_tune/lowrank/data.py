@@ -1,0 +1,317 @@
+"""A feature cache as a matrix per image, mapped into memory.
+
+N images, T tokens, D dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowrank_tune.errors import CacheError, InputError
+from lowrank_tune.lowrank.decomposers import Factors
+from lowrank_tune.lowrank.quantization import ordered, pack, unpack
+from lowrank_tune.records import FeatureSet
+
+_SERIAL_ELEMENTS = 32768
+"""The most that torch copies on the calling thread when it has several."""
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class FeatureMatrix:
+    """The features of a study's images, read where they lie.
+
+    The first row asked for maps all shards, and they stay mapped: their pages belong to the system's page cache, which
+    all processes share, so a process needs memory for the batches that it holds and for nothing else.
+
+    Args:
+        features: The images, in the order that indices count.
+    """
+
+    def __init__(self, features: FeatureSet) -> None:
+        self.features = features
+        self.tokens = features.tokens
+        self.dim = features.dim
+        self.dtype = DTYPES[features.dtype]
+        self._shards: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.features.rows)
+
+    def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """Copy the features of some images.
+
+        Args:
+            indices: Positions in `features.rows`, in any order; repetitions are allowed.
+            dtype: What the copy is converted to; `self.dtype` converts nothing.
+            out: Where to put them, [n, T, D] on the CPU, in any dtype; new memory when None. Memory that is used again
+                is several times as fast: the system hands out new memory page by page.
+
+        Returns:
+            A tensor [n, T, D] that belongs to the caller: `out`, when it is given.
+
+        Raises:
+            CacheError: A shard is missing, is not a safetensors file, or does not hold what the cache says.
+        """
+        if not self._shards:
+            # All at once: what mapping allocates for good, one shard at a time between batches, would split the heap
+            # under them, and the process would grow by a batch or two a shard.
+            self._shards = {name: self._map(name) for name in sorted({row.shard for row in self.features.rows})}
+        x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype) if out is None else out
+        # A copy shared between threads waits for each of them, once a row: where other trials have the cores, a batch
+        # would take ten times as long.
+        parts = 1 if torch.get_num_threads() == 1 else math.ceil(self.tokens * self.dim / _SERIAL_ELEMENTS)
+        rows = [self.features.rows[index] for index in indices]
+        pieces = [piece for row in rows for piece in self._shards[row.shard][row.row].chunk(parts)]
+        if pieces:
+            torch._foreach_copy_([piece for x_TD in x_NTD for piece in x_TD.chunk(parts)], pieces)
+        return x_NTD
+
+    def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """Yield the features of some images in order, `size` images [size, T, D] at a time (the last may be fewer).
+
+        Raises:
+            CacheError: As `load`.
+        """
+        for start in range(0, len(indices), size):
+            yield self.load(indices[start : start + size], dtype)
+
+    def _map(self, name: str) -> Tensor:
+        path = Path(self.features.directory) / "shards" / name
+        remedy = "run `lowrank-tune features verify`, then extract the cache again"
+        try:
+            with safe_open(path, framework="pt", device="cpu") as shard:
+                mapped_NTD: Tensor = shard.get_tensor("features")
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{path}: the shard cannot be read ({error}); {remedy}") from error
+        if mapped_NTD.shape[1:] != (self.tokens, self.dim) or mapped_NTD.dtype != self.dtype:
+            raise CacheError(
+                f"{path}: holds {list(mapped_NTD.shape)} of {mapped_NTD.dtype}, "
+                f"not images of [{self.tokens}, {self.dim}] of {self.dtype}; {remedy}"
+            )
+        return mapped_NTD
+
+
+RESIDENT_FRACTION = 0.25
+"""Of a device's free memory, the most that the features may take: four trials may share one device, and a trial needs
+room for its own work."""
+_COPIED_AT_ONCE = 64
+
+
+class MiniBatches(Protocol):
+    """Gives the features of some images on one device."""
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Return the features of some images, float32 [n, T, D]; the tensor belongs to the caller."""
+
+    def lend(self, indices: Sequence[int]) -> Tensor:
+        """As `load`, but the tensor may be overwritten by the next call."""
+
+
+@lru_cache(maxsize=1)
+def batches_on(data: FeatureMatrix, device: str) -> MiniBatches:
+    """The mini-batches for a device; the same object again for the next trial of this process.
+
+    On a GPU the features are held as a whole when they take no more than `RESIDENT_FRACTION` of its free memory.
+    """
+    if torch.device(device).type != "cuda":
+        return Mapped(data)
+    size = len(data) * data.tokens * data.dim * data.dtype.itemsize
+    if fits(size, torch.cuda.mem_get_info(device)[0]):
+        try:
+            return Resident(data, device)
+        except torch.OutOfMemoryError:  # another trial was quicker
+            torch.cuda.empty_cache()
+    return Streamed(data, device)
+
+
+def fits(size: int, free: int) -> bool:
+    """Whether features of `size` bytes are held on a device with `free` bytes."""
+    return size <= RESIDENT_FRACTION * free
+
+
+class Mapped:
+    """Batches on the CPU, copied out of the mapped cache.
+
+    Args:
+        data: The features.
+    """
+
+    def __init__(self, data: FeatureMatrix) -> None:
+        self._data = data
+        self._buffer_NTD = torch.empty(0, data.tokens, data.dim)
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """As `MiniBatches.load`."""
+        return self._data.load(indices)
+
+    def lend(self, indices: Sequence[int]) -> Tensor:
+        """As `MiniBatches.lend`."""
+        if len(indices) > len(self._buffer_NTD):
+            self._buffer_NTD = torch.empty(len(indices), self._data.tokens, self._data.dim)
+        return self._data.load(indices, out=self._buffer_NTD[: len(indices)])
+
+
+class Resident:
+    """Batches of features that a device holds as a whole, in the dtype of the cache.
+
+    Args:
+        data: The features.
+        device: Where to hold them.
+    """
+
+    def __init__(self, data: FeatureMatrix, device: str) -> None:
+        self._all_NTD = torch.empty(len(data), data.tokens, data.dim, dtype=data.dtype, device=device)
+        for start in range(0, len(data), _COPIED_AT_ONCE):
+            part = range(start, min(start + _COPIED_AT_ONCE, len(data)))
+            self._all_NTD[start : start + len(part)] = data.load(part, data.dtype).to(device)
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """As `MiniBatches.load`."""
+        chosen = torch.tensor(indices, dtype=torch.int64).to(self._all_NTD.device)
+        return self._all_NTD.index_select(0, chosen).float()
+
+    def lend(self, indices: Sequence[int]) -> Tensor:
+        """As `MiniBatches.lend`."""
+        return self.load(indices)
+
+
+class Streamed:
+    """Batches that are copied to a device through two page-locked buffers, one filled while the other is on its way.
+
+    Args:
+        data: The features.
+        device: Where the batches go, in the cache's dtype; they are converted there, so that half the bytes travel.
+    """
+
+    def __init__(self, data: FeatureMatrix, device: str) -> None:
+        self._data = data
+        self._device = torch.device(device)
+        self._buffers: list[Tensor] = [torch.empty(0, data.tokens, data.dim, dtype=data.dtype)] * 2
+        on_gpu = self._device.type == "cuda"
+        self._sent = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """As `MiniBatches.load`."""
+        self._turn = 1 - self._turn
+        if self._sent:
+            self._sent[self._turn].synchronize()
+        if len(indices) > len(self._buffers[self._turn]):
+            shape = (len(indices), self._data.tokens, self._data.dim)
+            pinned = self._device.type == "cuda"
+            self._buffers[self._turn] = torch.empty(shape, dtype=self._data.dtype, pin_memory=pinned)
+        host_NTD = self._data.load(indices, out=self._buffers[self._turn][: len(indices)])
+        x_NTD = torch.empty_like(host_NTD, device=self._device).copy_(host_NTD, non_blocking=True)
+        if self._sent:
+            self._sent[self._turn].record(torch.cuda.current_stream(self._device))
+        return x_NTD.float()
+
+    def lend(self, indices: Sequence[int]) -> Tensor:
+        """As `MiniBatches.lend`."""
+        return self.load(indices)
+
+
+def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Store one image's factors.
+
+    Args:
+        a_TR: A [T, R].
+        b_RD: B [R, D].
+        dtype: one of `STORE_DTYPES`.
+
+    Returns:
+        What `pack` makes of each, by name: `a.values`, `b.codes` and so on.
+
+    Raises:
+        InputError: a number is not finite, or does not fit the dtype.
+    """
+    if not (a_TR.isfinite().all() and b_RD.isfinite().all()):
+        raise InputError("NaN or infinity among them")
+    if not dtype.startswith("float"):
+        try:
+            (a_TR,), (b_RD,) = ordered(Factors(a_TR[None], b_RD[None]))
+        except RuntimeError as error:  # as torch raises what LAPACK fails at
+            raise InputError(f"they cannot be ordered ({str(error).splitlines()[0]})") from error
+    sides = {"a": a_TR, "b": b_RD}
+    return {f"{side}.{name}": part for side, factor in sides.items() for name, part in pack(factor, dtype).items()}
+
+
+def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Restore what `pack_factors` stored: A [T, R] and B [R, D], float32.
+
+    Raises:
+        InputError: the parts are not what it makes of this dtype and these sizes.
+    """
+    a_TR = unpack(_of_side(parts, "a"), dtype, (tokens, rank))
+    return a_TR, unpack(_of_side(parts, "b"), dtype, (rank, dim))
+
+
+def open_matrix(features: FeatureSet) -> FeatureMatrix:
+    """The features of a cache of either kind: as they are stored, or A·B where it holds factors."""
+    return FactorMatrix(features) if features.rank else FeatureMatrix(features)
+
+
+class FactorMatrix(FeatureMatrix):
+    """Features that are stored as factors: `load` gives A·B, `factors` gives A and B themselves, both in float32.
+
+    Args:
+        features: The images, in the order that indices count; of a cache of factors.
+    """
+
+    def __init__(self, features: FeatureSet) -> None:
+        super().__init__(replace(features, dtype="float32"))
+        self.features = features
+        self.rank = features.rank
+        self._parts: dict[str, dict[str, Tensor]] = {}
+
+    def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """Reconstruct some images; arguments, result and errors are those of `FeatureMatrix.load`."""
+        x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype) if out is None else out
+        for x_TD, index in zip(x_NTD, indices, strict=True):
+            a_TR, b_RD = self._image(index)
+            x_TD.copy_(a_TR @ b_RD)
+        return x_NTD
+
+    def factors(self, indices: Sequence[int]) -> Factors:
+        """Read the factors of some images.
+
+        Returns:
+            A [n, T, R] and B [n, R, D], float32.
+
+        Raises:
+            CacheError: As `load`.
+        """
+        images = [self._image(index) for index in indices]
+        a_NTR = torch.stack([a_TR for a_TR, _ in images]) if images else torch.empty(0, self.tokens, self.rank)
+        b_NRD = torch.stack([b_RD for _, b_RD in images]) if images else torch.empty(0, self.rank, self.dim)
+        return Factors(a_NTR, b_NRD)
+
+    def _image(self, index: int) -> tuple[Tensor, Tensor]:
+        row = self.features.rows[index]
+        if row.shard not in self._parts:
+            self._parts[row.shard] = self._map_parts(row.shard)
+        parts = {name: part[row.row] for name, part in self._parts[row.shard].items()}
+        return unpack_factors(parts, self.features.dtype, self.tokens, self.dim, self.rank)
+
+    def _map_parts(self, name: str) -> dict[str, Tensor]:
+        path = Path(self.features.directory) / "shards" / name
+        try:
+            with safe_open(path, framework="pt", device="cpu") as shard:
+                return {part: shard.get_tensor(part) for part in shard.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(
+                f"{path}: the shard cannot be read ({error}); run `lowrank-tune features verify`, then apply again"
+            ) from error
+
+
+def _of_side(parts: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{side}."): part for name, part in parts.items() if name.startswith(f"{side}.")}

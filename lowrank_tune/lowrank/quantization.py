@@ -1,0 +1,298 @@
+"""Matrices in few bits, and back: each row has one scale, and codes −L..L that are multiples of it.
+
+    scale = max|x| / L       code = round(x / scale)       x ≈ code · scale, off by half a scale at most
+
+L is 127, 15 or 7 for int8, int5 and int4. Codes of less than a byte are packed: eight codes of b bits are b bytes. A
+row of K codes is ⌈K b / 8⌉ bytes; rows stay apart, so that leading rows can be read by themselves.
+
+K numbers of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
+
+StoreDtype = Literal["float32", "float16", "int8", "int5", "int4"]
+STORE_DTYPES: tuple[StoreDtype, ...] = get_args(StoreDtype)
+"""What `pack` can store, by falling bytes."""
+
+_FLOATS = {"float32": torch.float32, "float16": torch.float16}
+_BITS = {"int8": 8, "int5": 5, "int4": 4}
+_TINY = torch.finfo(torch.float32).tiny
+"""The least scale. Below it floats lose digits, and a row of zeros needs a scale that can be divided by."""
+
+
+def pack(x: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Store a matrix in fewer bytes.
+
+    Args:
+        x: finite numbers [..., K], K at least 1.
+        dtype: one of `STORE_DTYPES`.
+
+    Returns:
+        `values` [..., K] for a float dtype. Else `codes`, int8 [..., K] or packed into uint8 [..., ⌈K bits / 8⌉], and
+        `scales`, float32 [...], one a row. Each is contiguous and owns its memory, as safetensors wants it.
+
+    Raises:
+        InputError: there is no such dtype, no row, a number that is not finite, or one too large for the dtype.
+    """
+    _check(dtype)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise InputError(f"numbers of shape {list(x.shape)} have no rows to pack; give [..., K] with K at least 1")
+    if dtype in _FLOATS:
+        return {"values": _as_float(x, dtype).clone(memory_format=torch.contiguous_format)}
+    codes, scales = _quantise(x, dtype)
+    bits = _BITS[dtype]
+    return {"codes": codes.to(torch.int8) if bits == 8 else _to_bytes(codes, bits), "scales": scales}
+
+
+def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Tensor:
+    """Restore what `pack` stored.
+
+    Args:
+        parts: as `pack` returned them.
+        dtype: as `pack` was given it.
+        shape: [..., K] of what was packed.
+
+    Returns:
+        float32 of that shape.
+
+    Raises:
+        InputError: the parts are not what `pack` makes of this dtype and shape.
+    """
+    wanted = _layout(shape, dtype)
+    found = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
+    if found != wanted:
+        raise InputError(
+            f"{dtype} of shape {list(shape)} is stored as {_words(wanted)}, not as {_words(found)}; "
+            "give the dtype and shape that it was packed with"
+        )
+    if dtype in _FLOATS:
+        return parts["values"].float()
+    bits = _BITS[dtype]
+    codes = parts["codes"] if bits == 8 else _from_bytes(parts["codes"], bits, shape[-1])
+    return _dequantise(codes, parts["scales"])
+
+
+def restored(x: Tensor, dtype: str) -> Tensor:
+    """Return what `unpack` gives of `pack(x, dtype)`, float32 [..., K], without making the bytes.
+
+    Raises:
+        InputError: as `pack`.
+    """
+    _check(dtype)
+    return _as_float(x, dtype).float() if dtype in _FLOATS else _dequantise(*_quantise(x, dtype))
+
+
+def packed_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Count the bytes of all that `pack` returns for [..., K], scales included.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    return sum(math.prod(part) * kind.itemsize for part, kind in _layout(shape, dtype).values())
+
+
+def _check(dtype: str) -> None:
+    if dtype not in STORE_DTYPES:
+        raise InputError(f"store dtype {dtype!r} is unknown; choose one of {', '.join(STORE_DTYPES)}")
+
+
+def _layout(shape: Sequence[int], dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of each part that `pack` makes of [..., K]."""
+    _check(dtype)
+    *rows, count = shape
+    if dtype in _FLOATS:
+        return {"values": ((*rows, count), _FLOATS[dtype])}
+    bits = _BITS[dtype]
+    codes = ((*rows, count), torch.int8) if bits == 8 else ((*rows, math.ceil(count * bits / 8)), torch.uint8)
+    return {"codes": codes, "scales": (tuple(rows), torch.float32)}
+
+
+def _words(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {list(shape)} of {kind}" for name, (shape, kind) in layout.items()) or "nothing"
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Return float32 numbers.
+
+    Raises:
+        InputError: one of them is not finite, or too large for float32.
+    """
+    numbers = x.float()
+    if not numbers.isfinite().all():
+        raise InputError("NaN, infinity or a number above 3.4e38 cannot be stored; look at what made it")
+    return numbers
+
+
+def _as_float(x: Tensor, dtype: str) -> Tensor:
+    numbers = _finite(x)
+    values = numbers.to(_FLOATS[dtype])
+    if not values.isfinite().all():
+        raise InputError(
+            f"numbers up to {numbers.abs().max().item():.3g} do not fit into {dtype}; "
+            "store float32, or int8, whose scales have float32's range"
+        )
+    return values
+
+
+def _quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Return the codes, whole numbers in float32 [..., K], and the scales [...]."""
+    numbers = _finite(x)
+    largest = 2 ** (_BITS[dtype] - 1) - 1
+    scales = (torch.linalg.vector_norm(numbers, math.inf, dim=-1) / largest).clamp_min(_TINY)
+    return (numbers / scales[..., None]).round_().clamp_(-largest, largest), scales
+
+
+def _dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+    # A row that reaches float32's last number would come out infinite by rounding.
+    limit = torch.finfo(torch.float32).max
+    return (codes.float() * scales[..., None]).clamp_(-limit, limit)
+
+
+def _to_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [..., K] into uint8 [..., ⌈K bits / 8⌉]: eight codes are one whole number of `bits` bytes."""
+    count = codes.shape[-1]
+    unsigned = codes.to(torch.int64) + (2 ** (bits - 1) - 1)
+    groups = functional.pad(unsigned, (0, -count % 8)).reshape(*codes.shape[:-1], math.ceil(count / 8), 8)
+    words = (groups << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
+    octets = ((words >> (8 * torch.arange(bits, device=codes.device))) & 255).flatten(-2)
+    return octets[..., : math.ceil(count * bits / 8)].to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _from_bytes(octets: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `_to_bytes`: codes [..., K] in int64."""
+    size = octets.shape[-1]
+    padded = functional.pad(octets.to(torch.int64), (0, -size % bits))
+    groups = padded.reshape(*octets.shape[:-1], math.ceil(size / bits), bits)
+    words = (groups << (8 * torch.arange(bits, device=octets.device))).sum(-1, keepdim=True)
+    unsigned = (words >> (bits * torch.arange(8, device=octets.device))) & (2**bits - 1)
+    codes: Tensor = unsigned.flatten(-2)[..., :count] - (2 ** (bits - 1) - 1)
+    return codes
+
+
+class QuantisedDecomposer:
+    """A copy of a decomposer whose matrices are int8.
+
+    Args:
+        model: trained; it stays as it is.
+
+    Attributes:
+        model: the copy.
+        matrices: the names of what is int8 in it; none where the family has learned no matrix.
+    """
+
+    def __init__(self, model: Decomposer) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        layers = [name for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)]
+        self.matrices = [name for name, weight in self.model.named_parameters() if weight.ndim == 2]
+        self._raw = [name for name in self.matrices if name.removesuffix(".weight") not in layers]
+        if self.matrices:
+            _to_int8(self.model, self.matrices)
+
+    def __call__(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
+        """Decompose images [N, T, D] as `Decomposer.forward` does."""
+        restored = {name: self.model.get_parameter(name).dequantize() for name in self._raw}
+        factors: Factors = functional_call(self.model, restored, (x_NTD,), {"rank": rank})
+        return factors
+
+
+def _to_int8(model: nn.Module, matrices: list[str]) -> None:
+    # Seconds of import, and only who quantises a model needs it.
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    config = FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in matrices})
+    quantize_(model, config, filter_fn=None)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Count the bytes of all that a model holds: weights, scales and buffers."""
+    return sum(_bytes(tensor) for tensor in model.state_dict().values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of tensors that hold others, as torchao's do
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def ordered(factors: Factors) -> Factors:
+    """Return the same products as their SVD, √Σ in either factor, components by falling Σ.
+
+    Args:
+        factors: A [N, T, R] and B [N, R, D], R at most min(T, D).
+
+    Returns:
+        float32 factors of the same shapes; components that are nothing but rounding are zeros or nearly so.
+    """
+    q_NTR, left_NRR = torch.linalg.qr(factors.a_NTR.float())
+    p_NDR, right_NRR = torch.linalg.qr(factors.b_NRD.float().mT)
+    u_NRR, sigma_NR, vh_NRR = torch.linalg.svd(left_NRR @ right_NRR.mT)
+    root_NR = sigma_NR.sqrt()
+    return Factors(q_NTR @ (u_NRR * root_NR[:, None, :]), root_NR[..., None] * (vh_NRR @ p_NDR.mT))
+
+
+def restored_factors(factors: Factors, dtype: str) -> Factors:
+    """Return what comes back of factors when A and B are packed, float32.
+
+    Args:
+        factors: A [N, T, R] and B [N, R, D], as `ordered` returns them.
+        dtype: one of `compression.STORE_DTYPES`.
+
+    Raises:
+        InputError: as `compression.pack`.
+    """
+    return Factors(restored(factors.a_NTR, dtype), restored(factors.b_NRD, dtype))
+
+
+def factor_bytes(tokens: int, dim: int, rank: int, dtype: str) -> int:
+    """Count the bytes of an image's packed A [tokens, rank] and B [rank, dim]; none for no rank."""
+    return packed_bytes((tokens, rank), dtype) + packed_bytes((rank, dim), dtype) if rank else 0
+
+
+def residual_by_rank(x_NTD: Tensor, factors: Factors) -> Tensor:
+    """Measure ‖X − A_r B_r‖² for the leading r components, for every r from none to all.
+
+    With a_j, b_j the components it is ‖X‖² − 2 Σ_j a_jᵀXb_j + Σ_ij (a_i·a_j)(b_i·b_j), one product with X for all r.
+
+    Args:
+        x_NTD: features [N, T, D].
+        factors: A [N, T, R] and B [N, R, D].
+
+    Returns:
+        float64 [N, R + 1]; column r is that of r components.
+    """
+    x, a_NTR, b_NRD = x_NTD.double(), factors.a_NTR.double(), factors.b_NRD.double()
+    energy_N1 = x.square().sum((-2, -1))[:, None]
+    explained_NR = torch.linalg.vecdot(a_NTR.mT @ x, b_NRD).cumsum(-1)
+    overlap_NRR = (a_NTR.mT @ a_NTR) * (b_NRD @ b_NRD.mT)
+    product_NR = overlap_NRR.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    residual_NR = (energy_N1 - 2 * explained_NR + product_NR).clamp_min(0)
+    return torch.cat([energy_N1, residual_NR], -1)
+
+
+def prune(residual_NR: Tensor, allowed_N: Tensor) -> Tensor:
+    """Choose for each image the least rank whose residual is within what is allowed.
+
+    Args:
+        residual_NR: from `residual_by_rank`, [N, R + 1].
+        allowed_N: ‖X − A_r B_r‖² at most, [N].
+
+    Returns:
+        int64 [N], from 0 to R; -1 for an image whose residual is within it at no rank.
+    """
+    within_NR = residual_NR <= allowed_N[:, None]
+    first_N: Tensor = within_NR.int().argmax(-1)
+    return torch.where(within_NR.any(-1), first_N, -1)

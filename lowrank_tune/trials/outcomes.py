@@ -1,0 +1,188 @@
+"""How a trial ended, read off its last epoch: the one place where the searcher, the tracker and the report agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.files import write_whole
+from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus, TrialTracker
+
+_BEST = ("val_mse", "val_token_cosine", "val_residual_ratio")
+_STATUS: dict[StoppedBy, TrialStatus] = {
+    "budget": "finished",
+    "patience": "finished",
+    "asha": "pruned",
+    "error": "failed",
+}
+
+
+def stopped_by(last: Mapping[str, Any]) -> StoppedBy:
+    """What ended a trial whose last epoch was `last`: what the trainer says, else the scheduler."""
+    said = last.get("stopped_by", "")
+    return next((word for word in _STATUS if word == said), "asha")
+
+
+def outcome_of(
+    config: TrialConfig, last: Mapping[str, Any], directory: Path, seconds: float, crash: str = ""
+) -> TrialOutcome:
+    """Say how a trial ended.
+
+    Args:
+        config: what was tried.
+        last: the last epoch's figures as `Trainer.step` gives them, with `stopped_by` and `reason`; empty when there
+            was none.
+        directory: where its model lies.
+        seconds: wall time of its training.
+        crash: why it died without saying so itself; empty when it did not.
+    """
+    ended: StoppedBy = "error" if crash else stopped_by(last)
+    best_epoch = int(last.get("best_epoch", 0))
+    best = {name: float(last.get(f"best_{name}", math.nan)) for name in _BEST} if best_epoch else {}
+    return TrialOutcome(
+        config=config,
+        status=_STATUS[ended],
+        stopped_by=ended,
+        epochs=int(last.get("epoch", 0)),
+        best_epoch=best_epoch,
+        best={name: value for name, value in best.items() if math.isfinite(value)},
+        directory=str(directory),
+        seconds=seconds,
+        reason=crash or str(last.get("reason", "")),
+    )
+
+
+FEATURES = "features.json"
+CHECKPOINT = "checkpoint.safetensors"
+"""In a trial's folder while it is not over: all that its training needs to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaterialPaths:
+    """Where a study's shared material lies.
+
+    Attributes:
+        features: a FeatureSet as JSON.
+        split: a Split as JSON.
+        optimum: the validation split's Optimum.
+    """
+
+    features: str
+    split: str
+    optimum: str
+
+
+def check_same_images(directory: Path, features: FeatureSet) -> None:
+    """Refuse to go on with a study on other images than it began with: its trials would not be comparable.
+
+    Args:
+        directory: where `write_material` wrote; a study that has not got so far has nothing there.
+        features: what the study file gives today.
+
+    Raises:
+        InputError: they are others.
+    """
+    path = directory / FEATURES
+    if not path.exists():
+        return
+    before = FeatureSet.read(path)
+    same = before.fingerprint == features.fingerprint
+    if not same or [row.key for row in before.rows] != [row.key for row in features.rows]:
+        what = "are not the same any more" if same else "are encoded otherwise now"
+        raise InputError(
+            f"features.source: the study began with {len(before.rows)} images, and they {what}; restore them, or run "
+            "a new study with `lowrank-tune clone`"
+        )
+
+
+def write_material(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> MaterialPaths:
+    """Write what actors read: a reference to the features, never the features.
+
+    Args:
+        directory: where to write; made when missing.
+        features: the study's features.
+        split: which images train, validate and judge.
+        optimum_path: the validation split's optimum, already saved.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    features_path, split_path = directory / FEATURES, directory / "split.json"
+    features.write(features_path)
+    split_path.write_text(json.dumps(asdict(split)), encoding="utf-8")
+    paths = (path.absolute() for path in (features_path, split_path, optimum_path))
+    return MaterialPaths(*map(str, paths))
+
+
+OUTCOME = "outcome.json"
+
+
+class Ledger:
+    """A tracker that puts every outcome on file before the study's own tracker hears of it.
+
+    Args:
+        trials_dir: `studies/<study_id>/trials`.
+        tracker: told everything as well.
+    """
+
+    def __init__(self, trials_dir: Path, tracker: TrialTracker) -> None:
+        self._trials_dir = trials_dir
+        self._tracker = tracker
+
+    def trial_started(self, config: TrialConfig) -> None:
+        """Pass it on."""
+        self._tracker.trial_started(config)
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Pass it on."""
+        self._tracker.trial_epoch(trial_id, epoch, metrics)
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """Write it down, and pass it on."""
+        write_outcome(self._trials_dir, outcome)
+        self._tracker.trial_ended(outcome)
+
+
+def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
+    """Write `trials/<trial_id>/outcome.json`; what the trial would have needed to go on is removed."""
+    directory = trials_dir / outcome.config.trial_id
+    text = json.dumps(asdict(outcome), indent=1) + "\n"
+    write_whole(directory / OUTCOME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    (directory / CHECKPOINT).unlink(missing_ok=True)
+
+
+def read_outcomes(trials_dir: Path) -> dict[str, TrialOutcome]:
+    """Every outcome on file, of trials and of repetitions, by trial id."""
+    outcomes = (TrialOutcome.read(path) for path in trials_dir.glob(f"*/{OUTCOME}"))
+    return {outcome.config.trial_id: outcome for outcome in outcomes}
+
+
+def remove_checkpoints(trials_dir: Path, outcomes: Iterable[TrialOutcome]) -> None:
+    """Remove what trials that are over have kept to go on: an actor may write once more while it is stopped."""
+    for outcome in outcomes:
+        (trials_dir / outcome.config.trial_id / CHECKPOINT).unlink(missing_ok=True)
+
+
+def recovered_outcome(trial: FrozenTrial, trials_dir: Path) -> TrialOutcome:
+    """The outcome of a trial that Optuna was told the end of just before the driver died, from its history.
+
+    Args:
+        trial: Optuna's, over, with the user attribute `config`.
+        trials_dir: `studies/<study_id>/trials`.
+    """
+    config = TrialConfig(**trial.user_attrs["config"])
+    directory = trials_dir / config.trial_id
+    try:
+        history = json.loads((directory / "history.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        history = []
+    last: dict[str, Any] = dict(history[-1]) if history else {}
+    if trial.state == TrialState.COMPLETE:
+        last["stopped_by"] = "budget" if last.get("epoch") == config.epochs else "patience"
+    crash = "the driver died before it could write the reason down" if trial.state == TrialState.FAIL else ""
+    return outcome_of(config, last, directory, sum(row["seconds"] for row in history), crash)

@@ -1,0 +1,227 @@
+"""Tune's searcher: an Optuna study that is asked for points and told the truth about them.
+
+A trial that the scheduler stopped is PRUNED there with every epoch's value, one that failed is FAIL, and only a trial
+that used its budget or its patience is COMPLETE; in a study that was stopped, one that is to go on is RUNNING. Optuna's
+own tools open the file: `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
+
+What is drawn for a trial follows from the study's seed, the trial's number and what Optuna knows then, not from how
+many were drawn by this process: a study that is resumed goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
+from ray.tune.search import Searcher
+
+from lowrank_tune.config.axes import Axis, IntRange, LogUniformRange, UniformRange
+from lowrank_tune.config.plan import Plan, trial_config
+from lowrank_tune.config.schema import SpaceSpec
+from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.trials.outcomes import stopped_by
+
+_SHARED = ("family", "rank", "lr", "weight_decay", "batch_size")
+
+
+def suggest(trial: BaseTrial, space: SpaceSpec) -> dict[str, Any]:
+    """Draw one point.
+
+    Args:
+        trial: an Optuna trial, fresh from `ask`; a family's own parameters are known to it as `family.parameter`.
+        space: the study file's.
+
+    Returns:
+        `family`, `rank`, `lr`, `weight_decay`, `batch_size` and the family's own parameters by their plain names.
+    """
+    family = _draw(trial, "family", tuple(space.families.chosen()))
+    axes = space.axes(family)
+    return {"family": family, **{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}}
+
+
+def optuna_params(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point's values under the names that `suggest` draws them by."""
+    return {_optuna_name(point["family"], name): value for name, value in point.items()}
+
+
+def _optuna_name(family: str, name: str) -> str:
+    return name if name in _SHARED else f"{family}.{name}"
+
+
+def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> Any:
+    match axis:
+        case UniformRange(uniform=(low, high)):
+            return trial.suggest_float(name, low, high)
+        case LogUniformRange(loguniform=(low, high)):
+            return trial.suggest_float(name, low, high, log=True)
+        case IntRange(int=(low, high)):
+            return trial.suggest_int(name, low, high)
+        case (constant,):
+            return constant
+        case tuple():
+            return trial.suggest_categorical(name, axis)
+        case _:
+            return axis
+
+
+Direction = Literal["minimize", "maximize"]
+
+DIRECTIONS: dict[str, Direction] = {
+    "val_residual_ratio": "minimize",
+    "val_mse": "minimize",
+    "val_token_cosine": "maximize",
+}
+"""The direction of every `objective` that a study file may name."""
+
+
+def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
+    """Open a study's Optuna side, made when missing; it has the study's id as its name.
+
+    The storage is a journal file: Optuna's sqlite storage imports SQLAlchemy and migrates tables for seconds before the
+    first trial, and cannot be trusted on a network file system, where a cluster's results lie.
+
+    Args:
+        plan: the study.
+        path: the journal file; its folder is made when missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(path))),
+        sampler=_sampler(plan, 0),
+        study_name=plan.study_id,
+        direction=DIRECTIONS[plan.spec.objective],
+        load_if_exists=True,
+    )
+
+
+class StudySearcher(Searcher):
+    """Suggests a study's points, each as `{"trial": TrialConfig as a dict}`, and tells Optuna how they went.
+
+    Trials that Optuna holds as RUNNING are suggested first, with the last epoch that it heard of as `reported`: this
+    study was stopped or killed while they were trained.
+
+    Args:
+        plan: the study; with the method `grid` its points are suggested in their order.
+        study: where Optuna keeps them.
+        share: how many trials may be at work now; None where others' need does not matter.
+    """
+
+    def __init__(self, plan: Plan, study: optuna.Study, share: Callable[[], int] | None = None) -> None:
+        super().__init__()
+        self._plan = plan
+        self._share = share
+        self._study = study
+        known = study.get_trials(deepcopy=False)
+        self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
+        self._waiting = any(trial.state == TrialState.WAITING for trial in known)
+        self._number = len(known) - self._waiting
+        self._live: dict[str, Trial] = {}
+        self._reported: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Ask for the next point; `FINISHED` when there is none, None while others' turn is."""
+        if self._share is not None and len(self._live) >= self._share():
+            return None
+        if self._unfinished:
+            frozen = self._unfinished.pop(0)
+            self._study.sampler = _sampler(self._plan, frozen.number)
+            trial = Trial(self._study, frozen._trial_id)
+            reported = self._reported[trial_id] = max(frozen.intermediate_values, default=0)
+            config = config_of(frozen) or self._describe(trial)
+        elif self._number < self._plan.n_trials:
+            trial, reported = self._ask(), 0
+            config = self._describe(trial)
+        else:
+            return str(Searcher.FINISHED)
+        self._live[trial_id] = trial
+        return {"trial": asdict(config), "reported": reported}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Report an epoch's value."""
+        epoch, value = result.get("epoch", 0), result.get(self._plan.spec.objective, math.nan)
+        if epoch > self._reported.get(trial_id, 0) and math.isfinite(value):
+            self._live[trial_id].report(value, step=epoch)
+            self._reported[trial_id] = epoch
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Tell how a trial ended."""
+        result = dict(result or {})
+        self.on_trial_result(trial_id, result)
+        trial = self._live.pop(trial_id)
+        seen = self._reported.pop(trial_id, 0)
+        ended = "error" if error or not seen else stopped_by(result)
+        _tell(self._study, trial.number, ended, result.get(f"best_{self._plan.spec.objective}", math.nan))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: the journal holds every trial as soon as it is known."""
+
+    def _ask(self) -> Trial:
+        number = self._number
+        self._number += 1
+        # A driver that died between the two calls has left the point waiting.
+        if self._plan.spec.search.method == "grid" and not self._waiting:
+            self._study.enqueue_trial(optuna_params(self._plan.grid[number]))
+        self._waiting = False
+        self._study.sampler = _sampler(self._plan, number)
+        return self._study.ask()
+
+    def _describe(self, trial: Trial) -> TrialConfig:
+        config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
+        trial.set_user_attr("trial_id", config.trial_id)
+        trial.set_user_attr("config", asdict(config))
+        return config
+
+
+def settle(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
+    """Tell Optuna of the trials that ended in an outcome which it missed: the driver died in between.
+
+    Args:
+        plan: the study.
+        study: where Optuna keeps its trials.
+        outcomes: by trial id.
+
+    Returns:
+        Every trial that Optuna knows afterwards, but for a point that waits.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
+        if outcome is not None:
+            _tell(study, trial.number, outcome.stopped_by, outcome.best.get(plan.spec.objective, math.nan))
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+
+
+def config_of(trial: FrozenTrial) -> TrialConfig | None:
+    """What a trial trains; None for one that was asked for by a driver that died at once."""
+    return TrialConfig(**trial.user_attrs["config"]) if "config" in trial.user_attrs else None
+
+
+def _tell(study: optuna.Study, number: int, ended: str, value: float) -> None:
+    if ended == "error" or not math.isfinite(value):
+        study.tell(number, state=TrialState.FAIL)
+    elif ended == "asha":
+        study.tell(number, state=TrialState.PRUNED)
+    else:
+        study.tell(number, value)
+
+
+def _sampler(plan: Plan, number: int) -> BaseSampler:
+    """What draws a trial: made anew for each, so that nothing but its number and Optuna's trials decide."""
+    seed = int(hashlib.sha256(f"{plan.spec.seed}:draw:{number}".encode()).hexdigest()[:8], 16)
+    if plan.spec.search.method != "tpe":
+        return RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        # `group` keeps each family's own parameters in a joint model of their own; Optuna calls it experimental.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)

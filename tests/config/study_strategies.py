@@ -1,0 +1,99 @@
+"""Hypothesis strategies over every study that a file can describe."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from lowrank_tune.config.schema import StudySpec
+
+# What no study file can hold: surrogates and control characters.
+texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
+counts = st.integers(1, 10_000)
+fractions = st.floats(0.01, 0.49)
+positives = st.floats(1e-300, 1e300)
+
+
+def axis(values: st.SearchStrategy[Any], *ranges: str) -> st.SearchStrategy[Any]:
+    forms = [values, st.lists(values, min_size=1, max_size=4, unique=True)]
+    bounds = st.lists(values, min_size=2, max_size=2, unique=True).map(sorted)
+    forms += [st.fixed_dictionaries({name: bounds}) for name in ranges]
+    return st.one_of(forms)
+
+
+def optional(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=keys)
+
+
+reals = axis(positives, "uniform", "loguniform")
+sources = st.one_of(
+    st.fixed_dictionaries({"images": texts}),
+    st.fixed_dictionaries(
+        {"manifest": texts.map(lambda text: f"{text}x.csv")},
+        optional={"image_column": texts, "root": texts},
+    ),
+    st.fixed_dictionaries({"tensors": texts}),
+    st.fixed_dictionaries({"samples": st.integers(100, 1024)}),
+)
+
+
+@st.composite
+def studies(draw: st.DrawFn) -> StudySpec:
+    source = draw(sources)
+    features = {
+        "source": source,
+        **draw(
+            optional(
+                store_dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+                actors=counts | st.just("auto"),
+                max_quarantined=st.floats(0, 1),
+            )
+        ),
+    }
+    if "tensors" not in source:
+        features["encoder"] = {"image_size": 448, **draw(optional(checkpoint=texts))}
+    grid = draw(st.booleans())
+    scale = axis(positives) if grid else reals
+    nested = draw(st.booleans())
+    ranks = st.lists(st.integers(1, 256), min_size=1, max_size=3, unique=True)
+    families = {
+        "sketch": st.just({}),
+        "refined": optional(steps=axis(st.integers(1, 8), *([] if grid else ["int"]))),
+        **({} if nested else {"direct": optional(lambda_b=scale, lambda_ortho=scale)}),
+    }
+    space = {
+        "rank": {"nested": draw(ranks)} if nested else draw(axis(st.integers(1, 256), *([] if grid else ["int"]))),
+        **draw(optional(lr=scale, weight_decay=scale, batch_size=axis(counts, *([] if grid else ["int"])))),
+        "families": draw(optional(**families).filter(bool)),
+    }
+    method = {"method": "grid"} if grid else draw(optional(method=st.sampled_from(["random", "tpe"]), trials=counts))
+    return StudySpec.model_validate(
+        {
+            "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", fullmatch=True)),
+            "features": features,
+            "search": {**method, "space": space},
+            **draw(
+                optional(
+                    seed=st.integers(0, 2**32 - 1),
+                    split=optional(validation=fractions | st.integers(1, 10), test=fractions | st.integers(1, 10)),
+                    training=optional(epochs=counts, patience=counts),
+                    scheduler=optional(
+                        kind=st.sampled_from(["asha", "none"]),
+                        reduction_factor=st.integers(2, 9),
+                        compete_within=st.lists(st.sampled_from(["rank", "family"]), unique=True),
+                    ),
+                    objective=st.sampled_from(["val_residual_ratio", "val_mse", "val_token_cosine"]),
+                    resources=optional(
+                        cpus_per_trial=positives,
+                        gpus_per_trial=st.floats(0, 1),
+                        max_concurrent=counts,
+                        fuse=st.sampled_from(["never", "auto", "always"]),
+                    )
+                    | optional(gpus_per_trial=st.integers(0, 4), workers_per_trial=counts),
+                    tracking=optional(uri=texts, experiment=texts, register_as=st.just("decomposer 1.0")),
+                    report=optional(
+                        images=st.just([0]) | st.just([]), channels=counts, confirm_seeds=st.integers(0, 5)
+                    ),
+                )
+            ),
+        }
+    )

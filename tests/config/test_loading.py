@@ -1,0 +1,182 @@
+"""The golden files are studies with something wrong, each beside all that is said of it.
+
+A comment `# --set key.path=value` in one of them is an override.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_tune.config.axes import LogUniformRange
+from lowrank_tune.config.loading import load_study, parse_study
+from lowrank_tune.config.schema import DirectSpace, SketchSpace, StudySpec
+from lowrank_tune.errors import StudyFileError
+
+GOLDEN = Path(__file__).parent / "golden"
+VALID = """\
+name: no
+features: {source: {samples: 12}}
+search:
+  space:
+    rank: 8
+    lr: 1e-3
+    families: {sketch: }
+"""
+
+
+def problems_of(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    overrides = [line.removeprefix("# --set ") for line in text.splitlines() if line.startswith("# --set ")]
+    with pytest.raises(StudyFileError) as caught:
+        parse_study(text, file.name, overrides)
+    return str(caught.value) + "\n"
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_problem_is_told_with_its_place_and_remedy(file: Path) -> None:
+    assert problems_of(file) == file.with_suffix(".txt").read_text(encoding="utf-8")
+
+
+def test_every_golden_text_has_its_study() -> None:
+    assert {file.stem for file in GOLDEN.glob("*.txt")} == {file.stem for file in GOLDEN.glob("*.yaml")}
+
+
+def test_yaml_is_read_as_people_mean_it() -> None:
+    spec = parse_study(VALID, "study.yaml")
+    assert spec.name == "no"
+    assert spec.search.space.lr == 0.001
+    assert spec.search.trials == 20
+
+
+def test_a_family_with_nothing_after_it_has_its_defaults_and_an_absent_one_is_not_tried() -> None:
+    families = parse_study(VALID, "study.yaml").search.space.families
+    assert families.chosen() == {"sketch": SketchSpace()}
+    families = parse_study(VALID, "s", ["search.space.families.direct="]).search.space.families
+    assert families.chosen() == {"direct": DirectSpace(), "sketch": SketchSpace()}
+    families = parse_study(VALID, "s", ["search.space.families={direct: {}}"]).search.space.families
+    assert families.chosen() == {"direct": DirectSpace()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "value"),
+    [
+        (["training.epochs=5"], "training.epochs", 5),
+        (["training.epochs=5", "training.epochs=7"], "training.epochs", 7),
+        (["search.space.lr={loguniform: [1e-4, 1e-2]}"], "search.space.lr", LogUniformRange(loguniform=(1e-4, 1e-2))),
+        (["search.space.rank=[4, 8]"], "search.space.rank", (4, 8)),
+        (["features.source={tensors: cache}"], "features.source.tensors", "cache"),
+        (["name=1e-3"], "name", None),
+        (['name="1e-3"'], "name", "1e-3"),
+        (["tracking.uri=http://host:5000/?a=b"], "tracking.uri", "http://host:5000/?a=b"),
+        (["training.epochs=2"], "scheduler.grace_epochs", 2),
+    ],
+)
+def test_overrides_are_laid_over_the_file(overrides: list[str], path: str, value: Any) -> None:
+    if value is None:
+        with pytest.raises(StudyFileError):
+            parse_study(VALID, "study.yaml", overrides)
+        return
+    found: Any = parse_study(VALID, "study.yaml", overrides)
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_patience_as_long_as_the_budget_is_allowed_and_a_given_grace_counts_for_asha_alone() -> None:
+    overrides = ["training={epochs: 4, patience: 30}", "scheduler={kind: none, grace_epochs: 9}"]
+    spec = parse_study(VALID, "study.yaml", overrides)
+    assert (spec.training.patience, spec.scheduler.grace_epochs) == (30, 9)
+
+
+def test_a_file_is_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text(VALID.replace("\n", "\r\n"), encoding=encoding)
+        assert load_study(file) == parse_study(VALID, "study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name: caf\xe9\n", ":1: not UTF-8 text"),
+        ("name: x\n".encode("utf-16"), "not UTF-8"),
+        (b"", ":1: empty"),
+        (b"\x00" * 10, "cannot stand in YAML"),
+        (b"# filler\n" * 20_000, "larger than 64 KiB"),
+        (b"a: " + b"[" * 60_000, "levels of nesting"),
+        (b"? " * 30_000, "levels of nesting"),
+    ],
+)
+def test_a_file_that_is_no_study_gets_one_clear_line(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_bytes(content)
+    with pytest.raises(StudyFileError) as caught:
+        load_study(file)
+    (problem,) = caught.value.problems
+    assert problem.startswith(str(file))
+    assert said in problem
+
+
+def test_a_path_that_is_no_file_gets_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError, match="missing.yaml: no such file"):
+        load_study(tmp_path / "missing.yaml")
+    with pytest.raises(StudyFileError, match="a directory"):
+        load_study(tmp_path)
+    with pytest.raises(StudyFileError, match="cannot be read"):
+        load_study(tmp_path / "nul\0.yaml")
+    with pytest.raises(StudyFileError, match="cannot be read"):
+        load_study(tmp_path / ("long" * 100))
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.sampled_from(list("abn:-[]{}#&*!|>'\"%@`,? \n\t.1e~<")), max_size=60))
+def test_whatever_is_written_the_answer_is_lines_and_never_a_traceback(text: str) -> None:
+    try:
+        parse_study(text, "study.yaml")
+    except StudyFileError as error:
+        assert all(problem.startswith("study.yaml:") and problem.isprintable() for problem in error.problems)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=40), st.text(max_size=20))
+def test_whatever_is_set_the_answer_is_lines_and_never_a_traceback(key: str, value: str) -> None:
+    try:
+        assert isinstance(parse_study(VALID, "study.yaml", [f"{key}={value}"]), StudySpec)
+    except StudyFileError as error:
+        assert all(problem.isprintable() for problem in error.problems)
+
+
+def key_paths(content: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield f"{prefix}{key}"
+        yield from key_paths(value, f"{prefix}{key}.")
+
+
+KEYS = list(key_paths(parse_study(VALID, "study.yaml").model_dump()))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["int", "uniform", "loguniform", "samples", "sketch", "rank"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(KEYS), values)
+def test_whatever_a_key_holds_the_answer_is_in_words_of_the_study_file(key: str, value: Any) -> None:
+    override = f"{key}={json.dumps(value)}"
+    try:
+        assert isinstance(parse_study(VALID, "study.yaml", [override]), StudySpec)
+    except StudyFileError as error:
+        for problem in error.problems:
+            assert "Input should be" not in problem
+            # A problem repeats what was set, some characters of it escaped: look behind that, and before the value.
+            said = problem.replace(override, "").partition(" (got ")[0]
+            assert "<" not in (said.partition(f": {key}")[2] if "<" in override else said)
