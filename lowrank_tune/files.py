@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 
+def results_place(results: str | Path | None) -> str:
+    """The results directory's name: what is given, else LOWRANK_TUNE_RESULTS, else `results`."""
+    return str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Give `path` its content in one step: a reader sees the old file or the new one, never a part.
 

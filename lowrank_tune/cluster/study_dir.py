@@ -25,7 +25,7 @@ from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, redact
-from lowrank_tune.features.cache import results_place
+from lowrank_tune.files import results_place
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -192,11 +192,6 @@ def join(place: str, name: str) -> str:
     return f"{address.rstrip('/')}/{name}{mark}{query}"
 
 
-def results_place(results: str | Path | None) -> str:
-    """The results directory's name: what is given, else LOWRANK_TUNE_RESULTS, else `results`."""
-    return str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
-
-
 def on_network_mount(path: str, partitions: Iterable[Mount]) -> bool:
     """Whether a local path lies on a network mount or a FUSE file system.
 

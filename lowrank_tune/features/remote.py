@@ -41,10 +41,10 @@ from lowrank_tune.features.cache import (
     read_commit,
     read_manifest,
     record_tables,
-    results_place,
     shard_problems,
     verify_cache,
 )
+from lowrank_tune.files import results_place
 from lowrank_tune.records import FeatureSet
 
 _PIECE = 8 * 2**20
