@@ -1,19 +1,18 @@
-"""A study of small trials, its trials fused and not, beside a loop without Ray and beside a plain Ray Tune script.
+"""A study of small trials beside a loop without Ray and beside a plain Ray Tune script.
 
-    .venv/bin/python scripts/bench_study.py [--trials 32] [--at-once 16] [--rounds 1] [--family sketch] [--only ...]
+    .venv/bin/python scripts/bench_study.py [--trials 32] [--rounds 1] [--family sketch] [--only ...]
 
 About 4 minutes a round on 2 cores. The same configurations, trained by the same code on the same synthetic features:
 
 - bare: a loop in as many processes as there are cores, which writes the files that a trial writes; nothing else
-- unfused: a study with MLflow on sqlite, a trial a core
-- fused: the same with `resources: {fuse: always}`
+- study: a study with MLflow on sqlite, a trial a core
 - plain: a Ray Tune script of the kind that users write: a function that loads every features_N.pt and trains,
   MLflowLoggerCallback
 
 Ray is up, and what the driver imports is imported, before the clock starts. `start` is until the first epoch is known:
 processes and their imports. `cpu s` is what all processes together computed, which other work on the machine changes
-least. Every number comes from this one run: compare ratios, not machines. Wanted: unfused at most 1.15 of bare and 0.6
-of plain, fused trials an hour at least twice the unfused.
+least. Every number comes from this one run: compare ratios, not machines. Wanted: a study at most 1.15 of bare and 0.6
+of plain.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--at-once", type=int, default=16, help="fused trials at a time")
     parser.add_argument("--rounds", type=int, default=1, help="each way so often, in turns; the fastest counts")
     parser.add_argument("--family", default="sketch", choices=["direct", "sketch", "refined"])
-    parser.add_argument("--only", nargs="+", default=["bare", "unfused", "fused", "plain"])
+    parser.add_argument("--only", nargs="+", default=["bare", "study", "plain"])
     given = parser.parse_args()
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, log_to_driver=False,
              logging_level=logging.ERROR, object_store_memory=200_000_000)  # fmt: skip
@@ -149,8 +146,7 @@ def main() -> None:
         world = _World(Path(folder), given.trials, given.epochs, given.family)
         ways: dict[str, Callable[[Path], Run]] = {
             "bare": world.bare,
-            "unfused": partial(world.study, {"fuse": "never"}),
-            "fused": partial(world.study, {"fuse": "always", "max_concurrent": given.at_once}),
+            "study": world.study,
             "plain": world.plain,
         }
         runs: dict[str, list[Run]] = {name: [] for name in given.only}
@@ -170,12 +166,10 @@ def _table(best: dict[str, Run], trials: int) -> None:
         steady = trials / (run.wall - run.start) * 3600
         print(f"{name:>8}{run.wall:>9.1f}{run.start:>9.1f}{run.cpu:>9.1f}"
               f"{trials / run.wall * 3600:>10,.0f}{steady:>13,.0f}")  # fmt: skip
-    if {"bare", "unfused", "fused", "plain"} <= best.keys():
-        bare, unfused, fused, plain = (best[name] for name in ("bare", "unfused", "fused", "plain"))
-        steady = (unfused.wall - unfused.start) / (fused.wall - fused.start)
-        print(f"unfused of bare {unfused.wall / bare.wall:.2f} (wanted 1.15), of plain {unfused.wall / plain.wall:.2f} "
-              f"(wanted 0.60)\nfused to unfused, trials an hour {unfused.wall / fused.wall:.2f} (wanted 2), "
-              f"after start {steady:.2f}")  # fmt: skip
+    if {"bare", "study", "plain"} <= best.keys():
+        bare, study, plain = (best[name] for name in ("bare", "study", "plain"))
+        print(f"study of bare {study.wall / bare.wall:.2f} (wanted 1.15), of plain {study.wall / plain.wall:.2f} "
+              "(wanted 0.60)")  # fmt: skip
 
 
 class _World:
@@ -206,9 +200,9 @@ class _World:
         measure_optimum([x_NTD[TRAIN:]]).save(self._optimum)
         self._pt = folder / "pt"
 
-    def study(self, resources: dict[str, Any], results: Path) -> Run:
+    def study(self, results: Path) -> Run:
         """A study with MLflow on sqlite."""
-        plan = self._plan(results, resources)
+        plan = self._plan(results)
         plan.study_dir.mkdir(parents=True)
         started = time.perf_counter()
         with StudyTracker(plan) as tracker:
@@ -256,10 +250,10 @@ class _World:
         return Run(time.perf_counter() - started, first.at - started)
 
     def _configs(self, results: Path) -> list[TrialConfig]:
-        plan = self._plan(results, {})
+        plan = self._plan(results)
         return [trial_config(plan, number, point) for number, point in enumerate(plan.grid)]
 
-    def _plan(self, results: Path, resources: dict[str, Any]) -> Plan:
+    def _plan(self, results: Path) -> Plan:
         lrs = [1e-4 * 1.1**number for number in range(self._trials)]
         study = {
             "name": "bench",
@@ -267,7 +261,6 @@ class _World:
             "search": {"method": "grid", "space": {"families": {self._family: {}}, "rank": 4, "lr": lrs}},
             "training": {"epochs": self._epochs, "patience": self._epochs},
             "scheduler": {"kind": "none"},
-            "resources": resources,
         }
         return make_plan(StudySpec.model_validate(study), results, datetime.now(UTC))
 

@@ -367,8 +367,6 @@ class ResourcesSpec(Section):
     """Processes that train one trial together, each on its share of every batch, on one node or several."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many as fit, or this study's part of them while others work on the cluster."""
-    fuse: Literal["never", "auto", "always"] = "never"
-    """Whether trials of one family, rank and batch size train as one model: auto is where it was measured to gain."""
 
     @field_validator("workers_per_trial")
     @classmethod
@@ -380,13 +378,6 @@ class ResourcesSpec(Section):
                 f"instead of {gpus:g}, or workers_per_trial 1"
             )
         return workers
-
-    @field_validator("fuse")
-    @classmethod
-    def _one_worker_each(cls, fuse: str, info: ValidationInfo) -> str:
-        if fuse != "never" and info.data.get("workers_per_trial", 1) > 1:
-            raise rejected("trials of several workers do not train as one model: make it never, or workers_per_trial 1")
-        return fuse
 
 
 def _registered_name(name: str) -> str:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,19 +46,6 @@ LR_FACTOR = 0.5
 """What the learning rate is multiplied by on a plateau."""
 LR_PATIENCE = 3
 """Epochs without a lower validation MSE before that; several plateaus fit into the default patience of 10."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """An epoch that was trained elsewhere, on this trainer's weights, optimiser and order of images.
-
-    Attributes:
-        loss: the mean loss over its images.
-        seconds: this training's share of the time that it took.
-    """
-
-    loss: float
-    seconds: float
 
 
 class Trainer:
@@ -138,11 +125,8 @@ class Trainer:
         """The epoch with the lowest validation MSE, from 1; 0 before the first."""
         return int(self.history[-1]["best_epoch"]) if self.history else 0
 
-    def step(self, trained: Trained | None = None) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         """Train one epoch and validate.
-
-        Args:
-            trained: what `fused.train_together` gave for this epoch, which is then only validated.
 
         Returns:
             `epoch` (from 1), `train_loss`, `val_mse`, `val_token_cosine`, `val_residual_ratio` (means over images),
@@ -161,15 +145,13 @@ class Trainer:
         row: dict[str, float] = {"epoch": self.epoch + 1, "lr": self._optimizer.param_groups[0]["lr"]}
         row |= dict.fromkeys(FIGURES, math.nan)
         try:
-            if trained is None:
-                self.begin()
-                row["train_loss"] = self._train()
-            else:
-                row["train_loss"] = trained.loss
+            if self.epoch == 0:
+                self._initialise()
+            row["train_loss"] = self._train()
             row |= self._validate()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in its __all__
             logger.warning("trial %s, epoch %d: %s", self.config.trial_id, row["epoch"], error)
-        row["seconds"] = time.perf_counter() - started + (trained.seconds if trained else 0.0)
+        row["seconds"] = time.perf_counter() - started
         self._judge(row)
         return row
 
@@ -211,10 +193,8 @@ class Trainer:
         self.stopped_by = state["stopped_by"]
         self.reason = state["reason"]
 
-    def begin(self) -> None:
-        """Set the weights from training images, before the first epoch only; `step` does so by itself."""
-        if self.epoch:
-            return
+    def _initialise(self) -> None:
+        """Set the weights from training images."""
         self.team.by_first(self._fit_start)
         self.team.copy_first(self.model.state_dict().values())
 

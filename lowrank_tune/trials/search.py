@@ -115,10 +115,10 @@ class StudySearcher(Searcher):
     Args:
         plan: the study; with the method `grid` its points are suggested in their order.
         study: where Optuna keeps them.
-        share: how many trials may be at work now; None where others' need does not matter.
+        share: how many trials may be at work now.
     """
 
-    def __init__(self, plan: Plan, study: optuna.Study, share: Callable[[], int] | None = None) -> None:
+    def __init__(self, plan: Plan, study: optuna.Study, share: Callable[[], float] = lambda: math.inf) -> None:
         super().__init__()
         self._plan = plan
         self._share = share
@@ -132,7 +132,7 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Ask for the next point; `FINISHED` when there is none, None while others' turn is."""
-        if self._share is not None and len(self._live) >= self._share():
+        if len(self._live) >= self._share():
             return None
         if self._unfinished:
             frozen = self._unfinished.pop(0)

@@ -23,7 +23,7 @@ from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.distributed import ALONE, Team
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.lowrank.trainer import FIGURES, Trained, Trainer, largest_share
+from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import CHECKPOINT, MaterialPaths, outcome_of
 
@@ -165,24 +165,8 @@ class TrialSession:
         self._kept_at = time.perf_counter()
         self._keeping_took = 0.0
 
-    def whole_trainer(self) -> Trainer | None:
-        """What trains the next epoch with whole batches in memory; None where `epoch` has something else to do."""
-        try:
-            self._untold = self._find_untold() if self._untold is None else self._untold
-            if self._untold:
-                return None
-            self._trainer = self._trainer or self._open()
-        except Exception:
-            logger.debug("trial %s: `epoch` will meet this again, and tell it", self._config.trial_id, exc_info=True)
-            return None
-        whole = self.micro_batch == self._config.batch_size and self._trainer.stopped_by is None
-        return self._trainer if whole else None
-
-    def epoch(self, trained: Trained | None = None) -> dict[str, Any]:
+    def epoch(self) -> dict[str, Any]:
         """Train one epoch and write what it gave.
-
-        Args:
-            trained: what `fused.train_together` gave for `whole_trainer`, when that has trained this epoch already.
 
         Returns:
             `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty
@@ -195,7 +179,7 @@ class TrialSession:
         try:
             if self._untold is None:
                 self._untold = self._find_untold()
-            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory(trained)
+            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory()
         except (OSError, torch.AcceleratorError):
             raise
         except Exception as error:
@@ -205,10 +189,10 @@ class TrialSession:
                 logger.exception("trial %s failed", self._config.trial_id)
             return self._failed(error)
 
-    def _train_in_memory(self, trained: Trained | None) -> dict[str, Any]:
+    def _train_in_memory(self) -> dict[str, Any]:
         """Train, and where memory does not suffice once more with less of the batch in it."""
         try:
-            return self._train(trained)
+            return self._train()
         except Exception as error:
             less = math.ceil(largest_share(self._config, self._team) / _SHRINK)
             if not is_out_of_memory(error) or not self._team.agrees_on(error) or self.micro_batch <= less:
@@ -221,9 +205,9 @@ class TrialSession:
         self.micro_batch = less
         return self._train()
 
-    def _train(self, trained: Trained | None = None) -> dict[str, Any]:
+    def _train(self) -> dict[str, Any]:
         trainer = self._trainer = self._trainer or self._open()
-        metrics = train_epoch(trainer, self._directory, trained)
+        metrics = train_epoch(trainer, self._directory)
         if time.perf_counter() - self._kept_at >= self._keeping_took / _CHECKPOINT_SHARE:
             self.keep()
         return metrics
@@ -318,14 +302,14 @@ def open_session(settings: dict[str, Any], team: Team = ALONE) -> TrialSession:
     return TrialSession(config, paths, directory, settings["cpus"], settings["gpus"], settings.get("reported", 0), team)
 
 
-def train_epoch(trainer: Trainer, directory: Path, trained: Trained | None = None) -> dict[str, Any]:
-    """Train one epoch, unless it was `trained` elsewhere, and write what it gave.
+def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
+    """Train one epoch and write what it gave.
 
     Returns:
         `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
         the trial may go on.
     """
-    metrics = trainer.step(trained)
+    metrics = trainer.step()
     if trainer.team.first:
         trainer.save(directory)
     seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]

@@ -29,8 +29,6 @@ from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.config.schema import ResourcesSpec, SpaceSpec
 from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
-from lowrank_tune.trials.lane_plan import fuses, plan_lanes
-from lowrank_tune.trials.lanes import LaneTrialActor, open_lanes
 from lowrank_tune.trials.outcomes import (
     Ledger,
     MaterialPaths,
@@ -342,6 +340,10 @@ def run_on_tune(
         InputError: a training asks for more than any node has.
     """
     resources = plan.spec.resources
+    at_once = trials_at_once(resources, ray.nodes())
+    if space is not None:
+        # No searcher is asked what this study's part is.
+        at_once = min(at_once, fair_part(resources))
     shared = actor_config(
         material,
         audience.trials_dir,
@@ -349,13 +351,9 @@ def run_on_tune(
         resources.gpus_per_trial,
         resources.workers_per_trial,
     )
-    with told_to(audience) as callback, _actors(plan, material) as (actor, at_once, own), _quiet_tune(callback):
-        shared |= own
-        if space is not None and actor is TrialActor:
-            # No searcher is asked what this study's part is.
-            at_once = min(at_once, fair_part(resources))
+    with told_to(audience) as callback, _quiet_tune(callback):
         tune.Tuner(
-            actor,
+            TrialActor,
             param_space={**shared, **(space or {})},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
@@ -373,21 +371,6 @@ def run_on_tune(
                 verbose=0,
             ),
         ).fit()
-
-
-@contextmanager
-def _actors(plan: Plan, material: MaterialPaths) -> Iterator[tuple[type[TrialActor], int, dict[str, Any]]]:
-    """Yield what Tune runs, how many at a time, and what it is told beside what all are."""
-    resources = plan.spec.resources
-    at_once = trials_at_once(resources, ray.nodes())
-    if not fuses(plan, FeatureSet.read(Path(material.features))):
-        yield TrialActor, at_once, {}
-        return
-    # Lanes keep their places until the study's end, so they are this study's part of the cluster at its start.
-    planned = plan_lanes(resources, fair_part(resources))
-    with open_lanes(resources, planned, plan.study_id) as names:
-        at_once = min(planned.at_once, len(names) * planned.members)
-        yield LaneTrialActor, at_once, {"lanes": names, "share": planned.share}
 
 
 def _trial_id(trial: Trial) -> str:
@@ -472,13 +455,12 @@ def run_trials(
             write_outcome(trials_dir, ended[config.trial_id])
     audience = Audience(trials_dir, Ledger(trials_dir, tracker), listener, ended)
     if len(ended) < plan.n_trials:
-        share = None if fuses(plan, features) else FairShare(plan.spec.resources)
         run_on_tune(
             plan,
             material,
             audience,
             "ray",
-            search_alg=StudySearcher(plan, study, share),
+            search_alg=StudySearcher(plan, study, FairShare(plan.spec.resources)),
             scheduler=make_scheduler(plan.spec, past),
             num_samples=plan.n_trials - len(ended),
         )

@@ -82,12 +82,7 @@ def studies(draw: st.DrawFn) -> StudySpec:
                         compete_within=st.lists(st.sampled_from(["rank", "family"]), unique=True),
                     ),
                     objective=st.sampled_from(["val_residual_ratio", "val_mse", "val_token_cosine"]),
-                    resources=optional(
-                        cpus_per_trial=positives,
-                        gpus_per_trial=st.floats(0, 1),
-                        max_concurrent=counts,
-                        fuse=st.sampled_from(["never", "auto", "always"]),
-                    )
+                    resources=optional(cpus_per_trial=positives, gpus_per_trial=st.floats(0, 1), max_concurrent=counts)
                     | optional(gpus_per_trial=st.integers(0, 4), workers_per_trial=counts),
                     tracking=optional(uri=texts, experiment=texts, register_as=st.just("decomposer 1.0")),
                     report=optional(

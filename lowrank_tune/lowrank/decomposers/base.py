@@ -50,8 +50,6 @@ class Decomposer(nn.Module, ABC):
     """The names of the hyperparameters that this family alone has."""
     ordered: ClassVar[bool] = False
     """Whether `forward` serves lower ranks, too, by leading columns: one training can then serve them all."""
-    shapes: ClassVar[tuple[str, ...]] = ()
-    """Those of `params` that change a model's shape: models that are trained as one agree in them."""
 
     def __init__(
         self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
@@ -106,20 +104,6 @@ class Decomposer(nn.Module, ABC):
         A family is free in how: from reconstructions, or from the Gram matrices alone.
         """
 
-    @abstractmethod
-    def condensed_losses(
-        self, weights: Mapping[str, Tensor], params: Mapping[str, Tensor], *condensed: Tensor
-    ) -> Tensor:
-        """Return what `condensed_loss` is of each of M models of this one's shape, computed as one, [M].
-
-        No model's share depends on another's, so that the gradient of the sum is each one's own.
-
-        Args:
-            weights: Each parameter of the models by its name, stacked [M, ...].
-            params: Each of the family's parameters by its name, [M].
-            condensed: As `condense` returned it, [M N, ...]: N images of the first model, then N of the second.
-        """
-
     def nest(self, ranks: Sequence[int]) -> None:
         """Let `loss` weigh several ranks, so that one training serves them all.
 
@@ -134,16 +118,16 @@ class Decomposer(nn.Module, ABC):
         self.loss_ranks = tuple(self.check_rank(rank) for rank in sorted(set(ranks)))
 
     def weigh_ranks(self, residual_R: Tensor) -> Tensor:
-        """Return the scalar to lower from the mean residual at each rank 1..R, [R]; of M models, [M] from [M, R].
+        """Return the scalar to lower from the mean residual at each rank 1..R, [R].
 
         Each of `loss_ranks` weighs by the inverse of its residual, so that a percent counts alike at every rank; the
         value is the residual at the highest of them.
         """
-        chosen = residual_R[..., [rank - 1 for rank in self.loss_ranks]]
+        chosen = residual_R[[rank - 1 for rank in self.loss_ranks]]
         self._seen_R = chosen.detach()
         whole = self._seen_R if self._whole_R is None else self._whole_R
         fixed = whole.clamp_min(torch.finfo(chosen.dtype).tiny)
-        loss: Tensor = (chosen * (fixed[..., -1:] / fixed)).mean(-1)
+        loss: Tensor = (chosen * (fixed[-1] / fixed)).mean()
         return loss
 
     def backward_in_pieces(

@@ -65,7 +65,6 @@ class Refined(Decomposer):
 
     family = "refined"
     params = ("steps",)
-    shapes = ("steps",)
     ordered = True
     omega_D: Tensor
     start_TW: Tensor
@@ -88,7 +87,7 @@ class Refined(Decomposer):
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
             gram_NTT, _, dominated_N, q_NT1 = self._gram(x_NTD)
-            a_NTR = self._filter(self.zeros_K[:, None], gram_NTT, dominated_N, *self._ritz(gram_NTT, count))
+            a_NTR = self._filter(gram_NTT, dominated_N, *self._ritz(gram_NTT, count))
             if is_exporting():
                 a_NTR = torch.where(dominated_N[:, None, None], _with_first(q_NT1, a_NTR[..., :-1]), a_NTR)
             elif len(q_NT1):
@@ -107,27 +106,13 @@ class Refined(Decomposer):
 
         Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
         """
-        return self.weigh_ranks(self._residuals(self.zeros_K[:, None], *condensed).mean(0))
-
-    def condensed_losses(
-        self, weights: Mapping[str, Tensor], params: Mapping[str, Tensor], *condensed: Tensor
-    ) -> Tensor:
-        """Return `condensed_loss` of each of M models, [M]; see `Decomposer.condensed_losses`."""
-        zeros_MK = weights["zeros_K"]
-        count = len(zeros_MK)
-        zeros_KN = zeros_MK.mT.repeat_interleave(len(condensed[0]) // count, dim=1)
-        return self.weigh_ranks(self._residuals(zeros_KN, *condensed).view(count, -1, self.rank).mean(1))
-
-    def _residuals(
-        self, zeros_KN: Tensor, gram_NTT: Tensor, share_N: Tensor, dominated_N: Tensor, *start: Tensor
-    ) -> Tensor:
-        """Return the share of each image's energy that the leading 1..R columns leave, [N, R]."""
+        gram_NTT, share_N, dominated_N, *start = condensed
         with torch.autocast(gram_NTT.device.type, enabled=False):
-            a_NTR = self._filter(zeros_KN, gram_NTT, dominated_N, *start)
+            a_NTR = self._filter(gram_NTT, dominated_N, *start)
             kept_NR = (a_NTR * (gram_NTT @ a_NTR)).sum(-2)
             kept_NR = torch.where(dominated_N[:, None], functional.pad(kept_NR[:, :-1], (1, 0)), kept_NR)
             left_N1 = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-            return share_N[:, None] * (left_N1 - kept_NR.cumsum(-1))
+            return self.weigh_ranks((share_N[:, None] * (left_N1 - kept_NR.cumsum(-1))).mean(0))
 
     def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return G over its trace [N, T, T], that over ‖X‖² [N], which images are dominated [N], and their q [n, T, 1].
@@ -175,7 +160,6 @@ class Refined(Decomposer):
 
     def _filter(
         self,
-        zeros_KN: Tensor,
         gram_NTT: Tensor,
         dominated_N: Tensor,
         q_NTW: Tensor,
@@ -183,11 +167,8 @@ class Refined(Decomposer):
         leading_NWR: Tensor,
         theta_N11: Tensor,
     ) -> Tensor:
-        """Return the filtered basis [N, T, R]; where q was taken out the last column is zeros, to make room for it.
-
-        The zeros are each image's own, or [K, 1] for all of them.
-        """
-        shifts_KN11 = -torch.sigmoid(PACE * zeros_KN)[..., None, None] * theta_N11
+        """Return the filtered basis [N, T, R]; where q was taken out the last column is zeros, to make room for it."""
+        shifts_KN11 = -torch.sigmoid(PACE * self.zeros_K)[:, None, None, None] * theta_N11
         basis_NTR = torch.addcmul(product_NTW, q_NTW, shifts_KN11[0]) @ leading_NWR
         for step, shift_N11 in enumerate(shifts_KN11[1:], start=1):
             if step % STEPS_BETWEEN == 0:

@@ -52,21 +52,5 @@ class Sketch(Decomposer):
         """
         (x_NTD,) = condensed
         _, b_NRD = self(x_NTD)
-        return self.weigh_ranks(_residuals(x_NTD, b_NRD).mean(0))
-
-    def condensed_losses(
-        self, weights: Mapping[str, Tensor], params: Mapping[str, Tensor], *condensed: Tensor
-    ) -> Tensor:
-        """Return `condensed_loss` of each of M models, [M]; see `Decomposer.condensed_losses`."""
-        (x_NTD,) = condensed
-        omega_MDR = weights["omega_DR"]
-        count, (images, tokens, dim) = len(omega_MDR), x_NTD.shape
-        y_NTR = (x_NTD.view(count, -1, dim) @ omega_MDR).view(images, tokens, -1)
-        b_NRD = orthonormalise(y_NTR).mT @ x_NTD
-        return self.weigh_ranks(_residuals(x_NTD, b_NRD).view(count, -1, self.rank).mean(1))
-
-
-def _residuals(x_NTD: Tensor, b_NRD: Tensor) -> Tensor:
-    """Return the share of each image's energy that the leading 1..R rows of B = AᵀX leave, [N, R]."""
-    energy_N1 = x_NTD.square().sum((-2, -1))[:, None].clamp_min(torch.finfo(x_NTD.dtype).tiny)
-    return 1 - b_NRD.square().sum(-1).cumsum(-1) / energy_N1
+        energy_N1 = x_NTD.square().sum((-2, -1))[:, None].clamp_min(torch.finfo(x_NTD.dtype).tiny)
+        return self.weigh_ranks((1 - b_NRD.square().sum(-1).cumsum(-1) / energy_N1).mean(0))
