@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +17,9 @@ from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
+from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, quiet_transformers
 from lowrank_tune.features.window_attention import SquareTower, align_mlp, cut_patches, is_exact, window_grid
 
 PATCHES_A_BATCH = {"cuda": 32 * 1024, "cpu": 4 * 1024}
@@ -243,7 +240,7 @@ def _load_tower(
     for path, names in tower.files.items():
         with safe_open(path, framework="pt") as file:
             tensors.update({ours: file.get_tensor(theirs) for theirs, ours in names.items()})
-    with _quiet_transformers():
+    with quiet_transformers():
         model, report = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
             None,
             config=Qwen2_5_VLVisionConfig(**config.vision),
@@ -261,17 +258,3 @@ def _load_tower(
                 f"such as {first}; the weights are not those that config.json describes, download the checkpoint again"
             )
     return model
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar and no load report: what the report would say becomes an error."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

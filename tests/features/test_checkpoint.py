@@ -2,23 +2,21 @@ import json
 import shutil
 import threading
 
+import huggingface_hub.constants
 import pytest
-from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 from lowrank_tune import files
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config, write_tiny_checkpoint
 
-LANGUAGE_SHARD = "model-00001-of-00003.safetensors"
+LANGUAGE_SHARD, MIXED_SHARD, TOWER_SHARD = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
 
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_config):
     """A directory checkpoint that may be spoilt."""
-    directory = tmp_path / "checkpoint"
-    shutil.copytree(tiny_config.directory, directory)
-    return directory
+    return shutil.copytree(tiny_config.directory, tmp_path / "checkpoint")
 
 
 def edit_json(path, change):
@@ -32,24 +30,22 @@ def locate(checkpoint):
     return config, find_tower(config, checkpoint.parent)
 
 
-def test_the_tiny_checkpoint_has_the_hubs_layout(tiny_config):
-    names = sorted(path.name for path in tiny_config.directory.iterdir())
-    shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert names == ["config.json", *shards, "model.safetensors.index.json", "preprocessor_config.json"]
-    weight_map = json.loads((tiny_config.directory / "model.safetensors.index.json").read_text())["weight_map"]
-    for shard in shards:
-        assert set(load_file(tiny_config.directory / shard)) == {
-            key for key, file in weight_map.items() if file == shard
-        }
-    assert "visual.blocks.1.attn.qkv.weight" in weight_map
-    assert "model.layers.0.self_attn.q_proj.weight" in weight_map
-
-
-def test_the_tiny_checkpoint_is_the_same_bytes_everywhere_and_marked_random(tmp_path, tiny_config):
+def test_the_tiny_checkpoint_has_the_hubs_layout_and_is_the_same_bytes_everywhere(tmp_path, tiny_config):
     again = write_tiny_checkpoint(tmp_path)
-    for path in tiny_config.directory.iterdir():
-        assert (again / path.name).read_bytes() == path.read_bytes()
-    assert tiny_config.weights == "random"
+    names = {path.name for path in again.iterdir()}
+    extra = {"config.json", "preprocessor_config.json", "model.safetensors.index.json"}
+    assert names == {LANGUAGE_SHARD, MIXED_SHARD, TOWER_SHARD, *extra}
+    for name in names:
+        assert (again / name).read_bytes() == (tiny_config.directory / name).read_bytes()
+    weight_map = json.loads((again / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in (LANGUAGE_SHARD, MIXED_SHARD, TOWER_SHARD):
+        assert set(load_file(again / shard)) == {key for key, file in weight_map.items() if file == shard}
+    assert {"visual.blocks.1.attn.qkv.weight", "model.layers.0.self_attn.q_proj.weight"} <= set(weight_map)
+
+
+def test_features_cached_before_are_found_again(tiny_tower):
+    """The tower's digest is part of a cache's fingerprint: whoever changes it counts TINY_VERSION up."""
+    assert tiny_tower.digest() == "63beecb683636625932639caa414e5a99eba1f6c85910499063569f54a8f24fd"
 
 
 def test_two_processes_may_write_it_at_once(tmp_path, monkeypatch):
@@ -66,8 +62,8 @@ def test_two_processes_may_write_it_at_once(tmp_path, monkeypatch):
         writer.start()
     for writer in writers:
         writer.join()
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-random-1"]
-    find_tower(read_checkpoint_config(str(tmp_path / "tiny-random-1"), tmp_path), tmp_path)
+    (only,) = tmp_path.iterdir()
+    locate(only)
 
 
 def test_a_directory_is_told_random_only_by_its_mark(checkpoint):
@@ -79,7 +75,7 @@ def test_a_directory_is_told_random_only_by_its_mark(checkpoint):
 def test_only_files_with_the_tower_are_touched(checkpoint, tiny_tower):
     (checkpoint / LANGUAGE_SHARD).unlink()
     _, tower = locate(checkpoint)
-    assert LANGUAGE_SHARD not in {path.name for path in tower.files}
+    assert [path.name for path in tower.files] == [MIXED_SHARD, TOWER_SHARD]
     assert tower.digest() == tiny_tower.digest()
 
 
@@ -87,51 +83,44 @@ def test_the_digest_ignores_the_division_into_files_and_sees_every_value(checkpo
     tensors = {key: value for path in checkpoint.glob("*.safetensors") for key, value in load_file(path).items()}
     for path in checkpoint.glob("model*"):
         path.unlink()
-    save_file(
-        {f"model.{key}" if key.startswith("visual.") else key: value for key, value in tensors.items()},
-        checkpoint / "model.safetensors",
-    )
+    save_file({f"model.{key}" if key.startswith("visual.") else key: value for key, value in tensors.items()},
+              checkpoint / "model.safetensors")  # fmt: skip
     assert locate(checkpoint)[1].digest() == tiny_tower.digest()
     tensors["visual.merger.mlp.2.bias"][-1] += 1e-6
     save_file(tensors, checkpoint / "model.safetensors")
     assert locate(checkpoint)[1].digest() != tiny_tower.digest()
 
 
-def test_a_checkpoint_without_a_tower_is_refused(checkpoint):
-    for path in list(checkpoint.glob("model*")):
-        if path.name != LANGUAGE_SHARD:
-            path.unlink()
-    (checkpoint / LANGUAGE_SHARD).rename(checkpoint / "model.safetensors")
-    with pytest.raises(InputError, match=r"no tensor of the checkpoint begins with `visual\.`"):
-        locate(checkpoint)
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
 
 
-def test_missing_and_broken_files_are_named(checkpoint):
-    shard = checkpoint / "model-00003-of-00003.safetensors"
-    data = shard.read_bytes()
-    shard.write_bytes(data[:5])
-    with pytest.raises(InputError, match=r"00003-of-00003.safetensors: is no readable safetensors file"):
-        locate(checkpoint)
-    shard.write_bytes(data[:-100])
-    with pytest.raises(InputError, match="ends in the middle of"):
-        locate(checkpoint)[1].digest()
-    shard.unlink()
-    with pytest.raises(InputError, match=r"00003-of-00003.safetensors is missing"):
-        locate(checkpoint)
-    (checkpoint / "preprocessor_config.json").unlink()
-    with pytest.raises(InputError, match=r"preprocessor_config.json is missing"):
-        locate(checkpoint)
-
-
-def test_another_architecture_is_refused(checkpoint):
-    edit_json(checkpoint / "config.json", lambda config: config.update(model_type="llama"))
-    with pytest.raises(InputError, match="describes 'llama', not a Qwen2.5-VL model"):
-        locate(checkpoint)
-
-
-def test_a_configuration_without_the_towers_sizes_is_refused(checkpoint):
-    edit_json(checkpoint / "config.json", lambda config: config["vision_config"].pop("out_hidden_size"))
-    with pytest.raises(InputError, match="vision_config in config.json lacks out_hidden_size"):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda at: truncate(at / TOWER_SHARD, 5), rf"{TOWER_SHARD}: is no readable safetensors file"),
+        (lambda at: truncate(at / TOWER_SHARD, -100), rf"{TOWER_SHARD}: is no readable safetensors file"),
+        (lambda at: (at / TOWER_SHARD).unlink(), rf"{TOWER_SHARD} is missing"),
+        (lambda at: shutil.copy(at / LANGUAGE_SHARD, at / TOWER_SHARD), r"lacks visual.*the checkpoint's index places"),
+        (lambda at: (at / "preprocessor_config.json").unlink(), r"preprocessor_config.json is missing"),
+        (lambda at: truncate(at / "config.json", 9), r"config.json: cannot be read as JSON"),
+        (
+            lambda at: edit_json(at / "config.json", lambda config: config.update(model_type="llama")),
+            "describes 'llama', not a Qwen2.5-VL model",
+        ),
+        (
+            lambda at: edit_json(at / "config.json", lambda config: config["vision_config"].pop("out_hidden_size")),
+            "vision_config in config.json lacks out_hidden_size",
+        ),
+        (
+            lambda at: edit_json(at / "model.safetensors.index.json", lambda index: index.update(weight_map={})),
+            r"no tensor of the checkpoint begins with `visual\.`",
+        ),
+    ],
+)  # fmt: skip
+def test_missing_broken_and_foreign_files_are_named(checkpoint, spoil, message):
+    spoil(checkpoint)
+    with pytest.raises(InputError, match=message):
         locate(checkpoint)
 
 
@@ -139,6 +128,14 @@ def test_a_size_that_is_no_whole_number_of_tokens_is_refused(tiny_config):
     assert tiny_config.shape(448) == (256, 256)
     with pytest.raises(InputError, match="450 is not a multiple of 28.*use 448"):
         tiny_config.shape(450)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache on this machine, empty; there is no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize(
@@ -149,21 +146,22 @@ def test_a_size_that_is_no_whole_number_of_tokens_is_refused(tiny_config):
         ("Qwen/Qwen2.5-VL-3B-Instruct", "config.json is not on this machine and the hub does not answer.*tiny-random"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_had_names_the_remedy(tmp_path, monkeypatch, name, message):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+def test_a_checkpoint_that_cannot_be_had_names_the_remedy(tmp_path, hub, name, message):
     with pytest.raises(InputError, match=message):
         read_checkpoint_config(name, tmp_path)
 
 
-def test_a_hub_id_needs_only_the_towers_files_in_the_local_cache(tmp_path, monkeypatch, checkpoint, tiny_tower):
+def test_a_hub_id_needs_only_the_towers_files_in_the_local_cache(tmp_path, hub, checkpoint, tiny_tower):
     revision = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--Someone--Tiny-VL"
+    repository = hub / "models--Someone--Tiny-VL"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(revision)
     (checkpoint / LANGUAGE_SHARD).unlink()
     edit_json(checkpoint / "config.json", lambda config: config.pop("lowrank_tune_weights"))
     shutil.copytree(checkpoint, repository / "snapshots" / revision)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = read_checkpoint_config("Someone/Tiny-VL", tmp_path)
     assert (config.weights, config.revision) == ("pretrained", revision)
     assert find_tower(config, tmp_path).digest() == tiny_tower.digest()
+    (repository / "snapshots" / revision / TOWER_SHARD).unlink()
+    with pytest.raises(InputError, match=rf"Someone/Tiny-VL: .*{TOWER_SHARD} is not on this machine.*hf download"):
+        find_tower(config, tmp_path)

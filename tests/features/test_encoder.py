@@ -90,7 +90,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path, tiny_co
     directory = tmp_path / "checkpoint"
     shutil.copytree(tiny_config.directory, directory)
     if change:
-        spoil(directory, "model-00003-of-00003.safetensors", change)
+        spoil(directory, "model-00002-of-00003.safetensors", change)
     else:
         config = (directory / "config.json").read_text()
         (directory / "config.json").write_text(config.replace('"depth": 2', '"depth": 3'))
