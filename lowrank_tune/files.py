@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent: one atomic write and one JSON reader for the package."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Names that begin so belong to an unfinished write; whoever holds the folder may delete them."""
 
 
 def results_place(results: str | Path | None) -> str:
@@ -17,73 +21,57 @@ def results_place(results: str | Path | None) -> str:
     return str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
     """Give `path` its content in one step: a reader sees the old file or the new one, never a part.
 
-    Args:
-        path: The file to make or replace; its folder is made when missing.
-        write: Writes the content to the path that it is given, a temporary neighbour of `path`.
-
-    Raises:
-        OSError: The folder cannot be written; nothing is left behind.
+    `write` gets the path of a temporary neighbour with the same suffix; nothing is left of it after an error. A
+    `durable` file outlives the machine's own death, too, which costs an fsync of the file and one of its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-TEMPORARY_PREFIX = ".tmp-"
-"""Names that begin so belong to an unfinished write; whoever holds the folder may delete them."""
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that its name never shows anything but all of `data`.
-
-    Raises:
-        OSError: as `write_pieces_durably`.
-    """
-    write_pieces_durably(path, [data])
-
-
-def write_pieces_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a file piece by piece so that its name never shows anything but all of them.
-
-    The order is temporary file, fsync, rename, fsync of the folder.
-
-    Raises:
-        OSError: no space, no permission; the temporary file is removed and an older `path` is left as it was.
-    """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     try:
-        with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary)
+        if durable:
+            _fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_directory(path.parent)
+    if durable:
+        _fsync(path.parent)
+
+
+def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write a file of these bytes, one piece after the other, whole and durable."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+
+    write_whole(path, write, durable=True)
+
+
+def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
+    """Write a value as JSON, whole; records become objects, and NaN, which is no JSON, is a ValueError."""
+    text = json.dumps(value, indent=indent, allow_nan=False, default=asdict) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a damaged one is a ValueError."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
     """Make a folder with these files in one step; where it exists already, leave it.
 
     Two processes may do so at once: the first rename wins and the other's copy is dropped.
-
-    Raises:
-        OSError: no space, no permission.
     """
     if directory.exists():
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{directory.name}")
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         for name, data in files.items():
             write_durably(temporary / name, data)
@@ -93,7 +81,7 @@ def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _fsync_directory(directory.parent)
+    _fsync(directory.parent)
 
 
 def remove_temporaries(directory: Path) -> None:
@@ -102,8 +90,8 @@ def remove_temporaries(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

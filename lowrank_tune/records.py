@@ -5,10 +5,11 @@ Only numbers, text and paths live here, so that any of them can travel to a Ray 
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from lowrank_tune.files import read_json, write_json
 
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
@@ -66,12 +67,12 @@ class FeatureSet:
 
     def write(self, path: Path) -> None:
         """Write this record as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_json(path, self, indent=None)
 
     @classmethod
     def read(cls, path: Path) -> FeatureSet:
         """Read what `write` wrote."""
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = read_json(path)
         fields["rows"] = tuple(FeatureRow(**row) for row in fields["rows"])
         return cls(**fields)
 
@@ -169,7 +170,7 @@ class TrialOutcome:
     @classmethod
     def read(cls, path: Path) -> TrialOutcome:
         """Read a trial's outcome.json; its directory is the one where the file lies now, for results may be moved."""
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = read_json(path)
         return cls(**fields | {"config": TrialConfig(**fields["config"]), "directory": str(path.parent)})
 
 

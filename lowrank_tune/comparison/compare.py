@@ -36,7 +36,7 @@ from lowrank_tune.comparison.methods import (
 )
 from lowrank_tune.comparison.remarks import verdict_words
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.records import (
@@ -196,9 +196,9 @@ def write_comparison(directory: Path, comparison: Comparison, per_image: pd.Data
     notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
     write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
-    _write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
-    _write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
-    _write_json(directory / "compression.json", asdict(comparison.compression))
+    write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
+    write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
+    write_json(directory / "compression.json", asdict(comparison.compression))
 
 
 def read_comparison(directory: Path) -> Comparison:
@@ -241,11 +241,6 @@ def _read_compression(path: Path) -> Compression:
         for name, kind in kinds.items()
     }
     return Compression(**rows)
-
-
-def _write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1, allow_nan=False)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 PCA_IMAGES = 512

@@ -33,7 +33,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalF
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import CacheError, InputError, redact
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
-from lowrank_tune.files import Readable, parse_header, remove_temporaries, write_durably, write_pieces_durably
+from lowrank_tune.files import Readable, parse_header, remove_temporaries, write_durably
 from lowrank_tune.records import FeatureRow, FeatureSet
 
 if TYPE_CHECKING:
@@ -824,7 +824,7 @@ def commit_rows(
     pieces = [[_bytes_of(row) for row in rows] for rows in tensors.values()]
     header = _header({name: rows[0] for name, rows in tensors.items()}, len(keys)) if keys else b""
     if keys:
-        write_pieces_durably(directory / SHARDS / shard, [header, *itertools.chain.from_iterable(pieces)])
+        write_durably(directory / SHARDS / shard, header, *itertools.chain.from_iterable(pieces))
     commit = Commit(
         shard=shard,
         size=len(header) + sum(piece.nbytes for rows in pieces for piece in rows),

@@ -6,7 +6,6 @@ N images, T tokens, D dim.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -22,7 +21,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.distributed import ALONE, Team
@@ -163,8 +162,8 @@ class Trainer:
         if self.best_epoch > self._saved_epoch:
             save_decomposer(self.best_model, directory / "best_model.safetensors")
             self._saved_epoch = self.best_epoch
-        _write_json(directory / "config.json", asdict(self.config))
-        _write_json(directory / "history.json", self.history)
+        write_json(directory / "config.json", asdict(self.config))
+        write_json(directory / "history.json", self.history)
 
     def state(self) -> dict[str, Any]:
         """Return all that `restore` needs: tensors, numbers and text only, independent of what training does next."""
@@ -341,8 +340,3 @@ class Trainer:
 def largest_share(config: TrialConfig, team: Team = ALONE) -> int:
     """How many images of a batch a process of the team has at most."""
     return math.ceil(config.batch_size / team.size)
-
-
-def _write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

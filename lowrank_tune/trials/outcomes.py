@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import write_json
 from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus, TrialTracker
 
 _BEST = ("val_mse", "val_token_cosine", "val_residual_ratio")
@@ -114,7 +114,7 @@ def write_material(directory: Path, features: FeatureSet, split: Split, optimum_
     directory.mkdir(parents=True, exist_ok=True)
     features_path, split_path = directory / FEATURES, directory / "split.json"
     features.write(features_path)
-    split_path.write_text(json.dumps(asdict(split)), encoding="utf-8")
+    write_json(split_path, split, indent=None)
     paths = (path.absolute() for path in (features_path, split_path, optimum_path))
     return MaterialPaths(*map(str, paths))
 
@@ -151,8 +151,7 @@ class Ledger:
 def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
     """Write `trials/<trial_id>/outcome.json`; what the trial would have needed to go on is removed."""
     directory = trials_dir / outcome.config.trial_id
-    text = json.dumps(asdict(outcome), indent=1) + "\n"
-    write_whole(directory / OUTCOME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(directory / OUTCOME, outcome)
     (directory / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -1,0 +1,37 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lowrank_tune.files import read_json, write_json, write_whole
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    target = tmp_path / "deep" / "file.txt"
+    write_whole(target, lambda path: path.write_text("old"))
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_whole(target, fail)
+    assert target.read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: tuple[int, ...]
+
+
+def test_json_holds_records_and_no_nan(tmp_path: Path):
+    path = tmp_path / "points.json"
+    write_json(path, {"points": [Point(0.5, (1, 2))]})
+    assert read_json(path) == {"points": [{"x": 0.5, "y": [1, 2]}]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, Point(float("nan"), ()))
+    assert json.loads(path.read_text()) == read_json(path)
+    assert list(tmp_path.iterdir()) == [path]
