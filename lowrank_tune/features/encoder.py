@@ -28,24 +28,21 @@ LARGEST_BATCH = 64
 
 _MAKE_ROOM = "free the GPU of other programs (nvidia-smi lists them)"
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Features that are on their way from the device.
-
-    Attributes:
-        features_NTD: [N, T, D] in the dtype asked for, on the CPU; not to be read before `wait`.
-        largest_N: [N], each image's largest magnitude in the compute dtype, NaN where it has one; likewise.
-        notes: what a user should know of how it went.
-        arrived: told by the device once it has copied everything; None where it has already.
-    """
+    """Features that are on their way from the device: nothing of them is to be read before `wait`."""
 
     features_NTD: Tensor
+    """In the dtype asked for, on the CPU."""
     largest_N: Tensor
+    """Each image's largest magnitude in the compute dtype, NaN where it has one."""
     notes: tuple[str, ...]
+    """What a user should know of how it went."""
     arrived: torch.cuda.Event | None
+    """Told by the device once it has copied everything; None where it has already."""
 
     def wait(self) -> Encoding:
         """Return when both tensors are there."""
@@ -58,17 +55,9 @@ class Encoder:
     """A vision tower on a device; threads may share it, and take turns at giving it work.
 
     Images whose windows are alike (448 pixels a side and any other multiple of the window's) go through `SquareTower`,
-    others through transformers' own forward.
-
-    How many images are encoded at once does not show in the features on a CPU. On a GPU another number may bring
-    other matrix kernels, and with them differences of the compute dtype's rounding.
-
-    Args:
-        config: the checkpoint.
-        tower: the files with its tower.
-        compute_dtype: `float32` or `bfloat16`.
-        device: `cpu`, `cuda`, ...
-        batch: images at once; None takes what fills the device. It is halved where the GPU's memory does not suffice.
+    others through transformers' own forward. `batch` images are encoded at once, what fills the device where it is
+    None, and half as many each time that a GPU's memory does not suffice. Their number does not show in the features on
+    a CPU; on a GPU it may bring other matrix kernels, and with them differences of the compute dtype's rounding.
 
     Raises:
         InputError: the files do not hold exactly the tensors that the configuration asks for, or the GPU has no room
@@ -86,7 +75,16 @@ class Encoder:
         self.config = config
         self.device = torch.device(device)
         self.batch = batch
-        self.processor = Qwen2VLImageProcessor(**_processor_arguments(config))
+        for theirs, ours in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")):
+            found, wanted = config.preprocessor.get(theirs, config.vision[ours]), config.vision[ours]
+            if found != wanted:
+                raise InputError(
+                    f"{config.name}: {theirs} is {found} in preprocessor_config.json, but {ours} is {wanted} in "
+                    "config.json; download the checkpoint again"
+                )
+        known = ("image_mean", "image_std", "rescale_factor", "patch_size", "merge_size", "temporal_patch_size")
+        settings = {key: config.preprocessor[key] for key in known if key in config.preprocessor}
+        self.processor = Qwen2VLImageProcessor(**settings)
         dtype = getattr(torch, compute_dtype)
         self.model = _load_tower(config, tower, dtype)
         try:
@@ -104,10 +102,7 @@ class Encoder:
         self._turn = threading.Lock()
 
     def encode(self, pixels_NHWC: npt.NDArray[np.uint8]) -> Tensor:
-        """Encode images of one size.
-
-        Args:
-            pixels_NHWC: uint8 [N, H, W, 3], as `decode_image` gives them.
+        """Encode images of one size, [N, H, W, 3] as `decode_image` gives them.
 
         Returns:
             [N, T, D] in the compute dtype, on the CPU; tokens in row-major order of the image's grid.
@@ -119,17 +114,14 @@ class Encoder:
 
     @torch.inference_mode()
     def start(self, pixels_NHWC: npt.NDArray[np.uint8], dtype: torch.dtype) -> Encoding:
-        """Give images to the device; a GPU works on while the caller does something else.
+        """Give the device images to `encode`; a GPU works on while the caller does something else.
 
-        Args:
-            pixels_NHWC: uint8 [N, H, W, 3].
-            dtype: what the features are to be stored in. Values beyond it become infinite: look at `largest_N`.
-
-        Raises:
-            InputError: the GPU's memory does not hold a single image.
+        Values beyond `dtype`, in which the features come, become infinite: look at `largest_N`.
         """
         on_gpu = self.device.type == "cuda"
         count, size = pixels_NHWC.shape[:2]
+        patches = (size // self.model.config.patch_size) ** 2
+        fitting = max(1, min(LARGEST_BATCH, PATCHES_A_BATCH["cuda" if on_gpu else "cpu"] // patches))
         # Pinned memory is what a GPU can copy from and to while the CPU goes on.
         staged = torch.empty(pixels_NHWC.shape, dtype=torch.uint8, pin_memory=on_gpu)
         staged.numpy()[:] = pixels_NHWC
@@ -139,12 +131,15 @@ class Encoder:
         with self._turn:
             done = 0
             while done < count:
-                batch = slice(done, min(count, done + (self.batch or self._batch(size))))
-                if not self._fits(staged[batch], features_NTD[batch], largest_N[batch]):
+                batch = slice(done, min(count, done + (self.batch or fitting)))
+                if self._fits(staged[batch], features_NTD[batch], largest_N[batch]):
+                    done = batch.stop
+                else:
                     notes.append(self._halve(batch.stop - done))
-                    continue
-                done = batch.stop
-            arrived = _recorded_event() if on_gpu else None
+            arrived = None
+            if on_gpu:  # who waits for a blocking event leaves the CPU to others
+                arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                arrived.record()
         return Encoding(features_NTD, largest_N, tuple(notes), arrived)
 
     def forward(self, pixels_NHWC: Tensor) -> Tensor:
@@ -154,18 +149,19 @@ class Encoder:
             grid = window_grid(self.model.config, size)
             self._squares[size] = SquareTower(self.model, grid) if grid else None
         square = self._squares[size]
-        return self.forward_as_stock(pixels_NHWC) if square is None else square(self._patches(pixels_NHWC, square))
+        if square is None:
+            return self.forward_as_stock(pixels_NHWC)
+        return square(self.normalised_patches(pixels_NHWC, square))
 
     def forward_as_stock(self, pixels_NHWC: Tensor) -> Tensor:
         """The same by transformers' own preprocessor and forward, which take images of any size."""
         images = list(pixels_NHWC.permute(0, 3, 1, 2))
         batch = self.processor(images=images, do_resize=False, return_tensors="pt", device=self.device)
-        merged: Tensor = self.model(
-            batch["pixel_values"], grid_thw=batch["image_grid_thw"].to(self.device)
-        ).pooler_output
+        grids = batch["image_grid_thw"].to(self.device)
+        merged: Tensor = self.model(batch["pixel_values"], grid_thw=grids).pooler_output
         return merged.view(len(images), -1, merged.shape[-1])
 
-    def _patches(self, pixels_NHWC: Tensor, square: SquareTower) -> Tensor:
+    def normalised_patches(self, pixels_NHWC: Tensor, square: SquareTower) -> Tensor:
         """Patches as the preprocessor would give them, to the bit, but in the order of the windows."""
         mean, std = (
             torch.tensor(values, device=self.device) * (1.0 / self.processor.rescale_factor)
@@ -198,39 +194,14 @@ class Encoder:
             )
         self.batch = tried // 2
         note = f"out of GPU memory with {tried} images at once: going on with {self.batch}; nothing is lost"
-        _logger.warning(note)
+        logger.warning(note)
         return note
-
-    def _batch(self, size: int) -> int:
-        patches: int = (size // self.model.config.patch_size) ** 2
-        at_once = PATCHES_A_BATCH.get(self.device.type, PATCHES_A_BATCH["cpu"])
-        return max(1, min(LARGEST_BATCH, at_once // patches))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU's memory did not suffice, for torch's own tensors or for what the driver and its libraries need."""
     told = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
-
-
-def _recorded_event() -> torch.cuda.Event:
-    """Told when the device has done all that it was given so far; who waits for it leaves the CPU to others."""
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _processor_arguments(config: CheckpointConfig) -> dict[str, object]:
-    """The preprocessor's settings, which must cut the patches that the tower expects."""
-    settings = config.preprocessor
-    for theirs, ours in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")):
-        if settings.get(theirs, config.vision[ours]) != config.vision[ours]:
-            raise InputError(
-                f"{config.name}: {theirs} is {settings[theirs]} in preprocessor_config.json, but {ours} is "
-                f"{config.vision[ours]} in config.json; download the checkpoint again"
-            )
-    known = ("image_mean", "image_std", "rescale_factor", "patch_size", "merge_size", "temporal_patch_size")
-    return {key: settings[key] for key in known if key in settings}
 
 
 def _load_tower(

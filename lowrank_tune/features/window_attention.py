@@ -5,9 +5,7 @@ Where all images are equal squares that windows tile exactly, a window is a resh
 an image comes in already in the order of its windows; what depends on the size alone is computed once.
 
 Shapes: N images, L patches of an image in window order, T tokens (L / merge²), C channels of the tower, H heads of E
-channels, D dim of a feature, P values of a patch.
-
-Needs torch and transformers, no ray.
+channels, D dim of a feature, P values of a patch. Needs torch and transformers, no ray.
 """
 
 from __future__ import annotations
@@ -26,37 +24,19 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """How one square image falls into windows.
-
-    Attributes:
-        side: patches a side of the image.
-        window: patches a side of a window; `side` where the image is smaller than one.
-        merge: patches a side of a token.
-    """
+    """How one square image falls into windows: patches a side of the image, of a window, and of a token."""
 
     side: int
     window: int
     merge: int
 
-    @property
-    def windows(self) -> int:
-        """How many windows the image has."""
-        return (self.side // self.window) ** 2
-
 
 def window_grid(config: Any, image_size: int) -> WindowGrid | None:
-    """The grid of an image, or None where its windows are not all alike.
-
-    Args:
-        config: the tower's.
-        image_size: pixels a side, a whole number of tokens.
-    """
-    side = image_size // config.patch_size
-    # Whole tokens to a window, as the tower counts them.
-    window = config.window_size // config.patch_size // config.spatial_merge_size * config.spatial_merge_size
-    if side % window and side > window:
-        return None
-    return WindowGrid(side, min(side, window), config.spatial_merge_size)
+    """The grid of an image of so many pixels a side, or None where its windows are not all alike."""
+    side, merge = image_size // config.patch_size, config.spatial_merge_size
+    # Whole tokens to a window, as the tower counts them; an image smaller than a window is one.
+    window = config.window_size // config.patch_size // merge * merge
+    return None if side % window and side > window else WindowGrid(side, min(side, window), merge)
 
 
 class SquareTower:
@@ -65,74 +45,59 @@ class SquareTower:
     On the CPU in float32 every step is one that transformers takes too, and the features are the same bits. Elsewhere
     three steps are replaced by equals up to rounding: the patches' convolution by a matrix product, the norms by
     torch's fused one, and `align_mlp` may have padded the MLPs.
-
-    Args:
-        model: the tower, on its device and in its dtype.
-        grid: of the images.
     """
 
     def __init__(self, model: Qwen2_5_VisionTransformerPretrainedModel, grid: WindowGrid) -> None:
-        self.model = model
-        self.grid = grid
+        self.model, self.grid = model, grid
         weight = model.patch_embed.proj.weight
         self.exact = is_exact(weight.device, weight.dtype)
-        self.full_attention = frozenset(model.config.fullatt_block_indexes)
-        self.cos_LE, self.sin_LE = self._rotations(weight.device)
-        self.rows_T = _token_order(grid).argsort().to(weight.device)
+        across, tokens, merge = grid.side // grid.window, grid.window // grid.merge, grid.merge
+        row_GG = torch.arange(grid.side)[:, None].expand(grid.side, grid.side)
+        row_L, column_L = (
+            place_GG.reshape(2 * (across, tokens, merge)).permute(0, 3, 1, 4, 2, 5).flatten()
+            for place_GG in (row_GG, row_GG.T)
+        )
+        numbers_T = (row_L // merge * across * tokens + column_L // merge)[:: merge**2]
+        self.rows_T = numbers_T.argsort().to(weight.device)
+        # Cosine and sine of the rotary embedding: float32 [L, 1, 1, E / 2], the other half of E being the same.
+        rotary, places_L21 = model.rotary_pos_emb, torch.stack([row_L, column_L], dim=1)[..., None].to(weight.device)
+        angles_LE = (places_L21.float() * rotary.inv_freq.to(weight.device, torch.float)).flatten(1)[:, None, None]
+        self.cos_LE, self.sin_LE = (turn * rotary.attention_scaling for turn in (angles_LE.cos(), angles_LE.sin()))
 
     def __call__(self, patches_NLP: Tensor) -> Tensor:
-        """Features of images.
+        """Normalised patches, as `cut_patches` orders them, to features [N, T, D] in the tower's dtype.
 
-        Args:
-            patches_NLP: [N, L, P], normalised, as `cut_patches` orders them.
-
-        Returns:
-            [N, T, D] in the tower's dtype; tokens in row-major order of the image's grid.
+        Tokens come in row-major order of the image's grid.
         """
-        hidden_NLC = self._embed(patches_NLP)
+        embed, merger = self.model.patch_embed, self.model.merger
+        patches = patches_NLP.to(embed.proj.weight.dtype)
+        embedded = embed(patches) if self.exact else F.linear(patches, embed.proj.weight.flatten(1))
+        hidden_NLC = embedded.view(*patches.shape[:2], -1)
         for number, block in enumerate(self.model.blocks):
-            windows = 1 if number in self.full_attention else self.grid.windows
+            full = number in self.model.config.fullatt_block_indexes
+            windows = 1 if full else (self.grid.side // self.grid.window) ** 2
             hidden_NLC = hidden_NLC + self._attend(block.attn, self._norm(block.norm1, hidden_NLC), windows)
             hidden_NLC = hidden_NLC + block.mlp(self._norm(block.norm2, hidden_NLC))
-        merger = self.model.merger
         merged: Tensor = merger.mlp(self._norm(merger.ln_q, hidden_NLC).view(-1, merger.hidden_size))
         return merged.view(len(patches_NLP), -1, merged.shape[-1])[:, self.rows_T]
 
-    def _embed(self, patches_NLP: Tensor) -> Tensor:
-        embed = self.model.patch_embed
-        patches = patches_NLP.to(embed.proj.weight.dtype)
-        embedded = embed(patches) if self.exact else F.linear(patches, embed.proj.weight.flatten(1))
-        return embedded.view(*patches.shape[:2], -1)
-
     def _norm(self, norm: Any, hidden_NLC: Tensor) -> Tensor:
-        if self.exact:
-            normed: Tensor = norm(hidden_NLC)
-            return normed
-        return F.rms_norm(hidden_NLC, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        if not self.exact:
+            return F.rms_norm(hidden_NLC, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        normed: Tensor = norm(hidden_NLC)
+        return normed
 
     def _attend(self, attention: Any, hidden_NLC: Tensor, windows: int) -> Tensor:
         images, length, channels = hidden_NLC.shape
         qkv_NL3HE = attention.qkv(hidden_NLC).view(images, length, 3, attention.num_heads, -1)
-        turned_NL2HE = _rotate(qkv_NL3HE[:, :, :2], self.cos_LE, self.sin_LE)
-
-        def by_window(x_NLHE: Tensor) -> Tensor:
-            return x_NLHE.reshape(images * windows, length // windows, *x_NLHE.shape[2:]).transpose(1, 2)
-
-        query, key = by_window(turned_NL2HE[:, :, 0]), by_window(turned_NL2HE[:, :, 1])
-        mixed = F.scaled_dot_product_attention(query, key, by_window(qkv_NL3HE[:, :, 2]), scale=attention.scaling)
+        query_key_NL2HE = _rotate(qkv_NL3HE[:, :, :2], self.cos_LE, self.sin_LE)
+        query, key, value = (
+            x_NLHE.reshape(images * windows, length // windows, *x_NLHE.shape[2:]).transpose(1, 2)
+            for x_NLHE in (*query_key_NL2HE.unbind(2), qkv_NL3HE[:, :, 2])
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
         projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(images, length, channels))
         return projected
-
-    def _rotations(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the rotary embedding: float32 [L, 1, 1, E / 2], the other half of E being the same."""
-        side = self.grid.side
-        rows = torch.arange(side)[:, None].expand(side, side)
-        places_L2 = torch.stack([_by_token(place, self.grid).flatten() for place in (rows, rows.T)], dim=1)
-        order = _token_order(self.grid)
-        places_L2 = places_L2.view(len(order), -1, 2)[order].view(-1, 2).to(device)
-        rotary = self.model.rotary_pos_emb
-        angles_LE = (places_L2[..., None].float() * rotary.inv_freq.to(device, torch.float)).flatten(1)[:, None, None]
-        return angles_LE.cos() * rotary.attention_scaling, angles_LE.sin() * rotary.attention_scaling
 
 
 def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
@@ -141,15 +106,9 @@ def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def cut_patches(pixels_NHWC: Tensor, grid: WindowGrid, temporal: int) -> Tensor:
-    """Cut images into patches, in the order of the windows that they fall into.
+    """Cut images into patches [N, L, P], in the order of their windows; a patch is `temporal` equal frames.
 
-    Args:
-        pixels_NHWC: [N, H, W, 3].
-        grid: of the images.
-        temporal: frames a patch has; a still image is that many equal ones.
-
-    Returns:
-        [N, L, P], P as the tower's convolution sees a patch: channel, frame, row, column.
+    P is as the tower's convolution sees a patch: channel, frame, row, column.
     """
     images, tokens = len(pixels_NHWC), grid.window // grid.merge
     across, patch = grid.side // grid.window, pixels_NHWC.shape[1] // grid.side
@@ -182,16 +141,3 @@ def _rotate(x_NL2HE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
     torch.sub(first * cos_LE, second * sin_LE, out=into_first)
     torch.add(second * cos_LE, first * sin_LE, out=into_second)
     return turned_NL2HE
-
-
-def _by_token(x_GG: Tensor, grid: WindowGrid) -> Tensor:
-    """[side, side] -> [T, merge²], as the tower lists patches."""
-    across = grid.side // grid.merge
-    return x_GG.reshape(across, grid.merge, across, grid.merge).transpose(1, 2).reshape(across**2, -1)
-
-
-def _token_order(grid: WindowGrid) -> Tensor:
-    """The row-major numbers of an image's tokens, [T], in the order of the windows."""
-    across, tokens = grid.side // grid.window, grid.window // grid.merge
-    numbers = torch.arange((across * tokens) ** 2).view(across, tokens, across, tokens)
-    return numbers.transpose(1, 2).flatten()
