@@ -41,7 +41,7 @@ from lowrank_tune.features.extract import extract_features, probe_shape
 from lowrank_tune.features.remote import local_copy, open_local
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
 from lowrank_tune.lowrank.svd import Optimum, measure_optimum
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.report.report import write_report
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
@@ -64,8 +64,11 @@ class StudyProgress:
     def trials(self, total: int) -> None:
         """So many trainings begin: the search's trials, then the repetitions of its best."""
 
-    def trial_epoch(self, metrics: dict[str, Any]) -> None:
-        """A trial finished an epoch: its `trial_id`, `epoch` and figures."""
+    def trial_started(self, config: TrialConfig) -> None:
+        """A trial begins."""
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
+        """A trial finished an epoch."""
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """A trial is over."""
@@ -78,6 +81,7 @@ class Told(StudyProgress):
         self._progress = progress
         self._status = status
         self.images, self.trials = progress.images, progress.trials  # type: ignore[method-assign]
+        self.trial_started = progress.trial_started  # type: ignore[method-assign]
         self.trial_epoch, self.trial_ended = progress.trial_epoch, progress.trial_ended  # type: ignore[method-assign]
 
     def stage(self, text: str) -> None:
@@ -357,7 +361,7 @@ def _train(
     optimum_path = _save_optimum(features, split, plan.study_dir, progress)
     progress.stage(f"training {tracker.left} trials on {len(split.train)} images")
     progress.trials(tracker.left)
-    outcomes = run_trials(plan, features, split, optimum_path, tracker, progress)
+    outcomes = run_trials(plan, features, split, optimum_path, [tracker, progress])
     confirmations = _confirm(plan, outcomes, features, split, optimum_path, tracker, progress)
     return features, split, outcomes, confirmations
 
@@ -419,7 +423,7 @@ def _confirm(
     if repetitions:
         progress.stage(f"training the best of each rank again: {repetitions} with fresh seeds")
         progress.trials(repetitions)
-    return confirm_trials(plan, best, features, split, optimum_path, tracker, progress)
+    return confirm_trials(plan, best, features, split, optimum_path, [tracker, progress])
 
 
 def _extract(plan: Plan, progress: StudyProgress, address: str | None = None) -> FeatureSet:

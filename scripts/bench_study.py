@@ -207,7 +207,7 @@ class _World:
         started = time.perf_counter()
         with StudyTracker(plan) as tracker:
             clock = Clock(tracker)
-            run_trials(plan, self._features, SPLIT, self._optimum, clock)
+            run_trials(plan, self._features, SPLIT, self._optimum, [clock])
         ended = time.perf_counter()
         assert {outcome.status for outcome in clock.ended} == {"finished"}
         return Run(ended - started, clock.first - started)

@@ -99,10 +99,10 @@ def main() -> None:
             clock = Clock()
             began = time.perf_counter()
             if name == "nobody":
-                outcomes = run_trials(plan, features, SPLIT, optimum_path, clock)
+                outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
             else:
                 with StudyTracker(plan) as clock.behind:
-                    outcomes = run_trials(plan, features, SPLIT, optimum_path, clock)
+                    outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
             start, training = _costs(clock, outcomes, sizes.at_once)
             first = clock.starts[0] - began
             print(f"{name:<16}{first:>16.2f}{start:>10.3f}{start / WANTED_S:>11.2f}{training:>13.3f}")
@@ -129,7 +129,7 @@ def _one_of_many(count: int, method: str) -> None:
         plan.study_dir.mkdir(parents=True)
         with StudyTracker(plan) as tracker:
             clock = Clock(tracker)
-            outcomes = run_trials(plan, features, SPLIT, optimum_path, clock)
+            outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
             ended = time.perf_counter()
         behind = time.perf_counter() - ended
     ray.shutdown()

@@ -109,13 +109,13 @@ class TerminalProgress(StudyProgress):
         self._work, self._ends = None, {}
         self._counted("training", "trials/s", total, 0)
 
-    def trial_epoch(self, metrics: dict[str, Any]) -> None:
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
         """Take note of an epoch."""
-        trial_id, ratio = str(metrics["trial_id"]), float(metrics.get("val_residual_ratio", math.nan))
-        self._running[trial_id] = metrics
+        ratio = float(metrics.get("val_residual_ratio", math.nan))
+        self._running[trial_id] = {**metrics, "epoch": epoch}
         rank = _rank(trial_id)
         if rank is not None and math.isfinite(ratio) and (rank not in self._best or ratio < self._best[rank].ratio):
-            self._best[rank] = _Best(ratio, trial_id, int(metrics["epoch"]))
+            self._best[rank] = _Best(ratio, trial_id, epoch)
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """Count a trial; where there is no terminal, and where it failed, it gets a line."""

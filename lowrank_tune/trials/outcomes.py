@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_json
-from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus, TrialTracker
+from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
 
 _BEST = ("val_mse", "val_token_cosine", "val_residual_ratio")
 _STATUS: dict[StoppedBy, TrialStatus] = {
@@ -120,32 +120,6 @@ def write_material(directory: Path, features: FeatureSet, split: Split, optimum_
 
 
 OUTCOME = "outcome.json"
-
-
-class Ledger:
-    """A tracker that puts every outcome on file before the study's own tracker hears of it.
-
-    Args:
-        trials_dir: `studies/<study_id>/trials`.
-        tracker: told everything as well.
-    """
-
-    def __init__(self, trials_dir: Path, tracker: TrialTracker) -> None:
-        self._trials_dir = trials_dir
-        self._tracker = tracker
-
-    def trial_started(self, config: TrialConfig) -> None:
-        """Pass it on."""
-        self._tracker.trial_started(config)
-
-    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Pass it on."""
-        self._tracker.trial_epoch(trial_id, epoch, metrics)
-
-    def trial_ended(self, outcome: TrialOutcome) -> None:
-        """Write it down, and pass it on."""
-        write_outcome(self._trials_dir, outcome)
-        self._tracker.trial_ended(outcome)
 
 
 def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:

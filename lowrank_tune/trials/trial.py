@@ -339,7 +339,7 @@ def run_one_trial(
     split: Split,
     optimum: Optimum,
     directory: Path,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[str, int, dict[str, Any]], None] | None = None,
     device: str = "cpu",
 ) -> TrialOutcome:
     """Train one trial to its end, with the numbers that the same trial has inside a study.
@@ -350,7 +350,7 @@ def run_one_trial(
         split: which of them train and validate.
         optimum: the validation split's.
         directory: takes best_model.safetensors, config.json and history.json.
-        on_epoch: told each epoch's figures and the `trial_id`.
+        on_epoch: told of each epoch: the `trial_id`, its number from 1 and its figures.
         device: where to train.
 
     Raises:
@@ -363,5 +363,5 @@ def run_one_trial(
     while trainer.stopped_by is None:
         last = train_epoch(trainer, directory)
         if on_epoch is not None:
-            on_epoch({"trial_id": config.trial_id, **last})
+            on_epoch(config.trial_id, int(last["epoch"]), last)
     return outcome_of(config, last, directory, time.perf_counter() - started)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from optuna.trial import FixedTrial, FrozenTrial
@@ -30,7 +30,6 @@ from lowrank_tune.config.schema import ResourcesSpec, SpaceSpec
 from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcomes import (
-    Ledger,
     MaterialPaths,
     outcome_of,
     read_outcomes,
@@ -178,30 +177,18 @@ _LOW_ON_MEMORY = "the node running low on memory"
 """What Ray says of a process that it has killed before the system would have."""
 
 
-class TrialListener(Protocol):
-    """Whoever shows a study's progress."""
-
-    def trial_epoch(self, metrics: dict[str, Any]) -> None:
-        """An epoch ended: its figures as `Trainer.step` gives them, and `trial_id`."""
-
-    def trial_ended(self, outcome: TrialOutcome) -> None:
-        """A trial is over."""
-
-
 @dataclass(frozen=True, slots=True)
 class Audience:
     """Who is told of a study's trials.
 
     Attributes:
         trials_dir: `studies/<study_id>/trials`.
-        tracker: told first.
-        listener: told next, when there is one.
+        observers: told side by side, in this order, of an end once its outcome is on file.
         outcomes: of the trials that are over, by trial id.
     """
 
     trials_dir: Path
-    tracker: TrialTracker
-    listener: TrialListener | None = None
+    observers: Sequence[TrialTracker]
     outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
 
 
@@ -230,7 +217,8 @@ class WatchTrials(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
-        _tell(self._audience.tracker.trial_started, _config(trial))
+        for observer in self._audience.observers:
+            _tell(observer.trial_started, _config(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -244,9 +232,8 @@ class WatchTrials(Callback):
             # A retry begins at its checkpoint, which may lie some epochs back.
             return
         self._epochs[trial_id] = int(metrics["epoch"])
-        _tell(self._audience.tracker.trial_epoch, trial_id, int(result["epoch"]), metrics)
-        if self._audience.listener is not None:
-            _tell(self._audience.listener.trial_epoch, {"trial_id": trial_id, **metrics})
+        for observer in self._audience.observers:
+            _tell(observer.trial_epoch, trial_id, int(result["epoch"]), metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial is over by its own word or the scheduler's."""
@@ -262,9 +249,9 @@ class WatchTrials(Callback):
         outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
         self._epochs.pop(config.trial_id, None)
         self._audience.outcomes[config.trial_id] = outcome
-        _tell(self._audience.tracker.trial_ended, outcome)
-        if self._audience.listener is not None:
-            _tell(self._audience.listener.trial_ended, outcome)
+        _tell(write_outcome, self._audience.trials_dir, outcome)
+        for observer in self._audience.observers:
+            _tell(observer.trial_ended, outcome)
         _forget(trial)
 
 
@@ -415,8 +402,7 @@ def run_trials(
     features: FeatureSet,
     split: Split,
     optimum_path: Path,
-    tracker: TrialTracker,
-    listener: TrialListener | None = None,
+    observers: Sequence[TrialTracker],
 ) -> tuple[TrialOutcome, ...]:
     """Run the trials of a study that are not over yet; Ray is initialised by the caller.
 
@@ -429,8 +415,7 @@ def run_trials(
         features: its features; only their path travels to the actors.
         split: which images train, validate and judge.
         optimum_path: the validation split's optimum.
-        tracker: told of every trial that is trained here.
-        listener: told as well, for a terminal.
+        observers: told of every trial that is trained here.
 
     Returns:
         One outcome a trial, in the order of their numbers.
@@ -453,7 +438,7 @@ def run_trials(
         if trial.state.is_finished() and config.trial_id not in ended:
             ended[config.trial_id] = recovered_outcome(trial, trials_dir)
             write_outcome(trials_dir, ended[config.trial_id])
-    audience = Audience(trials_dir, Ledger(trials_dir, tracker), listener, ended)
+    audience = Audience(trials_dir, observers, ended)
     if len(ended) < plan.n_trials:
         run_on_tune(
             plan,
@@ -486,8 +471,7 @@ def confirm_trials(
     features: FeatureSet,
     split: Split,
     optimum_path: Path,
-    tracker: TrialTracker,
-    listener: TrialListener | None = None,
+    observers: Sequence[TrialTracker],
 ) -> tuple[TrialOutcome, ...]:
     """Train each winner's configuration `report.confirm_seeds` times, to its budget or its patience.
 
@@ -501,8 +485,7 @@ def confirm_trials(
         features: its features; only their path travels to the actors.
         split: which images train, validate and judge.
         optimum_path: the validation split's optimum.
-        tracker: told of every repetition.
-        listener: told as well, for a terminal.
+        observers: told of every repetition.
 
     Returns:
         By winner and repetition; the directories are `trials/<trial_id>-s<repetition>`.
@@ -517,7 +500,7 @@ def confirm_trials(
         return ()
     trials_dir = plan.study_dir / "trials"
     material = write_material(plan.study_dir / "tune", features, split, optimum_path)
-    audience = Audience(trials_dir, Ledger(trials_dir, tracker), listener, read_outcomes(trials_dir))
+    audience = Audience(trials_dir, observers, read_outcomes(trials_dir))
     missing = [config for config in configs if config.trial_id not in audience.outcomes]
     if missing:
         run_on_tune(

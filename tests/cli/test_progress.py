@@ -20,8 +20,8 @@ def tell_all(progress: TerminalProgress) -> None:
     progress.stage("training 2 trials")
     progress.trials(2)
     for epoch, ratio in ((1, 1.5), (2, 1.25)):
-        progress.trial_epoch({"trial_id": "r008-sketch-0000", "epoch": epoch, "val_residual_ratio": ratio})
-    progress.trial_epoch({"trial_id": "r016-direct-0001", "epoch": 1, "val_residual_ratio": float("nan")})
+        progress.trial_epoch("r008-sketch-0000", epoch, {"val_residual_ratio": ratio})
+    progress.trial_epoch("r016-direct-0001", 1, {"val_residual_ratio": float("nan")})
     progress.trial_ended(ended(0, "asha", "pruned"))
 
 

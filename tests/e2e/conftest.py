@@ -42,7 +42,7 @@ class Witness(StudyProgress):
     def images(self, done: int, total: int) -> None:
         self.image_calls.append((done, total))
 
-    def trial_epoch(self, metrics: dict[str, Any]) -> None:
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
         self.ratios.append(metrics["val_residual_ratio"])
 
     def trial_ended(self, outcome: Any) -> None:

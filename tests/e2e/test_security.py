@@ -65,7 +65,7 @@ def test_ten_studies_that_begin_in_one_second_are_told_apart(tmp_path: Path) -> 
 
 def test_the_address_of_a_ray_that_does_not_answer_shows_no_password() -> None:
     # In a process of its own: one that has a Ray already stays in it.
-    code = "from lowrank_tune.session import ray_session\nwith ray_session('ray://someone:s3cret@127.0.0.1:9'): pass"
+    code = "from lowrank_tune.runtime import ray_session\nwith ray_session('ray://someone:s3cret@127.0.0.1:9'): pass"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1
     assert "LowrankTuneError" in ran.stderr

@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     )
     told = Interrupter()
     try:
-        run_trials(plan, world.features, world.split, world.optimum_path, told)
+        run_trials(plan, world.features, world.split, world.optimum_path, [told])
     except KeyboardInterrupt:
         print(f"{len(told.started)} started, {len(told.ended)} ended")
     ray.shutdown()

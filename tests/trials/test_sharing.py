@@ -32,7 +32,7 @@ def test_a_study_that_fills_the_cluster_makes_room_for_one_that_comes(
         stack.enter_context(taking_part(plan.study_id))
         assert studies_at_work() == 1
         told = Watching()
-        outcomes = run_trials(plan, world.features, world.split, world.optimum_path, told, told.as_listener())
+        outcomes = run_trials(plan, world.features, world.split, world.optimum_path, [told])
         assert studies_at_work() == 2
     assert studies_at_work() == 0
     assert [outcome.status for outcome in outcomes] == ["finished"] * 12

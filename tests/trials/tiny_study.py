@@ -22,12 +22,11 @@ SPLIT = Split(train=tuple(range(8)), validation=tuple(range(8, 12)), test=tuple(
 
 @dataclass
 class Listener:
-    """A tracker that remembers what it was told, and a terminal that counts what it was shown."""
+    """An observer that remembers what it was told."""
 
     started: list[TrialConfig] = field(default_factory=list)
     epochs: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
     ended: list[TrialOutcome] = field(default_factory=list)
-    shown: list[Any] = field(default_factory=list)
 
     def trial_started(self, config: TrialConfig) -> None:
         self.started.append(config)
@@ -37,9 +36,6 @@ class Listener:
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         self.ended.append(outcome)
-
-    def as_listener(self) -> "Terminal":
-        return Terminal(self.shown)
 
 
 class Killer(Listener):
@@ -55,19 +51,6 @@ class Killer(Listener):
         if trial_id.endswith("-0000") and (epoch == 1 or self._again):
             for process in self._victims():
                 process.kill()
-
-
-@dataclass
-class Terminal:
-    """A listener."""
-
-    shown: list[Any]
-
-    def trial_epoch(self, metrics: dict[str, Any]) -> None:
-        self.shown.append(metrics)
-
-    def trial_ended(self, outcome: TrialOutcome) -> None:
-        self.shown.append(outcome)
 
 
 @dataclass(frozen=True)
