@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lowrank_tune.checks import check_ranks
 from lowrank_tune.cluster.study_dir import results_directory
 from lowrank_tune.config.axes import combinations, smallest_value
 from lowrank_tune.config.plan import (
@@ -41,7 +42,6 @@ from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
 from lowrank_tune.records import FeatureSet, Split, TrialConfig
-from lowrank_tune.study import check_ranks
 from lowrank_tune.tracking.store import Store, probe, resolve_store
 
 _STEPS = 3

@@ -7,62 +7,38 @@ or mounted elsewhere since. No Ray is started.
 from __future__ import annotations
 
 import errno
-import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import optuna
-import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from lowrank_tune.cluster.study_dir import find_study, read_plan, results_path
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError, LowrankTuneError
-from lowrank_tune.records import Comparison, FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
+from lowrank_tune.files import read_json
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.report import ReportFiles, Scene, write_places, write_report
+from lowrank_tune.report.spatial import check_channels, check_images
+from lowrank_tune.study import device_of
 from lowrank_tune.tracking.mlflow_tracker import RunStatus, StudyTracker
+from lowrank_tune.trials.outcomes import past_outcomes
 
-_log = logging.getLogger(__name__)
-
-_STATUS: dict[StoppedBy, TrialStatus] = {
-    "budget": "finished",
-    "patience": "finished",
-    "asha": "pruned",
-    "interruption": "pruned",
-    "error": "failed",
-}
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 _RUN_STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True, slots=True)
 class PastStudy:
-    """A study as its folder tells it.
-
-    Attributes:
-        directory: `results/studies/<study_id>`.
-        plan: what it was to do.
-        state: `finished`, `stopped`, `failed` or `running`.
-        features: its features, where they lie now.
-        split: which of them trained, validated and tested.
-        outcomes: the trials that left a model or a reason, in the order of their numbers.
-        confirmations: likewise the repetitions of the best.
-    """
+    """A study as its folder tells it; its features where they lie now."""
 
     directory: Path
     plan: Plan
-    state: str
+    state: str  # `finished`, `stopped`, `failed` or `running`
     features: FeatureSet
     split: Split
-    outcomes: tuple[TrialOutcome, ...]
-    confirmations: tuple[TrialOutcome, ...]
+    outcomes: tuple[TrialOutcome, ...]  # that left a model or a reason, in the order of their numbers
+    confirmations: tuple[TrialOutcome, ...]  # likewise
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -75,11 +51,7 @@ class PastStudy:
 
 
 def open_study(results: str | Path | None, name: str) -> PastStudy:
-    """Open a study of a results directory.
-
-    Args:
-        results: the results directory; `LOWRANK_TUNE_RESULTS`, else `./results`, when None.
-        name: the study's id, or the beginning of it.
+    """Open a study of a results directory by its id, or the beginning of it.
 
     Raises:
         InputError: there is no such study, it never began to train, or its files are damaged.
@@ -88,20 +60,12 @@ def open_study(results: str | Path | None, name: str) -> PastStudy:
 
 
 def read_study(directory: Path) -> PastStudy:
-    """Read a study's folder.
-
-    Args:
-        directory: `results/studies/<study_id>`.
-
-    Raises:
-        InputError: it never began to train, or its files are damaged.
-    """
-    results = directory.parent.parent
+    """Read a study's folder; what `open_study` refuses is refused here."""
     try:
         plan = read_plan(directory)
-        state = str(_json(directory / "status.json")["state"])
-        split = Split(**{name: tuple(images) for name, images in _json(directory / "tune" / "split.json").items()})
-        features = _moved(FeatureSet.read(directory / "tune" / "features.json"), results)
+        state = str(read_json(directory / "status.json")["state"])
+        split = Split(**{name: tuple(images) for name, images in read_json(directory / "tune" / "split.json").items()})
+        features = _moved(FeatureSet.read(directory / "tune" / "features.json"), directory.parent.parent)
     except FileNotFoundError as error:
         raise InputError(
             f"study {directory.name}: {error.filename} is not there: it never began to train, so there is nothing to "
@@ -109,31 +73,20 @@ def read_study(directory: Path) -> PastStudy:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"study {directory.name}: its files cannot be read ({error}); run it again") from error
-    outcomes = _outcomes(directory)
-    return PastStudy(
-        directory=directory,
-        plan=plan,
-        state=state,
-        features=features,
-        split=split,
-        outcomes=tuple(outcome for outcome in outcomes if not outcome.config.confirms),
-        confirmations=tuple(outcome for outcome in outcomes if outcome.config.confirms),
-    )
+    found = past_outcomes(directory)
+    outcomes = tuple(outcome for outcome in found if not outcome.config.confirms)
+    confirmations = tuple(outcome for outcome in found if outcome.config.confirms)
+    return PastStudy(directory, plan, state, features, split, outcomes, confirmations)
 
 
 def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
-    """The study's figures on the test split: those on file, else measured now on the trials that there are.
-
-    Args:
-        study: from `open_study`.
-        again: measure even though there are figures on file, and replace them.
+    """The study's figures on the test split: those on file; where there are none, or `again`, measured now.
 
     Raises:
         InputError: no trial left anything to compare, or the features have no usable test image.
         CacheError: features cannot be read.
     """
     if again or not (study.directory / "comparison.json").is_file():
-        gpu = study.plan.spec.resources.gpus_per_trial and torch.cuda.is_available()
         with _writing(study):
             comparison = compare(
                 study.features,
@@ -143,7 +96,7 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
                 seed=study.plan.spec.seed,
                 directory=study.directory,
                 confirmations=study.confirmations,
-                device="cuda" if gpu else "cpu",
+                device=device_of(study.plan.spec),
             )
     else:
         comparison = read_comparison(study.directory)
@@ -151,25 +104,21 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
 
 
 def report_of(study: PastStudy, *, again: bool = False) -> tuple[ReportFiles, str]:
-    """Write the study's report anew and log it to its run in MLflow.
-
-    Args:
-        study: from `open_study`.
-        again: as for `comparison_of`.
-
-    Returns:
-        The files written, and what MLflow was not told and why; empty when it knows everything.
-
-    Raises:
-        InputError: as for `comparison_of`.
-        CacheError: features cannot be read.
-    """
+    """Write the study's report anew and log it to MLflow; returns the files, and what MLflow was not told and why."""
     comparison = comparison_of(study, again=again)
     with _writing(study):
         files = write_report(
             study.plan, study.features, study.split, study.outcomes, comparison, study.directory, study.confirmations
         )
-    return files, _track(study, comparison)
+    # One that calls itself running may be trained by another process at this moment.
+    status = None if study.state == "running" else _RUN_STATUS.get(study.state, "KILLED")
+    try:
+        tracker = StudyTracker(study.plan, past=True)
+    except LowrankTuneError as error:
+        return files, str(error)
+    tracker.log_comparison(comparison, (*study.outcomes, *study.confirmations), study.directory)
+    tracker.finish(status)
+    return files, "; ".join(tracker.problems)
 
 
 def visualize(
@@ -190,20 +139,21 @@ def visualize(
         InputError: there is no such image, rank or channel, or nothing to compare.
         CacheError: features cannot be read.
     """
+    highest = min(study.features.tokens, study.features.dim)
+    if rank is not None and not 1 <= rank <= highest:
+        raise InputError(f"rank {rank}: these features have ranks 1 to {highest}; choose among them")
+    check_images(images, len(study.split.test), "images")
+    check_channels([] if isinstance(channels, int) else channels, study.features.dim)
     scene = Scene(study.features, study.split, study.outcomes, comparison_of(study))
     with _writing(study):
         return write_places(scene, study.directory, images=images, channels=channels, rank=rank)
 
 
-def check_ranks_compared(comparisons: Mapping[str, Comparison], rank: int | None) -> None:
-    """Refuse a rank that no study compared.
-
-    Raises:
-        InputError: naming those that were.
-    """
-    compared = sorted({row.rank for comparison in comparisons.values() for row in comparison.rows})
-    if rank is not None and rank not in compared:
-        raise InputError(f"rank {rank}: compared were {', '.join(map(str, compared)) or 'none'}; choose among them")
+def check_rank_compared(studies: Sequence[PastStudy], rank: int | None) -> None:
+    """Refuse a rank that no study has compared or would compare, before anything is measured."""
+    ranks = sorted({each for study in studies for outcome in study.outcomes for each in outcome.config.ranks})
+    if rank is not None and rank not in ranks:
+        raise InputError(f"rank {rank}: compared were {', '.join(map(str, ranks)) or 'none'}; choose among them")
 
 
 def comparability(studies: Sequence[PastStudy]) -> list[str]:
@@ -232,86 +182,6 @@ def _moved(features: FeatureSet, results: Path) -> FeatureSet:
     return replace(features, directory=str(here), records_path=str(records))
 
 
-def _outcomes(directory: Path) -> list[TrialOutcome]:
-    states = _search_states(directory / "tune" / "optuna.journal")
-    found = [_outcome(folder, states) for folder in sorted((directory / "trials").glob("*"))]
-    known = [outcome for outcome in found if outcome is not None]
-    return sorted(known, key=lambda outcome: (outcome.config.number, outcome.config.trial_id))
-
-
-def _outcome(folder: Path, states: Mapping[str, TrialState]) -> TrialOutcome | None:
-    """How a trial ended: from its outcome where it is on file, else from its history and the search's journal."""
-    try:
-        if (folder / "outcome.json").is_file():
-            return TrialOutcome.read(folder / "outcome.json")
-        config = TrialConfig(**_json(folder / "config.json"))
-        history = _json(folder / "history.json")
-        return _from_history(config, history, folder, states.get(config.trial_id))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s: cannot be read (%s); the study is looked at without this trial", folder, error)
-        return None
-
-
-def _from_history(
-    config: TrialConfig, history: list[dict[str, Any]], folder: Path, state: TrialState | None
-) -> TrialOutcome:
-    last = history[-1] if history else {}
-    best_epoch = int(last.get("best_epoch", 0))
-    stopped = _stopped_by(config, last, state)
-    names = ("val_mse", "val_token_cosine", "val_residual_ratio") if best_epoch else ()
-    return TrialOutcome(
-        config=config,
-        status=_STATUS[stopped],
-        stopped_by=stopped,
-        epochs=int(last.get("epoch", 0)),
-        best_epoch=best_epoch,
-        best={name: float(last[f"best_{name}"]) for name in names},
-        directory=str(folder),
-        seconds=sum(float(row.get("seconds", 0.0)) for row in history),
-        reason="the study ended before it did" if stopped == "interruption" else "",
-    )
-
-
-def _stopped_by(config: TrialConfig, last: Mapping[str, Any], state: TrialState | None) -> StoppedBy:
-    if last and (ended := config.ends_at(last["epoch"], last["best_epoch"])):
-        return ended
-    if state == TrialState.PRUNED:
-        return "asha"
-    # Optuna fails what an interruption leaves running; a trial that fails by itself and one that is cut off both leave
-    # a model of the epochs before.
-    return "interruption" if last else "error"
-
-
-def _search_states(journal: Path) -> dict[str, TrialState]:
-    if not journal.is_file():
-        return {}
-    try:
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        trials = [
-            trial
-            for name in optuna.get_all_study_names(storage)
-            for trial in optuna.load_study(study_name=name, storage=storage).trials
-        ]
-    except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
-        _log.warning("%s cannot be read (%s); why trials stopped is told from their histories alone", journal, error)
-        return {}
-    return {str(trial.user_attrs["trial_id"]): trial.state for trial in trials if "trial_id" in trial.user_attrs}
-
-
-def _track(study: PastStudy, comparison: Comparison) -> str:
-    # One that calls itself running may be trained by another process at this moment.
-    status = None if study.state == "running" else _RUN_STATUS.get(study.state, "KILLED")
-    try:
-        tracker = StudyTracker(study.plan, past=True)
-    except LowrankTuneError as error:
-        return str(error)
-    tracker.log_comparison(comparison, (*study.outcomes, *study.confirmations), study.directory)
-    tracker.finish(status)
-    return "; ".join(tracker.problems)
-
-
 @contextmanager
 def _writing(study: PastStudy) -> Iterator[None]:
     try:
@@ -323,7 +193,3 @@ def _writing(study: PastStudy) -> Iterator[None]:
             f"study {study.directory.name}: cannot write into {study.directory} ({error.strerror}); make room or get "
             "the right to, or copy the study and its features to another results directory and name that with --results"
         ) from error
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

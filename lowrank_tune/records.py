@@ -406,3 +406,25 @@ class TrialTracker(Protocol):
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """A trial is over, whichever way."""
+
+
+class StudyProgress:
+    """What a study tells while it runs; each method may be overridden, and none needs to be."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the story begins."""
+
+    def images(self, done: int, total: int) -> None:
+        """So many of the images that the cache lacked are in it now."""
+
+    def trials(self, total: int) -> None:
+        """So many trainings begin: the search's trials, then the repetitions of its best."""
+
+    def trial_started(self, config: TrialConfig) -> None:
+        """A trial begins."""
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
+        """A trial finished an epoch."""
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """A trial is over."""

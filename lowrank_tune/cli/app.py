@@ -425,11 +425,11 @@ def compare(
 ) -> None:
     """Show every method's figures of a study, or of several side by side; a stopped one with the trials that it has."""
     from lowrank_tune.cli.tables import comparisons_json, print_comparisons
-    from lowrank_tune.past_study import check_ranks_compared, comparability, comparison_of, open_study
+    from lowrank_tune.past_study import check_rank_compared, comparability, comparison_of, open_study
 
     studies = list({study.directory: study for study in (open_study(results, name) for name in names)}.values())
+    check_rank_compared(studies, rank)
     comparisons = {study.directory.name: comparison_of(study, again=again) for study in studies}
-    check_ranks_compared(comparisons, rank)
     caveats = comparability(studies)
     if as_json:
         print(json.dumps(comparisons_json(comparisons, rank, caveats), indent=2))

@@ -20,9 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.records import TrialOutcome
+from lowrank_tune.records import StudyProgress, TrialOutcome
 from lowrank_tune.report.text import STOPPED, duration_text, rate_text, ratio_text
-from lowrank_tune.study import StudyProgress
 
 _RANK = re.compile(r"^r(\d+)-")
 _STDERR = 2

@@ -1,4 +1,4 @@
-"""A study's folder: what is written at its start, and what a later process reads back to go on with it."""
+"""A study's folder: what is written at its start, its status, and what a later process reads back to go on with it."""
 
 from __future__ import annotations
 
@@ -12,47 +12,29 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import psutil
 from filelock import FileLock, Timeout
 
-from lowrank_tune.config.loading import load_study
+from lowrank_tune.config.loading import load_study, parse_study
 from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
-from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.schema import StudySpec, TensorSource
 from lowrank_tune.errors import InputError, redact
-from lowrank_tune.files import results_place
-from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.files import read_json, results_place, write_json, write_whole
+from lowrank_tune.records import TrialConfig, TrialOutcome
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Lineage:
-    """Where a study comes from.
-
-    Attributes:
-        parent: the study that it is a clone of; empty for one of its own.
-        difference: by key of the study file, what the parent had and what this one has.
-    """
-
-    parent: str = ""
-    difference: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+_SQLITE = "sqlite:///"
 
 
 def results_directory(results: str | Path | None) -> Path:
-    """The results directory, made when missing.
-
-    Args:
-        results: a path; `LOWRANK_TUNE_RESULTS`, else `./results`, when None.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
+    """The results directory (`LOWRANK_TUNE_RESULTS`, else `./results`, when None), made when missing, and writable."""
     path = results_path(results)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -67,28 +49,18 @@ def results_directory(results: str | Path | None) -> Path:
 
 
 def results_path(results: str | Path | None) -> Path:
-    """Where the results directory is, whether or not this machine sees it.
-
-    Args:
-        results: as for `results_directory`.
-
-    Raises:
-        InputError: it is no path.
-    """
+    """Where the results directory is, whether or not this machine sees it; an address is refused."""
     name = results_place(results)
     if "://" in name:
         raise InputError(
-            f"results directory {name}: only local and mounted paths can be used; mount it, or pass --results DIR"
+            f"results directory {redact(name)}: only local and mounted paths can be used; mount it, or pass "
+            "--results DIR"
         )
     return Path(os.path.abspath(Path(name).expanduser()))
 
 
 def check_id(name: str) -> str:
-    """Return a study's id, or the beginning of one.
-
-    Raises:
-        InputError: it could not be one; nothing outside the results directory is ever looked at.
-    """
+    """Return a study's id, or the beginning of one; nothing outside the results directory is ever looked at."""
     if not _ID.fullmatch(name):
         raise InputError(
             f"study {name!r}: no study's id, which has letters, digits, `-` and `_`; see `lowrank-tune list`"
@@ -97,11 +69,7 @@ def check_id(name: str) -> str:
 
 
 def find_study(results: Path, name: str) -> Path:
-    """The folder of the one study whose id is, or begins with, `name`.
-
-    Raises:
-        InputError: there is none, or several.
-    """
+    """The folder of the one study whose id is, or begins with, `name`; none and several are refused."""
     check_id(name)
     root = results / "studies"
     known = sorted(path.parent.name for path in root.glob("*/plan.json"))
@@ -113,14 +81,35 @@ def find_study(results: Path, name: str) -> Path:
     return root / found[0]
 
 
-def create_study(plan: Plan, given: str, overrides: Sequence[str], lineage: Lineage) -> None:
-    """Make a study's folder with what it was given.
+def absolute_paths(spec: StudySpec) -> dict[str, str]:
+    """By key of the study file, its relative paths, made absolute from the working directory."""
+    source: Any = spec.features.source
+    named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
+    if not isinstance(source, TensorSource) and Path(spec.features.encoder.checkpoint).expanduser().is_dir():
+        named["features.encoder.checkpoint"] = spec.features.encoder.checkpoint
+    uri = spec.tracking.uri or ""
+    if uri.startswith(_SQLITE):
+        named["tracking.uri"] = uri.removeprefix(_SQLITE)
+    paths = {key: Path(value).expanduser() for key, value in named.items() if value}
+    prefix = {"tracking.uri": _SQLITE}
+    return {key: prefix.get(key, "") + str(Path.cwd() / path) for key, path in paths.items() if not path.is_absolute()}
 
-    Args:
-        plan: the study.
-        given: the study file's text.
-        overrides: what was laid over it.
-        lineage: where it comes from.
+
+def anchored(spec: StudySpec) -> StudySpec:
+    """The same study with absolute paths: whoever goes on with it may do so from any working directory."""
+    overrides = [f"{key}={json.dumps(path)}" for key, path in absolute_paths(spec).items()]
+    return parse_study(render_study(spec), spec.name, overrides) if overrides else spec
+
+
+def create_study(
+    plan: Plan,
+    given: str,
+    overrides: Sequence[str] = (),
+    *,
+    parent: str = "",
+    difference: Mapping[str, tuple[Any, Any]] | None = None,
+) -> None:
+    """Make a study's folder: its file's text, what was laid over it and, for a clone, what the parent had otherwise.
 
     Raises:
         InputError: there is a study of this id already.
@@ -133,39 +122,22 @@ def create_study(plan: Plan, given: str, overrides: Sequence[str], lineage: Line
             f"study {plan.study_id}: {directory} is there already; go on with it by `resume`, or begin again, which "
             "draws another id"
         ) from None
-    (directory / "study.yaml").write_text(given, encoding="utf-8")
-    record: dict[str, Any] = {"overrides": list(overrides), "parent": lineage.parent, "extensions": []}
-    if lineage.parent:
-        record["difference"] = {key: list(values) for key, values in lineage.difference.items()}
-    _write_plan(plan, record)
+    _write(directory / "study.yaml", given)
+    from_parent = {"difference": difference} if parent else {}
+    _write_plan(plan, {"overrides": list(overrides), "parent": parent, "extensions": [], **from_parent})
 
 
 def read_plan(directory: Path) -> Plan:
-    """The plan of a study that has begun, extensions included.
-
-    Raises:
-        InputError: its files cannot be read.
-    """
-    record = _record(directory)
+    """The plan of a study that has begun, extensions included."""
+    record = _read_record(directory)
     spec = load_study(directory / "study.resolved.yaml")
     plan = make_plan(spec, directory.parent.parent, datetime.fromisoformat(record["started"]))
-    return replace(
-        plan,
-        study_id=directory.name,
-        study_dir=directory,
-        spec_hash=record["spec_hash"],
-        n_trials=record["n_trials"],
-        grid=tuple(record["grid"]),
-    )
+    kept = {name: record[name] for name in ("spec_hash", "n_trials")}
+    return replace(plan, study_id=directory.name, study_dir=directory, grid=tuple(record["grid"]), **kept)
 
 
 def extended_plan(plan: Plan, trials: int, overrides: Sequence[str]) -> Plan:
-    """A study with more trials; nothing is written.
-
-    Args:
-        plan: the study as it is.
-        trials: how many to add, for random and tpe.
-        overrides: `key.path=value` texts laid over its file.
+    """A study with more trials, or a wider grid; nothing is written.
 
     Raises:
         InputError: nothing would be added, or trials would not be comparable any more.
@@ -176,13 +148,8 @@ def extended_plan(plan: Plan, trials: int, overrides: Sequence[str]) -> Plan:
 
 def record_extension(before: Plan, after: Plan, overrides: Sequence[str]) -> None:
     """Write down that trials were added to a study, and which."""
-    record = _record(after.study_dir)
-    extension = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "trials_before": before.n_trials,
-        "trials": after.n_trials,
-        "overrides": list(overrides),
-    }
+    record = _read_record(after.study_dir)
+    extension = {"at": _now(), "trials_before": before.n_trials, "trials": after.n_trials, "overrides": [*overrides]}
     kept: dict[str, Any] = {key: record[key] for key in ("overrides", "parent", "difference") if key in record}
     _write_plan(after, {**kept, "extensions": [*record["extensions"], extension]})
 
@@ -194,12 +161,6 @@ def spec_difference(old: StudySpec, new: StudySpec) -> dict[str, tuple[Any, Any]
     return {key: (before.get(key), after.get(key)) for key in keys}
 
 
-def lineage_of(directory: Path) -> dict[str, Any]:
-    """A study's `parent` and `extensions`, as its plan.json holds them."""
-    record = _record(directory)
-    return {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
-
-
 def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     if not isinstance(tree, dict):
         return [(path, tree)]
@@ -208,18 +169,16 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def _write_plan(plan: Plan, record: Mapping[str, Any]) -> None:
     _write(plan.study_dir / "study.resolved.yaml", render_study(plan.spec))
-    _write(plan.study_dir / "plan.json", json.dumps({**plan_summary(plan), **record}, indent=2))
+    write_json(plan.study_dir / "plan.json", {**plan_summary(plan), **record}, indent=2)
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _record(directory: Path) -> dict[str, Any]:
+def _read_record(directory: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(directory / "plan.json")
     except (OSError, ValueError) as error:
         raise InputError(f"study {directory.name}: {directory / 'plan.json'} cannot be read ({error})") from None
     return record
@@ -231,7 +190,7 @@ JOB_VARIABLE = "LOWRANK_TUNE_JOB"
 """The environment variable by which a submitted driver knows its job."""
 
 READY = "study {study_id}: ready"
-"""The line by which a driver tells that its cluster, results and tracking answer, and its study has begun."""
+"""The line by which a driver tells that its data, cluster, results and tracking are sound, and its study has begun."""
 
 _WRITE_EVERY_S = 1.0
 _CLAIM_PATIENCE_S = 2.0  # a reader holds the lock for an instant
@@ -239,14 +198,13 @@ _LOCK, _STATUS = ".driver.lock", "status.json"
 _DIED = "its driver died without a word; go on with `lowrank-tune resume {study_id}`"
 
 
-class StatusFile:
-    """The status of a study that this process works on; written at most once a second, and at every change of state.
+class Status:
+    """status.json of a study that this process has claimed and works on: its state, stage and, as an observer, trials.
 
-    Args:
-        directory: the study's folder, claimed by this process.
+    As a context manager it tells how the block ended. It is written once a second, and at both ends.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, trials: int, known: Iterable[TrialOutcome] = ()) -> None:
         self._path = directory / _STATUS
         before = _read(directory)
         self._fields: dict[str, Any] = {
@@ -261,107 +219,68 @@ class StatusFile:
             "pid_started": psutil.Process().create_time(),
             "job": os.environ.get(JOB_VARIABLE, ""),
             "stage": "",
-            "progress": before.get("progress", {}),
+            "untracked": [],
         }
-        self._lock = threading.Lock()
-        self._changed, self._ended = threading.Event(), threading.Event()
-        self._write()
-        self._thread = threading.Thread(target=self._keep_writing, name="status-writer", daemon=True)
-        self._thread.start()
-
-    def update(self, **fields: Any) -> None:
-        """Change what the file tells; it is written soon."""
-        with self._lock:
-            self._fields |= fields
-        self._changed.set()
-
-    def end(self, state: State, reason: str = "") -> None:
-        """Write how the study ended, and write no more."""
-        self._ended.set()
-        self._changed.set()
-        self._thread.join()
-        progress = {**self._fields["progress"], "running": 0, "eta_s": None} if self._fields["progress"] else {}
-        self.update(state=state, reason=redact(reason), ended=_now(), progress=progress)
-        self._write()
-
-    def _keep_writing(self) -> None:
-        while not self._ended.is_set():
-            self._changed.wait()
-            self._changed.clear()
-            self._write()
-            self._ended.wait(_WRITE_EVERY_S)
-
-    def _write(self) -> None:
-        with self._lock:
-            text = json.dumps({**self._fields, "updated": _now()}, indent=2)
-        partial = self._path.with_name(f"{_STATUS}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self._path)
-
-
-class StatusTracker:
-    """A tracker that counts for status.json what it passes on to the study's own.
-
-    Args:
-        tracker: told everything as well.
-        status: where the numbers go.
-        trials: how many trials the study has.
-        known: outcomes of earlier processes.
-    """
-
-    def __init__(
-        self, tracker: TrialTracker, status: StatusFile, trials: int, known: Iterable[TrialOutcome] = ()
-    ) -> None:
-        self._tracker = tracker
-        self._status = status
+        self._trials, self._repeats, self._repeated = trials, 0, frozenset[str]()
         self._running: dict[str, TrialConfig] = {}
+        self._ended: dict[str, TrialOutcome] = {}
         self._best: dict[int, dict[str, Any]] = {}
-        self._confirmed: list[str] = []
-        self._counts = {"trials": trials, "finished": 0, "pruned": 0, "failed": 0, "confirmations": 0, "confirmed": 0}
-        self._ended_here, self._began = 0, time.monotonic()
         for outcome in known:
             self._count(outcome)
-        self._tell()
+        self._ended_before, self._began = len(self._ended), 0.0
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_writing, name="status-writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        self._over.set()
+        self._thread.join()
+        self._running.clear()
+        self._fields |= {"state": "finished" if error is None else "stopped" if stopped else "failed", "ended": _now()}
+        self._fields["reason"] = "" if error is None else redact(str(error))
+        self._write()
 
     @property
-    def left(self) -> int:
+    def trials_left(self) -> int:
         """Trials that are not over."""
-        counts = self._counts
-        return counts["trials"] - counts["finished"] - counts["pruned"] - counts["failed"]
+        return self._trials - sum(not outcome.config.confirms for outcome in self._ended.values())
+
+    def update(self, **fields: Any) -> None:
+        """Change what the file tells within a second."""
+        with self._lock:
+            self._fields |= fields
 
     def expect_confirmations(self, winners: Collection[str], total: int) -> None:
         """So many repetitions of these trials follow, those included that earlier processes made."""
-        self._counts["confirmations"] = total
-        self._counts["confirmed"] = sum(trial_id in winners for trial_id in self._confirmed)
-        self._tell()
+        with self._lock:
+            self._repeats, self._repeated = total, frozenset(winners)
 
     def trial_started(self, config: TrialConfig) -> None:
         """Count it as running."""
-        if not self._running and not self._ended_here:
-            self._began = time.monotonic()
-        self._running[config.trial_id] = config
-        self._tell()
-        self._tracker.trial_started(config)
+        with self._lock:
+            self._began = self._began or time.monotonic()
+            self._running[config.trial_id] = config
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
         """Look whether it is the best of its rank."""
-        if trial_id in self._running:
-            self._see(self._running[trial_id], metrics.get("best_val_residual_ratio"))
-            self._tell()
-        self._tracker.trial_epoch(trial_id, epoch, metrics)
+        with self._lock:
+            if trial_id in self._running:
+                self._see(self._running[trial_id], metrics.get("best_val_residual_ratio"))
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """Count how it ended."""
-        self._running.pop(outcome.config.trial_id, None)
-        self._ended_here += 1
-        self._count(outcome)
-        self._tell()
-        self._tracker.trial_ended(outcome)
+        with self._lock:
+            self._running.pop(outcome.config.trial_id, None)
+            self._count(outcome)
 
     def _count(self, outcome: TrialOutcome) -> None:
-        if outcome.config.confirms:
-            self._confirmed.append(outcome.config.confirms)
-        self._counts["confirmed" if outcome.config.confirms else outcome.status] += 1
+        self._ended[outcome.config.trial_id] = outcome
         self._see(outcome.config, outcome.best.get("val_residual_ratio"))
 
     def _see(self, config: TrialConfig, ratio: float | None) -> None:
@@ -370,36 +289,38 @@ class StatusTracker:
         if not config.confirms and ratio and ratio > 0 and (best is None or ratio < best["residual_ratio"]):
             self._best[config.rank] = {"residual_ratio": ratio, "trial_id": config.trial_id}
 
-    def _tell(self) -> None:
-        counts = self._counts
-        left = self.left + counts["confirmations"] - counts["confirmed"]
-        pace = (time.monotonic() - self._began) / self._ended_here if self._ended_here else None
-        progress = {
+    def _keep_writing(self) -> None:
+        while not self._over.wait(_WRITE_EVERY_S):
+            self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            told = {**self._fields, "progress": self._progress(), "updated": _now()}
+        write_json(self._path, told, indent=2)
+
+    def _progress(self) -> dict[str, Any]:
+        counts = _counts(self._ended.values(), self._repeated)
+        here = len(self._ended) - self._ended_before
+        left = self._trials - counts["done"] + self._repeats - counts["confirmed"]
+        eta_s = round((time.monotonic() - self._began) / here * max(left, 0), 1) if here else None
+        return {
+            "trials": self._trials,
+            "confirmations": self._repeats,
             **counts,
-            "done": counts["trials"] - self.left,
             "running": len(self._running),
             "best": {str(rank): self._best[rank] for rank in sorted(self._best)},
-            "eta_s": None if pace is None else round(pace * max(left, 0), 1),
+            "eta_s": eta_s if self._fields["state"] == "running" else None,
         }
-        self._status.update(progress=progress)
 
 
-@contextmanager
-def working_on(directory: Path) -> Iterator[StatusFile]:
-    """Work on a study: claim it, and keep its status true at the start and at every kind of end.
-
-    Raises:
-        InputError: another process works on it.
-    """
-    with claimed(directory):
-        status = StatusFile(directory)
-        try:
-            yield status
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            status.end("stopped" if stopped else "failed", reason=str(error))
-            raise
-        status.end("finished")
+def _counts(outcomes: Iterable[TrialOutcome], repeated: Collection[str] = ()) -> dict[str, int]:
+    """How many trials are over, by their end, and how many repetitions: of these trials, where any are named."""
+    ended = list(outcomes)
+    ends = Counter(outcome.status for outcome in ended if not outcome.config.confirms)
+    repeats = [outcome.config.confirms for outcome in ended if outcome.config.confirms]
+    by_status = {"finished": ends["finished"], "pruned": ends["pruned"], "failed": ends["failed"]}
+    confirmed = sum(not repeated or trial_id in repeated for trial_id in repeats)
+    return {**by_status, "done": ends.total(), "confirmed": confirmed}
 
 
 @contextmanager
@@ -409,79 +330,55 @@ def claimed(directory: Path) -> Iterator[None]:
     Raises:
         InputError: another process works on it.
     """
-    lock = FileLock(directory / _LOCK)
     try:
-        lock.acquire(timeout=_CLAIM_PATIENCE_S)
+        claim = FileLock(directory / _LOCK).acquire(timeout=_CLAIM_PATIENCE_S)
     except Timeout:
         at_work = _read(directory)
         where = f"process {at_work.get('pid')} on {at_work.get('host')}"
         raise InputError(
             f"study {directory.name}: {where} works on it; `lowrank-tune stop {directory.name}` ends that"
         ) from None
-    try:
+    with claim:
         yield
-    finally:
-        lock.release()
 
 
 def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
     """What status.json says, made true where its driver has died, with the study's `parent` and `extensions`.
 
-    Args:
-        directory: the study's folder.
-        ours: this process has claimed the study, so no driver works on it.
-
-    Raises:
-        InputError: there is no study in this folder.
+    `ours` says that this process has claimed the study, so that no driver works on it.
     """
-    status: dict[str, Any] = {
-        "study_id": directory.name,
-        "state": "pending",
-        "started": None,
-        "ended": None,
-        "reason": "",
-        "job": "",
-    }
-    lineage = lineage_of(directory)
-    status |= _read(directory)
+    record = _read_record(directory)
+    status = unbegun(directory.name) | _read(directory)
     if status["state"] == "running" and (ours or not _is_claimed(directory)):
         status |= _read(directory)  # it may just have ended
         if status["state"] == "running":
+            # What a killed driver wrote last may be older than its trials' own files.
+            over = (TrialOutcome.read(path) for path in directory.glob("trials/*/outcome.json"))
             status |= {"state": "failed", "reason": _DIED.format(study_id=directory.name)}
-            status["progress"] = {**status.get("progress", {}), **_ended_trials(directory), "running": 0, "eta_s": None}
-    return status | lineage
+            status["progress"] = {**status["progress"], **_counts(over), "running": 0, "eta_s": None}
+    return status | {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
 
 
 def unbegun(study_id: str) -> dict[str, Any]:
     """The status of a study that no driver has begun yet."""
     empty: dict[str, Any] = {"started": None, "ended": None, "reason": "", "job": "", "stage": "", "progress": {}}
-    return {"study_id": study_id, "state": "pending", **empty, "parent": "", "extensions": []}
+    return {"study_id": study_id, "state": "pending", **empty, "untracked": [], "parent": "", "extensions": []}
 
 
 def _is_claimed(directory: Path) -> bool:
     if not (directory / _LOCK).exists():
         return False
-    lock = FileLock(directory / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(directory / _LOCK, timeout=0):
+            return False
     except (Timeout, OSError):
         # Where the folder cannot be written to, the file must be believed.
         return True
-    lock.release()
-    return False
-
-
-def _ended_trials(directory: Path) -> dict[str, int]:
-    """How many trials and repetitions are over by their own files: what a killed driver wrote last may be older."""
-    outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in directory.glob("trials/*/outcome.json")]
-    search = Counter(outcome["status"] for outcome in outcomes if not outcome["config"]["confirms"])
-    ends = {status: search[status] for status in ("finished", "pruned", "failed")}
-    return {**ends, "done": search.total(), "confirmed": len(outcomes) - search.total()}
 
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        fields: dict[str, Any] = json.loads((directory / _STATUS).read_text(encoding="utf-8"))
+        fields: dict[str, Any] = read_json(directory / _STATUS)
     except (OSError, ValueError):
         return {}
     return fields

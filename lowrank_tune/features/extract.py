@@ -118,6 +118,17 @@ def extract_features(
         ) from error
 
 
+def known_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[str, list[str]]:
+    """The cache that a source's features belong into, and the keys of its readable images; nothing is extracted.
+
+    Raises:
+        InputError: the source or the checkpoint cannot be used.
+    """
+    records = read_records(spec.source, cache_root, seed)
+    fingerprint = Path(plan_extraction(spec, cache_root, records).directory).name
+    return fingerprint, list(hash_files(records).paths)
+
+
 def import_tensors(
     directory: Path,
     cache_root: Path,

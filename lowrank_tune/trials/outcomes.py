@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import write_json
+from lowrank_tune.files import read_json, write_json
 from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
+
+logger = logging.getLogger(__name__)
 
 _BEST = ("val_mse", "val_token_cosine", "val_residual_ratio")
 _STATUS: dict[StoppedBy, TrialStatus] = {
     "budget": "finished",
     "patience": "finished",
     "asha": "pruned",
+    "interruption": "pruned",
     "error": "failed",
 }
 
@@ -79,12 +86,13 @@ class MaterialPaths:
     optimum: str
 
 
-def check_same_images(directory: Path, features: FeatureSet) -> None:
+def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) -> None:
     """Refuse to go on with a study on other images than it began with: its trials would not be comparable.
 
     Args:
         directory: where `write_material` wrote; a study that has not got so far has nothing there.
-        features: what the study file gives today.
+        fingerprint: the cache of what the study file gives today.
+        keys: its images; as many may be broken ones as were when the study began.
 
     Raises:
         InputError: they are others.
@@ -93,8 +101,11 @@ def check_same_images(directory: Path, features: FeatureSet) -> None:
     if not path.exists():
         return
     before = FeatureSet.read(path)
-    same = before.fingerprint == features.fingerprint
-    if not same or [row.key for row in before.rows] != [row.key for row in features.rows]:
+    began_with = [row.key for row in before.rows]
+    known = set(began_with)
+    kept = [key for key in keys if key in known]
+    same = before.fingerprint == fingerprint
+    if not same or kept != began_with or len(keys) - len(kept) > before.quarantined:
         what = "are not the same any more" if same else "are encoded otherwise now"
         raise InputError(
             f"features.source: the study began with {len(before.rows)} images, and they {what}; restore them, or run "
@@ -159,3 +170,72 @@ def recovered_outcome(trial: FrozenTrial, trials_dir: Path) -> TrialOutcome:
         last["stopped_by"] = "budget" if last.get("epoch") == config.epochs else "patience"
     crash = "the driver died before it could write the reason down" if trial.state == TrialState.FAIL else ""
     return outcome_of(config, last, directory, sum(row["seconds"] for row in history), crash)
+
+
+def past_outcomes(study_dir: Path) -> list[TrialOutcome]:
+    """Every training that left a model or a reason, by number, whether its study finished or not."""
+    states = _search_states(study_dir / "tune" / "optuna.journal")
+    found = [_outcome(folder, states) for folder in sorted((study_dir / "trials").glob("*"))]
+    known = [outcome for outcome in found if outcome is not None]
+    return sorted(known, key=lambda outcome: (outcome.config.number, outcome.config.trial_id))
+
+
+def _outcome(folder: Path, states: Mapping[str, TrialState]) -> TrialOutcome | None:
+    """How a trial ended: from its outcome where it is on file, else from its history and the search's journal."""
+    try:
+        if (folder / OUTCOME).is_file():
+            return TrialOutcome.read(folder / OUTCOME)
+        config = TrialConfig(**read_json(folder / "config.json"))
+        history = read_json(folder / "history.json")
+        return _from_history(config, history, folder, states.get(config.trial_id))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: cannot be read (%s); the study is looked at without this trial", folder, error)
+        return None
+
+
+def _from_history(
+    config: TrialConfig, history: list[dict[str, Any]], folder: Path, state: TrialState | None
+) -> TrialOutcome:
+    last = history[-1] if history else {}
+    best_epoch = int(last.get("best_epoch", 0))
+    stopped = _stopped_by(config, last, state)
+    names = ("val_mse", "val_token_cosine", "val_residual_ratio") if best_epoch else ()
+    return TrialOutcome(
+        config=config,
+        status=_STATUS[stopped],
+        stopped_by=stopped,
+        epochs=int(last.get("epoch", 0)),
+        best_epoch=best_epoch,
+        best={name: float(last[f"best_{name}"]) for name in names},
+        directory=str(folder),
+        seconds=sum(float(row.get("seconds", 0.0)) for row in history),
+        reason="the study ended before it did" if stopped == "interruption" else "",
+    )
+
+
+def _stopped_by(config: TrialConfig, last: Mapping[str, Any], state: TrialState | None) -> StoppedBy:
+    if last and (ended := config.ends_at(last["epoch"], last["best_epoch"])):
+        return ended
+    if state == TrialState.PRUNED:
+        return "asha"
+    # Optuna fails what an interruption leaves running; a trial that fails by itself and one that is cut off both leave
+    # a model of the epochs before.
+    return "interruption" if last else "error"
+
+
+def _search_states(journal: Path) -> dict[str, TrialState]:
+    if not journal.is_file():
+        return {}
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        trials = [
+            trial
+            for name in optuna.get_all_study_names(storage)
+            for trial in optuna.load_study(study_name=name, storage=storage).trials
+        ]
+    except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
+        logger.warning("%s cannot be read (%s); why trials stopped is told from their histories alone", journal, error)
+        return {}
+    return {str(trial.user_attrs["trial_id"]): trial.state for trial in trials if "trial_id" in trial.user_attrs}

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
-from lowrank_tune.cluster.study_dir import Lineage, create_study, read_plan
+from lowrank_tune.cluster.study_dir import create_study, read_plan
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.errors import InputError
@@ -25,7 +25,7 @@ def begin_at_once(plan: Callable[[], Plan]) -> tuple[list[Plan], list[str]]:
         barrier.wait()
         planned = plan()
         try:
-            create_study(planned, f"# {number}\n", (), Lineage())
+            create_study(planned, f"# {number}\n")
             begun.append(planned)
         except InputError as error:
             refused.append(str(error))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_tune.cli import run
-from lowrank_tune.cluster.study_dir import Lineage, create_study, find_study
+from lowrank_tune.cluster.study_dir import create_study, find_study
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.errors import InputError, StudyFileError, TrackingError
 from lowrank_tune.features.remote import find_cache
@@ -57,7 +57,7 @@ def test_ten_studies_that_begin_in_one_second_are_told_apart(tmp_path: Path) -> 
     plans = []
     for _ in range(10):
         plan = plan_study(spec, tmp_path)
-        create_study(plan, "", (), Lineage())
+        create_study(plan, "")
         plans.append(plan)
     assert len({plan.study_id for plan in plans}) == len({plan.study_dir for plan in plans}) == 10
     assert {plan.study_dir.parent for plan in plans} == {tmp_path / "studies"}

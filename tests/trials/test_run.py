@@ -116,10 +116,10 @@ def test_all_trials_share_one_process(grid: Study) -> None:
 def test_a_trial_alone_has_the_numbers_that_it_has_in_a_study(grid: Study, world: World, tmp_path: Path) -> None:
     optimum = Optimum.load(world.optimum_path)
     for outcome in grid.outcomes:
-        epochs: list[dict[str, Any]] = []
-        alone = run_one_trial(outcome.config, world.features, world.split, optimum, tmp_path, epochs.append)
+        told = Listener()
+        alone = run_one_trial(outcome.config, world.features, world.split, optimum, tmp_path, told.trial_epoch)
         assert figures((alone,)) == figures((outcome,))
-        assert [told["epoch"] for told in epochs] == [1, 2, 3]
+        assert [epoch for _, epoch, _ in told.epochs] == [1, 2, 3]
 
 
 def test_the_same_grid_gives_the_same_numbers_and_says_nothing(

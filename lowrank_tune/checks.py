@@ -1,0 +1,65 @@
+"""What refuses a study before it leaves a trace: its data, and whether they still are what it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lowrank_tune.cluster.study_dir import absolute_paths
+from lowrank_tune.config.plan import Plan, max_rank, split_images
+from lowrank_tune.config.schema import SampleSource, StudySpec
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.extract import known_images, probe_shape
+from lowrank_tune.features.sources import read_records
+from lowrank_tune.report.spatial import check_images
+from lowrank_tune.trials.outcomes import check_same_images
+
+
+def check_data(spec: StudySpec) -> None:
+    """Refuse what a study's data cannot give: a source, ranks, a split, images to draw; nothing is read but its list.
+
+    Some of the images may prove broken or equal later, so that those that are left are too few after all.
+    """
+    source = spec.features.source
+    with TemporaryDirectory() as scratch:  # takes the tiny checkpoint, for nothing may be written yet
+        place = Path(scratch)
+        listed = source.samples if isinstance(source, SampleSource) else len(read_records(source, place, 0).paths)
+        shape = probe_shape(spec.features, place, spec.seed)
+    check_ranks(spec, *shape)
+    split = split_images([str(image) for image in range(listed)], spec.split, spec.seed)
+    check_images(spec.report.images, len(split.test))
+
+
+def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
+    """Refuse a study that asks for a rank that no matrix [tokens, dim] has."""
+    highest = max_rank(spec)
+    if highest > min(tokens, dim):
+        raise InputError(
+            f"search.space.rank: {highest} is above min(tokens, dim) = min({tokens}, {dim}) = {min(tokens, dim)}, "
+            "the rank of the features themselves; lower it"
+        )
+
+
+def check_begun(plan: Plan) -> None:
+    """Refuse to go on with a study whose images are gone, or are others than it began with."""
+    with paths_explained(plan.study_id, plan.spec):
+        check_data(plan.spec)
+        fingerprint, keys = known_images(plan.spec.features, plan.features_root, plan.spec.seed)
+        check_same_images(plan.study_dir / "tune", fingerprint, keys)
+
+
+@contextmanager
+def paths_explained(study_id: str, spec: StudySpec) -> Iterator[None]:
+    """Say of a study whose file still holds relative paths where they are looked for."""
+    try:
+        yield
+    except InputError as error:
+        relative = ", ".join(absolute_paths(spec))
+        if not relative:
+            raise
+        raise InputError(
+            f"{error}; study {study_id} has a relative path in {relative}: go on with it from the working directory "
+            "that it was started in"
+        ) from error
