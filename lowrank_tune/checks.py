@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lowrank_tune.cluster.study_dir import absolute_paths
 from lowrank_tune.config.plan import Plan, max_rank, split_images
@@ -23,11 +22,9 @@ def check_data(spec: StudySpec) -> None:
     Some of the images may prove broken or equal later, so that those that are left are too few after all.
     """
     source = spec.features.source
-    with TemporaryDirectory() as scratch:  # takes the tiny checkpoint, for nothing may be written yet
-        place = Path(scratch)
-        listed = source.samples if isinstance(source, SampleSource) else len(read_records(source, place, 0).paths)
-        shape = probe_shape(spec.features, place, spec.seed)
-    check_ranks(spec, *shape)
+    nowhere = Path()  # only samples, and features themselves, are written into a cache
+    listed = source.samples if isinstance(source, SampleSource) else len(read_records(source, nowhere, 0).paths)
+    check_ranks(spec, *probe_shape(spec.features, nowhere, spec.seed))
     split = split_images([str(image) for image in range(listed)], spec.split, spec.seed)
     check_images(spec.report.images, len(split.test))
 

@@ -128,6 +128,10 @@ def read_checkpoint_config(name: str, cache_root: Path) -> CheckpointConfig:
     Raises:
         InputError: there is no such checkpoint, it cannot be downloaded, or it is no Qwen2.5-VL.
     """
+    if name == TINY_RANDOM:
+        # Known before it is written, which a look at a study file must not do.
+        directory = _tiny_directory(cache_root / "checkpoints")
+        return CheckpointConfig(name, directory, None, "random", _TINY_VISION, _TINY_PREPROCESSOR)
     directory = _fetch(name, cache_root, None, [_CONFIG])
     config = _read_json(directory / _CONFIG)
     if config.get("model_type") != "qwen2_5_vl":
@@ -140,7 +144,7 @@ def read_checkpoint_config(name: str, cache_root: Path) -> CheckpointConfig:
         raise InputError(
             f"{name}: vision_config in {_CONFIG} lacks {', '.join(absent)}; the file is not the published one"
         )
-    local = name == TINY_RANDOM or Path(name).expanduser().is_dir()
+    local = Path(name).expanduser().is_dir()
     revision = None if local else directory.name
     preprocessor = _read_json(_fetch(name, cache_root, revision, [_PREPROCESSOR]) / _PREPROCESSOR)
     # A directory may hold anything under the published names; only the hub says whose weights they are.
@@ -180,7 +184,7 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
 
 def write_tiny_checkpoint(parent: Path) -> Path:
     """Make sure that `tiny-random` lies below `parent`, the same weights everywhere, and return its folder."""
-    directory = parent / f"{TINY_RANDOM}-{TINY_VERSION}"
+    directory = _tiny_directory(parent)
     if directory.exists():
         return directory
     import torch
@@ -206,6 +210,10 @@ def write_tiny_checkpoint(parent: Path) -> Path:
     files[_PREPROCESSOR] = json.dumps(_TINY_PREPROCESSOR, indent=2).encode()
     write_directory_once(directory, files)
     return directory
+
+
+def _tiny_directory(parent: Path) -> Path:
+    return parent / f"{TINY_RANDOM}-{TINY_VERSION}"
 
 
 def _fetch(name: str, cache_root: Path, revision: str | None, files: Sequence[str]) -> Path:

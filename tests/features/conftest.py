@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, find_tower, read_checkpoint_config
+from lowrank_tune.features.checkpoint import (
+    CheckpointConfig,
+    TowerFiles,
+    find_tower,
+    read_checkpoint_config,
+    write_tiny_checkpoint,
+)
 from lowrank_tune.features.sources import write_samples
 
 
@@ -20,6 +26,7 @@ def checkpoint_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(checkpoint_root: Path) -> CheckpointConfig:
+    write_tiny_checkpoint(checkpoint_root / "checkpoints")
     return read_checkpoint_config("tiny-random", checkpoint_root)
 
 
