@@ -32,8 +32,6 @@ def print_study(result: StudyResult) -> None:
     # The table has said what the summary's sentences on single ranks say.
     for sentence in (*summary(result.comparison, result.outcomes)[-1:], *result.comparison.remarks):
         console.print(f"- {sentence}", markup=False)
-    for problem in result.untracked:
-        console.print(f"- not in MLflow: {problem}", markup=False)
     results, program = result.directory.parent.parent, _program()
     where = f"{result.study_id} --results {shlex.quote(str(results))}"
     best = next((row for row in result.comparison.rows if row.trial_id), None)
@@ -49,6 +47,8 @@ def print_study(result: StudyResult) -> None:
     for name, text in lines.items():
         if text:
             console.print(f"{name}: {text}", markup=False, soft_wrap=True)
+    if result.untracked:
+        console.print(f"not in MLflow: {'; '.join(result.untracked)}", markup=False, soft_wrap=True)
 
 
 def print_comparisons(comparisons: Mapping[str, Comparison], rank: int | None, caveats: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from lowrank_tune.cluster.study_dir import (
     JOB_VARIABLE,
     OVER,
     READY,
+    absolute_paths,
     check_id,
     find_study,
     read_status,
@@ -36,7 +37,7 @@ from lowrank_tune.cluster.study_dir import (
 )
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.plan import make_study_id, spec_hash
-from lowrank_tune.config.schema import StudySpec, TensorSource
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, LowrankTuneError, redact
 
 STUDY_FILE = "study.yaml"
@@ -60,21 +61,6 @@ def working_directory(job_id: str, study: Path | None = None) -> Iterator[Path]:
         if study is not None:
             shutil.copyfile(study, Path(folder) / STUDY_FILE)
         yield Path(folder)
-
-
-def absolute_paths(spec: StudySpec) -> list[str]:
-    """The `key.path=value` texts that make a study's relative paths absolute: a job starts in a folder of its own."""
-    source: Any = spec.features.source
-    given = {key: getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
-    found = {f"features.source.{key}": value for key, value in given.items() if value}
-    if not isinstance(source, TensorSource) and Path(spec.features.encoder.checkpoint).is_dir():
-        found["features.encoder.checkpoint"] = spec.features.encoder.checkpoint
-    paths = {key: Path(value).expanduser() for key, value in found.items()}
-    return [f"{key}={_quoted(Path.cwd() / path)}" for key, path in paths.items() if not path.is_absolute()]
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 STUDY, RESULTS = "lowrank.study_id", "lowrank.results"
@@ -407,7 +393,9 @@ def submit_study(address: str, study: Path, *, overrides: Sequence[str] = (), re
     """
     spec = load_study(study, overrides)
     home = results_path(results)
-    settings = [word for text in (*overrides, *absolute_paths(spec)) for word in ("--set", text)]
+    # A job starts in a folder of its own.
+    absolute = [f"{key}={json.dumps(path)}" for key, path in absolute_paths(spec).items()]
+    settings = [word for text in (*overrides, *absolute) for word in ("--set", text)]
     cluster = Cluster(address)
     study_id = _free_id(cluster, spec, home)
     arguments = ["run", STUDY_FILE, "--id", study_id, "--results", str(home), *settings]

@@ -1,0 +1,187 @@
+"""A refused command changes nothing: not a byte of the study, its status, its caches or MLflow's database."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import CaptureFixture, MonkeyPatch
+
+from lowrank_tune import run_study
+from lowrank_tune.cli import run
+from lowrank_tune.config.loading import load_study
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+STUDY = """\
+name: here
+features: {source: {tensors: in}}
+split: {validation: 2, test: 2}
+search: {method: tpe, trials: 2, space: {rank: 2, lr: {loguniform: [1e-3, 1e-2]}, batch_size: 4, families: {sketch: }}}
+training: {epochs: 1, patience: 1}
+scheduler: {kind: none}
+resources: {max_concurrent: 1}
+report: {images: [0], channels: 1, confirm_seeds: 0}
+"""
+SOURCE = "features.source={tensors: %s}"
+
+
+class Home:
+    """A finished study, its tensors beside it, and what lies in its results."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.results, self.tensors = path, path / "results", path / "in"
+        self.tensors.mkdir()
+        for number in range(9):
+            torch.save(torch.randn(8, 16, generator=torch.Generator().manual_seed(number)), self.tensor(number))
+        self.file = path / "here.yaml"
+        self.file.write_text(STUDY)
+        self.study_id = run_study(self.file, results=self.results).study_id
+        self.directory = self.results / "studies" / self.study_id
+
+    def tensor(self, number: int) -> Path:
+        return self.tensors / f"features_{number}.pt"
+
+    def bytes(self) -> dict[str, str]:
+        files = sorted(path for path in self.results.rglob("*") if path.is_file())
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Home:
+    path, before = tmp_path_factory.mktemp("home"), Path.cwd()
+    os.chdir(path)
+    try:
+        return Home(path)
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
+    """The working directory, another than the one that the study was started in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(params=["gone", "others", "relative"])
+def spoilt(request: pytest.FixtureRequest, home: Home) -> Iterator[str]:
+    """The study with its tensors gone, one of them replaced, or its path relative, as an older version left it."""
+    resolved, first = home.directory / "study.resolved.yaml", home.tensor(0).read_bytes()
+    text = resolved.read_text()
+    if request.param == "gone":
+        home.tensors.rename(home.path / "away")
+    elif request.param == "others":
+        torch.save(torch.ones(8, 16), home.tensor(0))
+    else:
+        resolved.write_text(text.replace(str(home.tensors), "in"))
+    yield request.param
+    if request.param == "gone":
+        (home.path / "away").rename(home.tensors)
+    home.tensor(0).write_bytes(first)
+    resolved.write_text(text)
+
+
+def refused(home: Home, capsys: CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """What a command says that is refused; nothing in the results has changed."""
+    before = home.bytes()
+    capsys.readouterr()
+    assert run([*arguments, "--results", str(home.results)]) == code
+    assert home.bytes() == before
+    return capsys.readouterr().err
+
+
+SAID = {
+    "gone": "no such directory; correct features.source.tensors",
+    "others": "the study began with 9 images, and they are not the same any more",
+    "relative": "has a relative path in features.source.tensors: go on with it from the working directory",
+}
+
+
+@pytest.mark.parametrize("command", ["resume", "extend"])
+def test_a_finished_study_stays_so_when_its_images_are_not_there(
+    home: Home, spoilt: str, elsewhere: Path, command: str, capsys: CaptureFixture[str]
+) -> None:
+    more = ["--trials", "1"] if command == "extend" else []
+    assert SAID[spoilt] in refused(home, capsys, command, home.study_id, *more)
+    if spoilt != "others":
+        assert SAID[spoilt] in refused(home, capsys, "clone", home.study_id)
+
+
+def test_an_older_study_goes_on_where_it_was_started(home: Home, monkeypatch: MonkeyPatch) -> None:
+    resolved = home.directory / "study.resolved.yaml"
+    text = resolved.read_text()
+    resolved.write_text(text.replace(str(home.tensors), "in"))
+    monkeypatch.chdir(home.path)
+    try:
+        assert run(["resume", home.study_id, "--results", str(home.results)]) == 0
+    finally:
+        resolved.write_text(text)
+
+
+def test_relative_paths_are_made_absolute_when_a_study_is_created(home: Home, elsewhere: Path) -> None:
+    assert (home.directory / "study.yaml").read_text() == STUDY
+    assert load_study(home.directory / "study.resolved.yaml").features.source.tensors == str(home.tensors)
+    studies = set((home.results / "studies").iterdir())
+    assert run(["clone", home.study_id, "--set", "search.trials=1", "--results", str(home.results)]) == 0
+    (clone,) = set((home.results / "studies").iterdir()) - studies
+    assert len(list(clone.glob("trials/*/outcome.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "FILE", "--set", SOURCE % "nowhere"], "nowhere: no such directory"),
+        (["run", "FILE", "--set", "search.space.rank=9"], "search.space.rank: 9 is above min(tokens, dim)"),
+        (["run", "FILE", "--set", "split={validation: 2, test: 7}"], "leave none of 9 to train"),
+        (
+            ["run", "FILE", "--set", "split.test=0.25", "--set", "report.images=[2]"],
+            "report.images: there is no image 2",
+        ),
+        (["run", "FILE", "--set", "resources.cpus_per_trial=64"], "resources.cpus_per_trial"),
+        (["run", "FILE", "--id", "ID"], "is there already"),
+        (["trial", "FILE", "--set", SOURCE % "nowhere"], "nowhere: no such directory"),
+        (["extract", "FILE", "--set", SOURCE % "nowhere"], "nowhere: no such directory"),
+        (["clone", "ID", "--set", "search.space.rank=9"], "search.space.rank: 9"),
+        (["extend", "ID", "--trials", "1", "--set", "search.space.rank=9"], "search.space.rank: 9"),
+        (["extend", "ID", "--trials", "1", "--set", "training.epochs=9"], "training: an extension keeps it"),
+        (["extend", "ID", "--trials", "1", "--set", "resources.cpus_per_trial=64"], "resources.cpus_per_trial"),
+        (["extend", "ID"], "nothing to add to its"),
+        (["compare", "ID", "--rank", "3", "--again"], "rank 3: compared were 2"),
+        (["visualize", "ID", "--image", "2"], "images: there is no image 2"),
+        (["visualize", "ID", "--image", "0", "--rank", "9"], "these features have ranks 1 to 8"),
+        (["visualize", "ID", "--image", "0", "--channels", "16,"], "these features have channels 0 to 15"),
+        (["export", "ID", "OUT", "--rank", "3"], "rank 3 has no trained model"),
+        (["report", "nope"], "study nope: not in"),
+        (["reconcile", "nope"], "study nope: not in"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[2:]) if isinstance(value, list) else "",
+)
+def test_what_is_refused_changes_nothing(
+    home: Home, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(home.path)
+    names = {"ID": home.study_id, "FILE": str(home.file), "OUT": str(home.path / "out")}
+    assert said in refused(home, capsys, *(names.get(word, word) for word in arguments))
+    assert not (home.path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "extend", "clone", "reconcile"])
+def test_a_tracking_server_that_is_away_is_told_before_anything_is_touched(
+    home: Home, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(home.path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    more = ["--trials", "1"] if command == "extend" else []
+    arguments = [command, str(home.file) if command == "run" else home.study_id, *more]
+    assert "http://127.0.0.1:9 does not answer" in refused(home, capsys, *arguments, code=1)
+
+
+def test_a_wrong_study_makes_no_results_directory(home: Home, elsewhere: Path) -> None:
+    for command in ("run", "trial", "extract"):
+        assert run([command, str(home.file), "--results", str(elsewhere / "new")]) == 2
+    for command in ("resume", "extend", "clone", "reconcile", "report"):
+        assert run([command, "nope", "--results", str(elsewhere / "new")]) == 2
+    assert not (elsewhere / "new").exists()
