@@ -22,20 +22,17 @@ def main() -> NoReturn:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
-        _quieten()
+        # The libraries' own chatter does not belong on the terminal.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for name in (None, "huggingface_hub"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     sys.exit(run(arguments, debug=debug))
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
-    """Run one command.
-
-    Args:
-        arguments: argv without the program's name.
-        debug: show tracebacks.
-
-    Returns:
-        The exit code.
-    """
+    """Run one command, argv without the program's name; returns its exit code. With `debug`, tracebacks are shown."""
     from lowrank_tune.cli.app import app
 
     try:
@@ -46,28 +43,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
             line = redact(shlex.join(["lowrank-tune", *arguments]))
             print(f"interrupted; what is cached stays cached. Start again with: {line}", file=sys.stderr)
         return code
-    except StudyFileError as error:
-        # Each line begins with file:line, where editors jump to.
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except LowrankTuneError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
-        if debug:
+        if debug and not isinstance(error, StudyFileError):
             traceback.print_exc()
+        if isinstance(error, LowrankTuneError):
+            # Each line of a study file's errors begins with file:line, where editors jump to.
+            print(error if isinstance(error, StudyFileError) else f"error: {error}", file=sys.stderr)
+            return error.exit_code
         print(redact(f"error: {type(error).__name__}: {error}"), file=sys.stderr)
         print("This is a defect of lowrank-tune; --debug anywhere on the line shows the traceback.", file=sys.stderr)
         return 1
     return 0
-
-
-def _quieten() -> None:
-    """Keep the libraries' own chatter off the terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in (None, "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")

@@ -1,17 +1,25 @@
-"""Facts and lists on stdout; needs nothing that is slow to load."""
+"""Results on stdout, for people or as JSON. What is slow to load is imported where a study's figures are printed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
-from lowrank_tune.cluster.jobs import Job
-from lowrank_tune.errors import redact
+from lowrank_tune.records import Comparison, FeatureSet, TrialOutcome
+
+if TYPE_CHECKING:  # these load torch
+    from lowrank_tune.cost import Check
+    from lowrank_tune.study import StudyResult
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
@@ -22,32 +30,21 @@ def print_facts(facts: Mapping[str, Any]) -> None:
         print(f"{name.replace('_', ' '):<{width}}  {value}")
 
 
-def print_caches(caches: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line a feature cache."""
-    if not caches:
-        Console(highlight=False).print("no feature caches here yet; `lowrank-tune extract STUDY.yaml` makes one")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in caches[0]:
-        table.add_column(name.replace("_", " "))
-    for cache in caches:
-        table.add_row(*(str(value) for value in cache.values()))
-    Console(highlight=False).print(table)
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line a row, under the names of the columns."""
+    texts = [[name.replace("_", " ") for name in rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-_COLUMNS = ("study", "state", "trials", "started", "ended", "comes from")
+def show(found: Any, as_json: bool, text: Callable[[Any], object] = print_facts) -> None:
+    """Print what a command found: as JSON, or by the function that puts it into words."""
+    print(json.dumps(found, indent=2, default=_plain)) if as_json else text(found)
 
 
-def print_job(job: Job, address: str, as_json: bool) -> None:
-    """Print what was submitted, and how to watch it."""
-    shown = redact(address)
-    if as_json:
-        print(json.dumps({"study_id": job.study_id, "job": job.job_id, "results": str(job.results)}, indent=2))
-        return
-    begun = "waits for a place on the cluster" if job.status == "PENDING" else "has begun"
-    print(f"Study {job.study_id} {begun}; its results: {job.results / 'studies' / job.study_id}")
-    print(f"Watch it: lowrank-tune status {job.study_id} --address {shown}")
-    print(f"          lowrank-tune logs {job.study_id} -f --address {shown}")
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def print_state(status: Mapping[str, Any]) -> None:
@@ -55,42 +52,41 @@ def print_state(status: Mapping[str, Any]) -> None:
     print(f"{status['study_id']}: {status['state']}" + (f" ({status['reason']})" if status["reason"] else ""))
 
 
-def print_list(statuses: Sequence[Mapping[str, Any]]) -> None:
+def print_studies(statuses: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a study."""
     if not statuses:
         print("no studies here yet; `lowrank-tune run STUDY.yaml` makes one")
         return
-    rows = [_COLUMNS, *(_row(status) for status in statuses)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        # Not a rich table: an id that wraps cannot be copied.
-        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    print_rows(
+        [
+            {
+                "study": status["study_id"],
+                "state": status["state"],
+                "trials": _trials(status["progress"]),
+                "started": _time(status["started"]),
+                "ended": _time(status["ended"]),
+                "comes from": _lineage(status),
+            }
+            for status in statuses
+        ]
+    )
 
 
 def print_status(status: Mapping[str, Any]) -> None:
     """Print all of a study's status."""
-    progress = status["progress"]
+    progress, running = status["progress"], status["state"] == "running"
     facts = {"study": status["study_id"], "state": status["state"], "reason": status["reason"]}
     facts |= {"started": _time(status["started"]), "ended": _time(status["ended"]), "comes from": _lineage(status)}
-    facts |= {"works on": status["stage"] if status["state"] == "running" else "", "trials": _trials(progress)}
+    facts |= {"works on": status["stage"] if running else "", "trials": _trials(progress)}
     if progress:
-        counts = [f"{progress[name]} {name}" for name in ("running", "finished", "pruned", "failed")]
-        facts["of them"] = ", ".join(counts)
+        facts["of them"] = ", ".join(f"{progress[name]} {name}" for name in ("running", "finished", "pruned", "failed"))
         if progress["confirmations"]:
             facts["repetitions"] = f"{progress['confirmed']}/{progress['confirmations']}"
-        if progress["eta_s"] is not None and status["state"] == "running":
+        if progress["eta_s"] is not None and running:
             facts["time left"] = f"about {timedelta(seconds=round(progress['eta_s']))}"
-    facts = {name: value for name, value in facts.items() if value}
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    print_facts({name: value for name, value in facts.items() if value})
     for rank, best in progress.get("best", {}).items():
         print(f"rank {rank:>4}  best ρ {best['residual_ratio']:.4f}  {best['trial_id']}")
-
-
-def _row(status: Mapping[str, Any]) -> tuple[str, ...]:
-    times = _time(status["started"]), _time(status["ended"])
-    return status["study_id"], status["state"], _trials(status["progress"]), *times, _lineage(status)
 
 
 def _trials(progress: Mapping[str, Any]) -> str:
@@ -103,7 +99,88 @@ def _time(text: str | None) -> str:
 
 def _lineage(status: Mapping[str, Any]) -> str:
     parts = [f"clone of {status['parent']}"] if status["parent"] else []
-    parts += [
-        f"extended {extension['trials_before']} → {extension['trials']} trials" for extension in status["extensions"]
-    ]
+    parts += [f"extended {change['trials_before']} → {change['trials']} trials" for change in status["extensions"]]
     return ", ".join(parts)
+
+
+def show_study(result: StudyResult, as_json: bool) -> None:
+    """Print what a study found, where it lies and what to type next."""
+    if as_json:
+        facts = {"study_id": result.study_id, "directory": result.directory, "comparison": result.comparison.rows}
+        facts |= {"remarks": result.comparison.remarks, "trials": result.outcomes}
+        show(facts | {"confirmations": result.confirmations, "untracked": result.untracked}, as_json)
+        return
+    from lowrank_tune.report.text import summary, verdict_table
+
+    Console(highlight=False).print(verdict_table(result.comparison))
+    # The table has said what the summary's sentences on single ranks say.
+    _print_points([*summary(result.comparison, result.outcomes)[-1:], *result.comparison.remarks])
+    # The command as it can be typed here: by its name when the PATH has it, else where it lies.
+    beside = os.path.relpath(Path(sys.executable).parent / "lowrank-tune")
+    program = "lowrank-tune" if shutil.which("lowrank-tune") else shlex.quote(beside)
+    results = shlex.quote(str(result.directory.parent.parent))
+    print(f"\nStudy {result.study_id}: {result.directory}")
+    print(f"Report: {result.directory / 'report.html'}")
+    print(f"Every method: {program} compare {result.study_id} --results {results}")
+    if any(row.trial_id for row in result.comparison.rows):
+        print(f"Where on an image: {program} visualize {result.study_id} --results {results} --image 0")
+    print(f"Open the MLflow UI: {result.tracked_by or f'{program} ui --results {results}'}")
+    if result.untracked:
+        print(f"not in MLflow: {'; '.join(result.untracked)}")
+
+
+def show_comparisons(
+    comparisons: Mapping[str, Comparison], rank: int | None, caveats: Sequence[str], as_json: bool
+) -> None:
+    """Print the figures of one study, or of several side by side, and what must be said of them."""
+    from lowrank_tune.report.text import at_rank, comparison_tables, studies_table
+
+    shown = {name: at_rank(comparison, rank) for name, comparison in comparisons.items()}
+    if as_json:
+        studies = {name: {"comparison": found.rows, "remarks": found.remarks} for name, found in shown.items()}
+        show({"studies": studies, "caveats": caveats}, as_json)
+        return
+    alone = len(shown) == 1
+    Console(highlight=False).print(comparison_tables(*shown.values()) if alone else studies_table(shown))
+    said = [remark if alone else f"{name}: {remark}" for name, found in shown.items() for remark in found.remarks]
+    _print_points([*caveats, *said])
+
+
+def _print_points(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        Console(highlight=False).print(f"- {sentence}", markup=False)
+
+
+def print_trial(outcome: TrialOutcome) -> None:
+    """Print how one trial ended."""
+    facts: dict[str, Any] = {"trial": outcome.config.trial_id, "status": outcome.status}
+    facts |= {"stopped by": outcome.stopped_by, "epochs": outcome.epochs, "best epoch": outcome.best_epoch}
+    facts |= {name: f"{value:.6g}" for name, value in outcome.best.items()}
+    facts |= {"seconds": f"{outcome.seconds:.1f}", "directory": outcome.directory}
+    print_facts(facts | ({"reason": outcome.reason} if outcome.reason else {}))
+
+
+def features_facts(features: FeatureSet) -> dict[str, Any]:
+    """What an extraction left."""
+    facts: dict[str, Any] = {"cache": features.directory, "encoder": features.encoder, "weights": features.weights}
+    facts |= {"images": len(features.rows), "quarantined": features.quarantined}
+    return facts | {"shape": [features.tokens, features.dim], "dtype": features.dtype}
+
+
+def factors_facts(factors: FeatureSet) -> dict[str, Any]:
+    """What an application left."""
+    from lowrank_tune.lowrank.quantization import factor_bytes
+
+    facts: dict[str, Any] = {"factors": factors.directory, "fingerprint": factors.fingerprint}
+    facts |= {"images": len(factors.rows), "quarantined": factors.quarantined, "shape": [factors.tokens, factors.dim]}
+    size = factor_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype)
+    return facts | {"rank": factors.rank, "dtype": factors.dtype, "bytes_per_image": size}
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """Print a line a check."""
+    console = Console(highlight=False)
+    for check in checks:
+        mark = "[green]ok[/green]    " if check.passed else "[red]failed[/red]"
+        console.print(f"{mark}  {check.name}: ", end="")
+        console.print(check.finding, markup=False, soft_wrap=True)

@@ -8,58 +8,27 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, ConsoleRenderable, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune.records import StudyProgress, TrialOutcome
 from lowrank_tune.report.text import STOPPED, duration_text, rate_text, ratio_text
 
-_RANK = re.compile(r"^r(\d+)-")
 _STDERR = 2
 _MOST_RUNNING = 6
-_PARTS = 4
-"""Lines about the extraction where there is no terminal."""
-
-
-@dataclass(slots=True)
-class _Best:
-    """The best of a rank so far."""
-
-    ratio: float
-    trial_id: str
-    epoch: int
-
-
-@dataclass(slots=True)
-class _Work:
-    """A part of the story that is counted.
-
-    Attributes:
-        what: `training`, or what is done with images: `extracting`, `decomposing`.
-        unit: of what is counted.
-        total: how many there are.
-        done: how many are over.
-        began: when, and how many were over then: what a cache held already says nothing of the rate.
-    """
-
-    what: str
-    unit: str
-    total: int
-    done: int = 0
-    began: tuple[float, int] = (0.0, 0)
+_LINES = 4  # about the images, where there is no terminal
 
 
 class TerminalProgress(StudyProgress):
-    """A view of the part at work that is redrawn in place: a bar with rate and ETA, the best of each rank, what trains.
+    """A bar with rate and ETA, the best of each rank and what trains; without a terminal a line now and then.
 
     Args:
         epochs: of a trial at most; tells how far one that trains is.
@@ -68,152 +37,151 @@ class TerminalProgress(StudyProgress):
     """
 
     def __init__(self, epochs: int = 0, console: Console | None = None, doing: str = "extracting") -> None:
-        self._doing = doing
+        self._epochs, self._doing, self._started = epochs, doing, time.monotonic()
         self._console = console or Console(stderr=True, highlight=False)
-        self._epochs = epochs
-        self._started = time.monotonic()
-        self._stage = ""
-        self._work: _Work | None = None
-        self._best: dict[int, _Best] = {}
-        self._running: dict[str, dict[str, Any]] = {}
-        self._ends: dict[str, int] = {}
-        self._live = Live(console=self._console, get_renderable=self.view, refresh_per_second=4, transient=True)
+        self._view = _View(self._console, self._tables)
+        self._best: dict[int, tuple[float, str, int]] = {}
+        self._running: dict[str, tuple[int, float]] = {}
+        self._ends: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
+        self._view.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        self._view.stop()
 
     def stage(self, text: str) -> None:
         """Begin a part of the story on a line of its own."""
-        self._work, self._stage = None, text
+        self._view.end_work()
         self._running.clear()
         self._say(text)
 
     def images(self, done: int, total: int) -> None:
-        """Count the images."""
-        work = self._counted(self._doing, "images/s", total, done)
-        before, work.done = work.done, done
-        part = max(1, -(-total // _PARTS))
+        """Count the images; what a cache held already says nothing of the rate."""
+        before = self._view.work.fields["done"] if self._view.work else done
+        task = self._view.count(self._doing, done, total, unit="images")
+        part = max(1, -(-total // _LINES))
         if not self._console.is_terminal and done != before and (done // part != before // part or done == total):
-            self._say(f"{done}/{total} images{self._rate(work)}")
+            self._say(", ".join(text for text in (f"{done}/{total} images", _pace(task)) if text))
 
     def trials(self, total: int) -> None:
         """Count the trials, or the repetitions after them."""
-        self._work, self._ends = None, {}
-        self._counted("training", "trials/s", total, 0)
+        self._view.end_work()
+        self._ends.clear()
+        self._view.count("training", 0, total)
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
         """Take note of an epoch."""
         ratio = float(metrics.get("val_residual_ratio", math.nan))
-        self._running[trial_id] = {**metrics, "epoch": epoch}
-        rank = _rank(trial_id)
-        if rank is not None and math.isfinite(ratio) and (rank not in self._best or ratio < self._best[rank].ratio):
-            self._best[rank] = _Best(ratio, trial_id, epoch)
+        self._running[trial_id] = (epoch, ratio)
+        rank = re.match(r"r(\d+)-", trial_id)
+        if rank and math.isfinite(ratio):
+            found = (ratio, trial_id, epoch)
+            self._best[int(rank[1])] = min(self._best.get(int(rank[1]), found), found)
+        self._count_trials()
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """Count a trial; where there is no terminal, and where it failed, it gets a line."""
         trial_id = outcome.config.trial_id
         self._running.pop(trial_id, None)
-        work = self._counted("training", "trials/s", 0, 0)
-        work.done += 1
-        work.total = max(work.total, work.done)
-        self._ends[outcome.stopped_by] = self._ends.get(outcome.stopped_by, 0) + 1
+        self._ends[outcome.stopped_by] += 1
+        task = self._count_trials()
         if not self._console.is_terminal or outcome.status == "failed":
             ratio = outcome.best.get("val_residual_ratio")
             figure = f"ρ {ratio_text(ratio)} at epoch {outcome.best_epoch} of {outcome.epochs}" if ratio else "no model"
-            reason = f": {outcome.reason}" if outcome.reason else ""
-            ending = f"{STOPPED[outcome.stopped_by]}{reason}"
-            self._say(f"{work.done}/{work.total} {trial_id}  {figure}, {ending}{self._left(work)}")
+            ending = STOPPED[outcome.stopped_by] + (f": {outcome.reason}" if outcome.reason else "")
+            line = f"{task.fields['done']}/{task.total:.0f} {trial_id}  {figure}"
+            self._say(", ".join(text for text in (line, ending, _pace(task)) if text))
 
-    def view(self) -> ConsoleRenderable:
-        """What the terminal shows now."""
-        parts: list[ConsoleRenderable] = []
-        if self._work is not None:
-            parts.append(self._bar(self._work))
-        if self._work is not None and self._work.what == "training":
-            if self._best:
-                parts.append(self._best_table())
-            if self._running:
-                parts.append(self._running_table())
-        return Group(*parts)
+    def _count_trials(self) -> Task:
+        """Those that train count by their epochs."""
+        done, task = self._ends.total(), self._view.work
+        total = max(done, int(task.total or 0) if task else 0)
+        begun = sum(min(epoch / self._epochs, 1.0) for epoch, _ in self._running.values() if self._epochs)
+        return self._view.count("training", done, total, completed=min(done + begun, total))
 
-    def _counted(self, what: str, unit: str, total: int, done: int) -> _Work:
-        if self._work is None or self._work.what != what:
-            self._work = _Work(what, unit, total, done, (time.monotonic(), done))
-        self._work.total = max(total, self._work.total)
-        return self._work
-
-    def _bar(self, work: _Work) -> ConsoleRenderable:
-        row = Table.grid(padding=(0, 2, 0, 0))
-        ends = ", ".join(f"{self._ends[stop]} {words}" for stop, words in STOPPED.items() if stop in self._ends)
-        bar = ProgressBar(total=max(work.total, 1), completed=self._progress(work), width=24)
-        texts = [f"{work.done}/{work.total}", f"{self._rate(work)}{self._left(work)}".removeprefix(", ")]
-        row.add_row(Text(f"{self._seconds()}  {work.what}"), bar, *map(Text, texts))
-        return Group(row, Text(f"{' ' * 10}{ends}", style="dim")) if ends else row
-
-    def _best_table(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-        table.add_column(" " * 10 + "best at rank", justify="right")
-        for name in ("trial", "epoch", "ρ"):
-            table.add_column(name, justify="left" if name == "trial" else "right", no_wrap=True)
-        for rank, best in sorted(self._best.items()):
-            table.add_row(str(rank), best.trial_id, str(best.epoch), Text(ratio_text(best.ratio), style="bold"))
-        return table
-
-    def _running_table(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), style="dim")
-        for name in (" " * 10 + "training now", "epoch", "ρ"):
-            table.add_column(name, justify="left" if "now" in name else "right", no_wrap=True)
-        shown = list(self._running.items())[-_MOST_RUNNING:]
-        for trial_id, metrics in shown:
-            epochs = f"{metrics['epoch']}/{self._epochs}" if self._epochs else str(metrics["epoch"])
-            ratio = float(metrics.get("val_residual_ratio", math.nan))
-            table.add_row(" " * 10 + trial_id, epochs, ratio_text(ratio))
-        return table
-
-    def _progress(self, work: _Work) -> float:
-        """How much is done, those that train counted by their epochs."""
-        if work.what != "training" or not self._epochs:
-            return work.done
-        begun: float = sum(min(int(metrics["epoch"]) / self._epochs, 1.0) for metrics in self._running.values())
-        return min(work.done + begun, work.total)
-
-    def _rate(self, work: _Work) -> str:
-        began, before = work.began
-        seconds = time.monotonic() - began
-        if work.what != self._doing or work.done <= before or seconds <= 0:
-            return ""
-        return f", {rate_text((work.done - before) / seconds)} {work.unit}"
-
-    def _left(self, work: _Work) -> str:
-        began, before = work.began
-        done = self._progress(work)
-        if done <= before or done >= work.total:
-            return ""
-        return f", about {duration_text((time.monotonic() - began) * (work.total - done) / (done - before))} left"
-
-    def _seconds(self) -> str:
-        return f"{time.monotonic() - self._started:6.1f} s"
+    def _tables(self) -> Iterator[RenderableType]:
+        if self._ends:
+            yield Text(", ".join(f"{self._ends[stop]} {text}" for stop, text in STOPPED.items() if self._ends[stop]))
+        if self._best:
+            best = [(rank, trial, epoch, ratio) for rank, (ratio, trial, epoch) in sorted(self._best.items())]
+            yield _table(("best at rank", "trial", "epoch", "ρ"), best)
+        if self._running:
+            of = f"/{self._epochs}" if self._epochs else ""
+            shown = list(self._running.items())[-_MOST_RUNNING:]
+            rows = [(trial_id, f"{epoch}{of}", ratio) for trial_id, (epoch, ratio) in shown]
+            yield _table(("training now", "epoch", "ρ"), rows)
 
     def _say(self, text: str) -> None:
-        self._console.print(f"{self._seconds()}  {text}", markup=False, soft_wrap=True)
+        self._console.print(f"{time.monotonic() - self._started:6.1f} s  {text}", markup=False, soft_wrap=True)
+
+
+class _View(Progress):
+    """A bar for the part of the story at work, and the tables below it."""
+
+    def __init__(self, console: Console, tables: Callable[[], Iterable[RenderableType]]) -> None:
+        self._below = tables
+        self.work: Task | None = None
+        count, description = TextColumn("{task.fields[done]}/{task.total:.0f}"), TextColumn("{task.description}")
+        super().__init__(
+            *(TimeElapsedColumn(), description, BarColumn(24), count, _PaceColumn()),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+            speed_estimate_period=3600,  # a trial may take minutes
+            disable=not console.is_terminal,
+        )
+
+    def count(self, what: str, done: int, total: int, completed: float | None = None, unit: str = "") -> Task:
+        """So much of it is done; `completed` counts what has begun as well."""
+        completed = done if completed is None else completed
+        if self.work is None:
+            self.add_task(what, total=total, completed=completed, done=done, unit=unit)  # type: ignore[arg-type]
+            self.work = self.tasks[-1]
+        self.update(self.work.id, total=total, completed=completed, done=done)
+        return self.work
+
+    def end_work(self) -> None:
+        """Take the bar away."""
+        if self.work is not None:
+            self.remove_task(self.work.id)
+            self.work = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar and the tables, while something is at work."""
+        yield from super().get_renderables()
+        if self.work is not None and not self.work.fields["unit"]:
+            yield from self._below()
+
+
+class _PaceColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_pace(task))
+
+
+def _pace(task: Task) -> str:
+    """Its rate and what is left: `12 images/s, about 3 s left`."""
+    unit, left = task.fields["unit"], task.time_remaining
+    rate = f"{rate_text(task.speed)} {unit}/s" if unit and task.speed else ""
+    return ", ".join(text for text in (rate, f"about {duration_text(left)} left" if left else "") if text)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Table:
+    """Names to the left and numbers to the right, a residual ratio last."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in head:
+        table.add_column(name, justify="left" if name in {"trial", "training now"} else "right", no_wrap=True)
+    for *cells, ratio in rows:
+        table.add_row(*map(str, cells), Text(ratio_text(ratio), style="bold"))
+    return table
 
 
 @contextmanager
 def shown_progress(epochs: int = 0, quiet: bool = False, doing: str = "extracting") -> Iterator[StudyProgress]:
-    """What a command shows while it works.
-
-    Args:
-        epochs: of a trial at most.
-        quiet: show nothing.
-        doing: what is done with images.
-    """
+    """What a command shows while it works."""
     with _pythons_stderr_only():
         if quiet:
             yield StudyProgress()
@@ -244,8 +212,3 @@ def _pythons_stderr_only() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(kept, _STDERR)
             sys.stderr = before
-
-
-def _rank(trial_id: str) -> int | None:
-    found = _RANK.match(trial_id)
-    return int(found.group(1)) if found else None

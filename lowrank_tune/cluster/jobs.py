@@ -479,6 +479,18 @@ def list_studies(*, address: str | None = None, results: str | Path | None = Non
     return _by_start(found.values())
 
 
+def study_logs(name: str, *, address: str | None, follow: bool = False) -> Iterator[str]:
+    """What a submitted study has printed, piece by piece, and goes on to print until its job ends."""
+    check_id(name)
+    if address is None:
+        raise InputError("logs: --address is missing; a study that `run` started prints where it was started")
+    cluster = Cluster(address)
+    job = cluster.latest(name)
+    if job is None:
+        raise InputError(f"study {name}: {cluster.shown} knows no job of it; see `lowrank-tune list`")
+    return cluster.follow(job.job_id) if follow else iter([cluster.logs(job.job_id)])
+
+
 def wait_study(name: str, *, address: str | None = None, results: str | Path | None = None) -> dict[str, Any]:
     """Wait until a study is over, whichever way.
 
