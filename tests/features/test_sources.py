@@ -1,4 +1,5 @@
 import json
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,9 @@ import torch
 
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.sources import SourceRecords, read_records, write_record_table
+from lowrank_tune.features.cache import UnusableError
+from lowrank_tune.features.extract import extract_features
+from lowrank_tune.features.sources import SourceRecords, load_tensor, read_records, write_record_table
 
 GROUNDING = [
     {
@@ -22,8 +25,12 @@ GROUNDING = [
 ]
 
 
+def spec_of(source):
+    return FeaturesSpec.model_validate({"source": source})
+
+
 def records_of(source, root=Path("unused"), seed=0):
-    return read_records(FeaturesSpec.model_validate({"source": source}).source, root, seed)
+    return read_records(spec_of(source).source, root, seed)
 
 
 @pytest.fixture
@@ -177,3 +184,21 @@ def test_samples_tell_where_they_were_cut(tmp_path):
     records = records_of({"samples": 4}, tmp_path, seed=5)
     assert all(path.is_file() for path in records.paths)
     assert records.columns.column_names == ["photograph", "left", "top", "size"]
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_a_sparse_tensor_is_refused_with_the_remedy():
+    file = BytesIO()
+    torch.save(torch.eye(3).to_sparse(), file)
+    with pytest.raises(UnusableError, match=r"holds a sparse or nested tensor, .*save it again as \[tokens, dim\]"):
+        load_tensor(file.getvalue())
+
+
+def test_what_cannot_be_read_or_written_is_named_for_what_it_is(tmp_path):
+    torch.save(torch.ones(3, 5), tmp_path / "features_0.pt")
+    (tmp_path / "results").write_text("in the way")
+    root = tmp_path / "results" / "features"
+    with pytest.raises(InputError, match=rf"{root}: cannot hold the feature cache \(.*Not a directory"):
+        extract_features(spec_of({"tensors": str(tmp_path)}), root, seed=0)
+    with pytest.raises(InputError, match=r"x{300}: cannot be read \(File name too long\)"):
+        extract_features(spec_of({"tensors": str(tmp_path / ("x" * 300))}), tmp_path / "features", seed=0)

@@ -1,0 +1,125 @@
+"""What `plan` counts, tries and reckons and `doctor` finds; no Ray is started."""
+
+import hashlib
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_tune.config.plan import make_plan
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.cost import calibrate, diagnose, expected_share, preview_study, survey_features, try_images
+from lowrank_tune.features.cache import ShardPlan, ShardResult, recover, seal
+from lowrank_tune.features.extract import import_shard, plan_extraction
+from lowrank_tune.features.sources import read_records
+from lowrank_tune.records import Split
+
+SPLIT = Split(tuple(range(64)), tuple(range(64, 72)), tuple(range(72, 80)))
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def study_of(source, **resources):
+    return StudySpec.model_validate(
+        {
+            "name": "test",
+            "features": {"source": source, "max_quarantined": 0.2},
+            "search": {"space": {"rank": 2, "batch_size": 16, "families": {"direct": {}}}},
+            "split": {"validation": 2, "test": 2},
+            "resources": resources,
+        }
+    )
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Nine tensors, the second of them broken."""
+    folder = tmp_path / "tensors"
+    folder.mkdir()
+    for number in range(9):
+        torch.save(torch.full((3, 5), float(number)), folder / f"features_{number}.pt")
+    (folder / "features_1.pt").write_bytes(b"broken")
+    return study_of({"tensors": str(folder)})
+
+
+def commit(extraction, paths):
+    keys = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    plan = ShardPlan(f"{keys[0][:16]}.safetensors", keys, tuple(map(str, paths)))
+    assert not ShardResult.load(import_shard({"plan": plan.dump()}, extraction)["result"]).failure
+
+
+def test_what_an_extraction_that_was_cut_short_left_counts_as_cached(study, tmp_path):
+    root, spec = tmp_path / "features", study.features
+    records = read_records(spec.source, root, 0)
+    extraction = plan_extraction(spec, root, records)
+    directory = Path(extraction.directory)
+    counts = [survey_features(spec, root, 0)]
+    recover(directory, extraction.identity)
+    commit(extraction, records.paths[:3])
+    counts.append(survey_features(spec, root, 0))
+    seal(directory, extraction.identity, extraction.encoder, extraction.weights)
+    commit(extraction, records.paths[3:5])
+    counts.append(survey_features(spec, root, 0))
+    commit(extraction, records.paths[5:])
+    next((directory / "shards").glob(f"{hashlib.sha256(records.paths[5].read_bytes()).hexdigest()[:16]}*")).unlink()
+    (directory / "commits" / "damaged.json").write_text("{")
+    counts.append(survey_features(spec, root, 0))
+    assert [(count.images, count.cached, count.quarantined) for count in counts] == [
+        (9, 0, 0), (9, 2, 1), (9, 4, 1), (9, 4, 1),
+    ]  # fmt: skip
+
+
+def test_a_preview_tells_counts_sizes_and_times_and_leaves_nothing_running(study, tmp_path):
+    facts = preview_study(study, tmp_path)
+    assert (facts["images"], facts["images_to_extract"], facts["features_shape"]) == (9, 9, [3, 5])
+    assert facts["cache_bytes"] == 9 * 3 * 5 * 2
+    assert 0 < facts["trial_seconds"] < facts["seconds"] <= facts["seconds_at_most"]
+    assert facts["hours"] == round(facts["seconds"] / 3600, 3)
+
+
+def test_a_broken_image_is_told_beside_the_sound_ones(study, tmp_path):
+    *_, encoder = diagnose(study, tmp_path)
+    assert (encoder.name, encoder.passed) == ("encoder", False)
+    first, second, third = encoder.finding.split("; ")
+    assert first.startswith("features_0.pt [3, 5] in [0, 0]") and third.startswith("features_2.pt [3, 5] in [2, 2]")
+    assert "features_1.pt: not a readable .pt file" in second
+    assert not try_images(study.features, tmp_path / "features", 0)[2]
+
+
+def test_doctor_tells_what_is_left_and_stops_where_the_results_cannot_be_written(study, tmp_path):
+    (tmp_path / "tensors" / "features_1.pt").unlink()
+    checks = {check.name: check for check in diagnose(study, tmp_path)}
+    assert all(check.passed for check in checks.values())
+    assert list(checks) == ["python", "device", "results", "tracking", "features", "encoder"]
+    assert "8 records, 0 unreadable, 8 distinct images, 0 cached" in checks["features"].finding
+    assert "8 images are left to extract: about 0:00:01 with one such worker" in checks["encoder"].finding
+    (tmp_path / "in the way").write_text("")
+    assert [check.passed for check in diagnose(study, tmp_path / "in the way")] == [True, True, False]
+
+
+def test_workers_take_places_from_trials_and_each_holds_its_share_of_a_batch(tmp_path):
+    share = (os.cpu_count() or 1) / 8
+
+    def reckon(**resources):
+        plan = make_plan(study_of({"samples": 80}, **resources), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))
+        return calibrate(plan, 32, 64, SPLIT, extraction_seconds=0.0)
+
+    one, four = reckon(cpus_per_trial=share), reckon(cpus_per_trial=share, workers_per_trial=4)
+    assert (one["trials_at_once"], four["trials_at_once"]) == (8, 2)
+    assert one["memory_bytes_per_trial"] - four["memory_bytes_per_trial"] == 4 * 4 * (16 - 4) * 32 * 64
+    assert four["epochs_expected"] == one["epochs_expected"]
+
+
+def test_asynchronous_halving_is_expected_to_leave_half_of_what_it_could_save():
+    asha = study_of({"samples": 80}).scheduler.model_copy(
+        update={"kind": "asha", "grace_epochs": 2, "reduction_factor": 2}
+    )
+    assert expected_share(asha, 8) == ((2 + 2 / 2 + 4 / 4) / 8 + 1) / 2
+    assert expected_share(asha.model_copy(update={"kind": "none"}), 8) == 1.0
