@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,276 +30,72 @@ from lowrank_tune.files import write_durably
 if TYPE_CHECKING:
     import torch
 
-
-def read_manifest(path: Path, image_column: str) -> tuple[list[str | None], pa.Table]:
-    """Read a table of records.
-
-    JSON is a list of objects, or an object with exactly one such list (TextVQA's files keep theirs under `data`).
-    Nested values stay nested; a JSON column whose values have no common type is kept as JSON text.
-
-    Args:
-        path: `.json`, `.jsonl`, `.csv` or `.parquet`.
-        image_column: the column with the images' paths.
-
-    Returns:
-        The image path of each record, None where it has none, and the table.
-
-    Raises:
-        InputError: the file or the column is missing, or the file cannot be read as what its suffix says.
-    """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(
-            f"{path}: features.source.manifest reads {', '.join(_READERS)}, "
-            f"not {path.suffix or 'a file without suffix'}"
-        )
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; correct features.source.manifest{_near(path)}")
-    try:
-        table = reader(path, image_column)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error})") from error
-    if table.num_rows == 0:
-        raise InputError(f"{path}: has no records")
-    if image_column not in table.column_names:
-        near = difflib.get_close_matches(image_column, table.column_names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(
-            f"{path}: has no column {image_column!r}, only {', '.join(table.column_names)}{hint} (image_column)"
-        )
-    images = table.column(image_column)
-    if not (pa.types.is_string(images.type) or pa.types.is_large_string(images.type)):
-        raise InputError(f"{path}: column {image_column!r} holds {images.type}, not paths; name another image_column")
-    return [value or None for value in images.to_pylist()], table
-
-
-def _near(path: Path) -> str:
-    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _read_json(path: Path, image_column: str) -> pa.Table:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if _is_records(value)]
-        if len(lists) != 1:
-            raise ValueError(f"an object with {len(lists)} lists of records; it must have one, or be one")
-        content = lists[0]
-    return _from_records(content, image_column)
-
-
-def _read_json_lines(path: Path, image_column: str) -> pa.Table:
-    records = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
-    return _from_records(records, image_column)
-
-
-def _read_csv(path: Path, image_column: str) -> pa.Table:
-    # Without this, images named 0001 would become the number 1.
-    as_text = pyarrow.csv.ConvertOptions(column_types={image_column: pa.string()})
-    quoted_lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return pyarrow.csv.read_csv(path, parse_options=quoted_lines, convert_options=as_text)
-
-
-def _read_parquet(path: Path, image_column: str) -> pa.Table:
-    table = pyarrow.parquet.read_table(path)
-    plain = [column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column for column in table]
-    return pa.table(plain, names=table.column_names)
-
-
-_READERS: dict[str, Callable[[Path, str], pa.Table]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _is_records(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
-def _from_records(records: object, image_column: str) -> pa.Table:
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError("not a list of objects")
-    names = dict.fromkeys(name for record in records for name in record)
-    return pa.table({name: _column([record.get(name) for record in records]) for name in names})
-
-
-def _column(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        return pa.array([None if value is None else json.dumps(value) for value in values])
-
+IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MANIFEST_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+HASHING_THREADS = 8
+REASONS_SHOWN = 5
 
 # By path, never through skimage.data: that would download what is not shipped.
-_PHOTOGRAPHS = {
-    "skimage": (
-        "data/astronaut.png",
-        "data/brick.png",
-        "data/camera.png",
-        "data/cell.png",
-        "data/chelsea.png",
-        "data/coffee.png",
-        "data/coins.png",
-        "data/grass.png",
-        "data/gravel.png",
-        "data/hubble_deep_field.jpg",
-        "data/ihc.png",
-        "data/moon.png",
-        "data/motorcycle_left.png",
-        "data/motorcycle_right.png",
-        "data/page.png",
-        "data/retina.jpg",
-        "data/rocket.jpg",
-        "data/text.png",
+PHOTOGRAPHS = {
+    "scikit-image": (
+        "skimage/data",
+        "astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png gravel.png "
+        "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png page.png retina.jpg "
+        "rocket.jpg text.png",
     ),
-    "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
+    "scikit-learn": ("sklearn/datasets/images", "china.jpg flower.jpg"),
 }
-_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
-_SMALLEST_SIDE = 160
-_LARGEST_SIDE = 480
+_SMALLEST_SIDE, _LARGEST_SIDE = 160, 480
 _LEAST_CONTRAST = 6.0
 """Standard deviation of the grey values, of 255: leaves out the black corners round the retina."""
-
-_NAME = re.compile(r"^(\d{4})-([a-z_]+)-x(\d+)-y(\d+)-s(\d+)\.png$")
-
-
-def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Make sure that the first `count` crops of a seed lie below `parent`.
-
-    Args:
-        count: how many.
-        seed: which crops.
-        parent: gets a folder `seed-<seed>`.
-
-    Returns:
-        Each crop's file and its origin: `photograph`, `left`, `top`, `size` in pixels.
-
-    Raises:
-        InputError: the packages that ship the photographs are not installed.
-        OSError: the folder cannot be written.
-    """
-    directory = parent / f"seed-{seed}"
-    directory.mkdir(parents=True, exist_ok=True)
-    found = _written(directory)
-    if any(number not in found for number in range(count)):
-        for number, (name, crop) in zip(range(count), _crops(seed), strict=False):
-            if number not in found:
-                buffer = io.BytesIO()
-                crop.save(buffer, "PNG", compress_level=1)
-                write_durably(directory / f"{number:04d}-{name}.png", buffer.getvalue())
-        found = _written(directory)
-    return [found[number] for number in range(count)]
-
-
-def _written(directory: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
-    found = {}
-    for path in directory.iterdir():
-        if match := _NAME.match(path.name):
-            number, photograph, left, top, size = match.groups()
-            origin = {"photograph": photograph, "left": int(left), "top": int(top), "size": int(size)}
-            found[int(number)] = (path, origin)
-    return found
-
-
-def _crops(seed: int) -> Iterator[tuple[str, Image.Image]]:
-    """Endless distinct crops, each with a name that tells where it was cut; the photographs take turns."""
-    photographs = [(path.stem, _load(path)) for path in _photograph_paths()]
-    generator = np.random.default_rng(seed)
-    seen = set()
-    while True:
-        for stem, image in photographs:
-            while True:
-                side = int(generator.integers(_SMALLEST_SIDE, min(_LARGEST_SIDE, *image.size) + 1))
-                left = int(generator.integers(0, image.width - side + 1))
-                top = int(generator.integers(0, image.height - side + 1))
-                name = f"{stem}-x{left}-y{top}-s{side}"
-                crop = image.crop((left, top, left + side, top + side))
-                if name not in seen and np.asarray(crop.convert("L")).std() >= _LEAST_CONTRAST:
-                    break
-            seen.add(name)
-            yield name, crop
-
-
-def _photograph_paths() -> list[Path]:
-    paths = []
-    for package, files in _PHOTOGRAPHS.items():
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(
-                f"features.source.samples needs the photographs in {_DISTRIBUTIONS[package]}: "
-                f"pip install {_DISTRIBUTIONS[package]}, or name your own images"
-            )
-        root = Path(spec.submodule_search_locations[0])
-        for file in files:
-            if not (root / file).is_file():
-                raise InputError(
-                    f"{root / file}: this version of {_DISTRIBUTIONS[package]} does not ship it; install another"
-                )
-            paths.append(root / file)
-    return paths
-
-
-def _load(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-    return image
-
-
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-
 _TENSOR_FILE = re.compile(r"^features_(\d+)\.pt$")
 
 
 @dataclass(frozen=True)
 class SourceRecords:
-    """A user's records, in order.
-
-    Attributes:
-        paths: the absolute path of each one's file; None where the record names none. The files may not be there.
-        columns: the user's own columns, a row a record; none where the source has none.
-    """
+    """A user's records, in order."""
 
     paths: tuple[Path | None, ...]
+    """The absolute path of each one's file, which may not be there; None where the record names none."""
     columns: pa.Table
+    """The user's own columns, a row a record; none where the source has none."""
 
 
 def read_records(source: Source, cache_root: Path, seed: int) -> SourceRecords:
-    """List the files of a source; none is opened but the manifest.
+    """List the files of a source, relative to the working directory; none is opened but the manifest.
 
-    Args:
-        source: from the study file; relative paths start from the working directory.
-        cache_root: sample crops are written below it.
-        seed: which sample crops.
+    Sample crops, those of the seed, are written below `cache_root`.
 
     Raises:
         InputError: the directory, glob or manifest gives no files.
     """
     match source:
         case ImageSource():
-            return _images(source.images)
+            return SourceRecords(tuple(_find_images(source.images)), pa.table({}))
         case ManifestSource():
-            return _manifest(source)
+            path = Path(source.manifest).expanduser().absolute()
+            columns = _read_manifest(path, source.image_column)
+            root = Path(source.root).expanduser().absolute() if source.root is not None else path.parent
+            if not root.is_dir():
+                raise InputError(f"{root}: no such directory; correct features.source.root")
+            images = columns.column(source.image_column).to_pylist()
+            return SourceRecords(tuple(root / image if image else None for image in images), columns)
         case TensorSource():
-            return _tensors(Path(source.tensors).expanduser().absolute())
+            place = Path(source.tensors).expanduser().absolute()
+            if not place.is_dir():
+                raise InputError(f"{place}: no such directory; correct features.source.tensors")
+            found = {path: int(match[1]) for path in place.iterdir() if (match := _TENSOR_FILE.match(path.name))}
+            if not found:
+                raise InputError(f"{place}: no file named features_N.pt in it; correct features.source.tensors")
+            paths = sorted(found, key=lambda path: (found[path], path.name))
+            return SourceRecords(tuple(paths), pa.table({"number": [found[path] for path in paths]}))
         case SampleSource():
             crops = write_samples(source.samples, seed, cache_root.absolute() / "samples")
-            return SourceRecords(
-                tuple(path for path, _ in crops), pa.Table.from_pylist([origin for _, origin in crops])
-            )
+            return SourceRecords(tuple(path for path, _ in crops), pa.Table.from_pylist([cut for _, cut in crops]))
 
 
-def _images(pattern: str) -> SourceRecords:
-    place = Path(pattern).expanduser().absolute()
+def _find_images(pattern: str) -> list[Path]:
+    place, paths = Path(pattern).expanduser().absolute(), []
     if place.is_dir():
         paths = [path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
         problem = f"{place}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, in subfolders too)"
@@ -307,56 +103,157 @@ def _images(pattern: str) -> SourceRecords:
         paths = [path for name in glob.glob(str(place), recursive=True) if (path := Path(name)).is_file()]
         problem = f"{pattern}: matches no file from {Path.cwd()}"
     elif place.exists():
-        paths = []
         problem = f"{place}: is a file; give a directory, a glob, or `manifest: {pattern}` for a table of records"
     else:
-        paths = []
         problem = f"{place}: no such directory"
     if not paths:
         raise InputError(f"{problem}; correct features.source.images")
-    return SourceRecords(tuple(sorted(paths)), pa.table({}))
+    return sorted(paths)
 
 
-def _manifest(source: ManifestSource) -> SourceRecords:
-    path = Path(source.manifest).expanduser().absolute()
-    images, columns = read_manifest(path, source.image_column)
-    root = Path(source.root).expanduser().absolute() if source.root is not None else path.parent
-    if not root.is_dir():
-        raise InputError(f"{root}: no such directory; correct features.source.root")
-    return SourceRecords(tuple(root / image if image else None for image in images), columns)
+def _read_manifest(path: Path, image_column: str) -> pa.Table:
+    """A table of records from JSON, JSON lines, CSV or parquet; nested values stay nested."""
+    if path.suffix.lower() not in MANIFEST_SUFFIXES:
+        kind = path.suffix or "a file without suffix"
+        raise InputError(f"{path}: features.source.manifest reads {', '.join(MANIFEST_SUFFIXES)}, not {kind}")
+    if not path.is_file():
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such file; correct features.source.manifest{_near(path.name, siblings)}")
+    try:
+        match path.suffix.lower():
+            case ".csv":
+                # As text, or images named 0001 would become the number 1.
+                text = pyarrow.csv.ConvertOptions(column_types={image_column: pa.string()})
+                table = pyarrow.csv.read_csv(path, None, pyarrow.csv.ParseOptions(newlines_in_values=True), text)
+            case ".parquet":
+                table = pyarrow.parquet.read_table(path)
+                for place, field in enumerate(table.schema):
+                    if pa.types.is_dictionary(field.type):
+                        plain = table.column(place).cast(field.type.value_type)
+                        table = table.set_column(place, field.name, plain)
+            case _:
+                records = _read_objects(path)
+                names = dict.fromkeys(name for record in records for name in record)
+                table = pa.table({name: _column([record.get(name) for record in records]) for name in names})
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error})") from error
+    if table.num_rows == 0:
+        raise InputError(f"{path}: has no records")
+    if image_column not in table.column_names:
+        hint = _near(image_column, table.column_names)
+        raise InputError(
+            f"{path}: has no column {image_column!r}, only {', '.join(table.column_names)}{hint} (image_column)"
+        )
+    kind = table.column(image_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(f"{path}: column {image_column!r} holds {kind}, not paths; name another image_column")
+    return table
 
 
-def _tensors(directory: Path) -> SourceRecords:
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; correct features.source.tensors")
-    numbered = sorted(
-        (int(match[1]), path.name, path) for path in directory.iterdir() if (match := _TENSOR_FILE.match(path.name))
-    )
-    if not numbered:
-        raise InputError(f"{directory}: no file named features_N.pt in it; correct features.source.tensors")
-    numbers = pa.table({"number": [number for number, _, _ in numbered]})
-    return SourceRecords(tuple(path for _, _, path in numbered), numbers)
+def _near(name: str, others: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(others), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-HASHING_THREADS = 8
-REASONS_SHOWN = 5
+def _read_objects(path: Path) -> list[dict[str, Any]]:
+    """Records of a list of objects, an object a line, or an object with one such list (TextVQA's is in `data`)."""
+    text = path.read_text(encoding="utf-8-sig")
+    content: Any = []
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                content += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    else:
+        content = json.loads(text)
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if len(lists) != 1:
+            raise ValueError(f"an object with {len(lists)} lists of records; it must have one, or be one")
+        content = lists[0]
+    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
+        raise ValueError("not a list of objects")
+    return content
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """An array of the values' common type, or else of their JSON."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if value is None else json.dumps(value) for value in values])
+
+
+def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Make sure that the first `count` crops of a seed lie below `parent`; none is like another.
+
+    Returns:
+        Each crop's file and where it was cut: `photograph`, `left`, `top`, `size` in pixels.
+
+    Raises:
+        InputError: the packages that ship the photographs are not installed.
+    """
+    photographs: list[tuple[str, Image.Image]] = []
+    for path in photograph_paths():
+        with Image.open(path) as photograph:
+            photographs.append((path.stem, photograph.copy()))
+    generator = np.random.default_rng(seed)
+    crops: dict[str, tuple[Path, dict[str, Any]]] = {}
+    while len(crops) < count:
+        name, image = photographs[len(crops) % len(photographs)]
+        side = int(generator.integers(_SMALLEST_SIDE, min(_LARGEST_SIDE, *image.size) + 1))
+        left = int(generator.integers(0, image.width - side + 1))
+        top = int(generator.integers(0, image.height - side + 1))
+        place = f"{name}-x{left}-y{top}-s{side}"
+        crop = image.crop((left, top, left + side, top + side))
+        if place in crops or np.asarray(crop.convert("L")).std() < _LEAST_CONTRAST:
+            continue
+        path = parent / f"seed-{seed}" / f"{len(crops):04d}-{place}.png"
+        if not path.exists():
+            buffer = io.BytesIO()
+            crop.save(buffer, "PNG", compress_level=1)
+            write_durably(path, buffer.getvalue())
+        crops[place] = path, {"photograph": name, "left": left, "top": top, "size": side}
+    return list(crops.values())
+
+
+def photograph_paths() -> list[Path]:
+    """The photographs that the field's packages ship.
+
+    Raises:
+        InputError: one of the packages, or a photograph of it, is not there.
+    """
+    paths = []
+    for distribution, (folder, names) in PHOTOGRAPHS.items():
+        package, _, below = folder.partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"features.source.samples needs the photographs in {distribution}: "
+                f"pip install {distribution}, or name your own images"
+            )
+        root = Path(spec.submodule_search_locations[0]) / below
+        for name in names.split():
+            if not (root / name).is_file():
+                raise InputError(f"{root / name}: this version of {distribution} does not ship it; install another")
+            paths.append(root / name)
+    return paths
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source.
-
-    Attributes:
-        keys: sha256 of each record's file, None where it cannot be read.
-        errors: why not, None where it can.
-        records: each record's file, for messages.
-        paths: key -> one file that has it, in the order of the records.
-    """
+    """The files of a source."""
 
     keys: tuple[str | None, ...]
+    """Sha256 of each record's file, None where it cannot be read."""
     errors: tuple[str | None, ...]
+    """Why not, None where it can."""
     records: tuple[Path | None, ...]
     paths: dict[str, Path]
+    """Key -> one file that has it, in the order of the records."""
 
 
 def hash_files(records: SourceRecords) -> SourceFiles:
@@ -381,27 +278,15 @@ def hash_files(records: SourceRecords) -> SourceFiles:
 
 
 class Quarantine:
-    """Which records have no usable image, and how many may.
-
-    Args:
-        files: the source's.
-        limit: `features.max_quarantined`, a fraction of all records.
-    """
+    """Which records have no usable image, and how many may: `limit` is a fraction of all records."""
 
     def __init__(self, files: SourceFiles, limit: float) -> None:
-        self.files = files
-        self.limit = limit
+        self.files, self.limit = files, limit
 
     def errors(self, reasons: Mapping[str, str]) -> list[str | None]:
-        """Why each record has no features, None for those that have or may still have.
-
-        Args:
-            reasons: key -> why it is quarantined.
-        """
-        return [
-            error if key is None else reasons.get(key)
-            for key, error in zip(self.files.keys, self.files.errors, strict=True)
-        ]
+        """Why each record has no features, None for those that have or may have; `reasons` has those of keys."""
+        files = self.files
+        return [error if key is None else reasons.get(key) for key, error in zip(files.keys, files.errors, strict=True)]
 
     def check(self, reasons: Mapping[str, str]) -> None:
         """Compare with the limit.
@@ -426,18 +311,10 @@ class Quarantine:
 def write_record_table(
     directory: Path, records: SourceRecords, keys: Sequence[str | None], errors: Sequence[str | None]
 ) -> Path:
-    """Write one row a record: its number, key, path and error, and the user's columns.
+    """Write one row a record into a cache: its number, key, path and error, and the user's columns.
 
     A column of the user's whose name is taken, by one of those four or by another column, is kept as `source_<name>`.
-
-    Args:
-        directory: the cache; the file's name is the digest of its content, so the same records give the same file.
-        records: the source.
-        keys: the key of each record's file, None where it could not be read.
-        errors: why a record has no features, None where it has.
-
-    Raises:
-        OSError: the directory cannot be written.
+    The file's name is the digest of its content, so the same records give the same file.
     """
     columns = {
         "record": pa.array(range(len(keys)), pa.int64()),
@@ -454,16 +331,12 @@ def write_record_table(
     data = sink.getvalue().to_pybytes()
     path = directory / SOURCES / f"{checksum(data)}.parquet"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
         write_durably(path, data)
     return path
 
 
 def load_tensor(data: bytes) -> torch.Tensor:
-    """Load one tensor from a file's bytes; nothing in them is executed.
-
-    Returns:
-        [T, D], of a floating type, on the CPU.
+    """Load one tensor, floating [T, D] on the CPU, from a file's bytes; nothing in them is executed.
 
     Raises:
         UnusableError: the file holds anything else, or would have to be unpickled.
@@ -477,9 +350,7 @@ def load_tensor(data: bytes) -> torch.Tensor:
             "needs pickle, which could run code from the file; save the bare tensor again with torch.save(tensor, path)"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for damaged archives
-        raise UnusableError(
-            f"not a readable .pt file ({str(error).splitlines()[0] if str(error) else 'empty'})"
-        ) from error
+        raise UnusableError(f"not a readable .pt file ({(str(error) or 'empty').splitlines()[0]})") from error
     if not isinstance(content, torch.Tensor):
         raise UnusableError(f"holds a {type(content).__name__}, not one tensor [tokens, dim]")
     if content.layout is not torch.strided or content.is_nested:
@@ -490,11 +361,7 @@ def load_tensor(data: bytes) -> torch.Tensor:
 
 
 def check_shape(tensor: torch.Tensor, tokens: int, dim: int) -> None:
-    """Compare with the shape that the cache has.
-
-    Raises:
-        UnusableError: it differs.
-    """
+    """Refuse, as an UnusableError, a tensor of another shape than the cache has."""
     if tuple(tensor.shape) != (tokens, dim):
         raise UnusableError(f"holds {_describe(tensor)}; the first usable file has [{tokens}, {dim}]")
 
@@ -505,18 +372,15 @@ def first_shape(paths: Iterable[Path]) -> tuple[int, int]:
     Raises:
         InputError: no file does; the message has the first reasons.
     """
-    import torch
-
     reasons = []
     for path in paths:
         try:
             tensor = load_tensor(path.read_bytes())
-            if not torch.isfinite(tensor).all():
-                raise UnusableError("holds NaN or infinite values")
+            if tensor.isfinite().all():
+                return tensor.shape[0], tensor.shape[1]
+            reasons.append(f"{path}: holds NaN or infinite values")
         except (UnusableError, OSError) as error:
             reasons.append(f"{path}: {error}")
-            continue
-        return tensor.shape[0], tensor.shape[1]
     listed = "\n  ".join(reasons[:3])
     raise InputError(f"features.source.tensors: none of the {len(reasons)} files holds features:\n  {listed}")
 

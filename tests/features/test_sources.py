@@ -1,15 +1,19 @@
+import hashlib
 import json
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
+from lowrank_tune.features import sources
 from lowrank_tune.features.cache import UnusableError
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.sources import SourceRecords, load_tensor, read_records, write_record_table
@@ -180,10 +184,40 @@ def test_a_directory_without_tensors_is_named(tmp_path, name, message):
         records_of({"tensors": str(tmp_path / name)})
 
 
-def test_samples_tell_where_they_were_cut(tmp_path):
-    records = records_of({"samples": 4}, tmp_path, seed=5)
-    assert all(path.is_file() for path in records.paths)
-    assert records.columns.column_names == ["photograph", "left", "top", "size"]
+def digests(records):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in records.paths]
+
+
+def test_samples_are_distinct_useful_crops_of_many_photographs(tmp_path):
+    records = records_of({"samples": 40}, tmp_path)
+    assert len(set(digests(records))) == 40
+    cuts = records.columns.to_pylist()
+    assert len({cut["photograph"] for cut in cuts}) == 20
+    for path, cut in zip(records.paths, cuts, strict=True):
+        with Image.open(path) as image:
+            assert image.size == (cut["size"], cut["size"])
+            assert cut["size"] >= 150
+            assert np.asarray(image.convert("L")).std() > 5
+    path, cut = next(crop for crop in zip(records.paths, cuts, strict=True) if crop[1]["photograph"] == "coffee")
+    with Image.open(next(path for path in sources.photograph_paths() if path.stem == "coffee")) as coffee:
+        expected = coffee.crop((cut["left"], cut["top"], cut["left"] + cut["size"], cut["top"] + cut["size"]))
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_a_seed_fixes_the_samples_and_fewer_are_the_first_of_more(tmp_path):
+    first = records_of({"samples": 8}, tmp_path / "a", seed=3)
+    before = digests(first)
+    assert digests(records_of({"samples": 5}, tmp_path / "b", seed=3)) == before[:5]
+    assert not set(digests(records_of({"samples": 8}, tmp_path / "b", seed=4))) & set(before)
+    first.paths[2].unlink()
+    assert digests(records_of({"samples": 8}, tmp_path / "a", seed=3)) == before, "a lost one is written again"
+
+
+def test_missing_photographs_name_the_package_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PHOTOGRAPHS", {"scikit-nothing": ("no_such_package/data", "x.png")})
+    with pytest.raises(InputError, match="pip install scikit-nothing"):
+        records_of({"samples": 3}, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
