@@ -18,7 +18,8 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
-from lowrank_tune.report.report import ReportFiles, Scene, write_places, write_report
+from lowrank_tune.report.places import Scene, write_places
+from lowrank_tune.report.report import ReportFiles, write_report
 from lowrank_tune.report.spatial import check_channels, check_images
 from lowrank_tune.study import device_of
 from lowrank_tune.tracking.mlflow_tracker import RunStatus, StudyTracker

@@ -110,11 +110,12 @@ def show_study(result: StudyResult, as_json: bool) -> None:
         facts |= {"remarks": result.comparison.remarks, "trials": result.outcomes}
         show(facts | {"confirmations": result.confirmations, "untracked": result.untracked}, as_json)
         return
-    from lowrank_tune.report.text import summary, verdict_table
+    from lowrank_tune.report.tables import verdict_table
+    from lowrank_tune.report.text import training_sentence
 
     Console(highlight=False).print(verdict_table(result.comparison))
     # The table has said what the summary's sentences on single ranks say.
-    _print_points([*summary(result.comparison, result.outcomes)[-1:], *result.comparison.remarks])
+    _print_points([training_sentence(result.outcomes), *result.comparison.remarks])
     # The command as it can be typed here: by its name when the PATH has it, else where it lies.
     beside = os.path.relpath(Path(sys.executable).parent / "lowrank-tune")
     program = "lowrank-tune" if shutil.which("lowrank-tune") else shlex.quote(beside)
@@ -133,7 +134,8 @@ def show_comparisons(
     comparisons: Mapping[str, Comparison], rank: int | None, caveats: Sequence[str], as_json: bool
 ) -> None:
     """Print the figures of one study, or of several side by side, and what must be said of them."""
-    from lowrank_tune.report.text import at_rank, comparison_tables, studies_table
+    from lowrank_tune.report.tables import comparison_tables, studies_table
+    from lowrank_tune.report.text import at_rank
 
     shown = {name: at_rank(comparison, rank) for name, comparison in comparisons.items()}
     if as_json:

@@ -1,0 +1,63 @@
+"""What the report's pages are made of, and how they are rendered."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from lowrank_tune.report.style import Chart
+from lowrank_tune.report.tables import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure of the report: a PNG, or charts that only a script draws."""
+
+    caption: str  # how to read it
+    charts: tuple[Chart, ...] = ()
+    path: Path | None = None
+    title: str = ""
+    alt: str = ""  # what it shows, for those who cannot see it
+    wide: bool = True  # whether a phone scrolls it sideways rather than shrink it
+    replaced: bool = False  # whether something else of the section stands in its place where scripts run
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading of the report with what stands below it; `id` is its anchor."""
+
+    id: str
+    title: str
+    pictures: tuple[Picture, ...] = ()
+    lead: str = ""
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    places: str = ""  # the interactive view of test images, from `places_json`
+    rank: int = 0  # that it shows first
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of its pictures."""
+        return tuple(picture.path for picture in self.pictures if picture.path is not None)
+
+
+def render_page(template: str, **shown: Any) -> str:
+    """HTML text with every picture, every chart and the script that draws them inside it."""
+    loader = PackageLoader("lowrank_tune.report")
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages.filters["embedded"] = lambda path: (
+        f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    )
+    return pages.get_template(template).render(**_scripts(), **shown)
+
+
+@cache
+def _scripts() -> dict[str, str]:
+    page = (Path(__file__).parent / "templates" / "page.js").read_text(encoding="utf-8")
+    return {"plotly_script": get_plotlyjs(), "page_script": page}

@@ -1,0 +1,316 @@
+"""The pictures of where on an image what is lost, and the page with choosers of image, rank and channel."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.colors
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.files import write_whole
+from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.report.boxes import Box, read_boxes
+from lowrank_tune.report.curves import saved
+from lowrank_tune.report.page import Picture, Section, render_page
+from lowrank_tune.report.spatial import (
+    Map,
+    Reconstruction,
+    SpatialView,
+    check_channels,
+    check_images,
+    compare_regions,
+    spatial_views,
+)
+from lowrank_tune.report.style import script_safe
+from lowrank_tune.report.tables import Table
+from lowrank_tune.report.text import cosine_text, count
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What the spatial pictures of a study are made of."""
+
+    features: FeatureSet
+    split: Split
+    outcomes: Sequence[TrialOutcome]
+    comparison: Comparison
+
+    def rank(self, wanted: int | None) -> int:
+        """The rank to show: the wanted one; else that of the best trained model on the validation images.
+
+        Raises:
+            InputError: the features have no such rank.
+        """
+        highest = min(self.features.tokens, self.features.dim)
+        if wanted is not None and not 1 <= wanted <= highest:
+            raise InputError(f"rank {wanted}: these features have ranks 1 to {highest}; choose among them")
+        measured = {trial.config.trial_id: trial.best.get("val_residual_ratio", math.inf) for trial in self.outcomes}
+        chosen = self.comparison.best_of_each_rank()
+        best = min(chosen, key=lambda row: measured.get(row.trial_id, math.inf), default=None)
+        compared = max((row.rank for row in self.comparison.rows), default=1)
+        return min(wanted or (best.rank if best else compared), highest)
+
+    def ranks(self, shown: int) -> list[int]:
+        """The ranks to choose from: the one shown and about five of those compared, for each adds to the page."""
+        compared = sorted({row.rank for row in self.comparison.rows} - {shown})
+        return sorted({shown, *compared[:: max(1, -(-len(compared) // 5))]})
+
+    def network(self, rank: int) -> Decomposer | None:
+        """The chosen model of a rank, in evaluation mode on the CPU; None where none can be loaded."""
+        directories = {outcome.config.trial_id: Path(outcome.directory) for outcome in self.outcomes}
+        row = next((row for row in self.comparison.best_of_each_rank() if row.rank == rank), None)
+        if row is None or row.trial_id not in directories:
+            return None
+        try:
+            return load_decomposer(directories[row.trial_id] / "best_model.safetensors").eval()
+        except InputError as error:
+            logger.warning("the spatial pictures go without a network: %s", error)
+            return None
+
+
+def spatial_section(
+    scene: Scene, plots: Path, *, images: Sequence[int], channels: Sequence[int] | int, rank: int | None = None
+) -> Section:
+    """Write the spatial pictures of some test images, and gather what the interactive view of them shows.
+
+    Args:
+        scene: the study's.
+        plots: where the pictures go.
+        images: positions in the test split, from 0; none gives a section without anything.
+        channels: which channels, or how many of the first ones.
+        rank: R of the pictures; see `Scene.rank`.
+
+    Raises:
+        InputError: the test split has no such image, or the features no such rank or channel.
+        CacheError: features cannot be read.
+    """
+    check_images(images, len(scene.split.test))
+    shown = scene.rank(rank)
+    wanted = range(min(channels, scene.features.dim)) if isinstance(channels, int) else channels
+    check_channels(wanted, scene.features.dim)
+    if not images:
+        return Section("places", "Where on the image")
+    data, boxes = FeatureMatrix(scene.features), read_boxes(scene.features)
+    networks = {each: scene.network(each) for each in scene.ranks(shown)}
+    views = [
+        list(spatial_views(data, scene.split, image, networks=networks, channels=wanted, boxes=boxes))
+        for image in dict.fromkeys(images)
+    ]
+    first, *others = (of_image[list(networks).index(shown)] for of_image in views)
+    height, width = first.norm_HW.shape
+    methods = " and ".join(method.method for method in first.reconstructions)
+    table, notes = None, []
+    if not first.placed:
+        notes.append(
+            f"{height * width} tokens are no square number, so their places on the image are not known: they are drawn "
+            f"row by row on the most nearly square grid, {height} x {width}, no map is laid over the photograph, and "
+            "no boxes are drawn."
+        )
+    if boxes is not None:
+        seen, regions = compare_regions(data, scene.split, boxes, shown, networks[shown])
+        rows = [
+            (
+                method,
+                f"{own.error_inside:.4g}",
+                f"{own.error_outside:.4g}",
+                f"{own.error_inside / own.error_outside if own.error_outside else math.nan:.2f}",
+                cosine_text(own.cosine_inside),
+                cosine_text(own.cosine_outside),
+            )
+            for method, own in regions.items()
+        ]
+        table = Table(
+            "Inside the boxes and outside",
+            ("method", "error inside", "error outside", "ratio", "token cosine inside", "token cosine outside"),
+            tuple(rows),
+            f"Inside the boxes and outside them, at rank {shown}: root mean squared error and token cosine, means over "
+            f"{count(seen, 'test image')} with boxes.",
+            words=("method",),
+        )
+        lacking = "" if rows else "; no test image here has a box, a photograph and tokens on both sides of it"
+        notes.append(f"{boxes.note[:1].upper()}{boxes.note[1:]}{lacking}.")
+    return Section(
+        "places",
+        "Where on the image",
+        tuple(_spatial_picture(view, plots) for view in (first, *others)),
+        lead=f"Each cell is one of {height} x {width} tokens; bright in the error maps is where {methods} "
+        f"lose{'s' if len(first.reconstructions) == 1 else ''} most. Maps side by side share one colour scale.",
+        tables=(table,) if table and table.rows else (),
+        notes=tuple(notes),
+        places=places_json(views, boxes.note if boxes else ""),
+        rank=shown,
+    )
+
+
+def _spatial_picture(view: SpatialView, plots: Path) -> Picture:
+    height, width = view.norm_HW.shape
+    cosines = ", ".join(f"{method.method} {method.token_cosine:.4f}" for method in view.reconstructions)
+    return Picture(
+        path=saved(spatial_figure(view), plots / f"spatial-{view.image:03d}-r{view.rank:03d}.png"),
+        title=f"Test image {view.image}",
+        alt=f"Test image {view.image} at rank {view.rank}: error maps, token cosine, and "
+        f"{count(len(view.channels), 'channel')} of the {height} by {width} grid of tokens, original beside "
+        f"reconstruction. Token cosine: {cosines}.",
+        caption=f"Each cell is one of {height} x {width} tokens. A row shares one colour scale.",
+        wide=False,
+        replaced=True,
+    )
+
+
+def write_places(
+    scene: Scene,
+    directory: Path,
+    *,
+    images: Sequence[int],
+    channels: Sequence[int] | int,
+    rank: int | None = None,
+) -> tuple[Path, ...]:
+    """Write the spatial pictures of some test images, and `spatial.html` with choosers of image, rank and channel.
+
+    Takes what `spatial_section` takes, and raises what it raises; `directory` is the study's, whose `plots/` the files
+    go into.
+
+    Returns:
+        The PNG files, then the page.
+    """
+    check_images(images, len(scene.split.test), "images")
+    section = spatial_section(scene, directory / "plots", images=images, channels=channels, rank=rank)
+    title = f"Study {directory.name}: where on the image"
+    subtitle = f"{directory.name}: {scene.comparison.data}" if scene.comparison.data else directory.name
+    html = render_page("places.html.j2", title=title, subtitle=subtitle, section=section)
+    page = directory / "plots" / "spatial.html"
+    write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
+    return (*section.files, page)
+
+
+# Inches: a map's side, the gap beside it, its title above it, colour bars with their numbers, and the heading.
+_SIDE, _GAP, _TITLE, _BARS, _HEAD = 1.7, 0.1, 0.28, 0.95, 0.65
+
+
+class _Canvas:
+    """Maps in rows, all on one axes: making an axes takes longer than drawing a map."""
+
+    def __init__(self, rows: int, columns: int, grid: tuple[int, int]) -> None:
+        self.columns, self.tall = columns, _SIDE * min(max(grid[0] / grid[1], 0.25), 1.0)
+        width, height = columns * (_SIDE + _GAP) + _GAP + _BARS, rows * (self.tall + _TITLE) + _HEAD
+        self.figure = Figure(figsize=(width, height))
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set_axis_off()
+        self.axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+
+    def show(self, row: int, column: int, title: str, values: Any, boxes: Iterable[Box] = (), **scale: Any) -> None:
+        """Draw one map, or a photograph."""
+        left, top = _GAP + column * (_SIDE + _GAP), _HEAD + row * (self.tall + _TITLE)
+        extent = (left, left + _SIDE, top + self.tall, top)
+        self.axes.imshow(values, extent=extent, aspect="auto", **scale)
+        if title:
+            self.axes.text(left + _SIDE / 2, top - 0.06, title, ha="center", va="bottom", fontsize=8)
+        for x0, y0, x1, y1 in boxes:
+            corner = (left + x0 * _SIDE, top + y0 * self.tall)
+            sides = ((x1 - x0) * _SIDE, (y1 - y0) * self.tall)
+            for color, line in (("#000000", 2.2), ("#00E5FF", 1.2)):
+                self.axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=color, linewidth=line))
+
+    def bar(self, row: int, label: str, low: float, high: float, colors: str) -> None:
+        """Draw the colour bar at a row's end."""
+        left, top = _GAP + self.columns * (_SIDE + _GAP), _HEAD + row * (self.tall + _TITLE)
+        ramp = np.linspace(1, 0, 128)[:, None]
+        self.axes.imshow(ramp, extent=(left, left + 0.12, top + self.tall, top), aspect="auto", cmap=colors)
+        for share in (0.0, 0.5, 1.0):
+            text = f"{high + share * (low - high):.3g}"
+            self.axes.text(left + 0.18, top + (0.04 + 0.92 * share) * self.tall, text, va="center", fontsize=8)
+        self.axes.text(left + 0.75, top + self.tall / 2, label, rotation=90, va="center", ha="center", fontsize=8)
+
+    def row(
+        self, row: int, titles: Sequence[str], maps: Sequence[Map], colors: str, label: str = "", **more: Any
+    ) -> None:
+        """Draw maps that are compared, at the row's end, on one scale with its bar."""
+        finite = np.concatenate([values[np.isfinite(values)] for values in maps])
+        low, high = more.pop("low", finite.min(initial=np.inf)), finite.max(initial=-np.inf)
+        for place, (title, values) in enumerate(zip(titles, maps, strict=True)):
+            self.show(row, self.columns - len(maps) + place, title, values, cmap=colors, vmin=low, vmax=high, **more)
+        self.bar(row, label, float(low), float(high), colors)
+
+
+def spatial_figure(view: SpatialView) -> Figure:
+    """Draw one image's spatial picture.
+
+    First a row with the photograph and its boxes (the tokens' lengths where it is not at hand) and each method's error;
+    then the tokens' lengths and each method's token cosine, over the photograph where places are known; then a row a
+    channel with the original and each method's reconstruction.
+    """
+    methods, picture = view.reconstructions, view.photograph
+    canvas = _Canvas(2 + len(view.channels), 1 + len(methods), (view.norm_HW.shape[0], view.norm_HW.shape[1]))
+    if picture is not None:
+        canvas.show(0, 0, "photograph" + (" and boxes" if view.boxes else ""), np.asarray(picture), view.boxes)
+    else:
+        canvas.show(0, 0, "token lengths", view.norm_HW, cmap="cividis")
+    titles = [f"{method.method}: error\ntoken cosine {method.token_cosine:.4f}" for method in methods]
+    errors = [method.error_HW for method in methods]
+    canvas.row(0, titles, errors, "magma", "RMS error of a token", low=0.0, boxes=view.boxes)
+    canvas.show(1, 0, "token lengths", view.norm_HW, cmap="cividis")
+    over = picture is not None and view.placed
+    for place in range(len(methods)) if over else ():
+        canvas.show(1, 1 + place, "", np.asarray(picture))
+    titles, cosines = [f"{method.method}: token cosine" for method in methods], [method.cosine_HW for method in methods]
+    canvas.row(1, titles, cosines, "viridis", "token cosine", alpha=0.6 if over else 1.0)
+    for place, channel in enumerate(view.channels):
+        maps = [view.original_KHW[place], *(method.maps_KHW[place] for method in methods)]
+        canvas.row(2 + place, [f"channel {channel}", *(method.method for method in methods)], maps, "viridis")
+    heading = f"Test image {view.image} at rank {view.rank}"
+    canvas.figure.text(0.5, 1 - 0.2 / canvas.figure.get_figheight(), heading, ha="center", va="center", fontsize=11)
+    return canvas.figure
+
+
+def places_json(images: Sequence[Sequence[SpatialView]], note: str = "") -> str:
+    """Pack the views of each image, one a rank, with a note on boxes, as JSON that is safe inside a script element."""
+
+    def packed(values: Map) -> str:
+        return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii")
+
+    def of_method(method: Reconstruction) -> dict[str, Any]:
+        maps = {"errors": method.error_HW, "cosines": method.cosine_HW, "maps": method.maps_KHW}
+        regions = asdict(method.regions) if method.regions else None
+        figures = {"name": method.method, "cosine": method.token_cosine, "regions": regions}
+        return figures | {name: packed(values) for name, values in maps.items()}
+
+    def of_image(views: Sequence[SpatialView]) -> dict[str, Any]:
+        view, jpeg = views[0], io.BytesIO()
+        if view.photograph is not None:
+            view.photograph.save(jpeg, "JPEG", quality=80)
+        source = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
+        return {
+            "image": view.image,
+            "photograph": source if view.photograph is not None else None,
+            "boxes": [list(box) for box in view.boxes],
+            "original": packed(view.original_KHW),
+            "lengths": packed(view.norm_HW),
+            "ranks": {str(each.rank): list(map(of_method, each.reconstructions)) for each in views},
+        }
+
+    first, scales = images[0][0], plotly.colors.sequential
+    payload = {
+        "grid": list(first.norm_HW.shape),
+        "placed": first.placed,
+        "channels": list(first.channels),
+        "ranks": [view.rank for view in images[0]],
+        "note": note,
+        "colors": {name: plotly.colors.make_colorscale(getattr(scales, name)) for name in ("Magma", "Viridis")},
+        "images": list(map(of_image, images)),
+    }
+    return script_safe(json.dumps(payload, separators=(",", ":")))

@@ -1,0 +1,105 @@
+"""What Optuna shows of a search."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from plotly.graph_objects import Figure
+
+from lowrank_tune.report.page import Picture, Section
+from lowrank_tune.report.style import chart, quiet_layout
+from lowrank_tune.report.tables import Table
+from lowrank_tune.report.text import count
+
+logger = logging.getLogger(__name__)
+
+LEAST_FOR_IMPORTANCE = 10
+"""Complete trials below which an importance is an accident."""
+
+
+def search_section(journal: Path, objective: str) -> Section:
+    """Let Optuna draw a search from its journal, and say in words why a chart is missing."""
+    if not (study := _open(journal)):
+        lacking = "No search journal lies with this study, so there is nothing for Optuna to draw."
+        return Section("search", "The search", notes=(lacking,))
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    # Ratios and errors differ by powers of ten.
+    log = objective != "val_token_cosine" and all((trial.value or 0) > 0 for trial in complete)
+    name = f"log10 of {objective}" if log else objective
+
+    def target(trial: FrozenTrial) -> float:
+        value = math.nan if trial.value is None else trial.value
+        return math.log10(value) if log else value
+
+    states = Counter(trial.state.name.lower() for trial in study.trials).most_common()
+    ended = ", ".join(f"{number} {state}" for state, number in states) or "none"
+    pictures, tables, draw = [], [], optuna.visualization
+    notes = [f"Only trials that ran to their own end count for parameters: {ended}."]
+    with warnings.catch_warnings():
+        # About charts that Optuna calls experimental, and of scikit-learn about constant targets.
+        warnings.simplefilter("ignore")
+        if len(complete) >= 2:
+            alt = (
+                f"Parallel coordinates of {count(len(complete), 'complete trial')}: a line a trial through its {name} "
+            )
+            pictures.append(
+                _optunas(
+                    "coordinates",
+                    "Every complete trial",
+                    draw.plot_parallel_coordinate(study, target=target, target_name=name),
+                    f"{alt}and hyperparameters. The trials table has the same figures.",
+                    "By Optuna: a line a trial through all that was searched; darker is better.",
+                )
+            )
+        else:
+            notes.append("Parallel coordinates need 2 complete trials.")
+        try:
+            if len(complete) < LEAST_FOR_IMPORTANCE:
+                raise ValueError(f"it needs {LEAST_FOR_IMPORTANCE} complete trials at least, not {len(complete)}")
+            figure = draw.plot_param_importances(study, target=target, target_name=name)
+            found = list(zip(figure.data[0].y, figure.data[0].x, strict=True))[::-1] if figure.data else []
+            if not found:
+                raise ValueError("no hyperparameter varies in every complete trial")
+            rows = tuple((key, f"{value:.2f}") for key, value in found)
+            told = ", ".join(f"{key} {value}" for key, value in rows)
+            alt = f"Bar chart of hyperparameter importances for {name}: {told}."
+            caption = "By Optuna: the part of the objective's spread that each hyperparameter explains."
+            pictures.append(_optunas("importance", "What mattered", figure, alt, caption))
+            tables.append(
+                Table("Hyperparameter importances", ("hyperparameter", "importance"), rows, words=("hyperparameter",))
+            )
+        except (ValueError, RuntimeError) as error:
+            notes.append(f"There is no hyperparameter importance: {str(error).rstrip('.')}.")
+        if study.trials:
+            alt = f"When each of {count(len(study.trials), 'trial')} began and ended: a bar a trial, by its state."
+            caption = "By Optuna: when each trial ran, and what became of it."
+            pictures.append(_optunas("timeline", "When each trial ran", draw.plot_timeline(study), alt, caption, True))
+    return Section("search", "The search", tuple(pictures), tables=tuple(tables), notes=tuple(notes))
+
+
+def _open(journal: Path) -> optuna.Study | None:
+    if not journal.is_file():
+        return None
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        names = optuna.get_all_study_names(storage)
+        return optuna.load_study(study_name=names[0], storage=storage) if names else None
+    except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
+        logger.warning("%s cannot be read (%s); the report goes without Optuna's charts", journal, error)
+        return None
+
+
+def _optunas(name: str, title: str, figure: Figure, alt: str, caption: str, legend: bool = False) -> Picture:
+    quiet = quiet_layout("", "")
+    figure.update_layout(title=None, template="none", showlegend=legend, margin={"l": 50, "r": 30, "t": 40, "b": 50})
+    figure.update_layout({key: quiet[key] for key in ("font", "paper_bgcolor", "plot_bgcolor", "dragmode", "legend")})
+    figure.update_yaxes(automargin=True, title_standoff=12)
+    return Picture(caption, (chart(name, title, figure, alt, wide=name == "coordinates"),))
