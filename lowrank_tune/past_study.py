@@ -7,7 +7,7 @@ or mounted elsewhere since. No Ray is started.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,12 +104,21 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
     return replace(comparison, remarks=(*study.remarks, *comparison.remarks))
 
 
-def report_of(study: PastStudy, *, again: bool = False) -> tuple[ReportFiles, str]:
+def report_of(
+    study: PastStudy, *, again: bool = False, progress: Callable[[str], None] = lambda text: None
+) -> tuple[ReportFiles, str]:
     """Write the study's report anew and log it to MLflow; returns the files, and what MLflow was not told and why."""
     comparison = comparison_of(study, again=again)
     with _writing(study):
         files = write_report(
-            study.plan, study.features, study.split, study.outcomes, comparison, study.directory, study.confirmations
+            study.plan,
+            study.features,
+            study.split,
+            study.outcomes,
+            comparison,
+            study.directory,
+            study.confirmations,
+            progress,
         )
     # One that calls itself running may be trained by another process at this moment.
     status = None if study.state == "running" else _RUN_STATUS.get(study.state, "KILLED")

@@ -345,8 +345,7 @@ def _story(plan: Plan, status: Status, tracker: StudyTracker, progress: StudyPro
         confirmations=confirmations,
         device=device_of(spec),
     )
-    say("writing the report")
-    write_report(plan, features, split, outcomes, comparison, directory, confirmations)
+    write_report(plan, features, split, outcomes, comparison, directory, confirmations, say)
     tracker.log_comparison(comparison, (*outcomes, *confirmations), directory)
     server = "" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown
     return StudyResult(

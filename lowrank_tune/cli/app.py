@@ -356,9 +356,12 @@ def parse_channels(text: str) -> list[int] | int:
 @app.command(epilog="Example: lowrank-tune report quickstart-0d7fdaae")
 def report(study_id: StudyId, again: Again = False, results: Results = None, as_json: Json = False) -> None:
     """Write a study's report anew and log it to MLflow; a stopped one with the trials that it has."""
+    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.past_study import open_study, report_of
 
-    files, untracked = report_of(open_study(results, study_id), again=again)
+    study = open_study(results, study_id)
+    with shown_progress(quiet=as_json) as progress:
+        files, untracked = report_of(study, again=again, progress=progress.stage)
     if as_json:
         show({"report": files.html, "plots": files.plots, "untracked": untracked}, as_json)
     else:

@@ -94,7 +94,7 @@ def _draw_method(cosine: Axes, ratio: Axes, rows: Sequence[ComparisonRow], look:
         axes.plot(ranks, values, label=method, linewidth=look.width, **style)
     if not is_trained(method):
         return
-    band: dict[str, Any] = {"color": look.color, "alpha": 0.15, "linewidth": 0}
+    band: dict[str, Any] = {"color": look.color, "alpha": 0.1, "linewidth": 0}
     spread = [row.token_cosine_sd for row in rows]
     cosine.fill_between(ranks, np.subtract(means, spread), np.minimum(np.add(means, spread), 1), **band)
     ratio.fill_between(ranks, ratios, [row.residual_ratio_max for row in rows], **band)
@@ -137,7 +137,7 @@ _PANELS = {
 def draw_losses(figure: Figure, outcome: TrialOutcome, history: list[dict[str, float]]) -> None:
     """Draw one trial's training in four panels, in place of the one that the figure showed before."""
     if not figure.axes:
-        figure.subplots_adjust(left=0.1, right=0.985, bottom=0.09, top=0.9, wspace=0.26, hspace=0.08)
+        figure.subplots_adjust(left=0.1, right=0.985, bottom=0.09, top=0.9, wspace=0.3, hspace=0.08)
         for axes, label in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS.values(), strict=True):
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -86,12 +86,12 @@ def write_report(
     except InputError as error:
         comparison = replace(comparison, remarks=(*comparison.remarks, str(error)))
         logger.warning("%s", error)
-    progress(f"drawing the curves of {count(len(outcomes) + len(confirmations), 'training')}")
+    progress(f"writing the report: the curves of {count(len(outcomes) + len(confirmations), 'training')}")
     trials, repeats = (
         [(outcome, read_history(Path(outcome.directory))) for outcome in each] for each in (outcomes, confirmations)
     )
     losses = loss_pictures([*trials, *repeats])
-    progress(f"drawing {count(len(report.images), 'test image')}, the spectrum and the search")
+    progress(f"writing the report: {count(len(report.images), 'test image')}, the spectrum and the search")
     images = [image for image in report.images if image < len(split.test)]
     scene = Scene(features, split, outcomes, comparison)
     places = spatial_section(scene, plots, images=images, channels=report.channels)
@@ -101,7 +101,7 @@ def write_report(
         first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, plots),)))
     search = search_section(directory / "tune" / "optuna.journal", plan.spec.objective)
     further = [*_learning(trials, repeats), search, *_storage(comparison, spectrum)]
-    progress("writing the page")
+    progress("writing the report: the page")
     found = choices(comparison, outcomes, spectrum.rank_for if spectrum else lambda cosine: None)
     verdict, repeated = verdict_table(comparison), [row for row in comparison.rows if row.seeds]
     standing = {row.trial_id for row in comparison.rows}

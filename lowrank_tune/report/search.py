@@ -99,7 +99,10 @@ def _open(journal: Path) -> optuna.Study | None:
 
 def _optunas(name: str, title: str, figure: Figure, alt: str, caption: str, legend: bool = False) -> Picture:
     quiet = quiet_layout("", "")
-    figure.update_layout(title=None, template="none", showlegend=legend, margin={"l": 50, "r": 30, "t": 40, "b": 50})
+    figure.update_layout(
+        title=None, template="none", showlegend=legend, margin={"l": 50, "r": 30, "t": 40, "b": 80 if legend else 50}
+    )
     figure.update_layout({key: quiet[key] for key in ("font", "paper_bgcolor", "plot_bgcolor", "dragmode", "legend")})
     figure.update_yaxes(automargin=True, title_standoff=12)
+    figure.update_xaxes(title=None)
     return Picture(caption, (chart(name, title, figure, alt, wide=name == "coordinates"),))
