@@ -53,7 +53,7 @@ class Table:
         return any(text.endswith("★") for text in row)
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=Text(self.label), caption=Text(self.caption))
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=Text(f"\n{self.label}"), caption=Text(self.caption))
         table.pad_edge, table.collapse_padding = False, True
         table.title_justify = table.caption_justify = "left"
         shown = [self.head.index(name) for name in self.terminal or self.head]

@@ -21,8 +21,8 @@ from tests.e2e.conftest import Ran
 
 # Every failure of a script or of a request counts; these two are MLflow's own, on a server without accounts.
 MLFLOWS_OWN = ("users/current", "ResizeObserver loop")
-CHARTS = ("cosine", "ratio", "learning-direct", "learning-sketch", "coordinates", "pareto-search", "pareto-storage",
-          "spectrum", "left")  # fmt: skip
+CHARTS = ("learning-direct", "learning-sketch", "coordinates", "timeline", "pareto-search", "pareto-storage",
+          "compression-0", "compression-1", "spectrum", "left")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,16 @@ def test_everything_seen_has_words_for_those_who_cannot_see_it(report: Chrome) -
     assert report.execute_script("return [...document.querySelectorAll('th')].filter((e) => !e.scope).length") == 0
 
 
-def test_print_shows_the_pictures_in_place_of_the_charts(report: Chrome) -> None:
+def test_print_shows_the_pictures_in_place_of_the_choosers_and_every_chart(report: Chrome) -> None:
     report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
         pictures = report.execute_script(
             "return [...document.querySelectorAll('.still img')].filter((e) => e.offsetParent).length"
         )
-        charts = report.execute_script("return document.querySelector('#chart-cosine').offsetParent")
-        assert (pictures, charts) == (7, None)
+        hidden = report.execute_script(
+            "return [...document.querySelectorAll('.charts, .places')].map((e) => !e.offsetParent)"
+        )
+        assert (pictures, hidden.count(True)) == (2, 1)
     finally:
         report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
@@ -211,7 +213,7 @@ def test_the_report_opens_inside_mlflow(window: Chrome, ui: str, ran: Ran) -> No
     window.switch_to.frame(frame)
     try:
         shows(window, "Study small", "In words")
-        wait(window, lambda page: drawn(page, "cosine"), "a chart of the report")
+        wait(window, lambda page: drawn(page, "left"), "a chart of the report")
     finally:
         window.switch_to.default_content()
 

@@ -17,6 +17,7 @@ from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.report.text import is_trained
 
 TOKENS, DIM = 12, 20
 TEST = (5, 6, 7, 8)
@@ -28,7 +29,7 @@ def make_row(method: str, rank: int, ratio: float = 1.1, cosine: float = 0.95, *
         "n_images": 4, "token_cosine_mean": cosine, "token_cosine_sd": 0.01, "flat_cosine_mean": cosine,
         "mse_mean": 0.1,
         "residual_ratio_mean": ratio, "residual_ratio_max": ratio * 1.1, "bytes_per_image": 2048 * rank,
-        "images_per_second": 123.0, "trial_id": "",
+        "images_per_second": 123.0, "trial_id": f"r{rank:03d}-{method}" if is_trained(method) else "",
     }  # fmt: skip
     return ComparisonRow(method=method, rank=rank, **(figures | fields))
 

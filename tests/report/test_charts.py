@@ -1,51 +1,27 @@
 """What the interactive charts show, read from the JSON that the page's script draws."""
 
 import json
+from dataclasses import replace
 
-import numpy as np
-import optuna
 import pytest
 import torch
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.charts import learning_charts, measure_spectrum, rank_charts, spectrum_charts, tradeoff_charts
-from lowrank_tune.report.report import LEAST_FOR_IMPORTANCE, search_views
-from lowrank_tune.report.style import ABOVE_ONE, TOWARDS_ONE, script_safe
+from lowrank_tune.lowrank.svd import measure_optimum
+from lowrank_tune.records import Compression, Front, FrontPoint
+from lowrank_tune.report.charts import (
+    compression_picture,
+    learning_charts,
+    spectrum_of,
+    spectrum_picture,
+    tradeoff_chart,
+)
+from lowrank_tune.report.style import ABOVE_ONE, script_safe
+from tests.report.test_tables import FOUND, STORED
 
 
 def traces(chart):
     return {trace.get("name"): trace for trace in json.loads(chart.figure)["data"]}
-
-
-def test_the_rank_charts_draw_every_method_and_the_svd_between_the_ranks(row, features):
-    spectrum = measure_spectrum(FeatureMatrix(features), (5, 6))
-    rows = [row("svd", rank, 1.0, 0.9) for rank in (3, 6)]
-    rows += [row("sketch", rank, 1.25, 0.85, trial_id=f"t{rank}") for rank in (3, 6)]
-    cosine, ratio = rank_charts(rows, spectrum)
-    drawn = traces(cosine)["sketch"]
-    assert drawn["x"] == [3, 6]
-    assert drawn["y"] == pytest.approx(TOWARDS_ONE.place([0.85, 0.85]))
-    assert "t3" in drawn["text"][0] and "ρ 1.250" in drawn["text"][0]
-    assert traces(ratio)["sketch"]["y"] == pytest.approx(ABOVE_ONE.place([1.25, 1.25]))
-    between = traces(cosine)["svd at every rank"]
-    assert between["x"] == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert between["y"] == pytest.approx(TOWARDS_ONE.place(spectrum.cosine_K[1:9]))
-    assert "svd, sketch" in cosine.alt
-
-
-def test_fresh_seeds_are_a_band_of_mean_and_sd(row):
-    seeds = {"seeds": 2, "residual_ratio_seed_mean": 1.3, "residual_ratio_seed_sd": 0.1,
-             "token_cosine_seed_mean": 0.8, "token_cosine_seed_sd": 0.05}  # fmt: skip
-    rows = [row("sketch", rank, 1.25, 0.85, trial_id="t", **seeds) for rank in (3, 6)]
-    data = json.loads(rank_charts(rows, None)[0].figure)["data"]
-    (band,) = [trace for trace in data if trace.get("fill") == "toself"]
-    high, low = TOWARDS_ONE.place([0.85, 0.75])
-    assert band["x"] == [3, 6, 6, 3]
-    assert band["y"] == pytest.approx([high, high, low, low])
 
 
 def test_learning_charts_tell_where_and_why_each_trial_stopped(outcome, history_of):
@@ -67,24 +43,18 @@ def test_learning_charts_tell_where_and_why_each_trial_stopped(outcome, history_
     assert "<nan>" not in direct.figure
 
 
-def test_a_trial_trained_again_gets_a_band_over_its_seeds(outcome, history_of):
-    from dataclasses import replace
-
+def test_a_trial_trained_again_is_a_dotted_line_a_seed(outcome, history_of):
     trial = (outcome("sketch", 2, 0), history_of(3))
-    repeats = [
-        (replace(trial[0], config=replace(trial[0].config, confirms=trial[0].config.trial_id)), history_of(3, start=s))
-        for s in (2.0, 4.0)
-    ]
-    (chart,) = learning_charts([trial], repeats)
-    band = traces(chart)["r002-sketch-0000 over 2 seeds"]
-    assert band["x"] == [1, 2, 3, 3, 2, 1]
-    middle, spread = 1 + 3.0, np.std([2.0, 4.0], ddof=1)
-    assert band["y"][0] == pytest.approx(ABOVE_ONE.place([middle + spread])[0])
+    again = replace(trial[0], config=replace(trial[0].config, confirms=trial[0].config.trial_id))
+    (chart,) = learning_charts([trial], [(again, history_of(3, start=4.0))])
+    drawn = [trace for trace in json.loads(chart.figure)["data"] if trace.get("x") == [1, 2, 3]]
+    assert [trace["line"]["dash"] for trace in drawn] == ["solid", "dot"]
+    assert drawn[1]["y"] == pytest.approx(ABOVE_ONE.place([5.0, 3.0, 1 + 4 / 3]))
 
 
 def test_trade_offs_fill_the_front(row):
     points = (FrontPoint("sketch", 3, 3, 0.25, "t", on_front=True), FrontPoint("direct", 3, 3, 0.5, "u"))
-    (chart,) = tradeoff_charts([Front("search", "rank", "val_mse", "lower", points)])
+    chart = tradeoff_chart(Front("search", "rank", "val_mse", "lower", points))
     drawn = traces(chart)
     assert drawn["front"]["x"] == [3]
     assert drawn["sketch"]["marker"]["symbol"] == ["diamond"]
@@ -94,49 +64,45 @@ def test_trade_offs_fill_the_front(row):
 
 def test_the_spectrum_is_the_singular_values_over_the_first(features):
     data = FeatureMatrix(features)
-    spectrum = measure_spectrum(data, (5, 6, 7))
+    spectrum = spectrum_of(measure_optimum([data.load([5, 6, 7]), torch.zeros(1, 12, 20)]))
     expected = torch.linalg.svdvals(data.load([5, 6, 7]).double())
     assert spectrum.values_NK == pytest.approx((expected / expected[:, :1]).numpy(), abs=1e-6)
     energy = expected.square()
     left = 1 - energy.cumsum(1) / energy.sum(1, keepdim=True)
     assert spectrum.left_K == pytest.approx(left.mean(0).numpy(), abs=1e-9)
     assert spectrum.rank_for(spectrum.cosine_K[4]) == 5
-    values, left_chart = spectrum_charts(spectrum, [3])
+    values, left_chart = spectrum_picture(spectrum, [3]).charts
     assert traces(values)["mean"]["y"] == pytest.approx(spectrum.values_NK.mean(0))
     assert f"{spectrum.left_K[2]:.3g} at rank 3" in left_chart.alt
+    assert spectrum_of(measure_optimum([torch.zeros(1, 12, 20)])) is None
 
 
-def journal_of(path, complete, pruned=0):
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    study = optuna.create_study(storage=storage, study_name="s")
-    spaces = {"rank": CategoricalDistribution((2, 4)), "lr": FloatDistribution(1e-4, 1e-1, log=True)}
-    for number in range(complete + pruned):
-        params = {"rank": (2, 4)[number % 2], "lr": 10 ** -(1 + number % 3)}
-        state = optuna.trial.TrialState.COMPLETE if number < complete else optuna.trial.TrialState.PRUNED
-        value = 1.0 + params["rank"] if number < complete else None
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=value, state=state))
-    return path
+def test_bytes_against_error_has_the_chosen_factors_of_each_rank_beside_x_itself():
+    left, right = compression_picture(FOUND).charts
+    drawn = traces(left)
+    shown = [trace["name"] for trace in json.loads(left.figure)["data"] if trace.get("showlegend", True)]
+    assert shown == [
+        "the SVD's", "float16", "int8", "X itself", "X in float16"
+    ]  # fmt: skip
+    assert drawn["int8"]["x"] == pytest.approx([1.02, 2.04], rel=1e-2)
+    assert drawn["int8"]["y"] == pytest.approx([28.05, 14.025])
+    assert (drawn["X itself"]["x"], drawn["X itself"]["y"]) == ([33, 65], pytest.approx([13.2, 0.73]))
+    assert "int4" in drawn["X itself"]["text"][0]
+    assert drawn["X in float16"]["x"] == [128, 128]
+    met = traces(right)
+    assert {name: met[name]["x"] for name in ("float16", "int8", "sketch")} == {
+        "float16": [30, 90], "int8": [15.5], "sketch": [5]
+    }  # fmt: skip
+    assert met["sketch"]["mode"] == "markers"
+    axis = json.loads(right.figure)["layout"]["xaxis"]
+    assert axis["type"] == "log" and "50" in axis["ticktext"]
 
 
-def test_optuna_draws_the_search_from_its_journal(tmp_path):
-    path = journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3)
-    views = search_views(path, "val_residual_ratio")
-    assert [chart.id for chart in views.charts] == ["chart-coordinates", "chart-importance"]
-    assert views.importances[0][0] == "rank"
-    assert views.importances[0][1] > 0.5
-    assert "10 complete, 3 pruned" in views.notes[0]
-
-
-def test_an_importance_that_cannot_be_had_is_said_in_words(tmp_path):
-    few = search_views(journal_of(tmp_path / "few", 4, pruned=9), "val_residual_ratio")
-    assert [chart.id for chart in few.charts] == ["chart-coordinates"]
-    assert f"needs {LEAST_FOR_IMPORTANCE} complete trials at least, and this study has 4" in few.notes[-1]
-    none = search_views(journal_of(tmp_path / "none", 0, pruned=2), "val_residual_ratio")
-    assert none.charts == ()
-    absent = search_views(tmp_path / "absent", "val_residual_ratio")
-    assert absent.charts == () and "No search journal" in absent.notes[0]
-    (tmp_path / "torn").write_text('{"op_code": 0, "worker')
-    assert search_views(tmp_path / "torn", "val_mse").charts == ()
+def test_bytes_against_error_without_a_trained_model_or_without_an_error():
+    alone = compression_picture(Compression(tuple(row for row in STORED if not row.trial_id)))
+    assert list(traces(alone.charts[0])) == ["float16", "int8", "X itself", "X in float16"]
+    exact = compression_picture(Compression(tuple(replace(row, relative_error_mean=0.0) for row in STORED)))
+    assert traces(exact.charts[0])["int8"]["y"] == [1e-3, 1e-3]
 
 
 def test_json_cannot_end_its_script_element():

@@ -1,18 +1,29 @@
 """What the curves show, read from the Figure objects, not from pixels."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from lowrank_tune.report.charts import learning_curves, loss_curves, rank_curve
-from lowrank_tune.report.style import BOUNDS, CONTROLS, in_order, look_of, thinned
+from lowrank_tune.lowrank.svd import Spectrum
+from lowrank_tune.report.curves import draw_losses, loss_pictures, rank_curve
+from lowrank_tune.report.style import look_of, thinned
+from lowrank_tune.report.text import BOUNDS, CONTROLS, in_order
 
 
 def drawn(figure: Figure) -> None:
     """Draw as a file would be: matplotlib computes ticks and layout only then, and warnings are errors."""
     figure.savefig(io.BytesIO(), format="png")
+
+
+def losses(*trials):
+    figure = Figure()
+    for trial in trials:
+        draw_losses(figure, *trial)
+        drawn(figure)
+    return figure
 
 
 def lines(axes):
@@ -85,8 +96,9 @@ def test_every_method_of_a_plot_looks_different():
 
 
 def test_loss_curves_show_four_series_their_drop_and_their_best_epoch(outcome, history_of):
-    figure = loss_curves(outcome(stopped_by="patience", epochs=5, best_epoch=4), history_of(5))
-    drawn(figure)
+    failed = outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="x")
+    # The figure is used again: nothing of the trial before may stay.
+    figure = losses((failed, history_of(2, start=1e6)), (outcome(stopped_by="patience", best_epoch=4), history_of(5)))
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "training loss", "validation MSE", "validation residual ratio ρ", "learning rate"
     ]  # fmt: skip
@@ -96,43 +108,19 @@ def test_loss_curves_show_four_series_their_drop_and_their_best_epoch(outcome, h
     star = lines(mse)["best epoch"]
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (4, pytest.approx(0.25))
     assert [line.get_xdata()[0] for line in mse.get_lines() if line.get_linestyle() == ":"] == [2.5]
-    assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (5 epochs), best at epoch 4 (★)"
+    assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (4 epochs), best at epoch 4 (★)"
 
 
 def test_a_failed_trials_curves_say_why_whatever_the_reason_holds(outcome, history_of):
     failed = outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _")
-    figure = loss_curves(failed, history_of(1))
-    drawn(figure)
+    figure = losses((failed, history_of(1)))
     assert figure.get_suptitle() == "r003-sketch-0000: failed (1 epoch)\ncost $5^{ and _"
     assert not any("best epoch" in lines(axes) for axes in figure.axes)
 
 
 def test_a_panel_without_a_finite_value_says_so(outcome):
-    figure = loss_curves(outcome(), [{"epoch": 1.0, "lr": 0.01}])
-    drawn(figure)
+    figure = losses((outcome(), [{"epoch": 1.0, "lr": 0.01}]))
     assert [text.get_text() for text in figure.axes[0].texts] == ["no finite values"]
-
-
-def test_learning_curves_mark_what_stopped_each_trial(outcome, history_of):
-    trials = [
-        (outcome("sketch", 2, 0), history_of(5)),
-        (outcome("sketch", 8, 1, stopped_by="asha"), history_of(2)),
-        (outcome("direct", 8, 2, stopped_by="error"), history_of(3, start=1e6)),
-        (outcome("refined", 8, 3, stopped_by="patience"), []),
-    ]
-    figure = learning_curves(trials)
-    drawn(figure)
-    direct, sketch, bar = figure.axes
-    assert (direct.get_title(), sketch.get_title(), bar.get_ylabel()) == ("direct", "sketch", "rank")
-    assert direct.get_ylabel() == "validation residual ratio ρ (finer towards 1)"
-    ends = [line for line in sketch.get_lines() if line.get_marker() != "None"]
-    assert [(line.get_marker(), line.get_xdata()[0]) for line in ends] == [("o", 5), ("v", 2)]
-    assert len({line.get_color() for line in ends}) == 2
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "ran its full budget", "stopped by ASHA", "failed"
-    ]  # fmt: skip
-    assert sketch.get_ylim()[1] < 10 < direct.get_ylim()[1]
-    assert [text.get_text() for text in bar.get_yticklabels()] == ["2", "8"]
 
 
 def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds(row):
@@ -152,3 +140,22 @@ def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds(row):
         [pytest.approx([1.0, 1.3, 1.8]), pytest.approx([1.2] * 3)],
     ]
     assert "mean ± sd over fresh seeds" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_svds_cosine_is_drawn_between_the_ranks(row):
+    cosines = np.linspace(0.5, 0.9, 9)
+    figure = rank_curve([row("svd", 2, 1.0), row("svd", 6, 1.0)], Spectrum(np.ones((1, 9)), cosines, np.zeros(9), 1))
+    between = figure.axes[0].get_lines()[-1]
+    assert list(between.get_xdata()) == [2, 3, 4, 5, 6]
+    assert list(between.get_ydata()) == pytest.approx(cosines[1:6])
+
+
+def test_a_trials_curves_are_drawn_again_only_when_its_history_is_newer(study, history_of):
+    trials = [(study.outcomes[0], history_of(4)), (study.outcomes[2], [])]
+    (picture,) = loss_pictures(trials)
+    picture.path.write_bytes(b"kept")
+    loss_pictures(trials)
+    assert picture.path.read_bytes() == b"kept"
+    os.utime(picture.path, (1, 1))
+    loss_pictures(trials)
+    assert picture.path.read_bytes() != b"kept"

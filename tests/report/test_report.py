@@ -2,19 +2,19 @@
 
 import base64
 import io
-import json
+import logging
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.report import Scene, spatial_section, write_places, write_report
+from lowrank_tune.report.report import TEST_OPTIMUM, read_history, write_report
+from tests.report.test_tables import FOUND
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -56,7 +56,7 @@ def test_a_report_writes_its_files_and_no_others(study):
     files = report(study)
     assert files.html == study.directory / "report.html"
     assert [path.name for path in files.plots] == [
-        "rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png", "learning_curves.png", "spectrum.png"
+        "rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"
     ]  # fmt: skip
     assert [path.parent.name for path in files.loss_curves] == ["r003-sketch-0000", "r003-sketch-0001"]
     for path in (*files.plots, *files.loss_curves):
@@ -77,7 +77,7 @@ def test_the_page_is_whole_by_itself(study):
         assert link.startswith(("data:image/png;base64,", "data:,")) or (link.startswith("#") and link[1:] in page.ids)
     assert len(page.ids) == len(set(page.ids))
     pictures = [image for image in page.images if "src" in image]
-    assert len(pictures) == 6
+    assert len(pictures) == 4
     for image in pictures:
         assert len(image["alt"]) > 30
         data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
@@ -91,7 +91,8 @@ def test_the_page_says_what_matters_and_what_users_write_is_never_markup(study):
     assert "loss is &lt;nan&gt; in epoch 1" in html
     text = " ".join(" ".join(Page(html).text).split())
     assert "random weights: these figures show the pipeline, not the science" in text
-    assert "At rank 3 sketch reaches 0.9500 of SVD's 0.9500 token cosine (ρ 1.200)" in text
+    assert "3 sketch 0.9500 0.9500 1.200 — random_sketch 1.800 20.0 % above the least possible error" in text
+    assert "3 trials trained for 6 epochs in all" in text
     assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123" in text
     assert "r003-sketch-0001" in text and "stopped by ASHA" in text
     assert "failed: loss is <nan> in epoch 1" in text
@@ -113,7 +114,7 @@ def test_a_report_without_models_or_histories_shows_the_svd(study):
     files = report(study)
     assert files.loss_curves == ()
     assert [path.name for path in files.plots] == [
-        "rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png", "spectrum.png"
+        "rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"
     ]  # fmt: skip
 
 
@@ -124,40 +125,7 @@ def test_a_second_report_replaces_the_first(study):
     assert first.html.read_text(encoding="utf-8") == before
 
 
-def scene(study):
-    return Scene(study.features, study.split, study.outcomes, study.comparison)
-
-
-def test_spatial_pictures_at_a_rank_that_no_trial_had_show_the_svd(study):
-    section = spatial_section(scene(study), study.directory / "plots", images=[1, 1], channels=3, rank=7)
-    (picture,) = section.pictures
-    assert picture.path.name == "spatial-001-r007.png"
-    assert "svd" in picture.alt and "sketch" not in picture.alt
-    assert any("12 tokens are no square number" in note for note in section.notes)
-
-
-@pytest.mark.parametrize("rank", [0, 13])
-def test_spatial_pictures_at_an_impossible_rank_are_an_input_error(study, rank):
-    with pytest.raises(InputError, match=f"rank {rank}: these features have ranks 1 to 12"):
-        spatial_section(scene(study), study.directory, images=[0], channels=1, rank=rank)
-
-
-def test_the_page_of_places_holds_every_image_rank_and_channel(study):
-    *pictures, page = write_places(scene(study), study.directory, images=[0, 3], channels=[4, 1], rank=7)
-    assert [path.name for path in pictures] == ["spatial-000-r007.png", "spatial-003-r007.png"]
-    text = page.read_text(encoding="utf-8")
-    data = json.loads(text.split('id="places-data">')[1].split("</script>")[0])
-    assert (data["grid"], data["ranks"], data["channels"]) == ([3, 4], [3, 7], [4, 1])
-    assert [image["image"] for image in data["images"]] == [0, 3]
-    assert [[method["name"] for method in data["images"][0]["ranks"][rank]] for rank in ("3", "7")] == [
-        ["svd", "sketch"], ["svd"]
-    ]  # fmt: skip
-    original = np.frombuffer(base64.b64decode(data["images"][0]["original"]), "<f4").reshape(2, 3, 4)
-    x_TD = FeatureMatrix(study.features).load([5])[0].numpy()
-    assert original == pytest.approx(np.stack([x_TD[:, channel].reshape(3, 4) for channel in (4, 1)]))
-
-
-def test_trade_offs_and_repetitions_are_shown_where_there_are_any(study):
+def test_trade_offs_repetitions_and_bytes_are_shown_where_there_are_any(study):
     first, second = study.outcomes[:2]
     config = replace(first.config, trial_id="r003-sketch-0000-s1", confirms=first.config.trial_id)
     repetition = replace(second, config=config, directory=str(study.directory / "trials" / config.trial_id))
@@ -175,16 +143,43 @@ def test_trade_offs_and_repetitions_are_shown_where_there_are_any(study):
         study.comparison,
         rows=(svd, control, replace(trained, **seeds, **difference)),
         fronts=(Front("search", "rank", "val_mse", "lower", (point,)),),
+        compression=FOUND,
     )
     files = write_report(
         study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory, [repetition]
     )
-    assert "pareto.png" in [path.name for path in files.plots]
     assert files.loss_curves[-1] == Path(repetition.directory) / "loss_curves.png"
-    page = Page(files.html.read_text(encoding="utf-8"))
+    html = files.html.read_text(encoding="utf-8")
+    page = Page(html)
+    assert {"tradeoffs", "compression", "learning", "spectrum", "search"} <= set(page.ids)
+    assert "On the front: r003-sketch-0000 at rank 3" in html
+    assert "int8 of X takes &lt;65&gt; KiB: not beaten by any factors." in html
     text = " ".join(" ".join(page.text).split())
-    assert "tradeoffs" in page.ids
-    assert "search: r003-sketch-0000 at rank 3" in " ".join(image.get("alt", "") for image in page.images)
     assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123 -0.0500 ± 0.0200 0.9500" in text
-    assert "r003-sketch-0000 3 1.200 0.9500 1 1.310 0.9400" in text
-    assert "3 sketch 0.9500 0.9500 1.200 1.310 random_sketch, ρ 1.800" in text
+    assert "3 sketch ★ -0.0500 ± 0.0200 1 1.310 0.9400" in text
+
+
+def test_progress_is_told_and_what_the_comparison_measured_is_not_measured_again(study, monkeypatch):
+    measure_optimum(FeatureMatrix(study.features).batches(study.split.test, 4)).save(study.directory / TEST_OPTIMUM)
+    monkeypatch.setattr("lowrank_tune.report.report.measure_optimum", None)
+    told = []
+    given = (study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory)
+    files = write_report(*given, progress=told.append)
+    assert "Of 4 test images." in files.html.read_text(encoding="utf-8")
+    assert [text.partition(": ")[0] for text in told] == ["writing the report"] * 3
+
+
+def test_epochs_come_in_order_with_their_finite_numbers(tmp_path):
+    (tmp_path / "history.json").write_text(
+        '[{"epoch": 1, "val_mse": NaN, "lr": 0.1}, {"epoch": 2, "val_mse": 0.5, "lr": 0.1, "note": "x", "on": true}]'
+    )
+    assert read_history(tmp_path) == [{"epoch": 1, "lr": 0.1}, {"epoch": 2, "val_mse": 0.5, "lr": 0.1}]
+    assert read_history(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("text", ["{", '["epoch"]', "3"])
+def test_a_damaged_history_is_told_and_skipped(tmp_path, caplog, text):
+    (tmp_path / "history.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert read_history(tmp_path) == []
+    assert str(tmp_path) in caplog.text

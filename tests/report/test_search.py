@@ -1,0 +1,46 @@
+"""What Optuna shows of a search, from its journal."""
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from lowrank_tune.report.search import LEAST_FOR_IMPORTANCE, search_section
+
+
+def journal_of(path, complete, pruned=0):
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    study = optuna.create_study(storage=storage, study_name="s")
+    spaces = {"rank": CategoricalDistribution((2, 4)), "lr": FloatDistribution(1e-4, 1e-1, log=True)}
+    for number in range(complete + pruned):
+        params = {"rank": (2, 4)[number % 2], "lr": 10 ** -(1 + number % 3)}
+        state = optuna.trial.TrialState.COMPLETE if number < complete else optuna.trial.TrialState.PRUNED
+        value = 1.0 + params["rank"] if number < complete else None
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=value, state=state))
+    return path
+
+
+def charts(section):
+    return [chart.id for picture in section.pictures for chart in picture.charts]
+
+
+def test_optuna_draws_the_search_from_its_journal(tmp_path):
+    section = search_section(
+        journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3), "val_residual_ratio"
+    )
+    assert charts(section) == ["chart-coordinates", "chart-importance", "chart-timeline"]
+    (importances,) = section.tables
+    assert importances.rows[0][0] == "rank" and float(importances.rows[0][1]) > 0.5
+    assert "10 complete, 3 pruned" in section.notes[0]
+
+
+def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
+    few = search_section(journal_of(tmp_path / "few", 4, pruned=9), "val_residual_ratio")
+    assert charts(few) == ["chart-coordinates", "chart-timeline"]
+    assert f"needs {LEAST_FOR_IMPORTANCE} complete trials at least, not 4" in few.notes[-1]
+    none = search_section(journal_of(tmp_path / "none", 0, pruned=2), "val_residual_ratio")
+    assert charts(none) == ["chart-timeline"]
+    absent = search_section(tmp_path / "absent", "val_residual_ratio")
+    assert charts(absent) == [] and "No search journal" in absent.notes[0]
+    (tmp_path / "torn").write_text('{"op_code": 0, "worker')
+    assert charts(search_section(tmp_path / "torn", "val_mse")) == []

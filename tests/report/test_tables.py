@@ -1,0 +1,158 @@
+"""What a terminal shows of a study, word for word, and the tables behind it."""
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.report.tables import (
+    comparison_tables,
+    compression_tables,
+    methods_table,
+    studies_table,
+    trained_table,
+    verdict_table,
+)
+
+KIB = 1024
+STORED = (
+    StoredRow("x", 0, "float16", 4, 128 * KIB, 0.0, 0.0, 1.0),
+    StoredRow("x", 0, "int8", 4, 65 * KIB, 0.0073, 0.0084, 0.99997),
+    StoredRow("x", 0, "int4", 4, 33 * KIB, 0.132, 0.149, 0.9915),
+    *(
+        StoredRow(method, rank, dtype, 4, int(rank * size * KIB), error / rank, 1.5 * error / rank, 0.98, trial)
+        for method, trial, more in (("svd", "", 1.0), ("sketch", "r-sketch", 1.1))
+        for rank in (2, 4)
+        for dtype, size, error in (("float16", 1.0, 0.5 * more), ("int8", 0.51, 0.51 * more))
+    ),
+)
+PRUNED = (
+    PrunedRow("svd", 12, "float16", "0.2", 4, 4, 5.2, 9, 30 * KIB, 0.19, 0.2),
+    PrunedRow("svd", 12, "int8", "0.2", 4, 4, 5.3, 9, 15.5 * KIB, 0.19, 0.2),
+    PrunedRow("svd", 12, "int8", "int8", 4, 3),
+    PrunedRow("svd", 12, "float16", "int8", 4, 4, 11.0, 12, 90 * KIB, 0.007, 0.008),
+    PrunedRow("sketch", 4, "float16", "0.2", 4, 2, trial_id="r-sketch"),
+    PrunedRow("sketch", 4, "int8", "0.5", 4, 4, 2.0, 3, 5 * KIB, 0.45, 0.5, "r-sketch"),
+)
+MODELS = (
+    QuantisedRow("sketch", 4, "r-sketch", 64 * KIB, 17 * KIB, 0.173, 0.174),
+    QuantisedRow("refined", 4, "r-refined", 75 * KIB, 75 * KIB, 0.145, 0.145),
+)
+FOUND = Compression(STORED, PRUNED, MODELS, ("int8 of X takes <65> KiB: not beaten by any factors.",))
+
+GOLDEN = """\
+
+The best of each rank: 4 test images of a checkpoint
+
+ rank  trained    cosine     SVD's     ρ   ρ over seeds  untrained
+ ────────────────────────────────────────────────────────────────────────────
+   64  direct     0.8000    0.9893  34.0              —  randomized_svd 1.012
+  128  refined  0.999956  0.999961  12.5  1.215 ± 0.013  randomized_svd 1.012
+
+trained: what validation chose, on the test images · cosine: mean token
+cosine, beside the SVD's · ρ: squared error over the least possible at that
+rank, the SVD's: 1 is perfect · over seeds: the same configuration trained
+again · untrained: the best control and its ρ
+
+Rank x method: 4 test images of a checkpoint
+
+ rank  method               token cosine      ρ  worst ρ  images/s
+ ─────────────────────────────────────────────────────────────────
+   64  svd               0.9893 ± 0.0100  1.000    1.100       123
+       direct ★          0.8000 ± 0.0100   34.0     37.4       123
+       refined                         —      —        —         —
+       randomized_svd    0.9891 ± 0.0100  1.012    1.114     1,230
+
+  128  svd             0.999961 ± 0.0100  1.000    1.100       123
+       direct                          —      —        —         —
+       refined ★       0.999956 ± 0.0100   12.5     13.8       123
+       randomized_svd    0.9500 ± 0.0100  1.012    1.113       123
+
+Means ± sd over the test images · ρ: residual over the SVD's, 1 is
+the optimum · ★ the trained model of its rank that validation chose
+· images/s: A and B, on one CPU thread (test)
+
+Trained: beside the SVD, and over seeds
+
+                      token cosine                     ρ     token cosine
+ rank  method                − SVD  seeds     over seeds       over seeds
+ ────────────────────────────────────────────────────────────────────────
+   64  direct ★            -0.2000      —              —                —
+
+  128  refined ★  -0.0132 ± 0.0020      3  1.215 ± 0.013  0.9064 ± 0.0003
+
+− SVD: difference on the same test image, mean ± 95 % interval · over
+seeds: the same configuration trained again, mean ± sd, which is what it
+gives; the trial's own training was chosen for its validation figures
+
+Studies side by side, by rank and ρ
+
+ rank  study   method          token cosine      ρ  worst ρ
+ ──────────────────────────────────────────────────────────
+   64  one-0a  svd                   0.9893  1.000    1.100
+       one-0a  randomized_svd        0.9891  1.012    1.114
+       one-0a  direct ★              0.8000   34.0     37.4
+
+  128  one-0a  svd                 0.999961  1.000    1.100
+       one-0a  randomized_svd        0.9500  1.012    1.113
+       one-0a  refined ★           0.999956   12.5     13.8
+
+ρ: residual over the SVD's, 1 is the optimum · ★ the trained
+model that its study's validation chose
+"""
+
+
+def printed(*shown) -> str:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    for each in shown:
+        console.print(each)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def small(row, comparison_of):
+    seeds = {
+        "seeds": 3, "residual_ratio_seed_mean": 1.2149, "residual_ratio_seed_sd": 0.0126,
+        "token_cosine_seed_mean": 0.90641, "token_cosine_seed_sd": 0.00034,
+    }  # fmt: skip
+    pair = {"token_cosine_minus_svd": -0.01321, "token_cosine_minus_svd_low": -0.015,
+            "token_cosine_minus_svd_high": -0.011}  # fmt: skip
+    comparison = comparison_of(
+        row("svd", 128, 1.0, 0.999961), row("svd", 64, 1.0, 0.98931),
+        row("refined", 128, 12.5, 0.999956, **pair, **seeds),
+        row("direct", 64, 34.0, 0.8, token_cosine_minus_svd=-0.2),
+        row("randomized_svd", 64, 1.0123, 0.9891, images_per_second=1234.5), row("randomized_svd", 128, 1.012),
+    )  # fmt: skip
+    return replace(comparison, data="4 test images of a checkpoint")
+
+
+def test_a_terminal_of_80_columns_shows_the_study_word_for_word(row, comparison_of):
+    comparison = small(row, comparison_of)
+    text = printed(verdict_table(comparison), comparison_tables(comparison), studies_table({"one-0a": comparison}))
+    assert text == GOLDEN
+
+
+def test_every_rank_has_every_method_in_one_order(row, comparison_of):
+    table = methods_table(comparison_of(row("power_1", 4), row("sketch", 8, 1.1), row("direct", 4), row("svd", 8)))
+    assert [[cells[:2] for cells in group] for group in table.groups] == [
+        [(rank, method) for method in ("svd", direct, sketch, "power_1")]
+        for rank, direct, sketch in (("4", "direct ★", "sketch"), ("8", "direct", "sketch ★"))
+    ]
+    assert not trained_table(comparison_of(row("svd", 4, 1.0))).rows
+
+
+def test_the_tables_on_bytes_say_what_an_error_takes():
+    targets, stored, models = compression_tables(FOUND)
+    assert targets.head[1:] == ("X itself, KiB", "the SVD's factors, KiB", "sketch factors, KiB")
+    assert targets.rows == (
+        ("20 %", "33.0, int4", "15.5, int8, 5 components", "—"),
+        ("as int8 of X: 0.73 %", "65.0, int8", "90.0, float16, 11 components", "—"),
+        ("50 %", "33.0, int4", "—", "5.0, int8, 2 components"),
+    )
+    assert stored.rows[1] == ("X itself", "int8", "65.0", "50.8%", "0.73 %", "0.84 %", "0.999970")
+    assert [row[0] for row in stored.rows[3:]] == ["sketch, rank 2"] * 2 + ["sketch, rank 4"] * 2
+    assert models.rows == (
+        ("sketch, rank 4", "64.0", "17.0", "17.3 %", "17.4 %"),
+        ("refined, rank 4", "75.0", "no learned matrix", "14.5 %", "14.5 %"),
+    )
+    assert len(compression_tables(replace(FOUND, models=()))) == 2

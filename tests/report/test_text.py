@@ -1,0 +1,142 @@
+"""Numbers, sentences, and which rank to take."""
+
+from dataclasses import replace
+
+import pytest
+
+from lowrank_tune.report.text import (
+    at_rank,
+    bytes_text,
+    choices,
+    cosine_text,
+    difference_text,
+    duration_text,
+    rank_sentence,
+    rate_text,
+    ratio_text,
+    seed_texts,
+    study_cost,
+    training_sentence,
+    verdicts,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (cosine_text(0.98931), "0.9893"),
+        (cosine_text(0.999987), "0.999987"),
+        (cosine_text(1.0), "1.0000"),
+        (cosine_text(float("nan")), "—"),
+        (ratio_text(1.0304), "1.030"),
+        (ratio_text(12.345), "12.3"),
+        (ratio_text(12345.6), "12,346"),
+        (ratio_text(1.2e7), "1.2e+07"),
+        (ratio_text(float("inf")), "—"),
+        (rate_text(12345.0), "12,300"),
+        (rate_text(32.0), "32.0"),
+        (rate_text(0.0512), "0.051"),
+        (rate_text(0.0), "—"),
+        (duration_text(0.42), "0.4 s"),
+        (duration_text(59.6), "1 min 00 s"),
+        (duration_text(7505), "2 h 05 min"),
+        (bytes_text(999), "999 bytes"),
+        (bytes_text(4_600_000_000), "4.6 GB"),
+    ],
+)
+def test_figures_read_well(text, expected):
+    assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ((None, None, None), "—"),
+        ((-1e-6, None, None), "0.0000"),
+        ((-0.25, None, None), "-0.2500"),
+        ((0.0012, -0.0001, 0.0025), "+0.0012 ± 0.0013"),
+    ],
+)
+def test_a_difference_has_its_sign_and_its_interval(row, fields, expected):
+    names = ("token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high")
+    assert difference_text(row("sketch", 4, **dict(zip(names, fields, strict=True)))) == expected
+
+
+def test_one_seed_has_no_spread_and_a_far_ratio_few_digits(row):
+    one = row("direct", 4, seeds=1, residual_ratio_seed_mean=34.56, token_cosine_seed_mean=0.8)
+    assert seed_texts(one) == ("34.6", "0.8000")
+    two = replace(one, seeds=2, residual_ratio_seed_sd=2.345, token_cosine_seed_sd=0.01)
+    assert seed_texts(two) == ("34.6 ± 2.3", "0.8000 ± 0.0100")
+    assert seed_texts(row("svd", 4)) == ("—", "—")
+
+
+@pytest.fixture
+def compared(row, comparison_of):
+    return comparison_of(
+        row("svd", 4, 1.0, 0.93), row("sketch", 4, 1.02, 0.92, trial_id="a"), row("power_1", 4, 1.1, 0.91),
+        row("svd", 8, 1.0, 0.97), row("sketch", 8, 1.5, 0.96, trial_id="c"), row("power_1", 8, 1.1, 0.965),
+        remarks=("At rank 8 power_1 wins", "random weights"),
+    )  # fmt: skip
+
+
+def test_the_chosen_of_each_rank_stands_beside_svd_and_control(compared):
+    four, eight = verdicts(compared)
+    assert (four.rank, four.trained.trial_id, four.svd.method, four.control.method) == (4, "a", "svd", "power_1")
+    assert four.word == "2.0 % above the least possible error; beats every control"
+    assert eight.word == "50.0 % above the least possible error; power_1, without training, is nearer"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.0, "at the least possible error; beats every control"),
+        (1.1004, "10.0 % above the least possible error; level with power_1"),
+        (34.0, "34.0 times the least possible error; power_1, without training, is nearer"),
+    ],
+)
+def test_a_verdict_is_said_as_people_say_it(row, comparison_of, ratio, words):
+    (verdict,) = verdicts(comparison_of(row("sketch", 4, ratio), row("power_1", 4, 1.1)))
+    assert verdict.word == words
+
+
+def test_which_rank_to_take_follows_the_validation_images(compared, outcome):
+    trials = []
+    for number, (name, cosine) in enumerate((("a", 0.985), ("c", 0.991))):
+        trial = outcome(number=number, best={"val_token_cosine": cosine})
+        trials.append(replace(trial, config=replace(trial.config, trial_id=name)))
+    found = choices(compared, trials, {0.98: 9, 0.99: 12}.get)
+    assert [(choice.cosine, choice.row.trial_id if choice.row else None) for choice in found] == [
+        (0.98, "a"), (0.99, "c"), (0.995, None)
+    ]  # fmt: skip
+    assert rank_sentence(found) == (
+        "To keep a token cosine of 0.99, take rank 8, the lowest of those compared whose model does on the validation "
+        "images (sketch, 0.9600 on the test images; the SVD itself needs rank 12). No rank compared keeps 0.995."
+    )
+
+
+def test_without_a_trained_model_there_is_no_choice(row, comparison_of):
+    comparison = comparison_of(row("svd", 4, 1.0, 0.93), row("power_1", 4, 1.1))
+    assert choices(comparison, [], lambda cosine: None) == []
+    assert rank_sentence([]) == ""
+    assert verdicts(comparison)[0].word == "no trained model"
+
+
+def test_one_rank_of_a_comparison_has_its_rows_and_the_remarks_on_it(compared):
+    four = at_rank(compared, 4)
+    assert {row.rank for row in four.rows} == {4}
+    assert four.remarks == ("random weights",)
+    assert at_rank(compared, None) is compared
+
+
+def test_what_a_study_cost_is_counted(study):
+    (study.directory / "status.json").write_text(
+        '{"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:02:05+00:00"}'
+    )
+    cost = dict(study_cost(study.directory, study.features, study.outcomes, study.outcomes[:1]))
+    assert cost["Trials"] == "3: 1 ran its full budget, 1 stopped by ASHA, 1 failed"
+    assert cost["Epochs"] == "6 of 15 that no early stop would have taken"
+    assert cost["Training time of the trials"] == "6.0 s"
+    assert cost["Trained again with fresh seeds"] == "1, 4 epochs, 2.0 s"
+    assert cost["Start to end"] == "2 min 05 s"
+    assert cost["Feature cache"].startswith("8.72 kB for 9 images")
+    assert training_sentence(study.outcomes) == "3 trials trained for 6 epochs in all, 6.0 s of training."
