@@ -70,11 +70,12 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     """
     plan = make_plan(spec, results_directory(results), datetime.now(UTC))
     survey = survey_features(spec.features, plan.features_root, spec.seed)
-    check_ranks(spec, survey.tokens, survey.dim)
+    tokens, dim = survey["features_shape"]
+    check_ranks(spec, tokens, dim)
     cost = plan_cost(plan)
-    usable = survey.images - survey.quarantined
+    usable = survey["images"] - survey["images_quarantined"]
     split = split_images([str(image) for image in range(usable)], spec.split, spec.seed)
-    missing = usable - survey.cached
+    missing = survey["images_to_extract"]
     each = try_images(spec.features, plan.features_root, spec.seed)[0] if missing else 0.0
     return {
         "name": spec.name,
@@ -83,19 +84,9 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "epochs_at_most": cost.max_epochs,
         "confirmations_at_most": cost.confirmations,
         "combinations": cost.combinations,
-        "records": survey.records,
-        "records_unreadable": survey.unreadable,
-        "images": survey.images,
-        "images_cached": survey.cached,
-        "images_to_extract": missing,
-        "images_quarantined": survey.quarantined,
         "split": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
-        "features_shape": [survey.tokens, survey.dim],
-        "encoder": survey.encoder,
-        "weights": survey.weights,
-        "cache": survey.directory,
-        "cache_bytes": cache_bytes(usable, survey.tokens, survey.dim, spec.features.store_dtype),
-        **calibrate(plan, survey.tokens, survey.dim, split, each * missing),
+        **survey,
+        **calibrate(plan, tokens, dim, split, each * missing),
     }
 
 
@@ -130,35 +121,14 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
     if checks[-1].passed:
         check("tracking", tracking)
         if spec is not None:
-            cache_root, surveys = results_directory(results) / "features", list[Survey]()
-            check("features", lambda: _describe_survey(spec, cache_root, surveys))
-            check("encoder", lambda: describe_images(spec, cache_root, surveys))
+            cache_root, left = results_directory(results) / "features", list[int]()
+            check("features", lambda: _describe_survey(spec, cache_root, left))
+            check("encoder", lambda: _describe_images(spec, cache_root, left))
     return checks
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """A source beside its cache."""
-
-    directory: str
-    """The cache, whether it is there yet or not."""
-    encoder: str
-    weights: str
-    records: int
-    unreadable: int
-    """Records whose file is missing or cannot be read."""
-    images: int
-    """Distinct readable files among the rest."""
-    cached: int
-    """How many of those the cache holds, sealed or left by an extraction that was cut short."""
-    quarantined: int
-    """How many of those are known to be unusable."""
-    tokens: int
-    dim: int
-
-
-def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
-    """Count a source's images and those of them that are cached.
+def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str, Any]:
+    """Count a source's images and those of them that are cached, sealed or left by an extraction that was cut short.
 
     Raises:
         InputError: the source or the checkpoint cannot be used, or more of its files than may be are broken.
@@ -167,23 +137,26 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> Survey:
     records = read_records(spec.source, cache_root, seed)
     files = hash_files(records)
     extraction = plan_extraction(spec, cache_root, records)
-    directory = Path(extraction.directory)
-    contents = read_sealed(directory, extraction.identity)
+    tokens, dim = extraction.identity["tokens"], extraction.identity["dim"]
+    contents = read_sealed(Path(extraction.directory), extraction.identity)
     if contents is None or contents.missing(files.paths):
-        contents = read_committed(directory, extraction.identity)
+        contents = read_committed(Path(extraction.directory), extraction.identity)
     Quarantine(files, spec.max_quarantined).check(contents.quarantined)
-    return Survey(
-        extraction.directory,
-        extraction.encoder,
-        extraction.weights,
-        records=len(records.paths),
-        unreadable=sum(key is None for key in files.keys),
-        images=len(files.paths),
-        cached=sum(key in contents.rows for key in files.paths),
-        quarantined=sum(key in contents.quarantined for key in files.paths),
-        tokens=extraction.identity["tokens"],
-        dim=extraction.identity["dim"],
-    )
+    cached = sum(key in contents.rows for key in files.paths)
+    usable = sum(key not in contents.quarantined for key in files.paths)
+    return {
+        "records": len(records.paths),
+        "records_unreadable": sum(key is None for key in files.keys),
+        "images": len(files.paths),
+        "images_cached": cached,
+        "images_to_extract": usable - cached,
+        "images_quarantined": len(files.paths) - usable,
+        "features_shape": [tokens, dim],
+        "encoder": extraction.encoder,
+        "weights": extraction.weights,
+        "cache": extraction.directory,
+        "cache_bytes": cache_bytes(usable, tokens, dim, spec.store_dtype),
+    }
 
 
 def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, list[str], bool]:
@@ -347,27 +320,25 @@ def _describe_device() -> str:
     return "; ".join(gpus)
 
 
-def _describe_survey(spec: StudySpec, cache_root: Path, surveys: list[Survey]) -> str:
-    """What the source and its cache hold; the survey is kept for the checks after this one."""
+def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:
+    """What the source and its cache hold; how many images are left to extract is kept for the next check."""
     survey = survey_features(spec.features, cache_root, spec.seed)
-    surveys.append(survey)
-    check_ranks(spec, survey.tokens, survey.dim)
-    size = cache_bytes(survey.images, survey.tokens, survey.dim, spec.features.store_dtype)
+    left.append(survey["images_to_extract"])
+    check_ranks(spec, *survey["features_shape"])
     return (
-        f"{survey.records} records, {survey.unreadable} unreadable, {survey.images} distinct images, "
-        f"{survey.cached} cached, {survey.quarantined} quarantined; {survey.encoder} ({survey.weights} weights) gives "
-        f"[{survey.tokens}, {survey.dim}] each, {size / 2**20:,.1f} MiB in {spec.features.store_dtype} in all, "
-        f"in {survey.directory}"
+        f"{survey['records']} records, {survey['records_unreadable']} unreadable, {survey['images']} distinct images, "
+        f"{survey['images_cached']} cached, {survey['images_quarantined']} quarantined; {survey['encoder']} "
+        f"({survey['weights']} weights) gives {survey['features_shape']} each, "
+        f"{survey['cache_bytes'] / 2**20:,.1f} MiB in {spec.features.store_dtype} in all, in {survey['cache']}"
     )
 
 
-def describe_images(spec: StudySpec, cache_root: Path, surveys: Sequence[Survey]) -> str:
+def _describe_images(spec: StudySpec, cache_root: Path, left: Sequence[int]) -> str:
     """What the first images become, and how long those that are left to extract take; an error if one is broken."""
     each, lines, sound = try_images(spec.features, cache_root, spec.seed)
     if not sound:
         raise InputError("; ".join(lines))
-    for survey in surveys:
-        left = survey.images - survey.cached - survey.quarantined
-        whole, device = timedelta(seconds=math.ceil(left * each)), "cuda" if torch.cuda.is_available() else "cpu"
-        lines.append(f"{left} images are left to extract: about {whole} with one such worker on {device}")
+    for images in left:
+        whole, device = timedelta(seconds=math.ceil(images * each)), "cuda" if torch.cuda.is_available() else "cpu"
+        lines.append(f"{images} images are left to extract: about {whole} with one such worker on {device}")
     return "; ".join(lines)

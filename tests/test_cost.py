@@ -71,7 +71,7 @@ def test_what_an_extraction_that_was_cut_short_left_counts_as_cached(study, tmp_
     next((directory / "shards").glob(f"{hashlib.sha256(records.paths[5].read_bytes()).hexdigest()[:16]}*")).unlink()
     (directory / "commits" / "damaged.json").write_text("{")
     counts.append(survey_features(spec, root, 0))
-    assert [(count.images, count.cached, count.quarantined) for count in counts] == [
+    assert [(count["images"], count["images_cached"], count["images_quarantined"]) for count in counts] == [
         (9, 0, 0), (9, 2, 1), (9, 4, 1), (9, 4, 1),
     ]  # fmt: skip
 
