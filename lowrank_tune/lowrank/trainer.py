@@ -1,6 +1,6 @@
 """One training: epochs over the training split, each judged on the validation split beside the optimum.
 
-N images, T tokens, D dim.
+N images, T tokens, D dim, K ranks that the training serves, F figures.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
-from lowrank_tune.lowrank.distributed import ALONE, Team
+from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
@@ -35,8 +33,8 @@ logger = logging.getLogger(__name__)
 INITIAL_IMAGES = 256
 """Training images that a decomposer's start is fitted on, at most: a rank's axes need no more, and it then costs less
 than an epoch."""
-CONDENSED_BYTES = 256 * 2**20
-"""Memory for what training images condense to, kept from epoch to epoch where all of it fits: 500 images of 256
+PRECOMPUTED_BYTES = 256 * 2**20
+"""Memory for what is precomputed of training images, kept from epoch to epoch where all of it fits: 500 images of 256
 tokens at rank 128. A constant, so that a trial's memory does not grow with the cache."""
 VALIDATION_BATCH = 8
 """Validation images in memory at a time."""
@@ -62,7 +60,7 @@ class Trainer:
         device: Where to train.
         micro_batch: Images in memory at a time, where a batch, or this process's share of one, is too many: gradients
             are gathered over so many parts, and the numbers are the same but for rounding. All of them by default.
-        team: The processes that train it; this one alone by default.
+        world: The processes that train it; this one alone by default.
 
     Attributes:
         model: the decomposer as of the last epoch.
@@ -83,7 +81,7 @@ class Trainer:
         optimum: Optimum,
         device: str = "cpu",
         micro_batch: int | None = None,
-        team: Team = ALONE,
+        world: World = ALONE,
     ) -> None:
         if not split.train or not split.validation:
             raise InputError(f"trial {config.trial_id}: training and validation need an image each; change `split`")
@@ -93,22 +91,25 @@ class Trainer:
                 f"the validation split has {len(split.validation)}; measure the optimum of this split"
             )
         self.config = config
-        self.data = data
         self.split = split
         self.device = device
+        self.world = world
         self._batches = batches_on(data, device)
-        self.team = team
-        self._own_batch = largest_share(config, team)
+        self._own_batch = largest_share(config, world)
         self.micro_batch = min(micro_batch or self._own_batch, self._own_batch)
         self.history: list[dict[str, float]] = []
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
         self._energy_N = optimum.energy_N
         self._floors = [optimum.at(rank).residual_N for rank in config.ranks]
-        self._condensed: list[Tensor] = []
+        self._precomputed: list[Tensor] = []
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
         self.model = make_decomposer(config, data.tokens, data.dim).to(device)
+        if config.nested_ranks:
+            energy_N = optimum.energy_N.clamp_min(torch.finfo(torch.float64).tiny)
+            shares = [(floor_N / energy_N).mean().item() for floor_N in self._floors]
+            self.model.nest(dict(zip(config.ranks, shares, strict=True)))
         self.best_model = copy.deepcopy(self.model)
         self._weights = list(self.model.parameters())
         self._optimizer = AdamW(self._weights, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -137,6 +138,7 @@ class Trainer:
         Raises:
             RuntimeError: The training has stopped already.
             CacheError: The features cannot be read.
+            ConnectionError: Another process that trains it has ended.
         """
         if self.stopped_by is not None:
             raise RuntimeError(f"trial {self.config.trial_id} has stopped ({self.stopped_by})")
@@ -193,43 +195,15 @@ class Trainer:
         self.reason = state["reason"]
 
     def _initialise(self) -> None:
-        """Set the weights from training images."""
-        self.team.by_first(self._fit_start)
-        self.team.copy_first(self.model.state_dict().values())
-
-    def _fit_start(self) -> None:
+        """Set the weights from training images; every worker does, and takes the first one's to the last bit."""
         generator = stream(self.config.seed, "initialise")
         order = torch.randperm(len(self.split.train), generator=generator)[:INITIAL_IMAGES].tolist()
         images = [self.split.train[place] for place in order]
         size = self.micro_batch
         starts = range(0, len(images), size)
         self.model.initialise((self._batches.load(images[start : start + size]) for start in starts), generator)
-
-    def _condense(self) -> list[Tensor]:
-        """Return what the training images condense to, made once; nothing where it is X itself or too much to keep."""
-        short = self.micro_batch < self._own_batch
-        # Where memory is short, what is kept would be the largest part of it.
-        if type(self.model).condense is Decomposer.condense or self._condensed or short:
-            return self._condensed
-        self._condensed = self.team.together(self._condense_own)
-        for whole in self._condensed:
-            self.team.fill(whole)
-        return self._condensed
-
-    def _condense_own(self) -> list[Tensor]:
-        """Return tensors of all training images, of which this process has filled in its share."""
-        train, size = self.split.train, self.config.batch_size
-        one = self.model.condense(self._batches.load(train[:1]))
-        if len(train) * sum(part.nbytes for part in one) > CONDENSED_BYTES:
-            return []
-        condensed = [part.new_empty(len(train), *part.shape[1:]) for part in one]
-        own = range(len(train))[self.team.share(len(train))]
-        for start in range(own.start, own.stop, size):
-            stop = min(start + size, own.stop)
-            parts = self.model.condense(self._batches.load(train[start:stop]))
-            for whole, part in zip(condensed, parts, strict=True):
-                whole[start:stop] = part
-        return condensed
+        for weights in self.model.state_dict().values():
+            self.world.sum(weights if self.world.first else weights.zero_())
 
     def _train(self) -> float:
         """Return the mean loss of an epoch."""
@@ -237,78 +211,71 @@ class Trainer:
         order = torch.randperm(len(train), generator=self._order).tolist()
         total = torch.zeros((), device=self.device)
         self.model.train()
-        kept = self._condense()
+        self._precompute()
         for start in range(0, len(order), size):
-            places = order[start : start + size]
+            batch = order[start : start + size]
             self._optimizer.zero_grad()
-            loss = self._backward(places, kept) if self.team.size == 1 else self._backward_together(places, kept)
-            self.team.together(self._optimizer.step)
-            total += loss.detach() * len(places)
-        return self.team.sum(total).item() / len(train)
+            total += self._backward(batch) * len(batch)
+            self._share_gradients()
+            self._optimizer.step()
+        return self.world.sum(total).item() / len(train)
 
-    def _backward(self, places: list[int], kept: list[Tensor]) -> Tensor:
-        """Gather the gradients of a batch, `micro_batch` images at a time, and return its loss."""
-        pieces, shares = self._pieces(places, len(places), kept)
-        if len(pieces) > 1:
-            return self.model.backward_in_pieces(pieces, shares)
-        loss = self.model.condensed_loss(*pieces[0]())
-        torch.autograd.backward(loss)
-        return loss
+    def _precompute(self) -> None:
+        """Keep what the loss needs of all training images, unless that is X itself or too much to keep."""
+        train, size = self.split.train, self.config.batch_size
+        short = self.micro_batch < self._own_batch
+        # Where memory is short, what is kept would be the largest part of it.
+        if type(self.model).precompute is Decomposer.precompute or self._precomputed or short:
+            return
+        one = self.model.precompute(self._batches.lend(train[:1]))
+        if len(train) * sum(part.nbytes for part in one) > PRECOMPUTED_BYTES:
+            return
+        kept = [part.new_zeros(len(train), *part.shape[1:]) for part in one]
+        own = self.world.share(len(train))
+        for start in own[::size]:
+            stop = min(start + size, own.stop)
+            for whole, part in zip(kept, self.model.precompute(self._batches.lend(train[start:stop])), strict=True):
+                whole[start:stop] = part
+        self._precomputed = [self.world.sum(whole) for whole in kept]
 
-    def _backward_together(self, places: list[int], kept: list[Tensor]) -> Tensor:
-        """Gather the gradients of a batch over the team, and return what this process's images add to its loss."""
-        model, team = self.model, self.team
-        pieces, shares = self._pieces(places[team.share(len(places))], len(places), kept)
-        whole_R = None
-        if model.weighs_ranks:
-            whole_R = team.sum(team.together(lambda: model.residual_in_pieces(pieces, shares)))
+    def _backward(self, batch: list[int]) -> Tensor:
+        """Add up the gradients of a batch, `micro_batch` images in memory at a time, and return its loss.
 
-        def own() -> tuple[Tensor, Tensor]:
-            loss = model.backward_in_pieces(pieces, shares, whole_R)
-            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
-            return loss, torch.cat([grad.flatten() for grad in grads])
+        Of both, the part that this worker's images have in them.
+        """
+        total = torch.zeros((), device=self.device)
+        own = self.world.share(len(batch))
+        for start in own[:: self.micro_batch]:
+            places = batch[start : min(start + self.micro_batch, own.stop)]
+            if self._precomputed:
+                piece = tuple(whole[places] for whole in self._precomputed)
+            else:
+                piece = self.model.precompute(self._batches.lend([self.split.train[place] for place in places]))
+            loss = self.model.precomputed_loss(*piece) * (len(places) / len(batch))
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        return total
 
-        loss, flat = team.together(own)
-        parts = torch.split(team.sum(flat), [weight.numel() for weight in self._weights])
-        for weight, part in zip(self._weights, parts, strict=True):
+    def _share_gradients(self) -> None:
+        """Add up the gradients over the workers."""
+        if self.world.size == 1:
+            return
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self._weights]
+        flat = self.world.sum(torch.cat([grad.flatten() for grad in grads]))
+        for weight, part in zip(self._weights, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
             weight.grad = part.view_as(weight)
-        return loss
-
-    def _pieces(
-        self, places: list[int], of: int, kept: list[Tensor]
-    ) -> tuple[list[Callable[[], tuple[Tensor, ...]]], list[float]]:
-        """Return training images in pieces that fit into memory, and each piece's share of a batch of `of` images."""
-        size = self.micro_batch
-        parts = [places[start : start + size] for start in range(0, len(places), size)]
-        load = self._batches.lend if len(parts) == 1 else self._batches.load
-
-        def condensed(part: list[int]) -> tuple[Tensor, ...]:
-            if kept:
-                return tuple(whole[part] for whole in kept)
-            return self.model.condense(load([self.split.train[place] for place in part]))
-
-        return [partial(condensed, part) for part in parts], [len(part) / of for part in parts]
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
+        """Return the validation figures, each the mean over images and over the ranks that the training serves."""
         self.model.eval()
-        figures_NKF = self.team.fill(self.team.together(self._measure_own))
-        rows = []
-        for figures_NF, floor_N in zip(figures_NKF.unbind(1), self._floors, strict=True):
-            figures = Figures(*figures_NF.unbind(-1))
-            ratio_N = residual_ratio(figures.residual_N, floor_N, self._energy_N)
-            rows.append(torch.stack([figures.mse_N.mean(), figures.token_cosine_N.mean(), ratio_N.mean()]))
-        return dict(zip(FIGURES[1:], torch.stack(rows).mean(0).tolist(), strict=True))
-
-    def _measure_own(self) -> Tensor:
-        """Return the validation figures at K ranks, float64 [N, K, F], this process's share of the images filled in."""
         images, ranks = self.split.validation, self.config.ranks
-        figures_NKF = torch.empty(len(images), len(ranks), len(Figures._fields), dtype=torch.float64)
+        figures_NKF = torch.zeros(len(images), len(ranks), len(Figures._fields), dtype=torch.float64)
         # A trial short of memory in training is short of it here as well.
         short = self.micro_batch < self._own_batch
         size = min(VALIDATION_BATCH, self.micro_batch) if short else VALIDATION_BATCH
-        own = range(len(images))[self.team.share(len(images))]
-        for start in range(own.start, own.stop, size):
+        own = self.world.share(len(images))
+        for start in own[::size]:
             stop = min(start + size, own.stop)
             x_NTD = self._batches.lend(images[start:stop])
             a_NTR, b_NRD = self.model(x_NTD)
@@ -316,7 +283,12 @@ class Trainer:
                 # An ordered basis: the leading columns are the factors of a lower rank.
                 figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
                 figures_NKF[start:stop, column] = torch.stack(figures, -1)
-        return figures_NKF
+        rows = []
+        for figures_NF, floor_N in zip(self.world.sum(figures_NKF).unbind(1), self._floors, strict=True):
+            figures = Figures(*figures_NF.unbind(-1))
+            ratio_N = residual_ratio(figures.residual_N, floor_N, self._energy_N)
+            rows.append(torch.stack([figures.mse_N.mean(), figures.token_cosine_N.mean(), ratio_N.mean()]))
+        return dict(zip(FIGURES[1:], torch.stack(rows).mean(0).tolist(), strict=True))
 
     def _judge(self, row: dict[str, float]) -> None:
         """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""
@@ -337,6 +309,6 @@ class Trainer:
         self.stopped_by = self.config.ends_at(self.epoch, self.best_epoch)
 
 
-def largest_share(config: TrialConfig, team: Team = ALONE) -> int:
-    """How many images of a batch a process of the team has at most."""
-    return math.ceil(config.batch_size / team.size)
+def largest_share(config: TrialConfig, world: World = ALONE) -> int:
+    """How many images of a batch a worker has at most."""
+    return math.ceil(config.batch_size / world.size)

@@ -23,7 +23,7 @@ from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune import PlacementGroupFactory
 
-from lowrank_tune.lowrank.distributed import Team
+from lowrank_tune.lowrank.distributed import World
 from lowrank_tune.trials.outcomes import MaterialPaths
 from lowrank_tune.trials.trial import TrialSession, is_out_of_memory, open_session
 
@@ -212,7 +212,7 @@ def train_as_ordered(config: dict[str, Any]) -> None:
     Args:
         config: `exchange`, the handle of an Exchange.
     """
-    exchange, team = config["exchange"], Team.here()
+    exchange, world = config["exchange"], World.here()
     session: TrialSession | None = None
     given: dict[str, Any] = {}
     for number in itertools.count():
@@ -222,9 +222,9 @@ def train_as_ordered(config: dict[str, Any]) -> None:
         what, settings = order
         if session is None or settings != given:
             given, session = settings, None  # what the last trial held goes before the next one begins
-            session = open_session(settings, team)
+            session = open_session(settings, world)
         answer = getattr(session, what)()
-        if team.first:
+        if world.first:
             ray.get(exchange.leave.remote(("answer", number), answer))
 
 

@@ -21,7 +21,7 @@ from lowrank_tune.errors import InputError, LowrankTuneError, redact
 from lowrank_tune.features.remote import local_copy
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.distributed import ALONE, Team
+from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
@@ -133,7 +133,7 @@ class TrialSession:
         cpus: cores reserved for it; torch gets as many threads, at least one.
         gpus: GPUs reserved for it.
         reported: the last epoch that the study has heard of; later ones on file are told before any is trained.
-        team: the processes that train it, each by a session of its own; the first one has its files.
+        world: the processes that train it, each by a session of its own; the first one has its files.
 
     Attributes:
         micro_batch: images in memory at a time: this process's share of the batch, or a part of it once memory did not
@@ -148,7 +148,7 @@ class TrialSession:
         cpus: float,
         gpus: float,
         reported: int = 0,
-        team: Team = ALONE,
+        world: World = ALONE,
     ) -> None:
         torch.set_num_threads(max(1, int(cpus)))
         self._config = config
@@ -159,8 +159,8 @@ class TrialSession:
         self._reported = reported
         self._untold: list[dict[str, float]] | None = None
         self._on_file: list[dict[str, float]] = []
-        self._team = team
-        self.micro_batch = largest_share(config, team)
+        self._world = world
+        self.micro_batch = largest_share(config, world)
         self._kept_epoch = 0
         self._kept_at = time.perf_counter()
         self._keeping_took = 0.0
@@ -183,7 +183,7 @@ class TrialSession:
         except (OSError, torch.AcceleratorError):
             raise
         except Exception as error:
-            if not self._team.agrees_on(error):
+            if self._world.size > 1:  # the others wait for this one: whoever started them all has to end them
                 raise
             if not isinstance(error, LowrankTuneError):
                 logger.exception("trial %s failed", self._config.trial_id)
@@ -194,8 +194,8 @@ class TrialSession:
         try:
             return self._train()
         except Exception as error:
-            less = math.ceil(largest_share(self._config, self._team) / _SHRINK)
-            if not is_out_of_memory(error) or not self._team.agrees_on(error) or self.micro_batch <= less:
+            less = math.ceil(largest_share(self._config, self._world) / _SHRINK)
+            if not is_out_of_memory(error) or self._world.size > 1 or self.micro_batch <= less:
                 raise
             logger.warning("trial %s: %s", self._config.trial_id, error)
         # Out of the handler: until here the error's traceback holds what the failed epoch had allocated.
@@ -213,9 +213,9 @@ class TrialSession:
         return metrics
 
     def _open(self) -> Trainer:
-        state = self._team.by_first(self._checkpoint)
+        state = self._world.of_first(self._checkpoint() if self._world.first else {})
         self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
-        return self._team.together(lambda: self._restored(state))
+        return self._restored(state)
 
     def _restored(self, state: dict[str, Any]) -> Trainer:
         material = read_material(self._paths)
@@ -226,7 +226,7 @@ class TrialSession:
             material.optimum,
             self._device,
             micro_batch=self.micro_batch,
-            team=self._team,
+            world=self._world,
         )
         if state:
             trainer.restore(state["trainer"])
@@ -245,12 +245,12 @@ class TrialSession:
 
     def keep(self) -> None:
         """Write a checkpoint of the last epoch that ended, when there is none yet and the training is not over."""
-        trainer = self._trainer if self._team.first else None
+        trainer = self._trainer if self._world.first else None
         if trainer is None or trainer.stopped_by is not None or trainer.epoch <= self._kept_epoch:
             return
         started = time.perf_counter()
         # A process's share of the batch is no sign that memory is short: the trial may go on with fewer processes.
-        short = self.micro_batch < largest_share(self._config, self._team)
+        short = self.micro_batch < largest_share(self._config, self._world)
         micro_batch = self.micro_batch if short else self._config.batch_size
         state = {"config": asdict(self._config), "micro_batch": micro_batch, "trainer": trainer.state()}
         write_checkpoint(self._directory / CHECKPOINT, state)
@@ -259,10 +259,10 @@ class TrialSession:
 
     def _find_untold(self) -> list[dict[str, float]]:
         """The epochs on file that the study has not heard of: its driver, or an earlier process of the trial, died."""
-        rows = self._on_file = self._team.by_first(lambda: read_history(self._directory, self._config))
+        rows = self._on_file = self._world.of_first(read_history(self._directory, self._config))
         if rows and self._ends_at(rows[-1]):
             return [row for row in rows if row["epoch"] > self._reported] or rows[-1:]
-        if not self._team.by_first((self._directory / CHECKPOINT).is_file):
+        if not self._world.of_first((self._directory / CHECKPOINT).is_file()):
             return []
         self._trainer = self._open()
         return [row for row in self._trainer.history if row["epoch"] > self._reported]
@@ -294,12 +294,13 @@ class TrialSession:
         return " ".join(redact(said).split())
 
 
-def open_session(settings: dict[str, Any], team: Team = ALONE) -> TrialSession:
+def open_session(settings: dict[str, Any], world: World = ALONE) -> TrialSession:
     """The session of a trial as its actor's configuration describes it, in one of the processes that train it."""
     config = TrialConfig(**settings["trial"])
     directory = Path(settings["trials_dir"]) / config.trial_id
     paths = MaterialPaths(**settings["material"])
-    return TrialSession(config, paths, directory, settings["cpus"], settings["gpus"], settings.get("reported", 0), team)
+    reported = settings.get("reported", 0)
+    return TrialSession(config, paths, directory, settings["cpus"], settings["gpus"], reported, world)
 
 
 def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
@@ -310,7 +311,7 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
         the trial may go on.
     """
     metrics = trainer.step()
-    if trainer.team.first:
+    if trainer.world.first:
         trainer.save(directory)
     seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
     return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import trial_configs
 
 from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.distributed import Team
+from lowrank_tune.lowrank.distributed import World
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import FeatureSet, Split, TrialConfig
@@ -42,12 +42,12 @@ CASES: dict[str, tuple[TrialConfig, int | None]] = {
 }
 
 
-def train(name: str, folder: Path, team: Team) -> dict[str, Any]:
+def train(name: str, folder: Path, world: World) -> dict[str, Any]:
     """Every epoch of a case, and its weights afterwards."""
     config, micro_batch = CASES[name]
     data = FeatureMatrix(FeatureSet.read(folder / "features.json"))
     optimum = measure_optimum([data.load(SPLIT.validation)])
-    trainer = Trainer(config, data, SPLIT, optimum, micro_batch=micro_batch, team=team)
+    trainer = Trainer(config, data, SPLIT, optimum, micro_batch=micro_batch, world=world)
     while trainer.stopped_by is None:
         trainer.step()
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
@@ -55,40 +55,17 @@ def train(name: str, folder: Path, team: Team) -> dict[str, Any]:
     return {"rows": rows, "stopped_by": trainer.stopped_by, "weights": weights.tolist()}
 
 
-class Odd(Exception):
-    """One that cannot travel."""
-
-    def __init__(self, number: int, text: str) -> None:
-        super().__init__(f"{number}: {text}")
-
-
-def meet(team: Team, error: Exception, rank: int) -> list[str]:
-    """What every worker meets of an error on one."""
-
-    def work() -> None:
-        if team.rank == rank:
-            raise error
-
-    try:
-        team.together(work)
-    except Exception as met:
-        return [type(met).__name__, str(met), *getattr(met, "__notes__", [])]
-    return []
-
-
 def main(folder: Path, rank: int, size: int) -> None:
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), rank=rank, world_size=size)
-    team = Team.here()
-    found: dict[str, Any] = {name: train(name, folder, team) for name in CASES}
-    found["memory"] = meet(team, MemoryError("full"), 1)
-    found["odd"] = meet(team, Odd(3, "strange"), 0)
-    found["nothing"] = meet(team, MemoryError("full"), size)
+    world = World.here()
+    found: dict[str, Any] = {name: train(name, folder, world) for name in CASES}
+    found["of the first"] = world.of_first({"rank": rank})
     if rank == 1:
         (folder / "1.json").write_text(json.dumps(found))
         os._exit(0)
     try:
-        team.sum(torch.zeros(1))
+        world.sum(torch.zeros(1))
     except ConnectionError as error:
         found["lost"] = str(error)
     (folder / f"{rank}.json").write_text(json.dumps(found))

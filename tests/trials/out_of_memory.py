@@ -1,25 +1,21 @@
 """Trains two trials with too little memory, for a test: run as a process of its own, which it limits.
 
-    out_of_memory.py FOLDER [RANK SIZE]
+    out_of_memory.py FOLDER
 
-The first does not fit with its whole batch and does with a quarter of it; the second does not fit at all. Of several
-processes that train together the last one has too little.
+The first does not fit with its whole batch and does with a quarter of it; the second does not fit at all.
 """
 
 import os
 import resource
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-import torch.distributed as dist
 from tiny_study import World, write_features
 
 from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.distributed import Team
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Split, TrialConfig
 from lowrank_tune.trials.outcomes import MaterialPaths, write_material
@@ -41,25 +37,16 @@ def make_material(folder: Path, images: int) -> MaterialPaths:
     return write_material(folder / "tune", features, split, world.optimum_path)
 
 
-def main(folder: Path, rank: int = 0, size: int = 1) -> None:
-    if size > 1:
-        rendezvous = f"file://{folder / 'rendezvous'}"
-        dist.init_process_group("gloo", rendezvous, timedelta(seconds=90), rank=rank, world_size=size)
-    team = Team.here()
-    # A batch of as many images for each process as for one alone.
-    batch = BATCH * size
-    paths = team.by_first(lambda: make_material(folder, batch))
-    TrialSession(config_of("warm", size), paths, folder / "warm", 1, 0, team=team).epoch()
-    limited = rank == size - 1
-    if limited:
-        limit(SPARE)
-    session = TrialSession(config_of("large", batch), paths, folder / "large", 1, 0, team=team)
+def main(folder: Path) -> None:
+    paths = make_material(folder, BATCH)
+    TrialSession(config_of("warm", 1), paths, folder / "warm", 1, 0).epoch()
+    limit(SPARE)
+    session = TrialSession(config_of("large", BATCH), paths, folder / "large", 1, 0)
     rows = [session.epoch() for _ in range(3)]
     epochs = " ".join(str(row["epoch"]) for row in rows)
     print(f"epochs {epochs}, {rows[-1]['stopped_by']}, micro-batch {session.micro_batch}")
-    if limited:
-        limit(2**20)
-    row = TrialSession(config_of("none", batch), paths, folder / "none", 1, 0, team=team).epoch()
+    limit(2**20)
+    row = TrialSession(config_of("none", BATCH), paths, folder / "none", 1, 0).epoch()
     print(f"{row['stopped_by']} after {row['epoch']} epochs: {row['reason']}")
 
 
@@ -70,4 +57,4 @@ def limit(spare: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]))

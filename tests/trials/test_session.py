@@ -96,18 +96,3 @@ def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path
     assert trained == "epochs 1 2 3, budget, micro-batch 16"
     assert failed.startswith("error after 0 epochs: out of memory with 16 images in it at a time; lower batch_size (")
     assert "can't allocate memory" in failed
-
-
-def test_what_one_of_several_workers_has_no_memory_for_all_retry_in_smaller_parts(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("out_of_memory.py")
-    commands = [[sys.executable, str(script), str(tmp_path), rank, "2"] for rank in "01"]
-    workers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    said = [worker.communicate(timeout=240) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    for trained, failed in (out.splitlines() for out, _ in said):
-        assert trained == "epochs 1 2 3, budget, micro-batch 16"
-        told = "error after 0 epochs: out of memory on worker 2 of 2 with 16 images in it at a time; lower batch_size ("
-        assert failed.startswith(told)
-        assert "can't allocate memory" in failed

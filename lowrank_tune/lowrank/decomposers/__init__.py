@@ -31,13 +31,9 @@ def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
         dim: D of the features.
 
     Raises:
-        InputError: There is no such family, it takes other parameters, the rank exceeds min(tokens, dim), or ranks
-            are nested in a family without an ordered basis.
+        InputError: There is no such family, it takes other parameters, or the rank exceeds min(tokens, dim).
     """
-    model = _make(config.family, tokens, dim, config.rank, config.family_params, stream(config.seed, "weights"))
-    if config.nested_ranks:
-        model.nest(config.nested_ranks)
-    return model
+    return _make(config.family, tokens, dim, config.rank, config.family_params, stream(config.seed, "weights"))
 
 
 def save_decomposer(model: Decomposer, path: Path) -> None:

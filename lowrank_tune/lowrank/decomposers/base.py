@@ -6,13 +6,14 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.metrics import EXACT
 
 
 class Factors(NamedTuple):
@@ -69,9 +70,7 @@ class Decomposer(nn.Module, ABC):
         self.rank = rank
         self.default_rank = rank
         self.family_params = dict(params)
-        self.loss_ranks: tuple[int, ...] = (rank,)
-        self._seen_R: Tensor | None = None
-        self._whole_R: Tensor | None = None
+        self._loss_weights = {rank: 1.0}
 
     @abstractmethod
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
@@ -88,92 +87,39 @@ class Decomposer(nn.Module, ABC):
 
     def loss(self, x_NTD: Tensor) -> Tensor:
         """Return the scalar that training lowers, averaged over images [N, T, D]."""
-        return self.condensed_loss(*self.condense(x_NTD))
+        return self.precomputed_loss(*self.precompute(x_NTD))
 
-    def condense(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Return all that `condensed_loss` needs of images [N, T, D], one entry an image; by default X itself.
+    def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
+        """Return all that the loss needs of images [N, T, D], one entry an image; by default X itself.
 
         It depends on no weight that training changes, so that training may keep it from epoch to epoch.
         """
         return (x_NTD,)
 
     @abstractmethod
-    def condensed_loss(self, *condensed: Tensor) -> Tensor:
-        """Return `loss` from what `condense` returned.
+    def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
+        """Return `loss` from what `precompute` returned, the mean over its images."""
 
-        A family is free in how: from reconstructions, or from the Gram matrices alone.
-        """
-
-    def nest(self, ranks: Sequence[int]) -> None:
-        """Let `loss` weigh several ranks, so that one training serves them all.
+    def nest(self, optima: Mapping[int, float]) -> None:
+        """Let `loss` be the mean ρ over several ranks, so that one training serves them all.
 
         Args:
-            ranks: Each at most `self.rank`.
+            optima: Each rank, at most `self.rank`, with the share of ‖X‖² that the optimum leaves at it.
 
         Raises:
             InputError: The family's basis is not ordered, or a rank exceeds the model's.
         """
         if not self.ordered:
             raise InputError(f"family {self.family} has no ordered basis to nest ranks in; list the ranks instead")
-        self.loss_ranks = tuple(self.check_rank(rank) for rank in sorted(set(ranks)))
+        self._loss_weights = {self.check_rank(rank): 1 / max(share, EXACT) for rank, share in optima.items()}
 
     def weigh_ranks(self, residual_R: Tensor) -> Tensor:
-        """Return the scalar to lower from the mean residual at each rank 1..R, [R].
+        """Return the scalar to lower from the mean share of ‖X‖² that is left at each rank 1..R, [R].
 
-        Each of `loss_ranks` weighs by the inverse of its residual, so that a percent counts alike at every rank; the
-        value is the residual at the highest of them.
+        Nested ranks weigh by one over their optimum, so that a percent counts alike at every rank.
         """
-        chosen = residual_R[[rank - 1 for rank in self.loss_ranks]]
-        self._seen_R = chosen.detach()
-        whole = self._seen_R if self._whole_R is None else self._whole_R
-        fixed = whole.clamp_min(torch.finfo(chosen.dtype).tiny)
-        loss: Tensor = (chosen * (fixed[-1] / fixed)).mean()
-        return loss
-
-    def backward_in_pieces(
-        self,
-        pieces: Sequence[Callable[[], tuple[Tensor, ...]]],
-        shares: Sequence[float],
-        whole_R: Tensor | None = None,
-    ) -> Tensor:
-        """Gather the gradients of a batch that does not fit into memory at once, or of a part of it.
-
-        Args:
-            pieces: Each gives what `condensed_loss` needs of some of the batch's images; one is in memory at a time.
-            shares: Which part of the batch's images each has.
-            whole_R: The sum of `residual_in_pieces` over all parts of the batch, where the pieces are not all of it.
-
-        Returns:
-            The scalar that `condensed_loss` of the whole batch is, but for rounding, or the part of it that these
-            pieces add; likewise the gradients.
-        """
-        total = torch.zeros(())
-        try:
-            if self.weighs_ranks:
-                # The ranks' weights are of the whole batch: they have to be known before its first piece.
-                self._whole_R = self.residual_in_pieces(pieces, shares) if whole_R is None else whole_R
-            for piece, share in zip(pieces, shares, strict=True):
-                loss = self.condensed_loss(*piece()) * share
-                torch.autograd.backward(loss)
-                total = total.to(loss.device) + loss.detach()
-        finally:
-            self._whole_R = None
-        return total
-
-    @property
-    def weighs_ranks(self) -> bool:
-        """Whether `condensed_loss` has weights in it that are of the whole batch."""
-        return len(self.loss_ranks) > 1
-
-    @torch.no_grad()
-    def residual_in_pieces(self, pieces: Sequence[Callable[[], tuple[Tensor, ...]]], shares: Sequence[float]) -> Tensor:
-        """Return what pieces of a batch add to its mean residual at each of `loss_ranks`."""
-        total_R = torch.zeros(len(self.loss_ranks), device=next(self.parameters()).device)
-        for piece, share in zip(pieces, shares, strict=True):
-            self.condensed_loss(*piece())
-            if self._seen_R is not None:
-                total_R += self._seen_R * share
-        return total_R
+        chosen = residual_R[[rank - 1 for rank in self._loss_weights]]
+        return (chosen * chosen.new_tensor(list(self._loss_weights.values()))).mean()
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
         """Set the weights from training images before the first epoch; by default they stay as drawn.

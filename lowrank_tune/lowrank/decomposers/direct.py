@@ -69,9 +69,9 @@ class Direct(Decomposer):
         b_NRD = self.component_out(functional.gelu(self.component_RH + pooled_N1H)) * scale_N11
         return Factors(a_NTR, b_NRD)
 
-    def condensed_loss(self, *condensed: Tensor) -> Tensor:
+    def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
         """Return the three-term loss of images [N, T, D]."""
-        (x_NTD,) = condensed
+        (x_NTD,) = precomputed
         a_NTR, b_NRD = self(x_NTD)
         return three_term_loss(x_NTD, a_NTR, b_NRD, **self.family_params)
 

@@ -95,18 +95,18 @@ class Refined(Decomposer):
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
     @torch.no_grad()
-    def condense(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
+    def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
         """Return G [N, T, T], its energy and what the filter starts from: no learned weight has a part in them."""
         with torch.autocast(x_NTD.device.type, enabled=False):
             gram_NTT, share_N, dominated_N, _ = self._gram(x_NTD.to(self.start_TW.dtype))
             return gram_NTT, share_N, dominated_N, *self._ritz(gram_NTT, self.rank)
 
-    def condensed_loss(self, *condensed: Tensor) -> Tensor:
-        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from what `condense` returned.
+    def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
+        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from what `precompute` returned.
 
         Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
         """
-        gram_NTT, share_N, dominated_N, *start = condensed
+        gram_NTT, share_N, dominated_N, *start = precomputed
         with torch.autocast(gram_NTT.device.type, enabled=False):
             a_NTR = self._filter(gram_NTT, dominated_N, *start)
             kept_NR = (a_NTR * (gram_NTT @ a_NTR)).sum(-2)

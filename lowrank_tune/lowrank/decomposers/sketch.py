@@ -45,12 +45,12 @@ class Sketch(Decomposer):
         a_NTR = orthonormalise(x_NTD @ self.omega_DR[:, : self.check_rank(rank)])
         return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
-    def condensed_loss(self, *condensed: Tensor) -> Tensor:
+    def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
         """Return 1 − tr(QᵀGQ) / tr G of images [N, T, D] with Q = A and G = XXᵀ, the residual's share of the energy.
 
         tr(QᵀGQ) is taken as ‖QᵀX‖², which for R < T costs less than forming G.
         """
-        (x_NTD,) = condensed
+        (x_NTD,) = precomputed
         _, b_NRD = self(x_NTD)
         energy_N1 = x_NTD.square().sum((-2, -1))[:, None].clamp_min(torch.finfo(x_NTD.dtype).tiny)
         return self.weigh_ranks((1 - b_NRD.square().sum(-1).cumsum(-1) / energy_N1).mean(0))
