@@ -70,8 +70,7 @@ def make_outcome(directory: Path, family: str = "sketch", rank: int = 3, number:
     return TrialOutcome(**{"config": config, "directory": place, "seconds": 2.0, **defaults, **ending})
 
 
-@pytest.fixture
-def features(tmp_path: Path) -> FeatureSet:
+def make_features(tmp_path: Path) -> FeatureSet:
     """Nine images of 12 tokens; each has a photograph but the last test image, whose record names none."""
     x_NTD = torch.randn(9, TOKENS, DIM, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, DIM)
     cache = tmp_path / "cache"
@@ -88,8 +87,7 @@ def features(tmp_path: Path) -> FeatureSet:
     )
 
 
-@pytest.fixture
-def study(tmp_path: Path, features: FeatureSet) -> Study:
+def make_study(tmp_path: Path, features: FeatureSet) -> Study:
     spec = StudySpec.model_validate(
         {
             "name": "small",
@@ -120,6 +118,16 @@ def study(tmp_path: Path, features: FeatureSet) -> Study:
     )
     split = Split(train=(0, 1, 2, 3), validation=(4,), test=TEST)
     return Study(plan, features, split, outcomes, comparison, directory)
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> FeatureSet:
+    return make_features(tmp_path)
+
+
+@pytest.fixture
+def study(tmp_path: Path, features: FeatureSet) -> Study:
+    return make_study(tmp_path, features)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import base64
 import io
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from PIL import Image
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.report import TEST_OPTIMUM, read_history, write_report
+from lowrank_tune.report.report import TEST_OPTIMUM, ReportFiles, read_history, write_report
+from tests.report.conftest import make_features, make_study
 from tests.report.test_tables import FOUND
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -48,30 +49,63 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def report(study):
-    return write_report(study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory)
+@dataclass(frozen=True)
+class Report:
+    """A report with everything that one may have."""
+
+    directory: Path
+    files: ReportFiles
+    told: list[str]
+    page: Page
+    text: str
 
 
-def test_a_report_writes_its_files_and_no_others(study):
-    files = report(study)
-    assert files.html == study.directory / "report.html"
-    assert [path.name for path in files.plots] == [
-        "rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"
-    ]  # fmt: skip
-    assert [path.parent.name for path in files.loss_curves] == ["r003-sketch-0000", "r003-sketch-0001"]
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report")
+    study = make_study(path, make_features(path))
+    first, second = study.outcomes[:2]
+    config = replace(first.config, trial_id="r003-sketch-0000-s1", confirms=first.config.trial_id)
+    repetition = replace(second, config=config, directory=str(study.directory / "trials" / config.trial_id))
+    Path(repetition.directory).mkdir(parents=True)
+    (Path(repetition.directory) / "history.json").write_text((Path(second.directory) / "history.json").read_text())
+    svd, control, trained = study.comparison.rows
+    seeds = {"seeds": 1, "residual_ratio_seed_mean": 1.31, "token_cosine_seed_mean": 0.94}
+    ends = {"token_cosine_minus_svd_low": -0.07, "token_cosine_minus_svd_high": -0.03}
+    point = FrontPoint("sketch", 3, 3, 0.25, first.config.trial_id, on_front=True)
+    comparison = replace(
+        study.comparison,
+        rows=(svd, control, replace(trained, token_cosine_minus_svd=-0.05, **seeds, **ends)),
+        fronts=(Front("search", "rank", "val_mse", "lower", (point,)),),
+        compression=FOUND,
+    )
+    # As the comparison left it; of two images, so that one sees that it was read.
+    measure_optimum(FeatureMatrix(study.features).batches(study.split.test[:2], 2)).save(study.directory / TEST_OPTIMUM)
+    told = []
+    given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory, [repetition])
+    files = write_report(*given, told.append)
+    page = Page(files.html.read_text(encoding="utf-8"))
+    return Report(study.directory, files, told, page, " ".join(" ".join(page.text).split()))
+
+
+def test_a_report_writes_its_files_and_no_others(report):
+    files = report.files
+    assert files.html == report.directory / "report.html"
+    assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"]
+    trials = ["r003-sketch-0000", "r003-sketch-0001", "r003-sketch-0000-s1"]
+    assert [path.parent.name for path in files.loss_curves] == trials
     for path in (*files.plots, *files.loss_curves):
         with Image.open(path) as picture:
             picture.load()
             assert picture.width >= 300
         assert path.stat().st_size < 200_000
-    left = {path.name for path in study.directory.rglob("*") if path.is_file()}
-    assert left == {"study.yaml", "report.html", "history.json", "best_model.safetensors", "loss_curves.png"} | {
-        path.name for path in files.plots
-    }
+    left = {path.name for path in report.directory.rglob("*") if path.is_file()}
+    given = {"study.yaml", "history.json", "best_model.safetensors", TEST_OPTIMUM}
+    assert left == given | {"report.html", "loss_curves.png"} | {path.name for path in files.plots}
 
 
-def test_the_page_is_whole_by_itself(study):
-    page = Page(report(study).html.read_text(encoding="utf-8"))
+def test_the_page_is_whole_by_itself(report):
+    page = report.page
     assert "iframe" not in page.tags
     for link in page.links:
         assert link.startswith(("data:image/png;base64,", "data:,")) or (link.startswith("#") and link[1:] in page.ids)
@@ -85,88 +119,49 @@ def test_the_page_is_whole_by_itself(study):
     assert set(page.cells) == {"col", "row", "rowgroup"}
 
 
-def test_the_page_says_what_matters_and_what_users_write_is_never_markup(study):
-    html = report(study).html.read_text(encoding="utf-8")
-    assert "<script>alert" not in html
-    assert "loss is &lt;nan&gt; in epoch 1" in html
-    text = " ".join(" ".join(Page(html).text).split())
-    assert "random weights: these figures show the pipeline, not the science" in text
-    assert "3 sketch 0.9500 0.9500 1.200 — random_sketch 1.800 20.0 % above the least possible error" in text
-    assert "3 trials trained for 6 epochs in all" in text
-    assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123" in text
-    assert "r003-sketch-0001" in text and "stopped by ASHA" in text
-    assert "failed: loss is <nan> in epoch 1" in text
-    assert "9: 4 train, 1 validate, 4 test" in text
-    assert "name: small # <script>alert(1)</script>" in text
+@pytest.mark.parametrize(
+    "words",
+    [
+        "random weights: these figures show the pipeline, not the science",
+        "3 sketch 0.9500 0.9500 1.200 1.310 random_sketch 1.800 20.0 % above the least possible error; beats every",
+        "3 trials trained for 6 epochs in all",
+        "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123 -0.0500 ± 0.0200 0.9500",
+        "3 sketch ★ -0.0500 ± 0.0200 1 1.310 0.9400",
+        "r003-sketch-0001 1.500 0.9000 2 2 2.0 s stopped by ASHA",
+        "failed: loss is <nan> in epoch 1",
+        "9: 4 train, 1 validate, 4 test",
+        "Of 2 test images.",
+        "int8 of X takes <65> KiB: not beaten by any factors.",
+        "name: small # <script>alert(1)</script>",
+    ],
+)
+def test_the_page_says_what_matters(report, words):
+    assert words in report.text
 
 
-def test_an_image_that_the_split_lacks_is_told_and_costs_nothing_else(study):
-    study.split = replace(study.split, test=study.split.test[:2])
-    files = report(study)
-    assert [path.name for path in files.plots if path.name.startswith("spatial")] == ["spatial-000-r003.png"]
-    assert "report.images: there is no image 3; the test split has 2 images" in files.html.read_text(encoding="utf-8")
+def test_the_page_shows_what_there_is_and_what_users_write_is_never_markup(report):
+    assert {"ranks", "places", "tradeoffs", "compression", "learning", "spectrum", "search"} <= set(report.page.ids)
+    html = report.files.html.read_text(encoding="utf-8")
+    assert "On the front: r003-sketch-0000 at rank 3" in html
+    assert "<script>alert" not in html and "loss is &lt;nan&gt; in epoch 1" in html
 
 
-def test_a_report_without_models_or_histories_shows_the_svd(study):
+def test_what_is_being_written_is_told(report):
+    assert [text.partition(": ")[0] for text in report.told] == ["writing the report"] * 3
+
+
+def test_what_is_missing_is_told_and_costs_nothing_else(study):
     for outcome in study.outcomes[:2]:
         (Path(outcome.directory) / "best_model.safetensors").write_bytes(b"damaged")
         (Path(outcome.directory) / "history.json").unlink()
-    files = report(study)
+    split = replace(study.split, test=study.split.test[:2])
+    files = write_report(study.plan, study.features, split, study.outcomes, study.comparison, study.directory)
     assert files.loss_curves == ()
-    assert [path.name for path in files.plots] == [
-        "rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"
-    ]  # fmt: skip
-
-
-def test_a_second_report_replaces_the_first(study):
-    first = report(study)
-    before = first.html.read_text(encoding="utf-8")
-    assert report(study) == first
-    assert first.html.read_text(encoding="utf-8") == before
-
-
-def test_trade_offs_repetitions_and_bytes_are_shown_where_there_are_any(study):
-    first, second = study.outcomes[:2]
-    config = replace(first.config, trial_id="r003-sketch-0000-s1", confirms=first.config.trial_id)
-    repetition = replace(second, config=config, directory=str(study.directory / "trials" / config.trial_id))
-    Path(repetition.directory).mkdir(parents=True)
-    (Path(repetition.directory) / "history.json").write_text((Path(second.directory) / "history.json").read_text())
-    svd, control, trained = study.comparison.rows
-    seeds = {"seeds": 1, "residual_ratio_seed_mean": 1.31, "token_cosine_seed_mean": 0.94}
-    difference = {
-        "token_cosine_minus_svd": -0.05,
-        "token_cosine_minus_svd_low": -0.07,
-        "token_cosine_minus_svd_high": -0.03,
-    }
-    point = FrontPoint("sketch", 3, 3, 0.25, first.config.trial_id, on_front=True)
-    study.comparison = replace(
-        study.comparison,
-        rows=(svd, control, replace(trained, **seeds, **difference)),
-        fronts=(Front("search", "rank", "val_mse", "lower", (point,)),),
-        compression=FOUND,
-    )
-    files = write_report(
-        study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory, [repetition]
-    )
-    assert files.loss_curves[-1] == Path(repetition.directory) / "loss_curves.png"
+    assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png"]
     html = files.html.read_text(encoding="utf-8")
-    page = Page(html)
-    assert {"tradeoffs", "compression", "learning", "spectrum", "search"} <= set(page.ids)
-    assert "On the front: r003-sketch-0000 at rank 3" in html
-    assert "int8 of X takes &lt;65&gt; KiB: not beaten by any factors." in html
-    text = " ".join(" ".join(page.text).split())
-    assert "sketch ★ 0.9500 ± 0.0100 1.200 1.320 123 -0.0500 ± 0.0200 0.9500" in text
-    assert "3 sketch ★ -0.0500 ± 0.0200 1 1.310 0.9400" in text
-
-
-def test_progress_is_told_and_what_the_comparison_measured_is_not_measured_again(study, monkeypatch):
-    measure_optimum(FeatureMatrix(study.features).batches(study.split.test, 4)).save(study.directory / TEST_OPTIMUM)
-    monkeypatch.setattr("lowrank_tune.report.report.measure_optimum", None)
-    told = []
-    given = (study.plan, study.features, study.split, study.outcomes, study.comparison, study.directory)
-    files = write_report(*given, progress=told.append)
-    assert "Of 4 test images." in files.html.read_text(encoding="utf-8")
-    assert [text.partition(": ")[0] for text in told] == ["writing the report"] * 3
+    assert "report.images: there is no image 3; the test split has 2 images" in html
+    assert "Of 2 test images." in html
+    assert 'id="compression"' not in html and 'id="learning"' not in html
 
 
 def test_epochs_come_in_order_with_their_finite_numbers(tmp_path):
