@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lowrank_tune.report.page import Picture, Section, render_page
 from lowrank_tune.report.spatial import (
     Map,
     Reconstruction,
+    Regions,
     SpatialView,
     check_channels,
     check_images,
@@ -114,35 +115,16 @@ def spatial_section(
     first, *others = (of_image[list(networks).index(shown)] for of_image in views)
     height, width = first.norm_HW.shape
     methods = " and ".join(method.method for method in first.reconstructions)
-    table, notes = None, []
+    notes = []
     if not first.placed:
         notes.append(
             f"{height * width} tokens are no square number, so their places on the image are not known: they are drawn "
             f"row by row on the most nearly square grid, {height} x {width}, no map is laid over the photograph, and "
             "no boxes are drawn."
         )
+    seen, regions = compare_regions(data, scene.split, boxes, shown, networks[shown]) if boxes else (0, {})
     if boxes is not None:
-        seen, regions = compare_regions(data, scene.split, boxes, shown, networks[shown])
-        rows = [
-            (
-                method,
-                f"{own.error_inside:.4g}",
-                f"{own.error_outside:.4g}",
-                f"{own.error_inside / own.error_outside if own.error_outside else math.nan:.2f}",
-                cosine_text(own.cosine_inside),
-                cosine_text(own.cosine_outside),
-            )
-            for method, own in regions.items()
-        ]
-        table = Table(
-            "Inside the boxes and outside",
-            ("method", "error inside", "error outside", "ratio", "token cosine inside", "token cosine outside"),
-            tuple(rows),
-            f"Inside the boxes and outside them, at rank {shown}: root mean squared error and token cosine, means over "
-            f"{count(seen, 'test image')} with boxes.",
-            words=("method",),
-        )
-        lacking = "" if rows else "; no test image here has a box, a photograph and tokens on both sides of it"
+        lacking = "" if seen else "; no test image here has a box, a photograph and tokens on both sides of it"
         notes.append(f"{boxes.note[:1].upper()}{boxes.note[1:]}{lacking}.")
     return Section(
         "places",
@@ -150,10 +132,32 @@ def spatial_section(
         tuple(_spatial_picture(view, plots) for view in (first, *others)),
         lead=f"Each cell is one of {height} x {width} tokens; bright in the error maps is where {methods} "
         f"lose{'s' if len(first.reconstructions) == 1 else ''} most. Maps side by side share one colour scale.",
-        tables=(table,) if table and table.rows else (),
+        tables=(_regions_table(shown, seen, regions),) if seen else (),
         notes=tuple(notes),
         places=places_json(views, boxes.note if boxes else ""),
         rank=shown,
+    )
+
+
+def _regions_table(rank: int, images: int, regions: Mapping[str, Regions]) -> Table:
+    rows = [
+        (
+            method,
+            f"{own.error_inside:.4g}",
+            f"{own.error_outside:.4g}",
+            f"{own.error_inside / own.error_outside if own.error_outside else math.nan:.2f}",
+            cosine_text(own.cosine_inside),
+            cosine_text(own.cosine_outside),
+        )
+        for method, own in regions.items()
+    ]
+    return Table(
+        "Inside the boxes and outside",
+        ("method", "error inside", "error outside", "ratio", "token cosine inside", "token cosine outside"),
+        tuple(rows),
+        f"Inside the boxes and outside them, at rank {rank}: root mean squared error and token cosine, means over "
+        f"{count(images, 'test image')} with boxes.",
+        words=("method",),
     )
 
 

@@ -103,21 +103,22 @@ def write_report(
     further = [*_learning(trials, repeats), search, *_storage(comparison, spectrum)]
     progress("writing the report: the page")
     found = choices(comparison, outcomes, spectrum.rank_for if spectrum else lambda cosine: None)
-    verdict, repeated = verdict_table(comparison), [row for row in comparison.rows if row.seeds]
     standing = {row.trial_id for row in comparison.rows}
     html = render_page(
         "report.html.j2",
         title=f"Study {plan.spec.name}",
         subtitle=f"{plan.study_id}: {comparison.data}" if comparison.data else plan.study_id,
-        verdict=verdict if verdict.rows else None,
+        objective=plan.spec.objective,
+        features=features,
+        split=split,
+        comparison=comparison,
+        verdict=verdict_table(comparison),
         choice=rank_sentence(found),
-        choices=choices_table(found, features) if found else None,
+        choices=choices_table(found, features),
         training=training_sentence(outcomes) if outcomes else "",
-        remarks=comparison.remarks,
-        facts=_facts(plan, features, split),
         cost=study_cost(directory, features, outcomes, confirmations),
         methods=methods_table(comparison),
-        repeated=trained_table(comparison) if repeated else None,
+        trained=trained_table(comparison),
         notes=[(name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)],
         first=first,
         further=further,
@@ -184,18 +185,6 @@ def _storage(comparison: Comparison, spectrum: Spectrum | None) -> list[Section]
         ranks = sorted({row.rank for row in comparison.rows})
         sections.append(Section("spectrum", "Spectrum", (spectrum_picture(spectrum, ranks),)))
     return sections
-
-
-def _facts(plan: Plan, features: FeatureSet, split: Split) -> list[tuple[str, str]]:
-    unusable = f", {features.quarantined} unusable" if features.quarantined else ""
-    use = f"{len(split.train)} train, {len(split.validation)} validate, {len(split.test)} test"
-    return [
-        ("Features", f"[{features.tokens}, {features.dim}] an image, stored as {features.dtype}"),
-        ("Encoder", f"{features.encoder}, {features.weights} weights"),
-        ("Images", f"{len(features.rows)}{unusable}: {use}"),
-        ("Objective", plan.spec.objective),
-        ("Feature cache", features.fingerprint),
-    ]
 
 
 def _study_file(directory: Path) -> str:

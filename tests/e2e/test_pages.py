@@ -47,6 +47,7 @@ def test_the_report_draws_every_chart_without_a_complaint(report: Chrome) -> Non
     resize(report, 1280)
     for name in CHARTS:
         wait(report, lambda page, name=name: drawn(page, name), f"the chart {name}")  # type: ignore[misc]
+    report.execute_script("document.querySelector('.places').scrollIntoView()")
     wait(report, lambda page: len(page.find_elements(By.CSS_SELECTOR, "[data-panel] svg.main-svg")) >= 8, "the maps")
     images = report.execute_script("return [...document.images].filter((i) => i.src && !i.naturalWidth).length")
     assert images == 0
@@ -78,11 +79,12 @@ def test_the_choosers_show_another_image_rank_and_channel(report: Chrome) -> Non
     assert complaints(report) == []
 
 
-def test_a_keyboard_reaches_links_choosers_and_tables(report: Chrome) -> None:
+def test_a_keyboard_reaches_links_choosers_and_tables(report: Chrome, ran: Ran) -> None:
     resize(report, 1280)
     report.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
     reached: set[tuple[str, str]] = set()
-    wanted = {("select", name) for name in ("image", "rank", "channel")} | {("div", "Comparison table"), ("a", "")}
+    table = f"Rank x method: {ran.result.comparison.data}"
+    wanted = {("select", name) for name in ("image", "rank", "channel")} | {("div", table), ("a", "")}
     for _ in range(250):
         if wanted <= reached:
             break

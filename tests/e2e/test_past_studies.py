@@ -130,7 +130,7 @@ def test_what_cannot_be_written_to_is_compared_and_otherwise_refused_in_words(
         raise OSError(errno.EROFS, "Read-only file system")
 
     # Root may write anywhere, so the refusal is put where the pages are written.
-    monkeypatch.setattr("lowrank_tune.report.report.write_whole", refuse)
+    monkeypatch.setattr("lowrank_tune.report.curves.write_whole", refuse)
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     where = [ran.result.study_id, "--results", str(moved)]
     assert run(["compare", *where]) == 0
