@@ -28,3 +28,11 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist one process has every file that looks at the one big study; each other file stays whole."""
+    shared = {item.path for item in items if "ran" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("study" if item.path in shared else str(item.path)))

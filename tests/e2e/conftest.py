@@ -1,11 +1,12 @@
 """One real study, run once: photographs, the tiny tower, Ray Data, Ray Tune, Optuna and MLflow."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowrank_tune import run_study
 from lowrank_tune.study import StudyProgress, StudyResult
@@ -72,17 +73,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ran:
     return Ran(home / "results", study_file, result, witness)
 
 
-@pytest.fixture
-def write_study(tmp_path: Path) -> Callable[..., Path]:
-    """Write the small study with some of its lines replaced."""
+@pytest.fixture(scope="module")
+def no_report() -> Iterator[None]:
+    """Studies without their report, which takes longer than a tiny study and is looked at elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowrank_tune.study.write_report", lambda *_: None)
+        yield
 
-    def write(**replacements: str) -> Path:
-        text = STUDY
-        for key, value in replacements.items():
-            lines = [f"{key}: {value}" if line.startswith(f"{key}:") else line for line in text.splitlines()]
-            text = "\n".join(lines) + "\n"
-        path = tmp_path / "study.yaml"
-        path.write_text(text)
-        return path
 
-    return write
+def write_tensors(directory: Path, count: int, tokens: int = 8, dim: int = 16) -> None:
+    """Ready features, `features_N.pt`."""
+    directory.mkdir()
+    for number in range(count):
+        x_TD = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(number))
+        torch.save(x_TD, directory / f"features_{number}.pt")

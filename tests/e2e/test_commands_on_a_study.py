@@ -1,16 +1,13 @@
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lowrank_tune.cli import run
-from tests.e2e.conftest import STUDY, Ran
+from tests.e2e.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -120,20 +117,3 @@ def test_a_ray_that_nobody_started_is_told_at_once(ran: Ran) -> None:
     assert done.returncode == 1
     assert "127.0.0.1:1" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_sigterm_stops_a_study_as_an_interruption_does(tmp_path: Path) -> None:
-    study = tmp_path / "long.yaml"
-    study.write_text(STUDY.replace("epochs: 3, patience: 2", "epochs: 5000, patience: 5000"))
-    command = [sys.executable, "-m", "lowrank_tune", "run", str(study), "--results", str(tmp_path / "results")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        for line in process.stderr or ():
-            if "training" in line:
-                break
-        time.sleep(2)
-        process.send_signal(signal.SIGTERM)
-        told = process.stderr.read() if process.stderr else ""
-    assert process.returncode == 130
-    (status,) = (tmp_path / "results" / "studies").glob("*/status.json")
-    assert f"go on with: lowrank-tune resume {status.parent.name} --results {tmp_path / 'results'}" in told
-    assert json.loads(status.read_text())["state"] == "stopped"

@@ -17,18 +17,22 @@ from tests.e2e.conftest import Ran
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture
-def moved(ran: Ran, tmp_path: Path) -> Path:
-    """The results in another place, as a copy from a cluster's storage would be."""
-    results = tmp_path / "elsewhere"
+def copied(ran: Ran, results: Path) -> Path:
     shutil.copytree(ran.result.directory, results / "studies" / ran.result.study_id)
     shutil.copytree(ran.result.features.directory, results / "features" / ran.result.features.fingerprint)
     return results
 
 
 @pytest.fixture
-def stopped(moved: Path, ran: Ran) -> Path:
+def moved(ran: Ran, tmp_path: Path) -> Path:
+    """The results in another place, as a copy from a cluster's storage would be."""
+    return copied(ran, tmp_path / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def stopped(ran: Ran, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, stopped in the middle: no comparison, half of the trials, one of them cut off after an epoch."""
+    moved = copied(ran, tmp_path_factory.mktemp("stopped") / "results")
     directory = moved / "studies" / ran.result.study_id
     for name in ("comparison.json", "per_image.parquet", "pareto.json", "compression.json", "report.html"):
         (directory / name).unlink()

@@ -1,6 +1,7 @@
 """A refused command changes nothing: not a byte of the study, its status, its caches or MLflow's database."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,15 @@ import pytest
 import torch
 from pytest import CaptureFixture, MonkeyPatch
 
-from lowrank_tune import run_study
+from lowrank_tune import resume_study, run_study
 from lowrank_tune.cli import run
+from lowrank_tune.cluster.study_dir import claimed, read_status
 from lowrank_tune.config.loading import load_study
+from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from tests.e2e.conftest import Witness, write_tensors
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("ray_cluster", "no_report")
 
 STUDY = """\
 name: here
@@ -33,16 +38,12 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path, self.results, self.tensors = path, path / "results", path / "in"
-        self.tensors.mkdir()
-        for number in range(9):
-            torch.save(torch.randn(8, 16, generator=torch.Generator().manual_seed(number)), self.tensor(number))
+        self.first = self.tensors / "features_0.pt"
+        write_tensors(self.tensors, 9)
         self.file = path / "here.yaml"
         self.file.write_text(STUDY)
-        self.study_id = run_study(self.file, results=self.results).study_id
-        self.directory = self.results / "studies" / self.study_id
-
-    def tensor(self, number: int) -> Path:
-        return self.tensors / f"features_{number}.pt"
+        self.result = run_study(self.file, results=self.results)
+        self.study_id, self.directory = self.result.study_id, self.result.directory
 
     def bytes(self) -> dict[str, str]:
         files = sorted(path for path in self.results.rglob("*") if path.is_file())
@@ -50,7 +51,7 @@ class Home:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Home:
+def home(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, no_report: None) -> Home:
     path, before = tmp_path_factory.mktemp("home"), Path.cwd()
     os.chdir(path)
     try:
@@ -69,18 +70,18 @@ def elsewhere(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
 @pytest.fixture(params=["gone", "others", "relative"])
 def spoilt(request: pytest.FixtureRequest, home: Home) -> Iterator[str]:
     """The study with its tensors gone, one of them replaced, or its path relative, as an older version left it."""
-    resolved, first = home.directory / "study.resolved.yaml", home.tensor(0).read_bytes()
+    resolved, first = home.directory / "study.resolved.yaml", home.first.read_bytes()
     text = resolved.read_text()
     if request.param == "gone":
         home.tensors.rename(home.path / "away")
     elif request.param == "others":
-        torch.save(torch.ones(8, 16), home.tensor(0))
+        torch.save(torch.ones(8, 16), home.first)
     else:
         resolved.write_text(text.replace(str(home.tensors), "in"))
     yield request.param
     if request.param == "gone":
         (home.path / "away").rename(home.tensors)
-    home.tensor(0).write_bytes(first)
+    home.first.write_bytes(first)
     resolved.write_text(text)
 
 
@@ -110,24 +111,45 @@ def test_a_finished_study_stays_so_when_its_images_are_not_there(
         assert SAID[spoilt] in refused(home, capsys, "clone", home.study_id)
 
 
-def test_an_older_study_goes_on_where_it_was_started(home: Home, monkeypatch: MonkeyPatch) -> None:
-    resolved = home.directory / "study.resolved.yaml"
+def test_an_older_study_goes_on_where_it_was_started_and_does_no_work_again(
+    home: Home, monkeypatch: MonkeyPatch
+) -> None:
+    resolved, witness = home.directory / "study.resolved.yaml", Witness()
     text = resolved.read_text()
     resolved.write_text(text.replace(str(home.tensors), "in"))
     monkeypatch.chdir(home.path)
     try:
-        assert run(["resume", home.study_id, "--results", str(home.results)]) == 0
+        again = resume_study(home.study_id, results=home.results, progress=witness)
     finally:
         resolved.write_text(text)
+    assert witness.ended == []
+    assert again.outcomes == home.result.outcomes
 
 
-def test_relative_paths_are_made_absolute_when_a_study_is_created(home: Home, elsewhere: Path) -> None:
+def test_a_clone_from_another_directory_records_its_parent_and_what_mlflow_was_not_told(
+    home: Home, elsewhere: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
     assert (home.directory / "study.yaml").read_text() == STUDY
-    assert load_study(home.directory / "study.resolved.yaml").features.source.tensors == str(home.tensors)
-    studies = set((home.results / "studies").iterdir())
+    source = load_study(home.directory / "study.resolved.yaml").features.source
+    assert source == TensorSource(tensors=str(home.tensors))
+    monkeypatch.setattr(StudyTracker, "problems", ("1 record could not be delivered",))
+    before = set((home.results / "studies").iterdir())
+    capsys.readouterr()
     assert run(["clone", home.study_id, "--set", "search.trials=1", "--results", str(home.results)]) == 0
-    (clone,) = set((home.results / "studies").iterdir()) - studies
-    assert len(list(clone.glob("trials/*/outcome.json"))) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "not in MLflow: 1 record could not be delivered"
+    (clone,) = set((home.results / "studies").iterdir()) - before
+    record = json.loads((clone / "plan.json").read_text())
+    assert record["parent"] == home.study_id
+    assert record["difference"] == {"search.trials": [2, 1]}
+    status = read_status(clone)
+    assert (status["parent"], status["untracked"]) == (home.study_id, ["1 record could not be delivered"])
+    assert (status["state"], status["progress"]["done"]) == ("finished", 1)
+
+
+@pytest.mark.parametrize("command", ["resume", "extend", "reconcile"])
+def test_two_processes_never_work_on_one_study(home: Home, command: str, capsys: CaptureFixture[str]) -> None:
+    with claimed(home.directory):
+        assert "works on it; `lowrank-tune stop" in refused(home, capsys, command, home.study_id)
 
 
 @pytest.mark.parametrize(

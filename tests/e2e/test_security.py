@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_tune.cli import run
-from lowrank_tune.cluster.study_dir import create_study, find_study
+from lowrank_tune.cluster.study_dir import find_study
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.errors import InputError, StudyFileError, TrackingError
 from lowrank_tune.features.remote import find_cache
@@ -50,17 +50,6 @@ def test_a_study_file_is_only_read(tmp_path: Path) -> None:
     with pytest.raises(StudyFileError):
         parse_study(STUDY.format(name="x") + f"seed: {call}\n", "study.yaml")
     assert not trap.exists()
-
-
-def test_ten_studies_that_begin_in_one_second_are_told_apart(tmp_path: Path) -> None:
-    spec = parse_study(STUDY.format(name="same"), "study.yaml")
-    plans = []
-    for _ in range(10):
-        plan = plan_study(spec, tmp_path)
-        create_study(plan, "")
-        plans.append(plan)
-    assert len({plan.study_id for plan in plans}) == len({plan.study_dir for plan in plans}) == 10
-    assert {plan.study_dir.parent for plan in plans} == {tmp_path / "studies"}
 
 
 def test_the_address_of_a_ray_that_does_not_answer_shows_no_password() -> None:

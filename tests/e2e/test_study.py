@@ -172,7 +172,7 @@ def test_optuna_opens_the_study(ran: Ran) -> None:
     assert states.count(optuna.trial.TrialState.COMPLETE) == len(states) - pruned == 8 - pruned
 
 
-def test_second_run_extracts_nothing_and_gives_the_same_numbers(ran: Ran) -> None:
+def test_second_run_extracts_nothing_and_gives_the_same_numbers(ran: Ran, no_report: None) -> None:
     witness = Witness()
     second = ran.again(progress=witness)
     assert witness.image_calls == [(30, 30)]

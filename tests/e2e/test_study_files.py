@@ -20,7 +20,7 @@ Run = Callable[..., StudyResult]
 
 
 @pytest.fixture(scope="module")
-def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(ray_cluster: None, no_report: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a study file; all in one results directory, so that one extraction serves them."""
     results = tmp_path_factory.mktemp("results")
 
