@@ -1,8 +1,6 @@
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 
@@ -42,19 +40,11 @@ def test_doctor_looks_at_everything_and_finds_it_sound(ran: Ran, capsys: pytest.
     assert checks.keys() == {"python", "device", "results", "tracking", "features", "encoder"}
     assert f"[16, {ran.result.features.dim}]" in checks["encoder"]["finding"]
     assert re.search(r"in \[-?[\d.]+, [\d.]+\], \d+\.\d\d s", checks["encoder"]["finding"])
-    assert "0 images are left to extract: about 0:00:00 with one such worker on" in checks["encoder"]["finding"]
     assert "30 cached" in checks["features"]["finding"]
     assert ran.result.features.directory in checks["features"]["finding"]
-
-
-def test_doctor_estimates_what_is_left(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--set", "features.source={samples: 60}"]
-    code, out = printed(capsys, ran, "doctor", str(ran.study_file), "--json", *more)
+    _, out = printed(capsys, ran, "doctor", str(ran.study_file), "--json", "--set", "features.source={samples: 60}")
     finding = {check["name"]: check for check in json.loads(out)}["encoder"]["finding"]
-    assert code == 0
-    left, hours, minutes, seconds = re.search(r"(\d+) images are left .*about (\d+):(\d+):(\d+) with", finding).groups()
-    assert 30 <= int(left) <= 60
-    assert int(hours) * 3600 + int(minutes) * 60 + int(seconds) > 0
+    assert re.search(r"\b[345]\d images are left .*about \d+:\d\d:\d\d with", finding)
 
 
 def test_doctor_fails_on_images_that_are_not_there(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,28 +53,16 @@ def test_doctor_fails_on_images_that_are_not_there(ran: Ran, capsys: pytest.Capt
     assert "nowhere: no such directory" in out
 
 
-def test_features_are_listed_shown_and_verified(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
-    name = ran.result.features.fingerprint
-    _, out = printed(capsys, ran, "features", "ls", "--json")
-    assert [cache["fingerprint"] for cache in json.loads(out)] == [name]
-    _, out = printed(capsys, ran, "features", "show", name[:6], "--json")
-    assert json.loads(out)["images"] == 30
-    code, out = printed(capsys, ran, "features", "verify", name, "--full", "--json")
-    assert (code, json.loads(out)["problems"]) == (0, [])
-    assert printed(capsys, ran, "features", "show", "none-such")[0] == 2
-
-
-def test_verify_names_a_flipped_bit(ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
+def test_verify_finds_a_cache_sound_and_names_the_shard_of_a_flipped_bit(
+    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = Path(ran.result.features.directory)
-    copy = tmp_path / "features" / source.name
-    shutil.copytree(source, copy)
-    shard = next((copy / "shards").iterdir())
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    capsys.readouterr()
+    code, out = printed(capsys, ran, "features", "verify", source.name, "--full", "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+    shutil.copytree(source, tmp_path / "features" / source.name)
+    shard = next((tmp_path / "features" / source.name / "shards").iterdir())
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert run(["features", "verify", source.name, "--full", "--results", str(tmp_path)]) == 1
     assert shard.name in capsys.readouterr().out
 
@@ -96,11 +74,6 @@ def test_trial_and_extract_print_pure_json(ran: Ran, capsys: pytest.CaptureFixtu
     assert (code, json.loads(out)["images"]) == (0, 30)
 
 
-def test_rank_above_the_features_own_exits_2(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _ = printed(capsys, ran, "run", str(ran.study_file), "--set", "search.space.rank=17")
-    assert code == 2
-
-
 def test_no_secret_of_an_address_is_printed_or_kept(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for key in ("uri", "urri"):
@@ -109,11 +82,3 @@ def test_no_secret_of_an_address_is_printed_or_kept(ran: Ran, capsys: pytest.Cap
     printed_all = "".join(capsys.readouterr())
     assert "MLFLOW_TRACKING_PASSWORD" in printed_all
     assert "s3cret" not in printed_all
-
-
-def test_a_ray_that_nobody_started_is_told_at_once(ran: Ran) -> None:
-    command = [sys.executable, "-m", "lowrank_tune", "run", str(ran.study_file), "--results", str(ran.results)]
-    done = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "127.0.0.1:1" in done.stderr
-    assert "Traceback" not in done.stderr

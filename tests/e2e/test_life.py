@@ -39,7 +39,7 @@ search:
     batch_size: 4
     families: {{direct: , sketch: }}
 training: {{epochs: 4, patience: 4}}
-scheduler: {{kind: asha, grace_epochs: 2, reduction_factor: 2}}
+scheduler: {{kind: asha, grace_epochs: 3, reduction_factor: 2}}
 resources: {{max_concurrent: 1}}
 report: {{images: [0], channels: 1, confirm_seeds: 0}}
 """
