@@ -16,7 +16,7 @@ from lowrank_tune.report.spatial import check_images
 from lowrank_tune.trials.outcomes import check_same_images
 
 
-def check_data(spec: StudySpec) -> None:
+def check_data(spec: StudySpec, *, trains: bool = True) -> None:
     """Refuse what a study's data cannot give: a source, ranks, a split, images to draw; nothing is read but its list.
 
     Some of the images may prove broken or equal later, so that those that are left are too few after all.
@@ -25,8 +25,9 @@ def check_data(spec: StudySpec) -> None:
     nowhere = Path()  # only samples, and features themselves, are written into a cache
     listed = source.samples if isinstance(source, SampleSource) else len(read_records(source, nowhere, 0).paths)
     check_ranks(spec, *probe_shape(spec.features, nowhere, spec.seed))
-    split = split_images([str(image) for image in range(listed)], spec.split, spec.seed)
-    check_images(spec.report.images, len(split.test))
+    if trains:
+        split = split_images([str(image) for image in range(listed)], spec.split, spec.seed)
+        check_images(spec.report.images, len(split.test))
 
 
 def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:

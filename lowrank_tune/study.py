@@ -216,7 +216,8 @@ def extract_study(
     progress: StudyProgress | None = None,
 ) -> FeatureSet:
     """Extract the features that a study's cache still lacks, and train nothing."""
-    return _extract(plan_study(_spec_of(study, overrides), results), progress or StudyProgress(), address)
+    plan = plan_study(_spec_of(study, overrides), results, trains=False)
+    return _extract(plan, progress or StudyProgress(), address)
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
@@ -247,7 +248,7 @@ def device_of(spec: StudySpec) -> str:
     return "cuda" if spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
 
 
-def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "") -> Plan:
+def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", *, trains: bool = True) -> Plan:
     """Plan a new study that its data allow, with absolute paths and a free folder; only its results directory is made.
 
     Raises:
@@ -255,7 +256,7 @@ def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "") 
     """
     spec, started = anchored(spec), datetime.now(UTC)
     home = results_path(results)
-    check_data(spec)
+    check_data(spec, trains=trains)
     plan = make_plan(spec, home, started)
     while not study_id and plan.study_dir.exists():
         started += timedelta(seconds=1)
