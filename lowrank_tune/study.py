@@ -50,7 +50,7 @@ from lowrank_tune.report.report import write_report
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.tracking.store import local_uri
+from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
 from lowrank_tune.trials.trial import run_one_trial
 from lowrank_tune.trials.tuning import confirm_trials, run_trials, taking_part, trials_that_fit, widen_journal
@@ -281,7 +281,8 @@ def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[
 
 
 def _repair_tracking(plan: Plan) -> dict[str, Any]:
-    # It imports MLflow, which takes seconds.
+    # It imports MLflow, which takes seconds and reads its settings then.
+    set_mlflow_defaults()
     from lowrank_tune.tracking.sync import reconcile
 
     finished = (plan.study_dir / "comparison.json").is_file()
