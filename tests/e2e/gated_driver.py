@@ -1,6 +1,6 @@
 """A study's driver that halts at the second epoch of a trial, until it is killed or gets a signal.
 
-python -m tests.e2e.gated_driver run|resume FILE|ID RESULTS TRIAL REACHED
+python -m tests.e2e.gated_driver run|resume FILE|ID RESULTS TRIAL REACHED ADDRESS
 """
 
 import select
@@ -14,7 +14,7 @@ from lowrank_tune import resume_study, run_study
 from lowrank_tune.cli import INTERRUPTED
 from lowrank_tune.records import StudyProgress
 
-command, study, results, trial, reached = sys.argv[1:]
+command, study, results, trial, reached, address = sys.argv[1:]
 arrived, woken = socket.socketpair()
 woken.setblocking(False)
 signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
@@ -31,6 +31,6 @@ class Gate(StudyProgress):
 
 
 try:
-    {"run": run_study, "resume": resume_study}[command](study, results=results, progress=Gate())
+    {"run": run_study, "resume": resume_study}[command](study, results=results, address=address, progress=Gate())
 except KeyboardInterrupt:
     sys.exit(INTERRUPTED)

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+import ray
 from mlflow import MlflowClient
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -61,13 +62,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def halted(home: Path) -> Callable[..., Any]:
+def halted(home: Path, ray_cluster: None) -> Callable[..., Any]:
     """A driver that has halted in the middle of a trial, and the study's folder."""
 
     @contextmanager
     def drive(command: str, study: str, trial: int) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         reached = home / f"reached-{trial}"
-        arguments = [command, study, home / "results", trial, reached]
+        address = ray.get_runtime_context().gcs_address
+        arguments = [command, study, home / "results", trial, reached, address]
         words = [sys.executable, "-m", "tests.e2e.gated_driver", *map(str, arguments)]
         root = Path(__file__).parents[2]
         with subprocess.Popen(words, cwd=root, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
