@@ -45,12 +45,9 @@ def tree(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_directory_is_searched_recursively_for_images_only(tree):
+def test_a_directory_is_searched_for_images_and_a_glob_takes_what_it_matches_here(tree, monkeypatch):
     found = [str(path.relative_to(tree)) for path in records_of({"images": str(tree)}).paths]
     assert found == ["a/2.PNG", "a/deep/1.webp", "b.jpg"]
-
-
-def test_a_glob_is_relative_to_the_working_directory(tree, monkeypatch):
     monkeypatch.chdir(tree.parent)
     assert records_of({"images": "photos/**/*.PNG"}).paths == (tree / "a/2.PNG",)
     assert [path.name for path in records_of({"images": "photos/*"}).paths] == ["b.jpg", "notes.txt"]
@@ -122,13 +119,10 @@ def test_no_column_is_lost_to_another_of_its_name(tmp_path):
     assert [value for name, value in found.items() if name.startswith("source_")] == [1, 2, 3]
 
 
-def test_a_column_without_a_common_type_is_kept_as_json_text(tmp_path):
+def test_mixed_values_become_json_text_and_numbers_as_file_names_stay_text(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"image": "1.jpg", "answer": 3}\n{"image": "2.jpg", "answer": ["three"]}\n{"image": "3.jpg"}\n')
     assert records_of({"manifest": str(path)}).columns["answer"].to_pylist() == ["3", '["three"]', None]
-
-
-def test_numbers_as_file_names_stay_text_in_csv(tmp_path):
     (tmp_path / "data.csv").write_text("image,score\n0001,1.5\n0002,2\n")
     assert [path.name for path in records_of({"manifest": str(tmp_path / "data.csv")}).paths] == ["0001", "0002"]
 
@@ -161,12 +155,20 @@ def test_an_unreadable_manifest_says_what_is_wrong(tmp_path, name, content, mess
     assert name in str(error.value)
 
 
-def test_a_missing_manifest_and_a_missing_root_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"manifest": "annotation.json"}, r"no such file.*did you mean annotations\.json"),
+        ({"manifest": "annotations.json", "root": "gone"}, r"gone: no such directory; correct features\.source\.root"),
+        ({"tensors": "gone"}, "no such directory"),
+        ({"tensors": "."}, "no file named features_N.pt"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "annotations.json").write_text('[{"image": "1.jpg"}]')
-    with pytest.raises(InputError, match=r"no such file.*did you mean annotations\.json"):
-        records_of({"manifest": str(tmp_path / "annotation.json")})
-    with pytest.raises(InputError, match=r"gone: no such directory; correct features\.source\.root"):
-        records_of({"manifest": str(tmp_path / "annotations.json"), "root": str(tmp_path / "gone")})
+    with pytest.raises(InputError, match=message):
+        records_of(source)
 
 
 def test_tensor_files_are_sorted_by_number(tmp_path):
@@ -176,12 +178,6 @@ def test_tensor_files_are_sorted_by_number(tmp_path):
     records = records_of({"tensors": str(tmp_path)})
     assert [path.name for path in records.paths] == [f"features_{number}.pt" for number in (2, 9, 10, 100)]
     assert records.columns["number"].to_pylist() == [2, 9, 10, 100]
-
-
-@pytest.mark.parametrize(("name", "message"), [("gone", "no such directory"), ("", "no file named features_N.pt")])
-def test_a_directory_without_tensors_is_named(tmp_path, name, message):
-    with pytest.raises(InputError, match=message):
-        records_of({"tensors": str(tmp_path / name)})
 
 
 def digests(records):
