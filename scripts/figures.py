@@ -1,6 +1,7 @@
 """Prints how large the package is and how finely it is cut; nothing fails on these figures: they are there to be seen.
 
-A private helper called once is a function or method `_name` that the package mentions in one place beside its definition.
+A private helper called once is a function or method `_name` that the package mentions in one place beside its
+definition.
 A code line holds more than a comment or a docstring.
 """
 
@@ -11,7 +12,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def docstring(node: ast.AST) -> ast.Constant | None:
@@ -60,9 +60,8 @@ def main() -> None:
     print(f"package     {sum(lines.values()):,} lines in {sum(1 for count in lines.values() if count)} files")
     print(f"longest     {longest} with {lines[longest]} lines; {function} with {functions[function]}")
     print(f"above 400   {', '.join(f'{name} {count}' for name, count in lines.items() if count > 400) or 'none'}")
-    print(
-        f"helpers     {len(once)} of {len(functions)} functions are private and called once: {len(once) / len(functions):.0%}"
-    )
+    share = len(once) / len(functions)
+    print(f"helpers     {len(once)} of {len(functions)} functions are private and called once: {share:.0%}")
     print(f"docstrings  {words / code:.2f} words a code line ({code:,} code lines)")
     print(f"tests       {sum(tests):,} lines in {len(tests)} files")
 
