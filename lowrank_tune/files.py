@@ -25,9 +25,9 @@ def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = 
     """Give `path` its content in one step: a reader sees the old file or the new one, never a part.
 
     `write` gets the path of a temporary neighbour with the same suffix; nothing is left of it after an error. A
-    `durable` file outlives the machine's own death, too, which costs an fsync of the file and one of its folder.
+    `durable` file outlives the machine's own death, too, which costs an fsync of the file and one of its folder. The
+    folder must be there: one that is made here would hide that its mount has gone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     try:
         write(temporary)

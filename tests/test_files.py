@@ -8,7 +8,7 @@ from lowrank_tune.files import read_json, write_json, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
-    target = tmp_path / "deep" / "file.txt"
+    target = tmp_path / "file.txt"
     write_whole(target, lambda path: path.write_text("old"))
 
     def fail(path: Path) -> None:
@@ -18,7 +18,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     with pytest.raises(RuntimeError, match="disk full"):
         write_whole(target, fail)
     assert target.read_text() == "old"
-    assert list(target.parent.iterdir()) == [target]
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "gone" / "file.txt", lambda path: path.write_text("new"))
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import ray
-import ray.data
-import torch
 from filelock import Timeout
 
 from lowrank_tune.config.schema import FeaturesSpec, TensorSource
@@ -54,6 +51,10 @@ from lowrank_tune.features.sources import (
     write_record_table,
 )
 from lowrank_tune.records import FeatureSet
+
+if TYPE_CHECKING:
+    import ray.data
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -390,6 +391,8 @@ def find_pool(
     Raises:
         InputError: the cluster has not what the study file asks for.
     """
+    import ray
+
     nodes = [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     if isinstance(spec.source, TensorSource):  # nothing is encoded, so GPUs do not matter
         nodes = [Node(node.cpus, 0) for node in nodes]
@@ -540,6 +543,8 @@ def run_extraction(
 
 def _plan(extraction: Extraction, plans: Sequence[ShardPlan], pool: Pool) -> ray.data.Dataset:
     """The dataset whose rows are the shards' results: reading and decoding on CPUs, then the encoders."""
+    import ray.data
+
     rows = [{"plan": plan.dump()} for plan in plans]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     if extraction.encoding is None:
@@ -576,7 +581,9 @@ class ShardEncoder:
     """
 
     def __init__(self, extraction: Extraction, pool: Pool) -> None:
-        # transformers takes seconds to import, which the driver need not spend.
+        # Both take seconds to import, which the driver need not spend.
+        import torch
+
         from lowrank_tune.features.encoder import Encoder
 
         torch.set_num_threads(pool.threads)
@@ -612,6 +619,8 @@ class ShardEncoder:
         return {"result": [result.dump()]}
 
     def _make(self, result: ShardResult, keys: list[str], pixels_NHWC: npt.NDArray[np.uint8]) -> ShardResult:
+        import torch
+
         store_dtype = self.extraction.identity["store_dtype"]
         encoded = self.encoder.start(pixels_NHWC, getattr(torch, store_dtype)).wait()
         quarantined = list(result.quarantined)
@@ -634,6 +643,8 @@ def _device(pool: Pool) -> str:
     Raises:
         InputError: Ray gave it a GPU that torch does not see.
     """
+    import torch
+
     if not pool.gpus_each:
         return "cpu"
     if not torch.cuda.is_available():
@@ -687,6 +698,8 @@ def _commit(
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
     """No progress bars, plans and statistics on the terminal, Ray's own log files keep them; and no endless waiting."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     quiet = {
         "enable_progress_bars": False,

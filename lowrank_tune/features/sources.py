@@ -213,6 +213,7 @@ def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[
             continue
         path = parent / f"seed-{seed}" / f"{len(crops):04d}-{place}.png"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
             crop.save(buffer, "PNG", compress_level=1)
             write_durably(path, buffer.getvalue())
@@ -331,6 +332,7 @@ def write_record_table(
     data = sink.getvalue().to_pybytes()
     path = directory / SOURCES / f"{checksum(data)}.parquet"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)  # a copy from an object store has no empty folders
         write_durably(path, data)
     return path
 

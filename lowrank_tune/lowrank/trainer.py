@@ -161,6 +161,7 @@ class Trainer:
 
         Each file is replaced as a whole.
         """
+        directory.mkdir(parents=True, exist_ok=True)
         if self.best_epoch > self._saved_epoch:
             save_decomposer(self.best_model, directory / "best_model.safetensors")
             self._saved_epoch = self.best_epoch

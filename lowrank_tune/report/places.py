@@ -100,6 +100,7 @@ def spatial_section(
         InputError: the test split has no such image, or the features no such rank or channel.
         CacheError: features cannot be read.
     """
+    plots.mkdir(exist_ok=True)
     check_images(images, len(scene.split.test))
     shown = scene.rank(rank)
     wanted = range(min(channels, scene.features.dim)) if isinstance(channels, int) else channels

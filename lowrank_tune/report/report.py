@@ -81,6 +81,7 @@ def write_report(
         CacheError: the features of an image cannot be read.
     """
     plots, report = directory / "plots", plan.spec.report
+    plots.mkdir(exist_ok=True)
     try:
         check_images(report.images, len(split.test))
     except InputError as error:

@@ -136,6 +136,7 @@ OUTCOME = "outcome.json"
 def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
     """Write `trials/<trial_id>/outcome.json`; what the trial would have needed to go on is removed."""
     directory = trials_dir / outcome.config.trial_id
+    directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / OUTCOME, outcome)
     (directory / CHECKPOINT).unlink(missing_ok=True)
 

@@ -36,6 +36,7 @@ class Study:
             f"r{rank:03d}-{family}-{number:04d}", number, number, family, rank, 1e-3, 1e-5, 4, 5, 5, params
         )
         directory = self.directory / "trials" / config.trial_id
+        directory.mkdir(parents=True)
         model = make_decomposer(config, TOKENS, DIM)
         model.initialise([self.x_NTD[list(self.split.train)]], torch.Generator().manual_seed(0))
         save_decomposer(model, directory / "best_model.safetensors")
@@ -59,6 +60,7 @@ class Study:
             for weight in model.parameters():
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
         directory = self.directory / "trials" / config.trial_id
+        directory.mkdir(parents=True)
         save_decomposer(model, directory / "best_model.safetensors")
         self.confirmations.append(replace(trial, config=config, directory=str(directory), **ending))
         return self.confirmations[-1]

@@ -1,10 +1,8 @@
 import hashlib
 import json
 import multiprocessing
-import shutil
 import signal
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +12,6 @@ from safetensors.torch import load_file, save
 
 from lowrank_tune.errors import CacheError
 from lowrank_tune.features.cache import commit_shard, open_cache, read_sealed, seal, shard_name, verify_cache
-
-
-@pytest.fixture(scope="module")
-def sealed(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("sealed")
-    build(root)
-    return cache_directory(root)
-
-
-@pytest.fixture
-def cache(tmp_path, sealed) -> Path:
-    """A sealed cache that may be spoilt."""
-    return shutil.copytree(sealed, tmp_path / sealed.name)
 
 
 def a_file(cache, folder):

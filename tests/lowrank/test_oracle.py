@@ -103,8 +103,8 @@ def test_a_rank_that_the_images_do_not_have_is_refused(power_law, rank):
 
 def test_a_file_gives_back_the_same_figures(tmp_path, power_law):
     optimum = measure_optimum([power_law(3, 8, 12)])
-    optimum.save(tmp_path / "new" / "optimum.safetensors")
-    loaded = Optimum.load(tmp_path / "new" / "optimum.safetensors")
+    optimum.save(tmp_path / "optimum.safetensors")
+    loaded = Optimum.load(tmp_path / "optimum.safetensors")
     assert torch.equal(loaded.token_cosine_NR, optimum.token_cosine_NR)
     assert torch.equal(loaded.at(2).mse_N, optimum.at(2).mse_N)
 

@@ -108,6 +108,7 @@ def make_study(tmp_path: Path, features: FeatureSet) -> Study:
     ]
     for outcome in outcomes[:2]:
         place = Path(outcome.directory)
+        place.mkdir(parents=True)
         save_decomposer(make_decomposer(outcome.config, TOKENS, DIM), place / "best_model.safetensors")
         (place / "history.json").write_text(json.dumps(history(outcome.epochs)))
     comparison = make_comparison(

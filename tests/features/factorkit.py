@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
@@ -30,14 +29,3 @@ def write_tensors(folder: Path, numbers: range, shape: tuple[int, int] = (TOKENS
         generator = torch.Generator().manual_seed(number)
         torch.save(torch.randn(shape, generator=generator), folder / f"features_{number}.pt")
     return folder
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "sketch")
-
-
-@pytest.fixture(scope="session")
-def tensors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six shards of images."""
-    return write_tensors(tmp_path_factory.mktemp("tensors") / "feature_cache_real", range(IMAGES))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factorkit import DIM, RANK, TOKENS, write_tensors
 from safetensors.torch import load_file
 
 from lowrank_tune import open_features
@@ -17,7 +18,6 @@ from lowrank_tune.features.remote import stage_cache
 from lowrank_tune.lowrank.data import pack_factors, unpack_factors
 from lowrank_tune.lowrank.pretrained import read_exported
 from lowrank_tune.lowrank.quantization import STORE_DTYPES, factor_bytes
-from tests.factors.conftest import DIM, RANK, TOKENS, write_tensors
 
 COUNT = 5
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from factorkit import DIM, RANK, TOKENS, write_model, write_tensors
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
 from lowrank_tune.cli import run
@@ -17,7 +18,6 @@ from lowrank_tune.features.cache import verify_cache
 from lowrank_tune.features.extract import import_tensors
 from lowrank_tune.lowrank.data import FactorMatrix
 from lowrank_tune.lowrank.quantization import factor_bytes, ordered, restored_factors
-from tests.factors.conftest import DIM, RANK, TOKENS, write_model, write_tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

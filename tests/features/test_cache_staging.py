@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cachekit import KEYS, build, features_of, snapshot
 
 from lowrank_tune import open_features
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features import remote as staging_module
 from lowrank_tune.features.cache import checksum, open_cache, verify_cache
 from lowrank_tune.features.remote import local_copy, stage_cache
-from tests.features.cachekit import KEYS, build, features_of, snapshot
 
 
 def placed(kind, cache, bucket):

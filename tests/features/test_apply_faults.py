@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cachekit import snapshot
+from factorkit import IMAGES
 
 from lowrank_tune.features.cache import open_cache, verify_cache
-from tests.factors.conftest import IMAGES
-from tests.features.cachekit import snapshot
 
 PROGRAM = """
 import sys, ray

@@ -3,6 +3,7 @@ import subprocess
 import threading
 
 import pytest
+from cachekit import IDENTITY, KEYS, snapshot
 
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
@@ -17,7 +18,6 @@ from lowrank_tune.features.remote import (
     only_writer,
     remove_cache,
 )
-from tests.features.cachekit import IDENTITY, KEYS, snapshot
 
 
 @pytest.fixture
