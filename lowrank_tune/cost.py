@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowrank_tune.checks import check_ranks
 from lowrank_tune.cluster.study_dir import results_directory
-from lowrank_tune.config.axes import combinations, smallest_value
+from lowrank_tune.config.axes import combinations, whole_values
 from lowrank_tune.config.plan import (
     Plan,
     cache_bytes,
@@ -220,7 +220,7 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_second
     families = space.families.chosen()
     measured = []
     for family in families:
-        for rank in dict.fromkeys((high, high if space.nested_ranks else smallest_value(space.rank))):
+        for rank in dict.fromkeys((high, high if space.nested_ranks else min(whole_values(space.rank)))):
             config = trial_config(plan, 0, {**first_params(plan.spec, family), "rank": rank})
             share = replace(config, batch_size=math.ceil(config.batch_size / workers))
             measured.append(_measure(share, data, own, device))

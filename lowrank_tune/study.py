@@ -36,7 +36,7 @@ from lowrank_tune.cluster.study_dir import (
 )
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.comparison.methods import winners
-from lowrank_tune.config.loading import load_study, parse_study
+from lowrank_tune.config.loading import load_past_study, load_study
 from lowrank_tune.config.plan import Plan, first_params, make_plan, split_images, trial_config
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
@@ -79,16 +79,18 @@ def run_study(
     address: str | None = None,
     progress: StudyProgress | None = None,
     study_id: str = "",
+    file: Path | None = None,
 ) -> StudyResult:
     """Run a whole study: features, trials, confirmation, comparison, report, MLflow.
 
     Args:
         study: a study file, or a spec that `load_study` gave.
         results: the results directory; `LOWRANK_TUNE_RESULTS`, else `./results`, by default.
-        overrides: `key.path=value` texts laid over the file; for a file only.
+        overrides: `key.path=value` texts laid over the file.
         address: a Ray cluster; by default RAY_ADDRESS, else a Ray of this process's own.
         progress: told what happens.
         study_id: its id, where one was promised already; by default one that follows from the file and the time.
+        file: where a spec was read from, with these overrides; the study's folder keeps its text.
 
     Raises:
         InputError: something in the study file, the data or the results directory must be changed.
@@ -97,7 +99,7 @@ def run_study(
     """
     plan = plan_study(_spec_of(study, overrides), results, study_id)
     with _ready(plan, address) as (tracker, opened):
-        create_study(plan, _text_of(study), overrides)
+        create_study(plan, _text_of(file or study), overrides)
         with claimed(plan.study_dir):
             return _carry_out(plan, tracker, opened, progress)
 
@@ -161,13 +163,12 @@ def clone_study(
     """Run a new study with another one's file and some other values; it remembers its parent and the difference."""
     directory = find_study(results_path(results), study_id)
     resolved = directory / "study.resolved.yaml"
-    text, old = resolved.read_text(encoding="utf-8"), load_study(resolved)
-    spec = parse_study(text, directory.name, overrides)
+    old, spec = load_past_study(resolved), load_past_study(resolved, overrides)
     with paths_explained(directory.name, spec):
         plan = plan_study(spec, results, new_id)
     difference = spec_difference(old, spec)
     with _ready(plan, address) as (tracker, opened):
-        create_study(plan, text, overrides, parent=directory.name, difference=difference)
+        create_study(plan, render_study(old), overrides, parent=directory.name, difference=difference)
         with claimed(plan.study_dir):
             return _carry_out(plan, tracker, opened, progress)
 
@@ -186,6 +187,7 @@ def run_trial(
     results: str | Path | None = None,
     overrides: Sequence[str] = (),
     progress: StudyProgress | None = None,
+    file: Path | None = None,
 ) -> TrialOutcome:
     """Train one trial in this very process, where a debugger's breakpoint works: the first point of the search space.
 
@@ -195,7 +197,7 @@ def run_trial(
     progress = progress or StudyProgress()
     plan = plan_study(_spec_of(study, overrides), results)
     config = trial_config(plan, 0, first_params(plan.spec))
-    create_study(plan, _text_of(study), overrides)
+    create_study(plan, _text_of(file or study), overrides)
     directory = plan.study_dir / "trials" / config.trial_id
     with claimed(plan.study_dir), Status(plan.study_dir, 1) as status:
         features = local_copy(_extract(plan, progress))

@@ -100,7 +100,13 @@ def run(
 
         with shown_progress(spec.training.epochs, quiet) as progress:
             result = run_study(
-                study, results=results, overrides=overrides or (), address=address, progress=progress, study_id=new_id
+                spec,
+                file=study,
+                results=results,
+                overrides=overrides or (),
+                address=address,
+                progress=progress,
+                study_id=new_id,
             )
     output.show_study(result, as_json)
 
@@ -119,7 +125,7 @@ def trial(
     from lowrank_tune.study import run_trial
 
     with shown_progress(spec.training.epochs, quiet) as progress:
-        outcome = run_trial(study, results=results, overrides=overrides or (), progress=progress)
+        outcome = run_trial(spec, file=study, results=results, overrides=overrides or (), progress=progress)
     show(outcome, as_json, output.print_trial)
     if outcome.status == "failed":
         raise typer.Exit(1)

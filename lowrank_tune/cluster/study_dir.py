@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import psutil
 from filelock import FileLock, Timeout
 
-from lowrank_tune.config.loading import load_study, parse_study
+from lowrank_tune.config.loading import load_past_study, parse_study
 from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec, TensorSource
@@ -130,7 +130,7 @@ def create_study(
 def read_plan(directory: Path) -> Plan:
     """The plan of a study that has begun, extensions included."""
     record = _read_record(directory)
-    spec = load_study(directory / "study.resolved.yaml")
+    spec = load_past_study(directory / "study.resolved.yaml")
     plan = make_plan(spec, directory.parent.parent, datetime.fromisoformat(record["started"]))
     kept = {name: record[name] for name in ("spec_hash", "n_trials")}
     return replace(plan, study_id=directory.name, study_dir=directory, grid=tuple(record["grid"]), **kept)
@@ -143,7 +143,7 @@ def extended_plan(plan: Plan, trials: int, overrides: Sequence[str]) -> Plan:
         InputError: nothing would be added, or trials would not be comparable any more.
     """
     wanted = [*overrides, *([f"search.trials={plan.n_trials + trials}"] if trials else [])]
-    return extend_plan(plan, load_study(plan.study_dir / "study.resolved.yaml", wanted))
+    return extend_plan(plan, load_past_study(plan.study_dir / "study.resolved.yaml", wanted))
 
 
 def record_extension(before: Plan, after: Plan, overrides: Sequence[str]) -> None:

@@ -6,17 +6,18 @@
     rank: {nested: [32, 64, 128]}      of ranks alone: one training serves them all
     lr: {loguniform: [1e-4, 1e-2]}     or `uniform`: a range of numbers
 
-A union's tag stands between `<` and `>`, so that an error's path can be told from the keys of the file.
+A constant is a number here, a list a tuple, a range a `Range`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Real = Annotated[float, Field(strict=True)]
@@ -57,133 +58,93 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-class UniformRange(Section):
-    """Any number between two bounds, both included."""
-
-    uniform: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(_rising)]
-    """[low, high]"""
+Kind = Literal["uniform", "loguniform", "int", "nested"]
 
 
-class LogUniformRange(Section):
-    """Any positive number between two bounds, its logarithm uniform."""
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers between two bounds, both included; or the `nested` ranks that one training serves, by leading columns."""
 
-    loguniform: Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
-    """[low, high]"""
-
-
-class IntRange(Section):
-    """Any whole number between two bounds, both included."""
-
-    int: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_rising)]
-    """[low, high]"""
+    kind: Kind
+    values: tuple[float, ...]
 
 
-class NestedRanks(Section):
-    """Ranks that one training serves, by leading columns of one ordered basis; the highest is the model's rank."""
-
-    nested: Annotated[
-        tuple[PositiveInt, ...],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(distinct),
-    ]
-    """[rank, rank, …]"""
+_BOUNDS: dict[Kind, Any] = {
+    "uniform": Annotated[tuple[NonNegativeFloat, NonNegativeFloat], AfterValidator(_rising)],
+    "loguniform": Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)],
+    "int": Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_rising)],
+}
 
 
-Range = UniformRange | LogUniformRange | IntRange
-Axis = float | tuple[float, ...] | Range
+@dataclass(frozen=True)
+class _Axis:
+    """How pydantic reads an axis: by its form, for one wrong number would else be an error of every form.
+
+    A form's tag stands between `<` and `>`, so that an error's path can be told from the keys of the file.
+    """
+
+    item: Any
+    kinds: tuple[Kind, ...]
+    remedy: str
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        item: Any = self.item
+        unique = Field(min_length=1, json_schema_extra={"uniqueItems": True})
+        some = Annotated[tuple[item, ...], unique, AfterValidator(distinct)]
+        forms = {"<constant>": handler.generate_schema(item), "<list>": handler.generate_schema(some)}
+        for kind in self.kinds:
+            values = core_schema.typed_dict_field(handler.generate_schema(_BOUNDS.get(kind, some)))
+            mapping = core_schema.typed_dict_schema({kind: values}, extra_behavior="forbid")
+            forms[f"<{kind}>"] = core_schema.no_info_after_validator_function(_as_range, mapping)
+        return core_schema.tagged_union_schema(
+            forms,
+            self._form,
+            custom_error_type="range",
+            custom_error_message=self.remedy,
+            serialization=core_schema.plain_serializer_function_ser_schema(_as_written),
+        )
+
+    def _form(self, value: Any) -> str | None:
+        if isinstance(value, dict):
+            return f"<{next(iter(value))}>" if len(value) == 1 and set(value) <= set(self.kinds) else None
+        return "<list>" if isinstance(value, list | tuple) else "<constant>"
 
 
-def _form(value: Any, ranges: Sequence[str]) -> str | None:
-    """The tag of the one form that a value has; without it, one wrong number would be an error of every form."""
-    if isinstance(value, Section):
-        return next((f"<{name}>" for name in ranges if name in type(value).model_fields), None)
-    if isinstance(value, dict):
-        return f"<{next(iter(value))}>" if len(value) == 1 and set(value) <= set(ranges) else None
-    return "<list>" if isinstance(value, list | tuple) else "<constant>"
+def _as_range(given: dict[Kind, tuple[float, ...]]) -> Range:
+    return Range(*next(iter(given.items())))
 
 
-def _whole_form(value: Any) -> str | None:
-    return _form(value, ["int"])
+def _as_written(axis: Any) -> Any:
+    return {axis.kind: list(axis.values)} if isinstance(axis, Range) else axis
 
-
-def _rank_form(value: Any) -> str | None:
-    return _form(value, ["int", "nested"])
-
-
-def _real_form(value: Any) -> str | None:
-    return _form(value, ["uniform", "loguniform"])
-
-
-_WHOLE = Discriminator(
-    _whole_form,
-    custom_error_type="range",
-    custom_error_message="a range of whole numbers is {int: [low, high]}",
-)
-_RANK = Discriminator(
-    _rank_form,
-    custom_error_type="range",
-    custom_error_message="ranks are a list, {int: [low, high]}, or {nested: [rank, rank]} for one training of all",
-)
-_REAL = Discriminator(
-    _real_form,
-    custom_error_type="range",
-    custom_error_message="a range is {uniform: [low, high]} or {loguniform: [low, high]}",
-)
 
 MOST_STEPS = 8
 """Of `refined`; with these it is at the optimum up to float32."""
 
+Whole = int | tuple[int, ...] | Range
+Axis = float | tuple[float, ...] | Range
 
-def _few_steps(axis: int | tuple[int, ...] | IntRange) -> int | tuple[int, ...] | IntRange:
-    if largest_value(axis) > MOST_STEPS:
+_REAL = (("uniform", "loguniform"), "a range is {uniform: [low, high]} or {loguniform: [low, high]}")
+_RANKS = "ranks are a list, {int: [low, high]}, or {nested: [rank, rank]} for one training of all"
+
+CountAxis = Annotated[Whole, _Axis(PositiveInt, ("int",), "a range of whole numbers is {int: [low, high]}")]
+RankAxis = Annotated[Whole, _Axis(PositiveInt, ("int", "nested"), _RANKS)]
+LrAxis = Annotated[Axis, _Axis(PositiveFloat, *_REAL)]
+WeightAxis = Annotated[Axis, _Axis(NonNegativeFloat, *_REAL)]
+
+
+def few_steps(axis: Whole) -> Whole:
+    """Refuse more steps than help."""
+    if max(whole_values(axis)) > MOST_STEPS:
         raise rejected(f"more than {MOST_STEPS} steps gain nothing: lower it")
     return axis
-
-
-_Counts = (
-    Annotated[PositiveInt, Tag("<constant>")]
-    | Annotated[
-        tuple[PositiveInt, ...],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(distinct),
-        Tag("<list>"),
-    ]
-    | Annotated[IntRange, Tag("<int>")]
-)
-CountAxis = Annotated[_Counts, _WHOLE]
-RankAxis = Annotated[_Counts | Annotated[NestedRanks, Tag("<nested>")], _RANK]
-StepsAxis = Annotated[CountAxis, AfterValidator(_few_steps)]
-LrAxis = Annotated[
-    Annotated[PositiveFloat, Tag("<constant>")]
-    | Annotated[
-        tuple[PositiveFloat, ...],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(distinct),
-        Tag("<list>"),
-    ]
-    | Annotated[UniformRange, Tag("<uniform>")]
-    | Annotated[LogUniformRange, Tag("<loguniform>")],
-    _REAL,
-]
-WeightAxis = Annotated[
-    Annotated[NonNegativeFloat, Tag("<constant>")]
-    | Annotated[
-        tuple[NonNegativeFloat, ...],
-        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-        AfterValidator(distinct),
-        Tag("<list>"),
-    ]
-    | Annotated[UniformRange, Tag("<uniform>")]
-    | Annotated[LogUniformRange, Tag("<loguniform>")],
-    _REAL,
-]
 
 
 def combinations(axes: Iterable[Axis]) -> int | None:
     """How many combinations a grid over these axes has; None with a range among them."""
     total = 1
     for axis in axes:
-        if isinstance(axis, Section):
+        if isinstance(axis, Range):
             return None
         total *= len(axis) if isinstance(axis, tuple) else 1
     return total
@@ -192,31 +153,20 @@ def combinations(axes: Iterable[Axis]) -> int | None:
 def first_value(axis: Axis) -> float:
     """A value to begin with: the constant, the list's first, or the middle of a range on its own scale."""
     match axis:
-        case UniformRange(uniform=(low, high)):
+        case Range(kind="uniform", values=(low, high)):
             return (low + high) / 2
-        case LogUniformRange(loguniform=(low, high)):
+        case Range(kind="loguniform", values=(low, high)):
             return math.sqrt(low * high)
-        case IntRange(int=(low, high)):
-            return (low + high) // 2
+        case Range(values=values):
+            return int(values[0] + values[-1]) // 2
         case tuple():
             return axis[0]
         case constant:
             return constant
 
 
-def largest_value(axis: int | tuple[int, ...] | IntRange | NestedRanks) -> int:
-    """The highest whole number that an axis can give."""
-    if isinstance(axis, IntRange):
-        return axis.int[1]
-    if isinstance(axis, NestedRanks):
-        return max(axis.nested)
-    return max(axis) if isinstance(axis, tuple) else axis
-
-
-def smallest_value(axis: int | tuple[int, ...] | IntRange | NestedRanks) -> int:
-    """The lowest whole number that an axis can give."""
-    if isinstance(axis, IntRange):
-        return axis.int[0]
-    if isinstance(axis, NestedRanks):
-        return min(axis.nested)
-    return min(axis) if isinstance(axis, tuple) else axis
+def whole_values(axis: Whole) -> tuple[int, ...]:
+    """The whole numbers that an axis names, the two bounds of a range among them."""
+    if isinstance(axis, Range):
+        return tuple(int(value) for value in axis.values)
+    return axis if isinstance(axis, tuple) else (axis,)

@@ -5,258 +5,96 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.error import YAMLError
 
 from lowrank_tune.config.axes import Section
+from lowrank_tune.config.document import Document, KeyPath, NotYamlError, Place, compose, key_text, one_line
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import StudyFileError
 
-KeyPath = tuple[str | int, ...]
-
-# A study is at most six levels deep. The scanner takes quadratic time over unclosed brackets, so it is stopped early.
-_DEEPEST = 20
-_STANDARD_TAG = "tag:yaml.org,2002:"
-# Dates, `<<` and `=` are words here: a study file has no dates, and merging needs aliases.
-_WORDS = ("str", "timestamp", "merge", "value")
-_TAGS = {f"{_STANDARD_TAG}{kind}" for kind in ("map", "seq", "null", "bool", "int", "float", *_WORDS)}
-_UNQUOTED = "a value that begins with {} needs quotes"
-_NO_ALIAS = "`*{0}` is an alias, which study files do not have: write the value out, or quote it if it begins with *"
-_NO_ANCHOR = "`&{0}` is an anchor, which study files do not have: remove it, or quote the value if it begins with &"
+_LARGEST_FILE = 64 * 1024
+_LONGEST_VALUE = 60
+_LET_GO = (("resources", "fuse"),)
+"""Keys of older versions, which their studies' resolved files hold."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Place:
-    """Where a value was given: a line of the file, or the `--set` with this number; sorts in the order of reading."""
-
-    override: int
-    line: int
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing to correct, ready to be read."""
-
-    place: Place
-    text: str
-
-    def __str__(self) -> str:
-        return one_line(f"{self.place.label}: {self.text}")
-
-
-@dataclass(slots=True)
-class Document:
-    """One document's content.
-
-    Attributes:
-        value: mappings, lists and scalars.
-        places: where each value was given.
-        problems: what is wrong with them as YAML.
-        unreadable: the values that have such a problem, about which nothing else need be said.
-    """
-
-    value: Any
-    places: dict[KeyPath, Place] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    unreadable: set[KeyPath] = field(default_factory=set)
-
-    def place(self, path: KeyPath) -> Place:
-        """Where a value was given; a missing one's is that of the mapping that lacks it."""
-        while path not in self.places:
-            path = path[:-1]
-        return self.places[path]
-
-
-def study_file_error(problems: list[Problem]) -> StudyFileError:
-    """The error that tells these problems in the order of reading."""
-    return StudyFileError([str(problem) for problem in sorted(problems, key=lambda problem: problem.place)])
-
-
-def parse_yaml(text: str, place_of: Callable[[int], Place]) -> Document:
-    """Read one YAML document.
+def load_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
+    """Read a study file.
 
     Args:
-        text: the document.
-        place_of: the place of a line, counted from 1.
+        path: the file, YAML 1.2 in UTF-8.
+        overrides: `key.path=value` texts with values in YAML, laid over the file in their order.
 
     Raises:
-        StudyFileError: it is not YAML, or uses what study files do without; later lines are not looked at.
+        StudyFileError: with every problem found, in the order of the file, then of the overrides.
     """
+    return parse_study(_read_text(path), str(path), overrides)
+
+
+def load_past_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
+    """Read the resolved file of a study that has begun; keys that older versions wrote into it are passed over."""
+    return parse_study(_read_text(path), str(path), overrides, passed_over=_LET_GO)
+
+
+def parse_study(
+    text: str, name: str, overrides: Sequence[str] = (), passed_over: Iterable[tuple[str, str]] = ()
+) -> StudySpec:
+    """Read a study file's text, YAML 1.2, which problems call `name`; keys to be passed over are no problem in it."""
+    document = Document()
     try:
-        _refuse_references(text, place_of)
-        yaml = YAML(typ="safe", pure=True)
-        root = yaml.compose(text)
-    except YAMLError as error:
-        line, reason = _syntax_reason(error, text)
-        raise study_file_error([Problem(place_of(line), reason)]) from None
-    if root is None:
-        return Document(None, {(): place_of(1)})
-    return _Reader(yaml, place_of).read(root)
+        document.value = document.read(compose(text), (), lambda line: Place(0, line, f"{name}:{line}"))
+    except NotYamlError as error:
+        raise StudyFileError([one_line(f"{name}:{line}: {reason}") for line, reason in error.found]) from None
+    if document.value is None:
+        raise StudyFileError([f"{name}:1: empty: a study needs name, features.source and search.space.families"])
+    if not isinstance(document.value, dict):
+        reason = "`key: value` lines are expected, not a list or a single value"
+        raise StudyFileError([f"{document.places[()].label}: {reason}"])
+    for section, key in passed_over:
+        if isinstance(document.value.get(section), dict):
+            document.value[section].pop(key, None)
+    for number, override in enumerate(overrides, start=1):
+        document.lay_over(Place(number, 0, one_line(f"--set {override}")), override)
+    document.fill_empty_families()
+    try:
+        spec = StudySpec.model_validate(document.value)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            _explain(details, document)
+    if document.problems:
+        problems = sorted(document.problems, key=lambda problem: problem[0])
+        raise StudyFileError([one_line(f"{place.label}: {text}") for place, text in problems])
+    return spec
 
 
-def key_text(path: KeyPath) -> str:
-    """A path as people write it, `search.space.rank[1]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise StudyFileError([f"{path}: no such file"]) from None
+    except IsADirectoryError:
+        raise StudyFileError([f"{path}: a directory; name the study file in it"]) from None
+    except (OSError, ValueError) as error:
+        raise StudyFileError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
+    if len(data) > _LARGEST_FILE:
+        raise StudyFileError([f"{path}: larger than {_LARGEST_FILE // 1024} KiB; that is not a study file"])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StudyFileError([f"{path}:{line}: not UTF-8 text; save the file as UTF-8"]) from None
 
 
-def one_line(text: str) -> str:
-    """A text that a terminal shows on one line, whatever a user has put into it."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-class _Reader:
-    """Turns one document's nodes into values."""
-
-    def __init__(self, yaml: YAML, place_of: Callable[[int], Place]) -> None:
-        self._constructor = yaml.constructor
-        self._place_of = place_of
-        self._document = Document(None)
-
-    def read(self, root: Node) -> Document:
-        self._document.places[()] = self._place(root)
-        self._document.value = self._value(root, ())
-        return self._document
-
-    def _place(self, node: Node) -> Place:
-        return self._place_of(node.start_mark.line + 1)
-
-    def _report(self, node: Node, path: KeyPath, reason: str) -> None:
-        where = f"{key_text(path)}: " if path else ""
-        self._document.problems.append(Problem(self._place(node), f"{where}{reason}"))
-
-    def _unreadable(self, node: Node, path: KeyPath, reason: str) -> None:
-        self._report(node, path, reason)
-        self._document.unreadable.add(path)
-
-    def _value(self, node: Node, path: KeyPath) -> Any:
-        if str(node.tag) not in _TAGS:
-            self._unreadable(node, path, f"the tag {node.tag} is not one for study files: remove it")
-            return None
-        if isinstance(node, MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, SequenceNode):
-            for position, item in enumerate(node.value):
-                self._document.places[*path, position] = self._place(item)
-            return [self._value(item, (*path, position)) for position, item in enumerate(node.value)]
-        return self._scalar(node, path)
-
-    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = self._scalar(key_node, path) if isinstance(key_node, ScalarNode) else None
-            if not isinstance(key, str):
-                shown = f" (got {key_node.value})" if isinstance(key_node, ScalarNode) else ""
-                self._report(key_node, path, f"a key must be a word{shown}")
-            elif key in values:
-                first = self._document.places[*path, key].line
-                where = f", first on line {first}" if first else ""
-                self._report(key_node, (*path, key), f"given twice{where}: remove one")
-            else:
-                self._document.places[*path, key] = self._place(key_node)
-                values[key] = self._value(value_node, (*path, key))
-        return values
-
-    def _scalar(self, node: Node, path: KeyPath) -> Any:
-        text = str(node.value)
-        kind = str(node.tag).removeprefix(_STANDARD_TAG)
-        if kind == "null":
-            return None
-        try:
-            if kind in ("bool", "int", "float"):
-                return self._number(kind, node)
-            text.encode()
-        except UnicodeEncodeError:
-            self._unreadable(node, path, "the text holds half a character (a lone surrogate): remove it")
-        except (ValueError, KeyError):
-            self._unreadable(node, path, f"not a number that can be read (got {text[:40]!a})")
-        return text
-
-    def _number(self, kind: str, node: Node) -> bool | int | float:
-        value: bool | int | float = getattr(self._constructor, f"construct_yaml_{kind}")(node)
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("too long to be meant, and for Python to print")
-        return value
-
-
-def _refuse_references(text: str, place_of: Callable[[int], Place]) -> None:
-    """Find anchors, aliases, other YAML versions and endless nesting before anything follows them."""
-    problems = []
-    depth = 0
-    for event in YAML(typ="safe", pure=True).parse(text):
-        place = place_of(event.start_mark.line + 1)
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > _DEEPEST:
-            problems.append(Problem(place, f"more than {_DEEPEST} levels of nesting: a study file has six at most"))
-            break
-        if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
-            problems.append(Problem(place, "study files are YAML 1.2: remove the %YAML line"))
-        elif isinstance(event, AliasEvent):
-            problems.append(Problem(place, _NO_ALIAS.format(event.anchor)))
-        elif isinstance(event, CollectionStartEvent | ScalarEvent) and event.anchor:
-            problems.append(Problem(place, _NO_ANCHOR.format(event.anchor)))
-    if problems:
-        raise study_file_error(problems)
-
-
-def _syntax_reason(error: YAMLError, text: str) -> tuple[int, str]:
-    """The line of a syntax error, and what it means to someone who does not know YAML's grammar."""
-    if isinstance(error, ReaderError):
-        character = text[error.position : error.position + 1]
-        return text.count("\n", 0, error.position) + 1, f"character {character!a} cannot stand in YAML: remove it"
-    if not isinstance(error, MarkedYAMLError):
-        return 1, f"not YAML: {' '.join(str(error).split())}"
-    problem, context = error.problem or "", error.context or ""
-    mark = error.problem_mark
-    if problem.startswith(("expected ',' or", "found unexpected end", "could not find expected ':'")):
-        # What is wrong begins where the context does; the parser noticed it lines later.
-        mark = error.context_mark
-    return mark.line + 1 if mark else 1, _plain_reason(problem, context)
-
-
-def _plain_reason(problem: str, context: str) -> str:
-    if problem.startswith("found character '\\t'"):
-        return "a tab where YAML wants spaces: indent with spaces"
-    if problem.startswith("found character"):
-        return _UNQUOTED.format(problem.split()[2])
-    if "alias" in context or "anchor" in context:
-        return _UNQUOTED.format("* or &")
-    if problem.startswith("expected ',' or"):
-        return f"the {problem[17]} that closes what opens here is missing, or a comma before it"
-    if "quoted scalar" in context and "end of stream" in problem:
-        return "the quote that opens here is never closed"
-    if problem == "mapping values are not allowed here":
-        return "a `:` that cannot stand here: quote the value before it, or correct the indentation"
-    if problem.startswith(("expected <block end>", "expected '<document start>'")):
-        return "the indentation fits none of the lines above"
-    if problem == "could not find expected ':'":
-        return "`key: value` is expected"
-    if problem.startswith("found unknown escape character"):
-        return "a backslash between double quotes is an escape: use single quotes"
-    if problem == "but found another document":
-        return "a second document begins here: a study file holds one"
-    return f"not YAML: {', '.join(part for part in (context, problem) if part)}"
-
-
-_LONGEST_VALUE = 60
-
-
-def explain(error: ValidationError, document: Document) -> list[Problem]:
-    """Every problem that pydantic found, at the place where its value was given."""
-    return [problem for details in error.errors(include_url=False) for problem in _problems(details, document)]
-
-
-def _problems(details: ErrorDetails, document: Document) -> Iterator[Problem]:
+def _explain(details: ErrorDetails, document: Document) -> None:
+    """Note one problem that pydantic found, at the place where its value was given."""
     unknown = details["type"] == "extra_forbidden"
     tagged = details["loc"]
     # An unknown key is the user's own, and may look like a tag.
@@ -267,22 +105,23 @@ def _problems(details: ErrorDetails, document: Document) -> Iterator[Problem]:
     if details["type"] == "study":
         context = details["ctx"]
         for place in context["places"]:
-            yield _problem((*path, *place), context["reason"], document)
+            _add_with_value((*path, *place), context["reason"], document)
     elif details["type"] == "missing" and isinstance(path[-1], int):
-        yield _problem(path[:-1], "a range has two ends: [low, high]", document)
-    elif unknown:
-        yield _problem(path, _unknown_reason(tagged, path), document)
+        _add_with_value(path[:-1], "a range has two ends: [low, high]", document)
     else:
-        yield _problem(path, _reason(details), document)
+        _add_with_value(path, _unknown_reason(tagged, path) if unknown else _reason(details), document)
 
 
-def _problem(path: KeyPath, reason: str, document: Document) -> Problem:
+def _add_with_value(path: KeyPath, reason: str, document: Document) -> None:
     value: Any = document.value
     for part in path:
         if isinstance(value, dict) and part not in value:
-            return Problem(document.place(path), f"{key_text(path)}: {reason}")
+            document.add(path, reason)
+            return
         value = value[part]
-    return Problem(document.place(path), f"{key_text(path) or 'study'}: {reason} (got {_shown(value)})")
+    text = json.dumps(value, ensure_ascii=False)
+    text = text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+    document.add(path, f"{reason} (got {text})")
 
 
 def _untagged(loc: tuple[str | int, ...]) -> KeyPath:
@@ -291,11 +130,6 @@ def _untagged(loc: tuple[str | int, ...]) -> KeyPath:
 
 def _is_tag(part: str | int) -> bool:
     return isinstance(part, str) and part.startswith("<")
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _reason(details: ErrorDetails) -> str:
@@ -436,116 +270,3 @@ def _all_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         for inner in _sections_in(info.annotation):
             yield from _all_paths(inner, f"{prefix}{name}.")
-
-
-_LARGEST_FILE = 64 * 1024
-
-
-def load_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
-    """Read a study file.
-
-    Args:
-        path: the file, YAML 1.2 in UTF-8.
-        overrides: `key.path=value` texts with values in YAML, laid over the file in their order.
-
-    Raises:
-        StudyFileError: with every problem found, in the order of the file, then of the overrides.
-    """
-    return parse_study(_read_text(path), str(path), overrides)
-
-
-def parse_study(text: str, name: str, overrides: Sequence[str] = ()) -> StudySpec:
-    """Read a study file's text.
-
-    Args:
-        text: YAML 1.2.
-        name: what problems call the file.
-        overrides: as for `load_study`.
-
-    Raises:
-        StudyFileError: with every problem found.
-    """
-    document = parse_yaml(text, lambda line: Place(0, line, f"{name}:{line}"))
-    if document.value is None:
-        raise StudyFileError([f"{name}:1: empty: a study needs name, features.source and search.space.families"])
-    if not isinstance(document.value, dict):
-        reason = "`key: value` lines are expected, not a list or a single value"
-        raise study_file_error([Problem(document.place(()), reason)])
-    for number, override in enumerate(overrides, start=1):
-        _lay_over(document, number, override)
-    _fill_empty_families(document.value)
-    try:
-        spec = StudySpec.model_validate(document.value)
-    except ValidationError as error:
-        raise study_file_error(document.problems + explain(error, document)) from None
-    if document.problems:
-        raise study_file_error(document.problems)
-    return spec
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
-    except FileNotFoundError:
-        raise StudyFileError([f"{path}: no such file"]) from None
-    except IsADirectoryError:
-        raise StudyFileError([f"{path}: a directory; name the study file in it"]) from None
-    except (OSError, ValueError) as error:
-        raise StudyFileError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
-    if len(data) > _LARGEST_FILE:
-        raise StudyFileError([f"{path}: larger than {_LARGEST_FILE // 1024} KiB; that is not a study file"])
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise StudyFileError([f"{path}:{line}: not UTF-8 text; save the file as UTF-8"]) from None
-
-
-def _lay_over(document: Document, number: int, override: str) -> None:
-    """Put one override's value into a document, or its problem into the document's problems."""
-    place = Place(number, 0, one_line(f"--set {override}"))
-    key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or not all(path):
-        document.problems.append(Problem(place, "key.path=value is expected, such as training.epochs=5"))
-        return
-    try:
-        given = parse_yaml(text, lambda _: place)
-    except StudyFileError as error:
-        document.problems += [Problem(place, problem.removeprefix(f"{place.label}: ")) for problem in error.problems]
-        return
-    document.problems += given.problems
-    document.unreadable |= {path + inner for inner in given.unreadable}
-    mapping = _mapping_at(document, path[:-1], place)
-    if mapping is None:
-        return
-    mapping[path[-1]] = given.value
-    for known in [known for known in document.places if known[: len(path)] == path]:
-        del document.places[known]
-    document.places.update({path + inner: place for inner in given.places})
-
-
-def _mapping_at(document: Document, path: KeyPath, place: Place) -> dict[str, Any] | None:
-    """The mapping at a path, made where nothing is; None when something else stands there, which is then a problem."""
-    mapping: dict[str, Any] = document.value
-    for depth, part in enumerate(path, start=1):
-        if mapping.get(str(part)) is None:
-            mapping[str(part)] = {}
-            document.places[path[:depth]] = place
-        inner = mapping[str(part)]
-        if not isinstance(inner, dict):
-            what = "a list" if isinstance(inner, list) else "a value"
-            document.problems.append(Problem(place, f"{key_text(path[:depth])} holds {what}, not keys: set it whole"))
-            return None
-        mapping = inner
-    return mapping
-
-
-def _fill_empty_families(study: dict[str, Any]) -> None:
-    """Give a family that is named with nothing after it an empty mapping: it is meant with its defaults."""
-    families: Any = study
-    for key in ("search", "space", "families"):
-        families = families.get(key) if isinstance(families, dict) else None
-    if isinstance(families, dict):
-        families.update({family: {} for family, own in families.items() if own is None})

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.config.axes import Axis, combinations, first_value, largest_value
+from lowrank_tune.config.axes import Axis, combinations, first_value, whole_values
 from lowrank_tune.config.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
@@ -169,7 +169,7 @@ def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
 
 def max_rank(spec: StudySpec) -> int:
     """The highest rank that a study may try."""
-    return largest_value(spec.search.space.rank)
+    return max(whole_values(spec.search.space.rank))
 
 
 def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialConfig:

@@ -11,7 +11,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from lowrank_tune.config.axes import IntRange, LogUniformRange, NestedRanks, Section, UniformRange
+from lowrank_tune.config.axes import Range, Section
 from lowrank_tune.config.schema import FamiliesSpec, FeaturesSpec, StudySpec, TensorSource
 
 _SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -63,8 +63,8 @@ def _is_absent(section: Section, name: str) -> bool:
 
 
 def _node(value: Any, depth: int) -> Any:
-    if isinstance(value, UniformRange | LogUniformRange | IntRange | NestedRanks):
-        node = CommentedMap({name: _node(bounds, depth) for name, bounds in value})
+    if isinstance(value, Range):
+        node = CommentedMap({value.kind: _node(value.values, depth)})
         node.fa.set_flow_style()
         return node
     if isinstance(value, Section):

@@ -26,20 +26,20 @@ from lowrank_tune.config.axes import (
     Axis,
     CountAxis,
     LrAxis,
-    NestedRanks,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Range,
     RankAxis,
     Real,
     Section,
-    StepsAxis,
     Text,
     WeightAxis,
     combinations,
     distinct,
-    largest_value,
+    few_steps,
     rejected,
+    whole_values,
 )
 
 TOKEN_PIXELS = 28
@@ -211,7 +211,7 @@ class SketchSpace(Section):
 class RefinedSpace(Section):
     """`refined`: a filter of each image's Gram matrix sharpens a basis of its tokens, B in closed form."""
 
-    steps: StepsAxis = 2
+    steps: Annotated[CountAxis, AfterValidator(few_steps)] = 2
     """Products with the Gram matrix in the filter; a step more brings ρ nearer to 1 and costs time."""
 
 
@@ -263,7 +263,8 @@ class SpaceSpec(Section):
     @field_validator("families")
     @classmethod
     def _ordered_where_nested(cls, families: FamiliesSpec, info: ValidationInfo) -> FamiliesSpec:
-        if isinstance(info.data.get("rank"), NestedRanks) and families.direct is not None:
+        rank = info.data.get("rank")
+        if isinstance(rank, Range) and rank.kind == "nested" and families.direct is not None:
             reason = "nested ranks need an ordered basis, which direct has not: remove it, or make rank a list"
             raise rejected(reason, ("direct",))
         return families
@@ -271,7 +272,8 @@ class SpaceSpec(Section):
     @property
     def nested_ranks(self) -> tuple[int, ...]:
         """The ranks that each training serves, rising; empty where each serves the one that it was given."""
-        return tuple(sorted(self.rank.nested)) if isinstance(self.rank, NestedRanks) else ()
+        nested = isinstance(self.rank, Range) and self.rank.kind == "nested"
+        return tuple(sorted(whole_values(self.rank))) if nested else ()
 
     def axes(self, family: str) -> dict[str, Axis]:
         """What a trial of a family chooses: first what every family has, then what it alone has.
@@ -280,8 +282,8 @@ class SpaceSpec(Section):
         """
         own = self.families.chosen()[family]
         shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
-        if isinstance(self.rank, NestedRanks):
-            shared["rank"] = largest_value(self.rank)
+        if self.nested_ranks:
+            shared["rank"] = self.nested_ranks[-1]
         return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
 
 
@@ -324,7 +326,7 @@ class SearchSpec(Section):
 def _range_places(space: SpaceSpec) -> Iterator[tuple[str, ...]]:
     for family in space.families.chosen():
         for name, axis in space.axes(family).items():
-            if isinstance(axis, Section):
+            if isinstance(axis, Range):
                 yield (name,) if name in type(space).model_fields else ("families", family, name)
 
 
@@ -452,7 +454,7 @@ class StudySpec(Section):
         features = info.data.get("features")
         if isinstance(features, FeaturesSpec) and not isinstance(features.source, TensorSource):
             side = features.encoder.image_size
-            tokens, highest = (side // TOKEN_PIXELS) ** 2, largest_value(search.space.rank)
+            tokens, highest = (side // TOKEN_PIXELS) ** 2, max(whole_values(search.space.rank))
             if highest > tokens:
                 reason = f"rank {highest} is above the {tokens} tokens of an image of {side} pixels a side: lower it"
                 raise rejected(reason, ("space", "rank"))

@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
-from lowrank_tune.config.axes import Axis, IntRange, LogUniformRange, UniformRange
+from lowrank_tune.config.axes import Axis, Range
 from lowrank_tune.config.plan import Plan, trial_config
 from lowrank_tune.config.schema import SpaceSpec
 from lowrank_tune.records import TrialConfig, TrialOutcome
@@ -61,12 +61,10 @@ def _optuna_name(family: str, name: str) -> str:
 
 def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> Any:
     match axis:
-        case UniformRange(uniform=(low, high)):
-            return trial.suggest_float(name, low, high)
-        case LogUniformRange(loguniform=(low, high)):
-            return trial.suggest_float(name, low, high, log=True)
-        case IntRange(int=(low, high)):
-            return trial.suggest_int(name, low, high)
+        case Range(kind="int", values=(low, high)):
+            return trial.suggest_int(name, int(low), int(high))
+        case Range(kind=kind, values=(low, high)):
+            return trial.suggest_float(name, low, high, log=kind == "loguniform")
         case (constant,):
             return constant
         case tuple():

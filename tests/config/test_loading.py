@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_tune.config.axes import LogUniformRange
-from lowrank_tune.config.loading import load_study, parse_study
+from lowrank_tune.config.axes import Range
+from lowrank_tune.config.loading import load_past_study, load_study, parse_study
 from lowrank_tune.config.schema import DirectSpace, SketchSpace, StudySpec
 from lowrank_tune.errors import StudyFileError
 
@@ -67,7 +67,7 @@ def test_a_family_with_nothing_after_it_has_its_defaults_and_an_absent_one_is_no
     [
         (["training.epochs=5"], "training.epochs", 5),
         (["training.epochs=5", "training.epochs=7"], "training.epochs", 7),
-        (["search.space.lr={loguniform: [1e-4, 1e-2]}"], "search.space.lr", LogUniformRange(loguniform=(1e-4, 1e-2))),
+        (["search.space.lr={loguniform: [1e-4, 1e-2]}"], "search.space.lr", Range("loguniform", (1e-4, 1e-2))),
         (["search.space.rank=[4, 8]"], "search.space.rank", (4, 8)),
         (["features.source={tensors: cache}"], "features.source.tensors", "cache"),
         (["name=1e-3"], "name", None),
@@ -85,6 +85,14 @@ def test_overrides_are_laid_over_the_file(overrides: list[str], path: str, value
     for part in path.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+def test_a_past_studys_key_that_was_let_go_is_passed_over_there_and_unknown_in_a_users_file(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(f"{VALID}resources: {{fuse: never, cpus_per_trial: 2}}\n", encoding="utf-8")
+    assert load_past_study(file) == parse_study(VALID, "study.yaml", ["resources.cpus_per_trial=2"])
+    with pytest.raises(StudyFileError, match=r"resources.fuse: unknown key \(known here: cpus_per_trial"):
+        load_study(file)
 
 
 def test_patience_as_long_as_the_budget_is_allowed_and_a_given_grace_counts_for_asha_alone() -> None:
