@@ -9,7 +9,6 @@ import copy
 import logging
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.distributed import ALONE, World
@@ -157,16 +155,11 @@ class Trainer:
         return row
 
     def save(self, directory: Path) -> None:
-        """Write best_model.safetensors (when it improved since the last call), config.json and history.json.
-
-        Each file is replaced as a whole.
-        """
+        """Write best_model.safetensors, as a whole, when it improved since the last call."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.best_epoch > self._saved_epoch:
             save_decomposer(self.best_model, directory / "best_model.safetensors")
             self._saved_epoch = self.best_epoch
-        write_json(directory / "config.json", asdict(self.config))
-        write_json(directory / "history.json", self.history)
 
     def state(self) -> dict[str, Any]:
         """Return all that `restore` needs: tensors, numbers and text only, independent of what training does next."""

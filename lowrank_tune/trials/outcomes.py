@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -130,7 +129,38 @@ def write_material(directory: Path, features: FeatureSet, split: Split, optimum_
     return MaterialPaths(*map(str, paths))
 
 
-OUTCOME = "outcome.json"
+CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"
+
+
+def begin_trial(directory: Path, config: TrialConfig) -> None:
+    """Write a trial's config.json as it starts; what another configuration has left there is removed."""
+    path = directory / CONFIG
+    for folder in (directory.parent, directory):
+        folder.mkdir(exist_ok=True)
+    if path.is_file():
+        if TrialConfig(**read_json(path)) == config:
+            return
+        for name in (HISTORY, OUTCOME, CHECKPOINT, "best_model.safetensors"):
+            (directory / name).unlink(missing_ok=True)
+    write_json(path, config)
+
+
+def write_history(directory: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write what each epoch of a trial gave; JSON has no NaN, so a figure that is not finite is null there."""
+    write_json(directory / HISTORY, [{key: _finite(value) for key, value in row.items()} for row in rows])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read_history(directory: Path) -> list[dict[str, float]]:
+    """Read what each epoch of a trial gave; nothing where none has ended."""
+    try:
+        rows = read_json(directory / HISTORY)
+    except FileNotFoundError:
+        return []
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
 def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
@@ -162,10 +192,7 @@ def recovered_outcome(trial: FrozenTrial, trials_dir: Path) -> TrialOutcome:
     """
     config = TrialConfig(**trial.user_attrs["config"])
     directory = trials_dir / config.trial_id
-    try:
-        history = json.loads((directory / "history.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        history = []
+    history = read_history(directory)
     last: dict[str, Any] = dict(history[-1]) if history else {}
     if trial.state == TrialState.COMPLETE:
         last["stopped_by"] = "budget" if last.get("epoch") == config.epochs else "patience"
@@ -186,9 +213,8 @@ def _outcome(folder: Path, states: Mapping[str, TrialState]) -> TrialOutcome | N
     try:
         if (folder / OUTCOME).is_file():
             return TrialOutcome.read(folder / OUTCOME)
-        config = TrialConfig(**read_json(folder / "config.json"))
-        history = read_json(folder / "history.json")
-        return _from_history(config, history, folder, states.get(config.trial_id))
+        config = TrialConfig(**read_json(folder / CONFIG))
+        return _from_history(config, read_history(folder), folder, states.get(config.trial_id))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

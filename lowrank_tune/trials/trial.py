@@ -25,7 +25,14 @@ from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.trials.outcomes import CHECKPOINT, MaterialPaths, outcome_of
+from lowrank_tune.trials.outcomes import (
+    CHECKPOINT,
+    MaterialPaths,
+    begin_trial,
+    outcome_of,
+    read_history,
+    write_history,
+)
 
 _REST = "state"
 
@@ -129,7 +136,7 @@ class TrialSession:
     Args:
         config: the trial.
         paths: what a study's trials share, mapped once a process.
-        directory: takes best_model.safetensors, config.json, history.json, and the checkpoint while it trains.
+        directory: has its config.json; takes best_model.safetensors, history.json, and the checkpoint while it trains.
         cpus: cores reserved for it; torch gets as many threads, at least one.
         gpus: GPUs reserved for it.
         reported: the last epoch that the study has heard of; later ones on file are told before any is trained.
@@ -259,7 +266,7 @@ class TrialSession:
 
     def _find_untold(self) -> list[dict[str, float]]:
         """The epochs on file that the study has not heard of: its driver, or an earlier process of the trial, died."""
-        rows = self._on_file = self._world.of_first(read_history(self._directory, self._config))
+        rows = self._on_file = self._world.of_first(read_history(self._directory))
         if rows and self._ends_at(rows[-1]):
             return [row for row in rows if row["epoch"] > self._reported] or rows[-1:]
         if not self._world.of_first((self._directory / CHECKPOINT).is_file()):
@@ -313,19 +320,9 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
     metrics = trainer.step()
     if trainer.world.first:
         trainer.save(directory)
+        write_history(directory, trainer.history)
     seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
     return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
-
-
-def read_history(directory: Path, config: TrialConfig) -> list[dict[str, float]]:
-    """The epochs that a trial has on file; none where another configuration's lie there."""
-    try:
-        if TrialConfig(**json.loads((directory / "config.json").read_text(encoding="utf-8"))) != config:
-            return []
-        rows: list[dict[str, float]] = json.loads((directory / "history.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    return rows
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -359,6 +356,7 @@ def run_one_trial(
         CacheError: the features cannot be read.
     """
     trainer = Trainer(config, FeatureMatrix(features), split, optimum, device)
+    begin_trial(directory, config)
     started = time.perf_counter()
     last: dict[str, Any] = {}
     while trainer.stopped_by is None:

@@ -31,6 +31,7 @@ from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcomes import (
     MaterialPaths,
+    begin_trial,
     outcome_of,
     read_outcomes,
     recovered_outcome,
@@ -217,8 +218,11 @@ class WatchTrials(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
+        config = _config(trial)
+        # Before its actor trains, so that what it leaves has a name whatever happens to this driver.
+        _tell(begin_trial, self._audience.trials_dir / config.trial_id, config)
         for observer in self._audience.observers:
-            _tell(observer.trial_started, _config(trial))
+            _tell(observer.trial_started, config)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

@@ -1,6 +1,8 @@
 """A trial's training over the processes that it takes."""
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,14 @@ from test_trial_checkpoint import CONFIG, without_seconds
 from tiny_study import World
 
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.trials.outcomes import CHECKPOINT, MaterialPaths, write_material
+from lowrank_tune.trials.outcomes import (
+    CHECKPOINT,
+    MaterialPaths,
+    begin_trial,
+    read_history,
+    write_history,
+    write_material,
+)
 from lowrank_tune.trials.trial import TrialSession
 
 SessionOf = Callable[..., TrialSession]
@@ -24,6 +33,7 @@ def session_of(world: World, tmp_path: Path) -> SessionOf:
     paths = write_material(tmp_path / "tune", world.features, world.split, world.optimum_path)
 
     def make(config: TrialConfig = CONFIG, paths: MaterialPaths = paths, reported: int = 0) -> TrialSession:
+        begin_trial(tmp_path / "trial", config)
         return TrialSession(config, paths, tmp_path / "trial", 1, 0, reported)
 
     return make
@@ -82,10 +92,20 @@ def test_what_another_process_would_meet_again_is_told(session_of: SessionOf) ->
     assert math.isnan(row["val_mse"])
 
 
+def test_a_figure_that_is_not_finite_is_null_on_file(tmp_path: Path) -> None:
+    write_history(tmp_path, [{"epoch": 1, "val_mse": math.nan, "lr": math.inf}])
+    assert json.loads((tmp_path / "history.json").read_text()) == [{"epoch": 1, "val_mse": None, "lr": None}]
+    (row,) = read_history(tmp_path)
+    assert row["epoch"] == 1
+    assert math.isnan(row["val_mse"])
+
+
 def test_a_file_system_that_is_gone_is_another_machines_chance(session_of: SessionOf, tmp_path: Path) -> None:
+    session = session_of()
+    shutil.rmtree(tmp_path / "trial")
     (tmp_path / "trial").write_text("not a folder")
     with pytest.raises(OSError):
-        session_of().epoch()
+        session.epoch()
 
 
 def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path: Path) -> None:
