@@ -1,6 +1,7 @@
 """Decompositions without training: what a trained decomposer must beat.
 
-N images, T tokens, D dim, R rank, W columns of a widened basis.
+Each takes features X [N, T, D] and a rank R of at most min(T, D); a generator, on the CPU, draws one Ω for the whole
+batch. N images, T tokens, D dim, R rank, W columns of a widened basis.
 """
 
 from __future__ import annotations
@@ -18,35 +19,17 @@ OVERSAMPLING = 1.25
 
 
 def random_sketch(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
-    """Return A = orth(XΩ) with gaussian Ω, and B = AᵀX (Halko, Martinsson & Tropp, 2011, without a power step).
-
-    Args:
-        x_NTD: Features [N, T, D].
-        rank: R, at most min(T, D).
-        generator: Draws Ω [D, R], one for the whole batch; on the CPU.
-    """
+    """Return A = orth(XΩ) with gaussian Ω, and B = AᵀX (Halko, Martinsson & Tropp, 2011, without a power step)."""
     return project(x_NTD, orthonormalise(x_NTD @ _gaussian(x_NTD, rank, generator)))
 
 
 def pca_basis(x_NTD: Tensor, rank: int, axes_DR: Tensor) -> Factors:
-    """Return A = orth(XV) with V the training images' principal axes, and the least-squares B = AᵀX.
-
-    Args:
-        x_NTD: Features [N, T, D].
-        rank: R, at most min(T, D).
-        axes_DR: At least R columns of `linalg.principal_axes` [D, ≥R].
-    """
+    """Return A = orth(XV), V the leading R of the training images' `principal_axes` [D, ≥R], and B = AᵀX."""
     return project(x_NTD, orthonormalise(x_NTD @ axes_DR[:, :rank].to(x_NTD)))
 
 
 def power_1(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
-    """Return A = orth(G XΩ) with gaussian Ω, one step of subspace iteration, and B = AᵀX.
-
-    Args:
-        x_NTD: Features [N, T, D].
-        rank: R, at most min(T, D).
-        generator: Draws Ω [D, R], one for the whole batch; on the CPU.
-    """
+    """Return A = orth(G XΩ) with gaussian Ω, one step of subspace iteration, and B = AᵀX."""
     start_NTR = orthonormalise(x_NTD @ _gaussian(x_NTD, rank, generator))
     return project(x_NTD, orthonormalise(x_NTD @ (x_NTD.mT @ start_NTR)))
 
@@ -56,11 +39,6 @@ def randomized_svd(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Fact
 
     A basis of width R + 25%, two steps of subspace iteration, then Rayleigh–Ritz: the eigenvectors of QᵀGQ choose the R
     columns that are kept.
-
-    Args:
-        x_NTD: Features [N, T, D].
-        rank: R, at most min(T, D).
-        generator: Draws Ω [D, W], one for the whole batch; on the CPU.
     """
     width = min(math.ceil(OVERSAMPLING * rank), *x_NTD.shape[-2:])
     gram_NTT = gram(x_NTD)
@@ -74,12 +52,7 @@ def randomized_svd(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Fact
 def svd(x_NTD: Tensor, rank: int) -> Factors:
     """Return the truncated SVD, the optimum, from a float64 eigendecomposition of the smaller Gram matrix.
 
-    Args:
-        x_NTD: Features [N, T, D].
-        rank: R, at most min(T, D).
-
-    Returns:
-        A with orthonormal columns and B = AᵀX, or for T > D their mirror image: B with orthonormal rows and A = XBᵀ.
+    A has orthonormal columns and B = AᵀX; for T > D it is their mirror image, B with orthonormal rows and A = XBᵀ.
     """
     x = x_NTD.double()
     if x.shape[-2] <= x.shape[-1]:
@@ -92,10 +65,6 @@ def svd_rows(x_NTD: Tensor, rank: int) -> Factors:
     """Return the truncated SVD of X with rows of length one, each row of A brought back to its token's length.
 
     It maximises the mean squared token cosine, as `svd` maximises the flat cosine.
-
-    Args:
-        x_NTD: Features [N, T, D].
-        rank: R, at most min(T, D).
     """
     lengths_NT1 = torch.linalg.vector_norm(x_NTD, dim=-1, keepdim=True)
     a_NTR, b_NRD = svd(torch.where(lengths_NT1 > 0, x_NTD / lengths_NT1, x_NTD), rank)

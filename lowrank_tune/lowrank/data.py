@@ -6,11 +6,11 @@ N images, T tokens, D dim.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,13 +27,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class FeatureMatrix:
-    """The features of a study's images, read where they lie.
+    """The features of a study's images, in the order that indices count, read where they lie.
 
     The first row asked for maps all shards, and they stay mapped: their pages belong to the system's page cache, which
     all processes share, so a process needs memory for the batches that it holds and for nothing else.
-
-    Args:
-        features: The images, in the order that indices count.
     """
 
     def __init__(self, features: FeatureSet) -> None:
@@ -76,26 +73,21 @@ class FeatureMatrix:
         return x_NTD
 
     def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-        """Yield the features of some images in order, `size` images [size, T, D] at a time (the last may be fewer).
+        """Yield the features of some images in order, [size, T, D] at a time, the last perhaps fewer; errors as `load`.
 
-        Raises:
-            CacheError: As `load`.
+        A batch belongs to the caller.
         """
         for start in range(0, len(indices), size):
             yield self.load(indices[start : start + size], dtype)
 
     def _map(self, name: str) -> Tensor:
-        path = Path(self.features.directory) / "shards" / name
-        remedy = "run `lowrank-tune features verify`, then extract the cache again"
-        try:
-            with safe_open(path, framework="pt", device="cpu") as shard:
-                mapped_NTD: Tensor = shard.get_tensor("features")
-        except (OSError, SafetensorError) as error:
-            raise CacheError(f"{path}: the shard cannot be read ({error}); {remedy}") from error
+        path, parts = _map_shard(self.features, name)
+        mapped_NTD = parts.get("features", torch.empty(0))
         if mapped_NTD.shape[1:] != (self.tokens, self.dim) or mapped_NTD.dtype != self.dtype:
             raise CacheError(
                 f"{path}: holds {list(mapped_NTD.shape)} of {mapped_NTD.dtype}, "
-                f"not images of [{self.tokens}, {self.dim}] of {self.dtype}; {remedy}"
+                f"not images of [{self.tokens}, {self.dim}] of {self.dtype}; "
+                "run `lowrank-tune features verify`, then extract the cache again"
             )
         return mapped_NTD
 
@@ -106,14 +98,16 @@ room for its own work."""
 _COPIED_AT_ONCE = 64
 
 
-class MiniBatches(Protocol):
+class MiniBatches(ABC):
     """Gives the features of some images on one device."""
 
+    @abstractmethod
     def load(self, indices: Sequence[int]) -> Tensor:
         """Return the features of some images, float32 [n, T, D]; the tensor belongs to the caller."""
 
     def lend(self, indices: Sequence[int]) -> Tensor:
         """As `load`, but the tensor may be overwritten by the next call."""
+        return self.load(indices)
 
 
 @lru_cache(maxsize=1)
@@ -138,35 +132,26 @@ def fits(size: int, free: int) -> bool:
     return size <= RESIDENT_FRACTION * free
 
 
-class Mapped:
-    """Batches on the CPU, copied out of the mapped cache.
-
-    Args:
-        data: The features.
-    """
+class Mapped(MiniBatches):
+    """Batches on the CPU, copied out of the mapped cache; those lent use the same memory again."""
 
     def __init__(self, data: FeatureMatrix) -> None:
         self._data = data
         self._buffer_NTD = torch.empty(0, data.tokens, data.dim)
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """As `MiniBatches.load`."""
+        """Copy them out of the cache."""
         return self._data.load(indices)
 
     def lend(self, indices: Sequence[int]) -> Tensor:
-        """As `MiniBatches.lend`."""
+        """Copy them into memory that is used again."""
         if len(indices) > len(self._buffer_NTD):
             self._buffer_NTD = torch.empty(len(indices), self._data.tokens, self._data.dim)
         return self._data.load(indices, out=self._buffer_NTD[: len(indices)])
 
 
-class Resident:
-    """Batches of features that a device holds as a whole, in the dtype of the cache.
-
-    Args:
-        data: The features.
-        device: Where to hold them.
-    """
+class Resident(MiniBatches):
+    """Batches of features that a device holds as a whole, in the dtype of the cache."""
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
         self._all_NTD = torch.empty(len(data), data.tokens, data.dim, dtype=data.dtype, device=device)
@@ -175,21 +160,15 @@ class Resident:
             self._all_NTD[start : start + len(part)] = data.load(part, data.dtype).to(device)
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """As `MiniBatches.load`."""
+        """Pick them on the device."""
         chosen = torch.tensor(indices, dtype=torch.int64).to(self._all_NTD.device)
         return self._all_NTD.index_select(0, chosen).float()
 
-    def lend(self, indices: Sequence[int]) -> Tensor:
-        """As `MiniBatches.lend`."""
-        return self.load(indices)
 
-
-class Streamed:
+class Streamed(MiniBatches):
     """Batches that are copied to a device through two page-locked buffers, one filled while the other is on its way.
 
-    Args:
-        data: The features.
-        device: Where the batches go, in the cache's dtype; they are converted there, so that half the bytes travel.
+    They travel in the cache's dtype and are converted on the device: half the bytes.
     """
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
@@ -201,35 +180,22 @@ class Streamed:
         self._turn = 0
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """As `MiniBatches.load`."""
+        """Send them to the device."""
         self._turn = 1 - self._turn
         if self._sent:
             self._sent[self._turn].synchronize()
         if len(indices) > len(self._buffers[self._turn]):
             shape = (len(indices), self._data.tokens, self._data.dim)
-            pinned = self._device.type == "cuda"
-            self._buffers[self._turn] = torch.empty(shape, dtype=self._data.dtype, pin_memory=pinned)
+            self._buffers[self._turn] = torch.empty(shape, dtype=self._data.dtype, pin_memory=bool(self._sent))
         host_NTD = self._data.load(indices, out=self._buffers[self._turn][: len(indices)])
         x_NTD = torch.empty_like(host_NTD, device=self._device).copy_(host_NTD, non_blocking=True)
         if self._sent:
             self._sent[self._turn].record(torch.cuda.current_stream(self._device))
         return x_NTD.float()
 
-    def lend(self, indices: Sequence[int]) -> Tensor:
-        """As `MiniBatches.lend`."""
-        return self.load(indices)
-
 
 def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Store one image's factors.
-
-    Args:
-        a_TR: A [T, R].
-        b_RD: B [R, D].
-        dtype: one of `STORE_DTYPES`.
-
-    Returns:
-        What `pack` makes of each, by name: `a.values`, `b.codes` and so on.
+    """Store one image's factors, A [T, R] and B [R, D]: what `pack` makes of each, by name, `a.values`, `b.codes`.
 
     Raises:
         InputError: a number is not finite, or does not fit the dtype.
@@ -251,8 +217,10 @@ def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: in
     Raises:
         InputError: the parts are not what it makes of this dtype and these sizes.
     """
-    a_TR = unpack(_of_side(parts, "a"), dtype, (tokens, rank))
-    return a_TR, unpack(_of_side(parts, "b"), dtype, (rank, dim))
+    sides: dict[str, dict[str, Tensor]] = {"a": {}, "b": {}}
+    for name, part in parts.items():
+        sides[name[0]][name[2:]] = part
+    return unpack(sides["a"], dtype, (tokens, rank)), unpack(sides["b"], dtype, (rank, dim))
 
 
 def open_matrix(features: FeatureSet) -> FeatureMatrix:
@@ -261,11 +229,7 @@ def open_matrix(features: FeatureSet) -> FeatureMatrix:
 
 
 class FactorMatrix(FeatureMatrix):
-    """Features that are stored as factors: `load` gives A·B, `factors` gives A and B themselves, both in float32.
-
-    Args:
-        features: The images, in the order that indices count; of a cache of factors.
-    """
+    """Features that are stored as factors: `load` gives A·B, `factors` gives A and B themselves, both in float32."""
 
     def __init__(self, features: FeatureSet) -> None:
         super().__init__(replace(features, dtype="float32"))
@@ -282,14 +246,7 @@ class FactorMatrix(FeatureMatrix):
         return x_NTD
 
     def factors(self, indices: Sequence[int]) -> Factors:
-        """Read the factors of some images.
-
-        Returns:
-            A [n, T, R] and B [n, R, D], float32.
-
-        Raises:
-            CacheError: As `load`.
-        """
+        """Read the factors of some images, A [n, T, R] and B [n, R, D], float32; errors as `load`."""
         images = [self._image(index) for index in indices]
         a_NTR = torch.stack([a_TR for a_TR, _ in images]) if images else torch.empty(0, self.tokens, self.rank)
         b_NRD = torch.stack([b_RD for _, b_RD in images]) if images else torch.empty(0, self.rank, self.dim)
@@ -298,20 +255,19 @@ class FactorMatrix(FeatureMatrix):
     def _image(self, index: int) -> tuple[Tensor, Tensor]:
         row = self.features.rows[index]
         if row.shard not in self._parts:
-            self._parts[row.shard] = self._map_parts(row.shard)
+            self._parts[row.shard] = _map_shard(self.features, row.shard)[1]
         parts = {name: part[row.row] for name, part in self._parts[row.shard].items()}
         return unpack_factors(parts, self.features.dtype, self.tokens, self.dim, self.rank)
 
-    def _map_parts(self, name: str) -> dict[str, Tensor]:
-        path = Path(self.features.directory) / "shards" / name
-        try:
-            with safe_open(path, framework="pt", device="cpu") as shard:
-                return {part: shard.get_tensor(part) for part in shard.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError) as error:
-            raise CacheError(
-                f"{path}: the shard cannot be read ({error}); run `lowrank-tune features verify`, then apply again"
-            ) from error
 
-
-def _of_side(parts: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{side}."): part for name, part in parts.items() if name.startswith(f"{side}.")}
+def _map_shard(features: FeatureSet, name: str) -> tuple[Path, dict[str, Tensor]]:
+    """A shard's path, and its tensors, mapped into memory."""
+    path = Path(features.directory) / "shards" / name
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            return path, {part: shard.get_tensor(part) for part in shard.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        made_by = "apply" if features.rank else "extract the cache"
+        raise CacheError(
+            f"{path}: the shard cannot be read ({error}); run `lowrank-tune features verify`, then {made_by} again"
+        ) from error

@@ -34,30 +34,14 @@ class Figures(NamedTuple):
 def measure(x_NTD: Tensor, a_NTR: Tensor, b_NRD: Tensor) -> Figures:
     """Measure factors against the matrices that they stand for.
 
-    All of it is in float64, whatever the factors' dtype: A B then has exactly rank R, so no residual can come out below
-    the optimum by rounding.
-
-    Args:
-        x_NTD: The images' features [N, T, D].
-        a_NTR: Their left factors [N, T, R].
-        b_NRD: Their right factors [N, R, D].
-
-    Returns:
-        The figures; not finite for an image whose factors are not.
+    All of it is in float64, whatever the dtype of X [N, T, D], A [N, T, R] and B [N, R, D]: A B then has exactly rank
+    R, so no residual can come out below the optimum by rounding. The figures are not finite where the factors are not.
     """
     return measure_matrix(x_NTD, a_NTR.double() @ b_NRD.double())
 
 
 def measure_matrix(x_NTD: Tensor, y_NTD: Tensor) -> Figures:
-    """Measure matrices against those that they stand for, in float64.
-
-    Args:
-        x_NTD: The images' features [N, T, D].
-        y_NTD: What stands for them [N, T, D]; overwritten when it is float64.
-
-    Returns:
-        The figures; not finite for an image that is not.
-    """
+    """Measure matrices Y [N, T, D], overwritten when they are float64, against the X [N, T, D] that they stand for."""
     x, y = x_NTD.double(), y_NTD.double()
     x_energy_NT, y_energy_NT = _row_energy(x), _row_energy(y)
     residual_NT = _row_energy(y.sub_(x))

@@ -2,10 +2,10 @@
 
     scale = max|x| / L       code = round(x / scale)       x ≈ code · scale, off by half a scale at most
 
-L is 127, 15 or 7 for int8, int5 and int4. Codes of less than a byte are packed: eight codes of b bits are b bytes. A
-row of K codes is ⌈K b / 8⌉ bytes; rows stay apart, so that leading rows can be read by themselves.
+L is 127, 15 or 7 for int8, int5 and int4. Codes of b < 8 bits follow one another without gaps, lowest bit first: a row
+of K codes is ⌈K b / 8⌉ bytes. Rows stay apart, so that leading rows can be read by themselves.
 
-K numbers of a row.
+N images, T tokens, D dim, R rank, K numbers of a row.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
@@ -34,18 +34,14 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def pack(x: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Store a matrix in fewer bytes.
-
-    Args:
-        x: finite numbers [..., K], K at least 1.
-        dtype: one of `STORE_DTYPES`.
+    """Store finite numbers [..., K], K at least 1, in fewer bytes.
 
     Returns:
         `values` [..., K] for a float dtype. Else `codes`, int8 [..., K] or packed into uint8 [..., ⌈K bits / 8⌉], and
         `scales`, float32 [...], one a row. Each is contiguous and owns its memory, as safetensors wants it.
 
     Raises:
-        InputError: there is no such dtype, no row, a number that is not finite, or one too large for the dtype.
+        InputError: the dtype is none of `STORE_DTYPES`, there is no row, or a number is not finite or too large for it.
     """
     _check(dtype)
     if x.ndim == 0 or x.shape[-1] == 0:
@@ -53,20 +49,11 @@ def pack(x: Tensor, dtype: str) -> dict[str, Tensor]:
     if dtype in _FLOATS:
         return {"values": _as_float(x, dtype).clone(memory_format=torch.contiguous_format)}
     codes, scales = _quantise(x, dtype)
-    bits = _BITS[dtype]
-    return {"codes": codes.to(torch.int8) if bits == 8 else _to_bytes(codes, bits), "scales": scales}
+    return {"codes": _to_bytes(codes, _BITS[dtype]), "scales": scales}
 
 
 def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Tensor:
-    """Restore what `pack` stored.
-
-    Args:
-        parts: as `pack` returned them.
-        dtype: as `pack` was given it.
-        shape: [..., K] of what was packed.
-
-    Returns:
-        float32 of that shape.
+    """Restore what `pack` made of [..., K], float32.
 
     Raises:
         InputError: the parts are not what `pack` makes of this dtype and shape.
@@ -80,27 +67,17 @@ def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Ten
         )
     if dtype in _FLOATS:
         return parts["values"].float()
-    bits = _BITS[dtype]
-    codes = parts["codes"] if bits == 8 else _from_bytes(parts["codes"], bits, shape[-1])
-    return _dequantise(codes, parts["scales"])
+    return _dequantise(_from_bytes(parts["codes"], _BITS[dtype], shape[-1]), parts["scales"])
 
 
 def restored(x: Tensor, dtype: str) -> Tensor:
-    """Return what `unpack` gives of `pack(x, dtype)`, float32 [..., K], without making the bytes.
-
-    Raises:
-        InputError: as `pack`.
-    """
+    """Return what `unpack` gives of `pack(x, dtype)`, float32 [..., K], without making the bytes; errors as `pack`."""
     _check(dtype)
     return _as_float(x, dtype).float() if dtype in _FLOATS else _dequantise(*_quantise(x, dtype))
 
 
 def packed_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Count the bytes of all that `pack` returns for [..., K], scales included.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
+    """Count the bytes of all that `pack` returns for [..., K], scales included."""
     return sum(math.prod(part) * kind.itemsize for part, kind in _layout(shape, dtype).values())
 
 
@@ -125,11 +102,6 @@ def _words(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return float32 numbers.
-
-    Raises:
-        InputError: one of them is not finite, or too large for float32.
-    """
     numbers = x.float()
     if not numbers.isfinite().all():
         raise InputError("NaN, infinity or a number above 3.4e38 cannot be stored; look at what made it")
@@ -162,31 +134,27 @@ def _dequantise(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _to_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes [..., K] into uint8 [..., ⌈K bits / 8⌉]: eight codes are one whole number of `bits` bytes."""
-    count = codes.shape[-1]
-    unsigned = codes.to(torch.int64) + (2 ** (bits - 1) - 1)
-    groups = functional.pad(unsigned, (0, -count % 8)).reshape(*codes.shape[:-1], math.ceil(count / 8), 8)
-    words = (groups << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
-    octets = ((words >> (8 * torch.arange(bits, device=codes.device))) & 255).flatten(-2)
-    return octets[..., : math.ceil(count * bits / 8)].to(torch.uint8, memory_format=torch.contiguous_format)
+    """Pack codes [..., K] into uint8 [..., ⌈K bits / 8⌉], unsigned; those of 8 bits are int8 as they are."""
+    if bits == 8:
+        return codes.to(torch.int8)
+    unsigned = (codes.cpu().numpy() + (2 ** (bits - 1) - 1)).astype(np.uint8)[..., None]
+    stream = np.unpackbits(unsigned, axis=-1, bitorder="little")[..., :bits]
+    rows = stream.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
+    return torch.from_numpy(np.packbits(rows, axis=-1, bitorder="little")).to(codes.device)
 
 
 def _from_bytes(octets: Tensor, bits: int, count: int) -> Tensor:
-    """Undo `_to_bytes`: codes [..., K] in int64."""
-    size = octets.shape[-1]
-    padded = functional.pad(octets.to(torch.int64), (0, -size % bits))
-    groups = padded.reshape(*octets.shape[:-1], math.ceil(size / bits), bits)
-    words = (groups << (8 * torch.arange(bits, device=octets.device))).sum(-1, keepdim=True)
-    unsigned = (words >> (bits * torch.arange(8, device=octets.device))) & (2**bits - 1)
-    codes: Tensor = unsigned.flatten(-2)[..., :count] - (2 ** (bits - 1) - 1)
+    """Undo `_to_bytes`: codes [..., K]."""
+    if bits == 8:
+        return octets
+    rows = np.unpackbits(octets.cpu().numpy(), axis=-1, count=count * bits, bitorder="little")
+    unsigned = np.packbits(rows.reshape(*octets.shape[:-1], count, bits), axis=-1, bitorder="little")[..., 0]
+    codes: Tensor = torch.from_numpy(unsigned).to(octets.device).float() - (2 ** (bits - 1) - 1)
     return codes
 
 
 class QuantisedDecomposer:
-    """A copy of a decomposer whose matrices are int8.
-
-    Args:
-        model: trained; it stays as it is.
+    """A copy of a trained decomposer whose matrices are int8, by torchao.
 
     Attributes:
         model: the copy.
@@ -199,21 +167,17 @@ class QuantisedDecomposer:
         self.matrices = [name for name, weight in self.model.named_parameters() if weight.ndim == 2]
         self._raw = [name for name in self.matrices if name.removesuffix(".weight") not in layers]
         if self.matrices:
-            _to_int8(self.model, self.matrices)
+            # Seconds of import, and only who quantises a model needs it.
+            from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+            config = FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in self.matrices})
+            quantize_(self.model, config, filter_fn=None)
 
     def __call__(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
         """Decompose images [N, T, D] as `Decomposer.forward` does."""
         restored = {name: self.model.get_parameter(name).dequantize() for name in self._raw}
         factors: Factors = functional_call(self.model, restored, (x_NTD,), {"rank": rank})
         return factors
-
-
-def _to_int8(model: nn.Module, matrices: list[str]) -> None:
-    # Seconds of import, and only who quantises a model needs it.
-    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
-
-    config = FqnToConfig({name: Int8WeightOnlyConfig(version=2) for name in matrices})
-    quantize_(model, config, filter_fn=None)
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -231,11 +195,8 @@ def _bytes(tensor: Tensor) -> int:
 def ordered(factors: Factors) -> Factors:
     """Return the same products as their SVD, √Σ in either factor, components by falling Σ.
 
-    Args:
-        factors: A [N, T, R] and B [N, R, D], R at most min(T, D).
-
-    Returns:
-        float32 factors of the same shapes; components that are nothing but rounding are zeros or nearly so.
+    A [N, T, R] and B [N, R, D], R at most min(T, D), give float32 factors of the same shapes; components that are
+    nothing but rounding are zeros or nearly so.
     """
     q_NTR, left_NRR = torch.linalg.qr(factors.a_NTR.float())
     p_NDR, right_NRR = torch.linalg.qr(factors.b_NRD.float().mT)
@@ -245,15 +206,7 @@ def ordered(factors: Factors) -> Factors:
 
 
 def restored_factors(factors: Factors, dtype: str) -> Factors:
-    """Return what comes back of factors when A and B are packed, float32.
-
-    Args:
-        factors: A [N, T, R] and B [N, R, D], as `ordered` returns them.
-        dtype: one of `compression.STORE_DTYPES`.
-
-    Raises:
-        InputError: as `compression.pack`.
-    """
+    """Return what comes back of factors, as `ordered` returns them, when A and B are packed; errors as `pack`."""
     return Factors(restored(factors.a_NTR, dtype), restored(factors.b_NRD, dtype))
 
 
@@ -263,16 +216,9 @@ def factor_bytes(tokens: int, dim: int, rank: int, dtype: str) -> int:
 
 
 def residual_by_rank(x_NTD: Tensor, factors: Factors) -> Tensor:
-    """Measure ‖X − A_r B_r‖² for the leading r components, for every r from none to all.
+    """Measure ‖X − A_r B_r‖² for the leading r components, for every r from none to all: float64 [N, R + 1].
 
     With a_j, b_j the components it is ‖X‖² − 2 Σ_j a_jᵀXb_j + Σ_ij (a_i·a_j)(b_i·b_j), one product with X for all r.
-
-    Args:
-        x_NTD: features [N, T, D].
-        factors: A [N, T, R] and B [N, R, D].
-
-    Returns:
-        float64 [N, R + 1]; column r is that of r components.
     """
     x, a_NTR, b_NRD = x_NTD.double(), factors.a_NTR.double(), factors.b_NRD.double()
     energy_N1 = x.square().sum((-2, -1))[:, None]

@@ -50,11 +50,7 @@ class Optimum:
     elements: int
 
     def at(self, rank: int) -> Figures:
-        """Return the figures at one rank.
-
-        Raises:
-            InputError: The rank is not in 1..T.
-        """
+        """Return the figures at one rank; InputError where it is not in 1..T."""
         ranks = self.residual_NR.shape[1]
         if not 1 <= rank <= ranks:
             raise InputError(f"rank {rank}: the images have {ranks} tokens; ask for a rank of 1 to {ranks}")
@@ -82,11 +78,7 @@ class Optimum:
 def measure_optimum(x_batches: Iterable[Tensor]) -> Optimum:
     """Measure the truncated SVD of each image at every rank, from one eigendecomposition an image.
 
-    Args:
-        x_batches: The images' features, batches [n, T, D] of any floating dtype.
-
-    Returns:
-        The figures in the images' order.
+    The images come in batches [n, T, D] of any floating dtype; the figures are in their order.
 
     Raises:
         CacheError: An image holds a number that is not finite.

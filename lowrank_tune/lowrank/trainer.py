@@ -51,14 +51,10 @@ class Trainer:
     validation split, and has the same weights and the same figures, those of one process but for rounding.
 
     Args:
-        config: The trial.
-        data: The features.
-        split: Which images train and which validate.
-        optimum: The optimum of `split.validation`, in its order.
-        device: Where to train.
-        micro_batch: Images in memory at a time, where a batch, or this process's share of one, is too many: gradients
-            are gathered over so many parts, and the numbers are the same but for rounding. All of them by default.
-        world: The processes that train it; this one alone by default.
+        optimum: of `split.validation`, in its order.
+        micro_batch: images in memory at a time, where a batch, or this process's share of one, is too many: gradients
+            add up over so many parts, and the numbers are the same but for rounding. All of them by default.
+        world: the processes that train it.
 
     Attributes:
         model: the decomposer as of the last epoch.
@@ -127,11 +123,10 @@ class Trainer:
         """Train one epoch and validate.
 
         Returns:
-            `epoch` (from 1), `train_loss`, `val_mse`, `val_token_cosine`, `val_residual_ratio` (means over images),
-            `lr` (that the epoch trained with), `seconds` (of this epoch), and `best_epoch`, `best_val_mse`,
-            `best_val_token_cosine`, `best_val_residual_ratio`, those of the epoch with the lowest `val_mse`. When the
-            epoch fails (`stopped_by` is then `error`) the figures that are not finite say so, and the best ones are
-            still those of the epochs before.
+            `epoch` (from 1), the `FIGURES` (means over images), `lr` (that the epoch trained with), `seconds` (of this
+            epoch), and `best_epoch`, `best_val_mse`, `best_val_token_cosine`, `best_val_residual_ratio`, those of the
+            epoch with the lowest `val_mse`. When the epoch fails (`stopped_by` is then `error`) the figures that are
+            not finite say so, and the best ones are still those of the epochs before.
 
         Raises:
             RuntimeError: The training has stopped already.
@@ -200,7 +195,6 @@ class Trainer:
             self.world.sum(weights if self.world.first else weights.zero_())
 
     def _train(self) -> float:
-        """Return the mean loss of an epoch."""
         train, size = self.split.train, self.config.batch_size
         order = torch.randperm(len(train), generator=self._order).tolist()
         total = torch.zeros((), device=self.device)
@@ -233,10 +227,7 @@ class Trainer:
         self._precomputed = [self.world.sum(whole) for whole in kept]
 
     def _backward(self, batch: list[int]) -> Tensor:
-        """Add up the gradients of a batch, `micro_batch` images in memory at a time, and return its loss.
-
-        Of both, the part that this worker's images have in them.
-        """
+        """Add up a batch's gradients, and return its loss: of both, the part that this worker's images have in them."""
         total = torch.zeros((), device=self.device)
         own = self.world.share(len(batch))
         for start in own[:: self.micro_batch]:
@@ -251,13 +242,8 @@ class Trainer:
         return total
 
     def _share_gradients(self) -> None:
-        """Add up the gradients over the workers."""
-        if self.world.size == 1:
-            return
-        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self._weights]
-        flat = self.world.sum(torch.cat([grad.flatten() for grad in grads]))
-        for weight, part in zip(self._weights, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
-            weight.grad = part.view_as(weight)
+        for weight in self._weights if self.world.size > 1 else ():
+            weight.grad = self.world.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:

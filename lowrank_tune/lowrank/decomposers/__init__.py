@@ -23,12 +23,7 @@ FAMILIES: Mapping[str, type[Decomposer]] = {cls.family: cls for cls in (Direct, 
 
 
 def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
-    """Make a trial's decomposer, its weights drawn from the trial's seed.
-
-    Args:
-        config: Names the family, the rank, the family's own parameters and the seed.
-        tokens: T of the features.
-        dim: D of the features.
+    """Make a trial's decomposer for features [tokens, dim], its weights drawn from the trial's seed.
 
     Raises:
         InputError: There is no such family, it takes other parameters, or the rank exceeds min(tokens, dim).

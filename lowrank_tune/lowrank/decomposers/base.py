@@ -32,7 +32,7 @@ class Decomposer(nn.Module, ABC):
     """A trained map from features to factors.
 
     A family subclasses it, sets `family` and `params`, makes its weights in `__init__` from the generator alone, and
-    enters itself in `registry.FAMILIES`; the conformance suite then tests it.
+    enters itself in `decomposers.FAMILIES`; the conformance suite then tests it.
 
     Args:
         tokens: T, rows of each X.
@@ -122,19 +122,10 @@ class Decomposer(nn.Module, ABC):
         return (chosen * chosen.new_tensor(list(self._loss_weights.values()))).mean()
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
-        """Set the weights from training images before the first epoch; by default they stay as drawn.
-
-        Args:
-            x_batches: Features of training images [n, T, D], read once.
-            generator: Draws what is drawn; on the CPU.
-        """
+        """Set the weights from training images [n, T, D], read once, before the first epoch; by default they stay."""
 
     def check_rank(self, rank: int | None) -> int:
-        """Return the rank to compute.
-
-        Raises:
-            InputError: It is not in 1..`self.rank`.
-        """
+        """Return the rank to compute; InputError where it is not in 1..`self.rank`."""
         if rank is None:
             return self.default_rank
         if not 1 <= rank <= self.rank:
