@@ -43,7 +43,7 @@ def test_a_row_of_zeros_counts_as_cosine_zero():
     true_rank=st.integers(0, 10),
     noise=st.sampled_from([0, 1e-6, 1e-3, 1]),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_nothing_beats_the_optimum(seed, tokens, dim, rank, true_rank, noise):
     rank = min(rank, tokens, dim)
     g = torch.Generator().manual_seed(seed)
@@ -61,9 +61,7 @@ def test_an_image_of_zeros_is_perfect_when_reproduced():
     x, zeros = torch.zeros(1, 4, 6), torch.zeros(1, 4, 2)
     assert ratio(x, zeros, torch.ones(1, 2, 6)).item() == 1
     assert ratio(x, zeros + 1, torch.ones(1, 2, 6)).item() == float("inf")
-
-
-def test_missing_what_the_rank_could_hold_exactly_is_not_forgiven():
+    # What the rank could hold exactly is not forgiven.
     x = gaussian(1, 8, 2) @ gaussian(1, 2, 8, seed=1)
     assert ratio(x, torch.zeros(1, 8, 2), torch.zeros(1, 2, 8)).item() == pytest.approx(1e8)
 

@@ -4,31 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trial_configs import REFINED
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers.direct import Direct
 from lowrank_tune.lowrank.decomposers.refined import Refined
 from lowrank_tune.lowrank.decomposers.sketch import Sketch
-from lowrank_tune.lowrank.linalg import gram, orthonormalise_once
 from lowrank_tune.lowrank.metrics import EXACT, measure, residual_ratio
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
-from lowrank_tune.records import Split, TrialConfig
+from lowrank_tune.records import Split
 
-CONFIG = TrialConfig(
-    trial_id="r024-refined-0000",
-    number=0,
-    seed=0,
-    family="refined",
-    rank=24,
-    lr=1e-3,
-    weight_decay=0.0,
-    batch_size=4,
-    epochs=4,
-    patience=4,
-    family_params={"steps": 2},
-)
+CONFIG = replace(REFINED, rank=24, weight_decay=0.0, epochs=4, patience=4, family_params={"steps": 2})
+SPLIT = Split(tuple(range(16)), tuple(range(16, 24)), ())
 
 
 def made(tokens, dim, rank, steps=2, seed=0):
@@ -50,15 +39,20 @@ def test_it_is_near_the_optimum_without_training(power_law, tokens, dim, rank):
     assert rho.max() < 1.05
 
 
-@pytest.mark.parametrize(("tokens", "dim"), [(64, 128), (128, 64)])
-@pytest.mark.parametrize("rank", [52, 60, 64])
-def test_ranks_up_to_the_full_one_leave_no_room_and_do_no_harm(power_law, tokens, dim, rank):
-    assert ratios(made(tokens, dim, rank), power_law(4, tokens, dim)).max() < 1.03
-
-
-@pytest.mark.parametrize("rank", [28, 29, 30])
-def test_many_steps_do_no_harm_where_fewer_channels_than_tokens_leave_no_room(power_law, rank):
-    assert ratios(made(80, 30, rank, steps=5), power_law(8, 80, 30, decay=0.5)).max() < 1.03
+@pytest.mark.parametrize(
+    ("tokens", "dim", "rank", "steps"),
+    [
+        *((64, 128, rank, 2) for rank in (52, 60, 64)),
+        (128, 64, 60, 2),
+        (128, 64, 64, 2),
+        (80, 30, 28, 5),
+        (80, 30, 30, 5),
+    ],
+)
+def test_ranks_up_to_the_full_one_leave_no_room_and_do_no_harm(power_law, tokens, dim, rank, steps):
+    assert (
+        ratios(made(tokens, dim, rank, steps), power_law(8, tokens, dim, decay=0.5 if steps > 2 else 1.0)).max() < 1.03
+    )
 
 
 @pytest.mark.parametrize("rank", [2, 16, 32])
@@ -84,7 +78,7 @@ def test_nearly_equal_tokens_do_not_hide_what_tells_them_apart(power_law, rank):
     true_rank=st.integers(1, 40),
     rank=st.sampled_from([1, 7, 24, 40]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_any_spectrum_gives_safe_factors_and_gradients(seed, spread, zero_rows, giant, true_rank, rank):
     generator = torch.Generator().manual_seed(seed)
     sigma = 10 ** -torch.linspace(0, spread, true_rank)
@@ -107,14 +101,15 @@ def test_any_spectrum_gives_safe_factors_and_gradients(seed, spread, zero_rows, 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("rank", [2, 3, 20, 38, 40])
-def test_what_one_direction_leaves_may_be_rounding_alone(rank, steps):
+def test_what_one_direction_leaves_may_be_rounding_alone_and_singular_values_may_be_equal(rank, steps):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 1, 40, generator=generator).repeat(1, 40, 1)
     x[1] += 1e-3 * torch.randn(40, 40, generator=generator)
     x[2] = torch.randn(40, 40, generator=generator)
     x[2, 3] *= 1e6
     x[3] = 1
-    for image in x:
+    equal = torch.linalg.qr(torch.randn(1, 40, 40, generator=generator)).Q
+    for image in (*x, *equal):
         model = made(40, 40, rank, steps)
         model.loss(image[None]).backward()
         assert model.zeros_K.grad.isfinite().all()
@@ -133,28 +128,14 @@ def test_an_image_that_is_not_finite_spoils_its_own_factors_alone(power_law, val
     assert model.loss(x).isnan()
 
 
-def test_equal_singular_values_are_no_trouble():
-    x = torch.linalg.qr(torch.randn(3, 60, 60, generator=torch.Generator().manual_seed(0))).Q
-    model = made(60, 60, 20)
-    model.loss(x).backward()
-    assert model.zeros_K.grad.isfinite().all()
-    torch.testing.assert_close(ratios(model, x), torch.ones(3, dtype=torch.float64), atol=1e-4, rtol=0)
-
-
-def test_autocast_changes_nothing(power_law):
+def test_autocast_changes_nothing_and_half_precision_features_are_computed_in_float32(power_law):
     x, model = power_law(2, 40, 60), made(40, 60, 12)
-    plain = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         within, loss = model(x), model.loss(x)
         loss.backward()
-    assert torch.equal(plain.a_NTR, within.a_NTR)
-    assert torch.equal(plain.b_NRD, within.b_NRD)
+    assert all(map(torch.equal, within, model(x)))
     assert torch.equal(loss, model.loss(x))
-
-
-def test_half_precision_features_are_computed_in_float32(power_law):
-    x, model = power_law(2, 40, 60).half(), made(40, 60, 12)
-    assert torch.equal(model(x).a_NTR, model(x.float()).a_NTR)
+    assert torch.equal(model(x.half()).a_NTR, model(x.half().float()).a_NTR)
 
 
 def test_the_loss_is_the_residuals_share_of_the_energy(power_law):
@@ -179,42 +160,44 @@ def test_the_gradient_is_that_of_the_loss(power_law):
         assert model.zeros_K.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-2)
 
 
-@pytest.mark.parametrize("steps", [0, 1.5, -2])
-def test_steps_are_counted(steps):
-    with pytest.raises(InputError, match="steps"):
-        made(12, 20, 4, steps)
+def test_steps_are_counted():
+    for steps in (0, 1.5, -2):
+        with pytest.raises(InputError, match="steps"):
+            made(12, 20, 4, steps)
 
 
-def test_training_keeps_gram_matrices_and_lowers_the_ratio(make_features, power_law):
-    data = FeatureMatrix(make_features(power_law(24, 96, 128, decay=0.5)))
-    split = Split(tuple(range(16)), tuple(range(16, 24)), ())
-    trainer = Trainer(CONFIG, data, split, measure_optimum([data.load(split.validation)]))
-    untrained = trainer.model.loss(data.load(split.train)).item()
+@pytest.fixture
+def make_trainer(make_features):
+    def make(x, config=CONFIG):
+        return Trainer(config, FeatureMatrix(make_features(x)), SPLIT, measure_optimum([x[16:]])), x
+
+    return make
+
+
+def test_training_keeps_gram_matrices_and_lowers_the_ratio(make_trainer, power_law):
+    trainer, x = make_trainer(power_law(24, 96, 128, decay=0.5))
+    untrained = trainer.model.loss(x[:16]).item()
     while trainer.stopped_by is None:
         trainer.step()
-    assert trainer.model.loss(data.load(split.train)).item() < untrained
+    assert trainer.model.loss(x[:16]).item() < untrained
     ratio = [row["val_residual_ratio"] for row in trainer.history]
     assert ratio[-1] < ratio[0] < 1.03
 
 
-def test_too_many_gram_matrices_are_made_anew_with_the_same_numbers(make_features, power_law, monkeypatch):
-    data = FeatureMatrix(make_features(power_law(12, 40, 60)))
-    split = Split(tuple(range(8)), tuple(range(8, 12)), ())
+def test_too_many_gram_matrices_are_made_anew_with_the_same_numbers(make_trainer, power_law, monkeypatch):
     losses = []
     for budget in (2**20, 0):
         monkeypatch.setattr("lowrank_tune.lowrank.trainer.PRECOMPUTED_BYTES", budget)
-        trainer = Trainer(replace(CONFIG, rank=8), data, split, measure_optimum([data.load(split.validation)]))
+        trainer, _ = make_trainer(power_law(24, 40, 60), replace(CONFIG, rank=8))
         losses.append([trainer.step()["train_loss"] for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_one_nested_training_serves_every_rank(make_features, power_law):
-    data = FeatureMatrix(make_features(power_law(24, 64, 96)))
-    split = Split(tuple(range(16)), tuple(range(16, 24)), ())
+def test_one_nested_training_serves_every_rank(make_trainer, power_law):
     ranks = (4, 8, 16, 24)
-    trainer = Trainer(replace(CONFIG, nested_ranks=ranks), data, split, measure_optimum([data.load(split.validation)]))
+    trainer, x = make_trainer(power_law(24, 64, 96), replace(CONFIG, nested_ranks=ranks))
     row = trainer.step()
-    means = [ratios(trainer.best_model, data.load(split.validation), rank).mean().item() for rank in ranks]
+    means = [ratios(trainer.best_model, x[16:], rank).mean().item() for rank in ranks]
     assert all(mean < 1.03 for mean in means)
     assert row["val_residual_ratio"] == pytest.approx(sum(means) / len(means), rel=1e-4)
     assert row["train_loss"] == pytest.approx(row["val_residual_ratio"], rel=0.2)
@@ -235,22 +218,3 @@ def test_ranks_nest_in_an_ordered_basis_only():
         Direct(12, 20, 4, {"lambda_b": 0, "lambda_ortho": 0}, torch.Generator()).nest({2: 0.2, 4: 0.1})
     with pytest.raises(InputError, match="rank 5"):
         made(12, 20, 4).nest({5: 0.1})
-
-
-def test_a_symmetric_product_is_the_product():
-    x = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.float64, torch.float16):
-        product = gram(x.to(dtype))
-        assert product.dtype == dtype
-        torch.testing.assert_close(product, x.to(dtype) @ x.to(dtype).mT)
-    assert gram(x.requires_grad_()).requires_grad
-
-
-def test_one_pass_is_enough_for_columns_near_eigenvectors():
-    generator = torch.Generator().manual_seed(0)
-    base = torch.linalg.qr(torch.randn(2, 50, 10, generator=generator, dtype=torch.float64)).Q
-    y = base * 10.0 ** -torch.arange(10) + 1e-12 * torch.randn(2, 50, 10, generator=generator, dtype=torch.float64)
-    q = orthonormalise_once(y)
-    torch.testing.assert_close(q.mT @ q, torch.eye(10, dtype=torch.float64).expand(2, -1, -1), atol=1e-6, rtol=0)
-    assert orthonormalise_once(torch.zeros(1, 5, 2)).isfinite().all()
-    assert orthonormalise_once(torch.zeros(1, 5, 0)).shape == (1, 5, 0)
