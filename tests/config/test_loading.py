@@ -4,6 +4,8 @@ A comment `# --set key.path=value` in one of them is an override.
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,15 +44,19 @@ def test_every_problem_is_told_with_its_place_and_remedy(file: Path) -> None:
     assert problems_of(file) == file.with_suffix(".txt").read_text(encoding="utf-8")
 
 
-def test_every_golden_text_has_its_study() -> None:
-    assert {file.stem for file in GOLDEN.glob("*.txt")} == {file.stem for file in GOLDEN.glob("*.yaml")}
-
-
 def test_yaml_is_read_as_people_mean_it() -> None:
     spec = parse_study(VALID, "study.yaml")
-    assert spec.name == "no"
-    assert spec.search.space.lr == 0.001
-    assert spec.search.trials == 20
+    assert (spec.name, spec.search.space.lr, spec.search.trials) == ("no", 0.001, 20)
+
+
+def test_a_study_file_is_checked_without_waiting_for_a_heavy_library() -> None:
+    code = (
+        "import sys, lowrank_tune.config.loading, lowrank_tune.config.plan, lowrank_tune.config.render;"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "pydantic" in loaded
+    assert {"torch", "ray", "mlflow", "optuna", "matplotlib", "transformers", "pandas", "numpy"}.isdisjoint(loaded)
 
 
 def test_a_family_with_nothing_after_it_has_its_defaults_and_an_absent_one_is_not_tried() -> None:
@@ -70,17 +76,12 @@ def test_a_family_with_nothing_after_it_has_its_defaults_and_an_absent_one_is_no
         (["search.space.lr={loguniform: [1e-4, 1e-2]}"], "search.space.lr", Range("loguniform", (1e-4, 1e-2))),
         (["search.space.rank=[4, 8]"], "search.space.rank", (4, 8)),
         (["features.source={tensors: cache}"], "features.source.tensors", "cache"),
-        (["name=1e-3"], "name", None),
         (['name="1e-3"'], "name", "1e-3"),
         (["tracking.uri=http://host:5000/?a=b"], "tracking.uri", "http://host:5000/?a=b"),
         (["training.epochs=2"], "scheduler.grace_epochs", 2),
     ],
 )
 def test_overrides_are_laid_over_the_file(overrides: list[str], path: str, value: Any) -> None:
-    if value is None:
-        with pytest.raises(StudyFileError):
-            parse_study(VALID, "study.yaml", overrides)
-        return
     found: Any = parse_study(VALID, "study.yaml", overrides)
     for part in path.split("."):
         found = getattr(found, part)
@@ -141,7 +142,7 @@ def test_a_path_that_is_no_file_gets_one_clear_line(tmp_path: Path) -> None:
         load_study(tmp_path / ("long" * 100))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.text(alphabet=st.sampled_from(list("abn:-[]{}#&*!|>'\"%@`,? \n\t.1e~<")), max_size=60))
 def test_whatever_is_written_the_answer_is_lines_and_never_a_traceback(text: str) -> None:
     try:
@@ -150,7 +151,7 @@ def test_whatever_is_written_the_answer_is_lines_and_never_a_traceback(text: str
         assert all(problem.startswith("study.yaml:") and problem.isprintable() for problem in error.problems)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.text(max_size=40), st.text(max_size=20))
 def test_whatever_is_set_the_answer_is_lines_and_never_a_traceback(key: str, value: str) -> None:
     try:
@@ -176,7 +177,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(KEYS), values)
 def test_whatever_a_key_holds_the_answer_is_in_words_of_the_study_file(key: str, value: Any) -> None:
     override = f"{key}={json.dumps(value)}"
