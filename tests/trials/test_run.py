@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
-import ray
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from tiny_study import Killer, Listener, World, build_plan, make_world
+from tiny_study import Listener, World, build_plan, make_world, optuna_trials, processes, run
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError, StudyFailedError
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TrialConfig, TrialOutcome
-from lowrank_tune.trials.outcomes import CHECKPOINT
 from lowrank_tune.trials.trial import run_one_trial
-from lowrank_tune.trials.tuning import run_trials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -45,25 +41,12 @@ class Study:
     pids: frozenset[int]
 
 
-def run(plan: Plan, world: World, told: Listener | None = None) -> tuple[TrialOutcome, ...]:
-    told = told or Listener()
-    return run_trials(plan, world.features, world.split, world.optimum_path, [told])
-
-
 def optuna_states(plan: Plan) -> list[TrialState]:
-    storage = JournalStorage(JournalFileBackend(str(plan.study_dir / "tune" / "optuna.journal")))
-    return [trial.state for trial in optuna.load_study(study_name=plan.study_id, storage=storage).trials]
+    return [trial.state for trial in optuna_trials(plan)]
 
 
 def figures(outcomes: tuple[TrialOutcome, ...]) -> list[Any]:
     return [(outcome.config, outcome.status, outcome.epochs, outcome.best) for outcome in outcomes]
-
-
-def actors() -> list[psutil.Process]:
-    """This test's own trial processes: children of the Ray that it started."""
-    assert ray.is_initialized()
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if "TrialActor" in " ".join(process.cmdline())]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +57,7 @@ def grid(ray_cluster: None, world: World, tmp_path_factory: pytest.TempPathFacto
     class Watching(Listener):
         def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
             super().trial_epoch(trial_id, epoch, metrics)
-            pids.update(process.pid for process in actors())
+            pids.update(process.pid for process in processes("TrialActor"))
 
     told = Watching()
     plan = build_plan(tmp_path_factory.mktemp("grid"), {"families": {"direct": {}, "sketch": {}}})
@@ -139,28 +122,6 @@ def test_the_same_tpe_study_gives_the_same_numbers(plan_of: PlanOf, world: World
     assert figures(first) == figures(second)
 
 
-def test_budget_asha_patience_and_a_broken_loss_each_end_a_trial_in_their_own_way(
-    plan_of: PlanOf, world: World
-) -> None:
-    plan = plan_of(
-        DIRECT | {"rank": [4, 2], "lr": [0.001, SLOW, STUCK, BROKEN]},
-        training={"epochs": 4, "patience": 1},
-        scheduler={"kind": "asha", "grace_epochs": 3, "reduction_factor": 2},
-        objective="val_mse",
-    )
-    outcomes = run(plan, world)
-    for of_rank in (outcomes[:4], outcomes[4:]):
-        assert [(o.status, o.stopped_by, o.epochs, o.best_epoch) for o in of_rank] == [
-            ("finished", "budget", 4, 4),
-            ("pruned", "asha", 3, 3),
-            ("finished", "patience", 2, 1),
-            ("failed", "error", 1, 0),
-        ]
-        assert "not finite" in of_rank[3].reason
-    complete, pruned, failed = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
-    assert optuna_states(plan) == [complete, pruned, complete, failed] * 2
-
-
 def test_random_runs_as_many_trials_as_asked_two_at_a_time_whatever_a_watcher_does(
     plan_of: PlanOf, world: World
 ) -> None:
@@ -175,29 +136,6 @@ def test_random_runs_as_many_trials_as_asked_two_at_a_time_whatever_a_watcher_do
     assert {outcome.config.family for outcome in outcomes} == {"direct", "sketch"}
     assert len({outcome.config.lr for outcome in outcomes}) == 6
     assert {outcome.status for outcome in outcomes} == {"finished"}
-
-
-def test_a_killed_process_is_replaced_and_its_trial_goes_on(plan_of: PlanOf, world: World) -> None:
-    plan, told = plan_of(training={"epochs": 4, "patience": 4}), Killer(actors, again=False)
-    killed, other = run(plan, world, told)
-    assert [(outcome.status, outcome.epochs) for outcome in (killed, other)] == [("finished", 4)] * 2
-    for outcome in (killed, other):
-        assert [epoch for trial_id, epoch, _ in told.epochs if trial_id == outcome.config.trial_id] == [1, 2, 3, 4]
-        alone = run_one_trial(
-            outcome.config, world.features, world.split, Optimum.load(world.optimum_path), plan.results / "alone"
-        )
-        assert figures((alone,)) == figures((outcome,))
-    assert not list(plan.study_dir.rglob(CHECKPOINT))
-    assert optuna_states(plan) == [TrialState.COMPLETE] * 2
-
-
-def test_a_trial_whose_processes_keep_dying_fails_alone(plan_of: PlanOf, world: World) -> None:
-    plan = plan_of(training={"epochs": 9, "patience": 9})
-    killed, other = run(plan, world, Killer(actors, again=True))
-    assert (killed.status, killed.stopped_by) == ("failed", "error")
-    assert "actor died" in killed.reason
-    assert (other.status, other.epochs) == ("finished", 9)
-    assert optuna_states(plan) == [TrialState.FAIL, TrialState.COMPLETE]
 
 
 def test_an_exception_is_a_trials_reason(plan_of: PlanOf, tmp_path: Path, images_NTD: torch.Tensor) -> None:
@@ -240,7 +178,7 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(plan_of: PlanOf, wor
     assert [(trial_id, epoch) for trial_id, epoch, _ in told.epochs] == [
         (outcome.config.trial_id, epoch) for outcome in outcomes for epoch in range(1, outcome.epochs + 1)
     ]
-    assert run(plan, world, Listener()) == outcomes
+    assert run(plan, world) == outcomes
 
 
 def test_a_trial_that_no_node_can_hold_is_refused(plan_of: PlanOf, world: World) -> None:

@@ -1,13 +1,18 @@
 """A tiny cache, studies on it, and watchers that remember."""
 
-from collections.abc import Callable
+import os
+import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from safetensors.torch import save_file
 
 from lowrank_tune.config.plan import Plan, make_plan
@@ -15,6 +20,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, IMAGES = 12, 20, 16
 SPLIT = Split(train=tuple(range(8)), validation=tuple(range(8, 12)), test=tuple(range(12, 16)))
@@ -38,19 +44,40 @@ class Listener:
         self.ended.append(outcome)
 
 
-class Killer(Listener):
-    """Kills processes at the first trial's first epoch, and at every later one of its when it is told to."""
+def processes(title: str) -> list[psutil.Process]:
+    """This test's own processes of Ray's with this in their command line, oldest first."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
 
-    def __init__(self, victims: Callable[[], list[psutil.Process]], again: bool) -> None:
+
+class Killer(Listener):
+    """Kills the newest of some processes at the first trial's first epoch, and at every epoch of the second."""
+
+    def __init__(self, title: str) -> None:
         super().__init__()
-        self._victims = victims
-        self._again = again
+        self._title = title
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
         super().trial_epoch(trial_id, epoch, metrics)
-        if trial_id.endswith("-0000") and (epoch == 1 or self._again):
-            for process in self._victims():
-                process.kill()
+        if trial_id.endswith("-0001") or (trial_id.endswith("-0000") and epoch == 1):
+            processes(self._title)[-1].kill()
+
+
+class Interrupter(Listener):
+    """Interrupts the study like Ctrl-C once so many epochs were told."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self._after = epochs
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        super().trial_epoch(trial_id, epoch, metrics)
+        if len(self.epochs) == self._after:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -107,3 +134,13 @@ def build_plan(
         "resources": {"max_concurrent": 1},
     }
     return make_plan(StudySpec.model_validate(study | sections), results, datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def run(plan: Plan, world: World, *observers: Any) -> tuple[TrialOutcome, ...]:
+    return run_trials(plan, world.features, world.split, world.optimum_path, observers)
+
+
+def optuna_trials(plan: Plan) -> list[optuna.trial.FrozenTrial]:
+    """A study's trials as Optuna's own tools read them."""
+    storage = JournalStorage(JournalFileBackend(str(plan.study_dir / "tune" / "optuna.journal")))
+    return optuna.load_study(study_name=plan.study_id, storage=storage).trials
