@@ -51,9 +51,11 @@ from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
+from lowrank_tune.trials.cluster_share import taking_part, trials_that_fit
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
+from lowrank_tune.trials.search import migrate_search
 from lowrank_tune.trials.trial import run_one_trial
-from lowrank_tune.trials.tuning import confirm_trials, run_trials, taking_part, trials_that_fit, widen_journal
+from lowrank_tune.trials.tuning import confirm_trials, run_trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def extend_study(
         plan = extended_plan(before, trials, overrides)
         check_begun(plan)
         with _ready(plan, address, begun=True) as (tracker, opened):
-            widen_journal(plan, directory / "tune" / "optuna.journal")
+            migrate_search(plan, directory / "tune" / "optuna.journal")
             record_extension(before, plan, overrides)
             return _carry_out(plan, tracker, opened, progress)
 

@@ -71,8 +71,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class MaterialPaths:
-    """Where a study's shared material lies.
+class InputPaths:
+    """Where what a study's trials share lies.
 
     Attributes:
         features: a FeatureSet as JSON.
@@ -89,7 +89,7 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
     """Refuse to go on with a study on other images than it began with: its trials would not be comparable.
 
     Args:
-        directory: where `write_material` wrote; a study that has not got so far has nothing there.
+        directory: where `write_inputs` wrote; a study that has not got so far has nothing there.
         fingerprint: the cache of what the study file gives today.
         keys: its images; as many may be broken ones as were when the study began.
 
@@ -112,7 +112,7 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
         )
 
 
-def write_material(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> MaterialPaths:
+def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> InputPaths:
     """Write what actors read: a reference to the features, never the features.
 
     Args:
@@ -126,7 +126,7 @@ def write_material(directory: Path, features: FeatureSet, split: Split, optimum_
     features.write(features_path)
     write_json(split_path, split, indent=None)
     paths = (path.absolute() for path in (features_path, split_path, optimum_path))
-    return MaterialPaths(*map(str, paths))
+    return InputPaths(*map(str, paths))
 
 
 CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"

@@ -10,6 +10,7 @@ many were drawn by this process: a study that is resumed goes on as it would hav
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -23,7 +24,7 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import Axis, Range
@@ -182,22 +183,55 @@ class StudySearcher(Searcher):
         return config
 
 
-def settle(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
-    """Tell Optuna of the trials that ended in an outcome which it missed: the driver died in between.
+def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
+    """Tell Optuna of the trials that ended in an outcome which it missed, as the driver died in between.
 
-    Args:
-        plan: the study.
-        study: where Optuna keeps its trials.
-        outcomes: by trial id.
-
-    Returns:
-        Every trial that Optuna knows afterwards, but for a point that waits.
+    Returns every trial that Optuna knows afterwards, but for a point that waits.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
         if outcome is not None:
             _tell(study, trial.number, outcome.stopped_by, outcome.best.get(plan.spec.objective, math.nan))
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+
+
+def migrate_search(plan: Plan, path: Path) -> None:
+    """Write a study's journal anew for its plan's search space, in one step.
+
+    Optuna lets no parameter of a study change its choices, so the trials move into a study of the same name whose
+    parameters are the new ones; what they taught the searcher it knows on, also where a list became a range. A trial
+    outside the new space keeps its place and its figures, and teaches nothing.
+
+    Args:
+        plan: the study as it is to be.
+        path: its journal.
+    """
+    old = open_optuna_study(plan, path)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    new = open_optuna_study(plan, partial)
+    new.add_trials(_moved(trial, plan.spec.search.space) for trial in old.get_trials(deepcopy=False))
+    partial.replace(path)
+
+
+def _moved(trial: FrozenTrial, space: SpaceSpec) -> FrozenTrial:
+    moved, config = copy.deepcopy(trial), config_of(trial)
+    fixed = _drawn(config, space) if config is not None else None
+    moved.distributions = dict(fixed.distributions) if fixed else {}
+    moved.params = {name: fixed.params[name] for name in fixed.distributions} if fixed else {}
+    return moved
+
+
+def _drawn(config: TrialConfig, space: SpaceSpec) -> FixedTrial | None:
+    """A trial that drew this configuration from the space; None when the space has no such point."""
+    point = {name: getattr(config, name) for name in _SHARED} | config.family_params
+    fixed = FixedTrial(optuna_params(point))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a value outside its range
+        try:
+            return fixed if suggest(fixed, space) == point else None
+        except (KeyError, ValueError, UserWarning):
+            return None
 
 
 def config_of(trial: FrozenTrial) -> TrialConfig | None:

@@ -6,9 +6,7 @@ first step: an actor is up seconds before it would be otherwise, and nothing of 
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,13 +14,11 @@ from ray import tune
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.tune import PlacementGroupFactory
 
-from lowrank_tune.trials.outcomes import MaterialPaths
-
 
 class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
-    The configuration holds numbers and paths only: `trial` (a TrialConfig), `material` (MaterialPaths), `trials_dir`,
+    The configuration holds numbers and paths only: `trial` (a TrialConfig), `inputs` (InputPaths), `trials_dir`,
     `cpus`, `gpus`, `workers` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
     """
 
@@ -179,14 +175,3 @@ def _first_cause(errors: dict[int, Exception]) -> str:
         what = "actor died" if isinstance(cause, RayActorError) else type(cause).__name__
     # Ray says all that it knows of a node's memory after the first line.
     return f"worker {rank + 1}: {what}: {next(iter(str(cause).strip().splitlines()), '')}"
-
-
-def actor_config(paths: MaterialPaths, trials_dir: Path, cpus: float, gpus: float, workers: int = 1) -> dict[str, Any]:
-    """The part of an actor's configuration that all trials of a study share."""
-    return {
-        "material": asdict(paths),
-        "trials_dir": str(trials_dir.absolute()),
-        "cpus": cpus,
-        "gpus": gpus,
-        "workers": workers,
-    }

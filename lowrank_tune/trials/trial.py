@@ -27,7 +27,7 @@ from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
-    MaterialPaths,
+    InputPaths,
     begin_trial,
     outcome_of,
     read_history,
@@ -97,8 +97,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
-    """The shared material, in memory or mapped into it."""
+class TrialInputs:
+    """What a study's trials share, in memory or mapped into it."""
 
     data: FeatureMatrix
     split: Split
@@ -106,13 +106,13 @@ class Material:
 
 
 @lru_cache(maxsize=1)
-def read_material(paths: MaterialPaths) -> Material:
-    """Read a study's material; the same object again for every later trial of this process.
+def read_inputs(paths: InputPaths) -> TrialInputs:
+    """Read what a study's trials share; the same object again for every later trial of this process.
 
     Features that do not lie on a local disk are copied to this node by its first trial; the others wait for it.
     """
     split = json.loads(Path(paths.split).read_text(encoding="utf-8"))
-    return Material(
+    return TrialInputs(
         data=FeatureMatrix(local_copy(FeatureSet.read(Path(paths.features)))),
         split=Split(**{name: tuple(indices) for name, indices in split.items()}),
         optimum=Optimum.load(Path(paths.optimum)),
@@ -150,7 +150,7 @@ class TrialSession:
     def __init__(
         self,
         config: TrialConfig,
-        paths: MaterialPaths,
+        paths: InputPaths,
         directory: Path,
         cpus: float,
         gpus: float,
@@ -225,12 +225,12 @@ class TrialSession:
         return self._restored(state)
 
     def _restored(self, state: dict[str, Any]) -> Trainer:
-        material = read_material(self._paths)
+        inputs = read_inputs(self._paths)
         trainer = Trainer(
             self._config,
-            material.data,
-            material.split,
-            material.optimum,
+            inputs.data,
+            inputs.split,
+            inputs.optimum,
             self._device,
             micro_batch=self.micro_batch,
             world=self._world,
@@ -305,7 +305,7 @@ def open_session(settings: dict[str, Any], world: World = ALONE) -> TrialSession
     """The session of a trial as its actor's configuration describes it, in one of the processes that train it."""
     config = TrialConfig(**settings["trial"])
     directory = Path(settings["trials_dir"]) / config.trial_id
-    paths = MaterialPaths(**settings["material"])
+    paths = InputPaths(**settings["inputs"])
     reported = settings.get("reported", 0)
     return TrialSession(config, paths, directory, settings["cpus"], settings["gpus"], reported, world)
 

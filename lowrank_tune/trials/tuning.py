@@ -1,161 +1,40 @@
-"""One pass of Ray Tune over a study's trainings: its resources, its actors, and no output of its own."""
+"""A study's trainings on Ray Tune: its actors, who is told of them, and no output of its own."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 import os
 import signal
 import threading
-import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
-from optuna.trial import FixedTrial, FrozenTrial
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
-from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from lowrank_tune.config.plan import Plan, confirmation_config
-from lowrank_tune.config.schema import ResourcesSpec, SpaceSpec
-from lowrank_tune.errors import InputError, StudyFailedError
+from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.trials.cluster_share import FairShare, fair_part, trials_at_once
 from lowrank_tune.trials.outcomes import (
-    MaterialPaths,
+    InputPaths,
     begin_trial,
     outcome_of,
     read_outcomes,
     recovered_outcome,
     remove_checkpoints,
-    write_material,
+    write_inputs,
     write_outcome,
 )
 from lowrank_tune.trials.scheduler import PastTrial, make_scheduler
-from lowrank_tune.trials.search import StudySearcher, config_of, open_optuna_study, optuna_params, settle, suggest
-from lowrank_tune.trials.trainable import TrialActor, actor_config
-
-_SLACK = 1e-9  # 4 trials of 0.25 GPUs fit on one, whatever floating point says
-
-
-def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many trials run at a time: as many as fit, or fewer where the study file says so.
-
-    Args:
-        spec: as for `trials_that_fit`.
-        nodes: as for `trials_that_fit`.
-
-    Raises:
-        InputError: as `trials_that_fit` does.
-    """
-    fit = trials_that_fit(spec, nodes)
-    return min(fit, spec.max_concurrent or fit)
-
-
-def trials_that_fit(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many trials the cluster has room for.
-
-    Args:
-        spec: what one trial needs; each of its workers must fit on one node.
-        nodes: as `ray.nodes()` describes them.
-
-    Raises:
-        InputError: no node can hold a trial's worker, or all of them together not all of its workers; the message says
-            what there is.
-    """
-    needs = {"CPU": ("cpus_per_trial", spec.cpus_per_trial), "GPU": ("gpus_per_trial", spec.gpus_per_trial)}
-    owned = [node["Resources"] for node in nodes if node["Alive"]]
-    for resource, (key, need) in needs.items():
-        most = max((has.get(resource, 0.0) for has in owned), default=0.0)
-        if need > most + _SLACK:
-            raise InputError(
-                f"resources.{key}: a trial asks for {need:g} {resource}, but no node of this Ray has more than "
-                f"{most:g}; lower it, or run where there are enough"
-            )
-    wanted = [(resource, need) for resource, (_, need) in needs.items() if need > 0]
-    fit = sum(min(int(has.get(resource, 0.0) / need + _SLACK) for resource, need in wanted) for has in owned)
-    if fit == 0:
-        raise InputError(
-            f"resources: no node of this Ray has {spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU together; "
-            "lower cpus_per_trial or gpus_per_trial"
-        )
-    trials = fit // spec.workers_per_trial
-    if trials == 0:
-        raise InputError(
-            f"resources.workers_per_trial: a trial asks for {spec.workers_per_trial} workers of "
-            f"{spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU each, but this Ray has room for {fit}; "
-            "lower it, or run where there are enough"
-        )
-    return trials
-
-
-_NAME = "lowrank-tune study "
-_LOOK_EVERY_S = 2.0
-
-
-@contextmanager
-def taking_part(study_id: str) -> Iterator[None]:
-    """Let the other studies of this cluster know of this one until the block ends, or this driver does.
-
-    Args:
-        study_id: the study; Ray is initialised by the caller.
-    """
-    # Of what it reserves, one byte, only the name is wanted. Ray removes it with the driver that made it.
-    sign = placement_group([{"memory": 1}], name=f"{_NAME}{study_id}")
-    try:
-        yield
-    finally:
-        remove_placement_group(sign)
-
-
-def studies_at_work() -> int:
-    """How many studies of this cluster extract features or train now."""
-    groups = placement_group_table().values()
-    return sum(group["name"].startswith(_NAME) and group["state"] != "REMOVED" for group in groups)
-
-
-def fair_part(resources: ResourcesSpec) -> int:
-    """A study's part of as many trials as fit, whatever others leave unused; at least one.
-
-    Args:
-        resources: what a trial needs.
-
-    Raises:
-        InputError: none fits.
-    """
-    return math.ceil(trials_that_fit(resources, ray.nodes()) / max(1, studies_at_work()))
-
-
-class FairShare:
-    """How many trials a study may have at work while it runs: its part, or fewer where the study file says so.
-
-    Args:
-        resources: what a trial needs.
-    """
-
-    def __init__(self, resources: ResourcesSpec) -> None:
-        self._resources = resources
-        self._share, self._looked_at = 1, -math.inf
-
-    def __call__(self) -> int:
-        """At least one; looked up at most every two seconds."""
-        now = time.monotonic()
-        if now - self._looked_at > _LOOK_EVERY_S:
-            self._looked_at = now
-            # While a node is lost, nothing may fit; what fitted before is the best guess.
-            with suppress(InputError):
-                part = fair_part(self._resources)
-                self._share = min(part, self._resources.max_concurrent or part)
-        return self._share
-
+from lowrank_tune.trials.search import StudySearcher, config_of, open_optuna_study, sync_search
+from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)
 
@@ -178,50 +57,32 @@ _LOW_ON_MEMORY = "the node running low on memory"
 """What Ray says of a process that it has killed before the system would have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Audience:
-    """Who is told of a study's trials.
+class WatchTrials(Callback):
+    """Keeps how a study's trials ended, and tells its observers of every start, epoch and end.
 
-    Attributes:
+    Args:
         trials_dir: `studies/<study_id>/trials`.
         observers: told side by side, in this order, of an end once its outcome is on file.
-        outcomes: of the trials that are over, by trial id.
+        outcomes: of the trials that are over, by trial id; those that end here join them.
     """
 
-    trials_dir: Path
-    observers: Sequence[TrialTracker]
-    outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
-
-
-@contextmanager
-def told_to(audience: Audience) -> Iterator[str]:
-    """Let the callback of a study that is run in this block tell `audience`.
-
-    Yields:
-        What RAY_TUNE_CALLBACKS must hold. A callback that Tuner is handed as an object makes Ray import MLflow, only to
-        count it in its usage statistics: two seconds before the first trial.
-    """
-    token = _AUDIENCE.set(audience)
-    try:
-        yield f"{WatchTrials.__module__}.{WatchTrials.__name__}"
-    finally:
-        _AUDIENCE.reset(token)
-
-
-class WatchTrials(Callback):
-    """Tells its audience of every trial's start, epochs and end; Tune makes it by its name."""
-
-    def __init__(self) -> None:
-        self._audience = _AUDIENCE.get()
+    def __init__(self, trials_dir: Path, observers: Sequence[TrialTracker], outcomes: dict[str, TrialOutcome]) -> None:
+        self.outcomes = outcomes
+        self._trials_dir = trials_dir
+        self._observers = observers
         self._seconds: dict[str, float] = {}
         self._epochs: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune keeps a copy of what it was given to restore a study from, which is not its task here."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has an actor to run on."""
         config = _config(trial)
         # Before its actor trains, so that what it leaves has a name whatever happens to this driver.
-        _tell(begin_trial, self._audience.trials_dir / config.trial_id, config)
-        for observer in self._audience.observers:
+        _tell(begin_trial, self._trials_dir / config.trial_id, config)
+        for observer in self._observers:
             _tell(observer.trial_started, config)
 
     def on_trial_result(
@@ -236,7 +97,7 @@ class WatchTrials(Callback):
             # A retry begins at its checkpoint, which may lie some epochs back.
             return
         self._epochs[trial_id] = int(metrics["epoch"])
-        for observer in self._audience.observers:
+        for observer in self._observers:
             _tell(observer.trial_epoch, trial_id, int(result["epoch"]), metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -249,12 +110,12 @@ class WatchTrials(Callback):
 
     def _end(self, trial: Trial, crash: str) -> None:
         config, last = _config(trial), trial.last_result or {}
-        directory = self._audience.trials_dir / config.trial_id
+        directory = self._trials_dir / config.trial_id
         outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
         self._epochs.pop(config.trial_id, None)
-        self._audience.outcomes[config.trial_id] = outcome
-        _tell(write_outcome, self._audience.trials_dir, outcome)
-        for observer in self._audience.observers:
+        self.outcomes[config.trial_id] = outcome
+        _tell(write_outcome, self._trials_dir, outcome)
+        for observer in self._observers:
             _tell(observer.trial_ended, outcome)
         _forget(trial)
 
@@ -265,9 +126,6 @@ def _forget(trial: Trial) -> None:
     trial._default_result_or_future = None
     trial.run_metadata.metric_analysis.clear()
     trial.run_metadata.metric_n_steps.clear()
-
-
-_AUDIENCE: ContextVar[Audience] = ContextVar("audience")
 
 
 def _config(trial: Trial) -> TrialConfig:
@@ -310,8 +168,8 @@ _ENVIRONMENT = {
 
 def run_on_tune(
     plan: Plan,
-    material: MaterialPaths,
-    audience: Audience,
+    inputs: InputPaths,
+    watch: WatchTrials,
     name: str,
     *,
     space: Mapping[str, Any] | None = None,
@@ -321,10 +179,10 @@ def run_on_tune(
 
     Args:
         plan: the study.
-        material: what its trainings share.
-        audience: told of each; holds every outcome afterwards, unless Tune was interrupted.
+        inputs: what its trainings share.
+        watch: told of each; has every outcome afterwards, unless Tune was interrupted.
         name: of Tune's own folder in `tune/`.
-        space: `trial`, a TrialConfig as a dict or Tune's choice among several, where no searcher suggests it.
+        space: `trial`, Tune's choice among several TrialConfigs as dicts, where no searcher suggests it.
         search: of `TuneConfig`: `search_alg`, `scheduler`, `num_samples`.
 
     Raises:
@@ -335,14 +193,14 @@ def run_on_tune(
     if space is not None:
         # No searcher is asked what this study's part is.
         at_once = min(at_once, fair_part(resources))
-    shared = actor_config(
-        material,
-        audience.trials_dir,
-        resources.cpus_per_trial,
-        resources.gpus_per_trial,
-        resources.workers_per_trial,
-    )
-    with told_to(audience) as callback, _quiet_tune(callback):
+    shared = {
+        "inputs": asdict(inputs),
+        "trials_dir": str((plan.study_dir / "trials").absolute()),
+        "cpus": resources.cpus_per_trial,
+        "gpus": resources.gpus_per_trial,
+        "workers": resources.workers_per_trial,
+    }
+    with _quiet_tune():
         tune.Tuner(
             TrialActor,
             param_space={**shared, **(space or {})},
@@ -356,6 +214,7 @@ def run_on_tune(
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=str((plan.study_dir / "tune").absolute()),
+                callbacks=[watch],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 # Of what a trial meets only a lost process, node or file system reaches Tune; the rest it tells itself.
                 failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
@@ -369,36 +228,26 @@ def _trial_id(trial: Trial) -> str:
 
 
 @contextmanager
-def _quiet_tune(callback: str) -> Iterator[None]:
-    """Tune with this callback and no output, and the process as it was before: Tune keeps its handler of Ctrl-C."""
+def _quiet_tune() -> Iterator[None]:
+    """Tune without output, and the process as it was before: Tune keeps its handler of Ctrl-C."""
     loggers = {name: logging.getLogger(name) for name in ("ray.tune", "ray.train")}
     levels = {name: logger.level for name, logger in loggers.items()}
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)} if in_main else {}
-    with _environment(_ENVIRONMENT | {"RAY_TUNE_CALLBACKS": callback}):
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for name, logger in loggers.items():
-                logger.setLevel(levels[name])
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_trials(
@@ -430,11 +279,11 @@ def run_trials(
         KeyboardInterrupt: the study was interrupted; trials that had ended are on file, and those at work can go on.
     """
     tune_dir, trials_dir = plan.study_dir / "tune", plan.study_dir / "trials"
-    material = write_material(tune_dir, features, split, optimum_path)
+    inputs = write_inputs(tune_dir, features, split, optimum_path)
     study = open_optuna_study(plan, tune_dir / "optuna.journal")
     ended = {key: outcome for key, outcome in read_outcomes(trials_dir).items() if not outcome.config.confirms}
     past = []
-    for trial in settle(plan, study, ended):
+    for trial in sync_search(plan, study, ended):
         config = config_of(trial)
         if config is None:
             continue
@@ -442,20 +291,20 @@ def run_trials(
         if trial.state.is_finished() and config.trial_id not in ended:
             ended[config.trial_id] = recovered_outcome(trial, trials_dir)
             write_outcome(trials_dir, ended[config.trial_id])
-    audience = Audience(trials_dir, observers, ended)
+    watch = WatchTrials(trials_dir, observers, ended)
     if len(ended) < plan.n_trials:
         run_on_tune(
             plan,
-            material,
-            audience,
+            inputs,
+            watch,
             "ray",
             search_alg=StudySearcher(plan, study, FairShare(plan.spec.resources)),
             scheduler=make_scheduler(plan.spec, past),
             num_samples=plan.n_trials - len(ended),
         )
-    if len(audience.outcomes) < plan.n_trials:
+    if len(watch.outcomes) < plan.n_trials:
         raise KeyboardInterrupt
-    outcomes = tuple(sorted(audience.outcomes.values(), key=lambda outcome: outcome.config.number))
+    outcomes = tuple(sorted(watch.outcomes.values(), key=lambda outcome: outcome.config.number))
     remove_checkpoints(trials_dir, outcomes)
     _require_one_success(outcomes)
     return outcomes
@@ -503,62 +352,19 @@ def confirm_trials(
     if not configs:
         return ()
     trials_dir = plan.study_dir / "trials"
-    material = write_material(plan.study_dir / "tune", features, split, optimum_path)
-    audience = Audience(trials_dir, observers, read_outcomes(trials_dir))
-    missing = [config for config in configs if config.trial_id not in audience.outcomes]
+    inputs = write_inputs(plan.study_dir / "tune", features, split, optimum_path)
+    watch = WatchTrials(trials_dir, observers, read_outcomes(trials_dir))
+    missing = [config for config in configs if config.trial_id not in watch.outcomes]
     if missing:
         run_on_tune(
             plan,
-            material,
-            audience,
+            inputs,
+            watch,
             "ray-confirmation",
             space={"trial": tune.grid_search([asdict(config) for config in missing])},
         )
-    if any(config.trial_id not in audience.outcomes for config in configs):
+    if any(config.trial_id not in watch.outcomes for config in configs):
         raise KeyboardInterrupt
-    repetitions = tuple(audience.outcomes[config.trial_id] for config in configs)
+    repetitions = tuple(watch.outcomes[config.trial_id] for config in configs)
     remove_checkpoints(trials_dir, repetitions)
     return repetitions
-
-
-def widen_journal(plan: Plan, path: Path) -> None:
-    """Write a study's journal anew for its plan's search space, in one step.
-
-    Optuna lets no parameter of a study change its choices, so the trials move into a study of the same name whose
-    parameters are the new ones; what they taught the searcher it knows on, also where a list became a range. A trial
-    outside the new space keeps its place and its figures, and teaches nothing.
-
-    Args:
-        plan: the study as it is to be.
-        path: its journal.
-    """
-    old = open_optuna_study(plan, path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    new = open_optuna_study(plan, partial)
-    new.add_trials(_moved(trial, plan.spec.search.space) for trial in old.get_trials(deepcopy=False))
-    partial.replace(path)
-
-
-def _moved(trial: FrozenTrial, space: SpaceSpec) -> FrozenTrial:
-    moved, config = copy.deepcopy(trial), config_of(trial)
-    fixed = _drawn(_point(config), space) if config is not None else None
-    moved.distributions = dict(fixed.distributions) if fixed else {}
-    moved.params = {name: fixed.params[name] for name in fixed.distributions} if fixed else {}
-    return moved
-
-
-def _drawn(point: dict[str, Any], space: SpaceSpec) -> FixedTrial | None:
-    """A trial that drew this point from the space; None when the space has no such point."""
-    fixed = FixedTrial(optuna_params(point))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of a value outside its range
-        try:
-            return fixed if suggest(fixed, space) == point else None
-        except (KeyError, ValueError, UserWarning):
-            return None
-
-
-def _point(config: TrialConfig) -> dict[str, Any]:
-    shared = {name: getattr(config, name) for name in ("family", "rank", "lr", "weight_decay", "batch_size")}
-    return {**shared, **config.family_params}

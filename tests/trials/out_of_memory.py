@@ -18,7 +18,7 @@ from tiny_study import World, write_features
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Split, TrialConfig
-from lowrank_tune.trials.outcomes import MaterialPaths, write_material
+from lowrank_tune.trials.outcomes import InputPaths, write_inputs
 from lowrank_tune.trials.trial import TrialSession
 
 TOKENS, DIM, BATCH = 256, 1024, 64
@@ -29,16 +29,16 @@ def config_of(name: str, batch_size: int) -> TrialConfig:
     return TrialConfig(name, 0, 1, "direct", 4, 1e-3, 0.0, batch_size, 3, 3, {"lambda_b": 0.0, "lambda_ortho": 0.0})
 
 
-def make_material(folder: Path, images: int) -> MaterialPaths:
+def make_inputs(folder: Path, images: int) -> InputPaths:
     split = Split(tuple(range(images)), (images, images + 1), ())
     features = write_features(folder, torch.randn(images + 2, TOKENS, DIM, generator=torch.Generator().manual_seed(0)))
     world = World(features, folder / "optimum.safetensors", split)
     measure_optimum([FeatureMatrix(features).load(split.validation)]).save(world.optimum_path)
-    return write_material(folder / "tune", features, split, world.optimum_path)
+    return write_inputs(folder / "tune", features, split, world.optimum_path)
 
 
 def main(folder: Path) -> None:
-    paths = make_material(folder, BATCH)
+    paths = make_inputs(folder, BATCH)
     TrialSession(config_of("warm", 1), paths, folder / "warm", 1, 0).epoch()
     limit(SPARE)
     session = TrialSession(config_of("large", BATCH), paths, folder / "large", 1, 0)

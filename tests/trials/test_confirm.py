@@ -1,15 +1,13 @@
 """Repetitions of winners on a real Ray: all to their end, told apart from trials, and never a study's failure."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_study import Listener, World
+from tiny_study import Interrupter, Listener, World
 
 from lowrank_tune.config.plan import Plan, trial_config
 from lowrank_tune.lowrank.svd import Optimum
@@ -38,18 +36,18 @@ def test_every_winner_is_repeated_to_its_end_with_seeds_of_its_own(
     plan_of: PlanOf, world: World, tmp_path: Path
 ) -> None:
     asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
-    plan = plan_of(scheduler=asha, report={"confirm_seeds": 2}, resources={"max_concurrent": 2})
+    plan = plan_of(scheduler=asha, report={"confirm_seeds": 2})
     direct = {"family": "direct", "lambda_b": 0.0, "lambda_ortho": 0.0}
-    winners, told = [winner(plan, 0), winner(plan, 1), winner(plan, 1, **direct, lr=BROKEN)], Listener()
+    winners, told = [winner(plan, 0), winner(plan, 1, **direct, lr=BROKEN)], Listener()
     repeats = confirm(plan, winners, world, told)
     ids = [f"{found.config.trial_id}-s{repeat}" for found in winners for repeat in (1, 2)]
     assert [outcome.config.trial_id for outcome in repeats] == ids
     assert [outcome.config.confirms for outcome in repeats] == [trial_id[:-3] for trial_id in ids]
-    sound, broken = repeats[:4], repeats[4:]
+    sound, broken = repeats[:2], repeats[2:]
     assert {(outcome.status, outcome.stopped_by, outcome.epochs) for outcome in sound} == {("finished", "budget", 3)}
     assert {(outcome.status, outcome.stopped_by, outcome.best_epoch) for outcome in broken} == {("failed", "error", 0)}
     assert all("not finite" in outcome.reason for outcome in broken)
-    assert len({outcome.best["val_residual_ratio"] for outcome in sound}) == 4
+    assert len({outcome.best["val_residual_ratio"] for outcome in sound}) == 2
     for outcome in sound:
         directory = plan.study_dir / "trials" / outcome.config.trial_id
         assert directory == Path(outcome.directory)
@@ -60,9 +58,9 @@ def test_every_winner_is_repeated_to_its_end_with_seeds_of_its_own(
     assert sorted(outcome.config.trial_id for outcome in told.ended) == sorted(ids)
     torch.set_num_threads(1)
     alone = run_one_trial(
-        repeats[3].config, world.features, world.split, Optimum.load(world.optimum_path), tmp_path / "alone"
+        repeats[1].config, world.features, world.split, Optimum.load(world.optimum_path), tmp_path / "alone"
     )
-    assert (alone.config, alone.best) == (repeats[3].config, repeats[3].best)
+    assert (alone.config, alone.best) == (repeats[1].config, repeats[1].best)
 
 
 def test_none_asked_for_is_none_run(plan_of: PlanOf, world: World) -> None:
@@ -74,12 +72,7 @@ def test_none_asked_for_is_none_run(plan_of: PlanOf, world: World) -> None:
 
 
 def test_an_interruption_is_passed_on(plan_of: PlanOf, world: World) -> None:
-    class Interrupter(Listener):
-        def trial_ended(self, outcome: TrialOutcome) -> None:
-            super().trial_ended(outcome)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    plan, told = plan_of(report={"confirm_seeds": 3}), Interrupter()
+    plan, told = plan_of(report={"confirm_seeds": 3}), Interrupter(3)
     with pytest.raises(KeyboardInterrupt):
         confirm(plan, [winner(plan, 0)], world, told)
-    assert len(told.ended) == 1
+    assert len(told.ended) < 3

@@ -173,3 +173,12 @@ def test_a_point_that_waits_is_asked_for_once(driver: Driver) -> None:
     points = [after.suggest(str(number))["trial"] for number in range(6)]
     assert [(point["rank"], point["lr"]) for point in points] == [(r, lr) for r in (2, 4, 8) for lr in (0.1, 0.2)]
     assert after.suggest("none") == StudySearcher.FINISHED
+
+
+def test_nothing_is_suggested_while_the_turn_is_others(plan_of: PlanOf) -> None:
+    driver = Driver(plan_of())
+    driver.searcher = StudySearcher(driver.plan, open_optuna_study(driver.plan, driver.path), share=lambda: 1)
+    assert driver.suggest("a")
+    assert driver.suggest("b") is None
+    driver.end("a", 1, 1.0, "budget")
+    assert driver.suggest("b")["trial"]["number"] == 1

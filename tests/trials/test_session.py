@@ -17,11 +17,11 @@ from tiny_study import World
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
-    MaterialPaths,
+    InputPaths,
     begin_trial,
     read_history,
     write_history,
-    write_material,
+    write_inputs,
 )
 from lowrank_tune.trials.trial import TrialSession
 
@@ -30,9 +30,9 @@ SessionOf = Callable[..., TrialSession]
 
 @pytest.fixture
 def session_of(world: World, tmp_path: Path) -> SessionOf:
-    paths = write_material(tmp_path / "tune", world.features, world.split, world.optimum_path)
+    paths = write_inputs(tmp_path / "tune", world.features, world.split, world.optimum_path)
 
-    def make(config: TrialConfig = CONFIG, paths: MaterialPaths = paths, reported: int = 0) -> TrialSession:
+    def make(config: TrialConfig = CONFIG, paths: InputPaths = paths, reported: int = 0) -> TrialSession:
         begin_trial(tmp_path / "trial", config)
         return TrialSession(config, paths, tmp_path / "trial", 1, 0, reported)
 
