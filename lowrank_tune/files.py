@@ -32,13 +32,13 @@ def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = 
     try:
         write(temporary)
         if durable:
-            _fsync(temporary)
+            sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _fsync(path.parent)
+        sync(path.parent)
 
 
 def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
@@ -81,7 +81,7 @@ def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(directory.parent)
+    sync(directory.parent)
 
 
 def remove_temporaries(directory: Path) -> None:
@@ -90,7 +90,8 @@ def remove_temporaries(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to this file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -35,7 +35,16 @@ import psutil
 import torch
 from torch import Tensor
 
-from lowrank_tune.features.cache import SHARD_ROWS, commit_shard, fingerprint, open_cache, recover, seal, shard_name
+from lowrank_tune.features.cache import (
+    SHARD_ROWS,
+    TENSOR,
+    commit_shard,
+    fingerprint,
+    open_cache,
+    recover,
+    seal,
+    shard_name,
+)
 from lowrank_tune.lowrank.data import FeatureMatrix, Mapped
 
 CORES = 2
@@ -273,7 +282,7 @@ def write_cache(root: Path, images: int, also_pt: Path | None = None) -> Path:
         numbers = range(start, min(start + SHARD_ROWS, images))
         keys = [key_of(number) for number in numbers]
         features_NTD = _random(start, len(keys))
-        commit_shard(directory, shard_name(keys), keys, features_NTD, [])
+        commit_shard(directory, shard_name(keys), keys, {TENSOR: features_NTD}, [])
         if also_pt:
             _write_pt(also_pt, numbers, features_NTD)
     seal(directory, IDENTITY, "random numbers", "unknown")

@@ -1,14 +1,14 @@
-"""A sealed feature cache, `features/<fingerprint>/`: opened, checked, and refused where it is not what it was.
+"""A feature cache, `features/<fingerprint>/`: written, sealed, opened and checked.
 
-    shards/<name>.safetensors   tensor `features` [n, T, D], n <= 64
+    shards/<name>.safetensors   tensor `features` [n, T, D], or those of factors; n <= 64
     commits/<name>.json         written after its shard: the shard's size, checksums, quarantined keys
     quarantine.json             every quarantined key with its reason; written at sealing
     manifest.json               seals all of the above by digest; written last
     sources/<digest>.parquet    a user's records and the key of each one's image
 
-A shard counts when its commit is there; a cache counts when its manifest is there. Everything is written whole
-(`durable.py`), and names and contents depend only on the images and the fingerprint, so that a cache completed after
-any kill is byte for byte the one of an uninterrupted run.
+A shard counts when its commit is there; a cache counts when its manifest is there. Everything is written whole, and
+names and contents depend only on the images and the fingerprint, so that a cache completed after any kill is byte for
+byte the one of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ import itertools
 import json
 import logging
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec
-import psutil
-import pyarrow as pa
-from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
+from pyarrow.fs import FileType
 
 from lowrank_tune.config.schema import FeaturesSpec
-from lowrank_tune.errors import CacheError, InputError, redact
+from lowrank_tune.errors import CacheError, redact
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
+from lowrank_tune.features.places import Place, join
 from lowrank_tune.files import Readable, parse_header, remove_temporaries, write_durably
 from lowrank_tune.records import FeatureRow, FeatureSet
 
@@ -40,6 +38,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Identity = dict[str, Any]
+"""What the features of a cache depend on, beside the images' bytes."""
+Layout = dict[str, tuple[str, list[int]]]
+"""By name, in a shard's order, safetensors' dtype and the shape of each tensor that one image is."""
+
+SHARD_ROWS = 64
+"""Images a shard, at most."""
+FORMAT = 1
+TENSOR = "features"
+SHARDS = "shards"
+COMMITS = "commits"
+SOURCES = "sources"
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.json"
+FACTORS = "factors"
+"""The kind of a cache that holds A [T, R] and B [R, D] of each image, X ≈ A·B, in place of X."""
+
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8"}
+"""What safetensors calls each dtype of a cache."""
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1}
+
+_STREAMS = 8
+"""Shards that are read at once: one stream alone fills no network."""
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(identity: Identity) -> str:
@@ -65,185 +87,22 @@ def _fields(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, value
 
 
-_NETWORK_FILESYSTEMS = frozenset(
-    {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "virtiofs"}
-)
-_READ_AHEAD = 8 * 2**20
-"""Bytes of one request to an object store: some rows, so that a request's delay does not count."""
+def canonical(content: object) -> bytes:
+    """JSON in the one form whose digest is taken."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-class Mount(Protocol):
-    """What psutil tells of a mounted file system."""
-
-    @property
-    def mountpoint(self) -> str:
-        """Where it is seen."""
-
-    @property
-    def fstype(self) -> str:
-        """Its kind."""
+def checksum(*pieces: bytes | memoryview) -> str:
+    """16 hex digits of blake2b over the pieces, one after the other."""
+    digest = hashlib.blake2b(digest_size=8)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder that is only read.
-
-    Attributes:
-        name: its path, or its address without credentials.
-        filesystem: where it lies.
-        path: its path there.
-    """
-
-    name: str
-    filesystem: FileSystem
-    path: str
-
-    @classmethod
-    def at(cls, place: str | Path) -> Folder:
-        """The folder at a path, or at any address that pyarrow or fsspec knows (`file://`, `s3://`, `gs://`, …).
-
-        Raises:
-            InputError: the address is of no known kind, or what its kind needs is missing.
-        """
-        if not is_uri(place):
-            path = os.path.abspath(Path(place).expanduser())
-            return cls(path, LocalFileSystem(), path)
-        address = str(place)
-        try:
-            try:
-                filesystem, path = FileSystem.from_uri(address)
-            except pa.ArrowInvalid:
-                other, path = fsspec.core.url_to_fs(address)
-                filesystem = PyFileSystem(FSSpecHandler(other))
-        except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-            raise InputError(f"{redact(address)}: no place to read from ({redact(str(error))}); "
-                             "give a local path, or an address such as s3://bucket/results") from error  # fmt: skip
-        return cls(redact(address).partition("?")[0].rstrip("/"), filesystem, path.rstrip("/"))
-
-    def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.name}/{name}", self.filesystem, f"{self.path}/{name}")
-
-    @property
-    def last(self) -> str:
-        """The folder's own name."""
-        return self.path.rpartition("/")[2]
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether reading it goes over a network: an object store, or a network mount."""
-        local = isinstance(self.filesystem, LocalFileSystem)
-        return not local or on_network_mount(self.path, psutil.disk_partitions(all=True))
-
-    def exists(self) -> bool:
-        """Whether there is such a folder."""
-        return bool(self.filesystem.get_file_info(self.path).type == FileType.Directory)
-
-    def size(self, name: str) -> int:
-        """Bytes of a file in it.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            OSError: the place does not answer.
-        """
-        info = self.filesystem.get_file_info(f"{self.path}/{name}")
-        if info.type != FileType.File:
-            raise FileNotFoundError(f"{self.name}/{name}")
-        return int(info.size)
-
-    def read(self, name: str) -> bytes:
-        """Read a file in it as a whole.
-
-        Raises:
-            OSError: it is missing, or the place does not answer.
-        """
-        with self.open(name) as file:
-            return bytes(file.read())
-
-    def open(self, name: str) -> pa.NativeFile:
-        """Open a file in it, to be read from its start on."""
-        ahead = None if isinstance(self.filesystem, LocalFileSystem) else _READ_AHEAD
-        return self.filesystem.open_input_stream(f"{self.path}/{name}", compression=None, buffer_size=ahead)
-
-    def files(self) -> list[str]:
-        """Names of the files in it, the latest last; none when it is missing."""
-        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
-        found = [(info.mtime_ns or 0, str(info.base_name)) for info in infos if info.type == FileType.File]
-        return [name for _, name in sorted(found)]
-
-    def bytes(self) -> int:
-        """How many bytes its files have."""
-        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
-        return sum(info.size for info in infos if info.type == FileType.File)
-
-    def folders(self) -> list[str]:
-        """Names of the folders in it, sorted; none when it is missing."""
-        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
-        return sorted(str(info.base_name) for info in infos if info.type == FileType.Directory)
-
-
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is an address and no path."""
-    return isinstance(place, str) and "://" in place
-
-
-def join(place: str, name: str) -> str:
-    """A place within a place; the query of an address stays at its end."""
-    address, mark, query = place.partition("?") if is_uri(place) else (place, "", "")
-    return f"{address.rstrip('/')}/{name}{mark}{query}"
-
-
-def on_network_mount(path: str, partitions: Iterable[Mount]) -> bool:
-    """Whether a local path lies on a network mount or a FUSE file system.
-
-    Args:
-        path: absolute; links are followed.
-        partitions: what is mounted, as `psutil.disk_partitions(all=True)` tells it.
-    """
-    place = Path(os.path.realpath(path))
-    above = [part for part in partitions if place.is_relative_to(part.mountpoint)]
-    if not above:
-        return False
-    # Of two mounts at one point the later one is seen.
-    kind = max(enumerate(above), key=lambda entry: (len(Path(entry[1].mountpoint).parts), entry[0]))[1].fstype
-    return kind in _NETWORK_FILESYSTEMS or kind.startswith("fuse.")
-
-
-SHARD_ROWS = 64
-"""Images a shard, at most."""
-
-TENSOR = "features"
-SHARDS = "shards"
-COMMITS = "commits"
-
-STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8"}
-"""What safetensors calls each dtype of a cache."""
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1}
-
-Layout = dict[str, tuple[str, list[int]]]
-"""By name, in a shard's order, safetensors' dtype and the shape of each tensor that one image is."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What is known about a shard, written after it.
-
-    Attributes:
-        shard: file name under `shards/`.
-        size: the file's bytes; 0, and no file, where no image was usable.
-        header: checksum of the file's bytes before the first value.
-        rows: key and checksum of each row, in the tensor's order.
-        quarantined: key and reason of each image that was to be in this shard and could not be encoded.
-    """
-
-    shard: str
-    size: int
-    header: str
-    rows: tuple[tuple[str, str], ...]
-    quarantined: tuple[tuple[str, str], ...]
-
-    def keys(self) -> set[str]:
-        """Every key that this shard has dealt with."""
-        return {key for key, _ in self.rows + self.quarantined}
+def shard_name(keys: Sequence[str]) -> str:
+    """The file name of the shard that is planned for these keys: the same keys give the same name in every run."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16] + ".safetensors"
 
 
 def layout(identity: Identity) -> Layout:
@@ -256,7 +115,7 @@ def layout(identity: Identity) -> Layout:
     }
 
 
-def header_of(tensors: Layout, count: int) -> dict[str, Any]:
+def _header(tensors: Layout, count: int) -> dict[str, Any]:
     """What a safetensors header says of so many images: each tensor's `dtype`, `shape` and `data_offsets`."""
     entries: dict[str, Any] = {}
     start = 0
@@ -267,114 +126,43 @@ def header_of(tensors: Layout, count: int) -> dict[str, Any]:
     return entries
 
 
-def shard_name(keys: Sequence[str]) -> str:
-    """The file name of the shard that is planned for these keys: the same keys give the same name in every run."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16] + ".safetensors"
-
-
-def commit_path(directory: Path, shard: str) -> Path:
-    """The commit record of a shard in the cache at `directory`."""
-    return directory / COMMITS / Path(shard).with_suffix(".json").name
-
-
-def read_commit(data: bytes) -> Commit:
-    """Read the content of a commit record.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        fields = json.loads(data)
-        rows = tuple((str(key), str(check)) for key, check in fields["rows"])
-        quarantined = tuple((str(key), str(error)) for key, error in fields["quarantined"])
-        return Commit(fields["shard"], fields["size"], fields["header"], rows, quarantined)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a commit record ({error!r})") from error
-
-
-def shard_problems(cache: Folder, commit: Commit, identity: Identity, *, full: bool) -> list[str]:
-    """What is wrong with a committed shard: one text each, none when it is sound.
-
-    Args:
-        cache: the cache's folder.
-        commit: what the shard should be.
-        identity: the cache's; gives tokens, dim and dtype.
-        full: also read every value and compare checksums.
-    """
-    if not commit.rows:
-        return []
-    shards = cache / SHARDS
-    name = f"{shards.name}/{commit.shard}"
-    try:
-        size = shards.size(commit.shard)
-        if size != commit.size:
-            return [f"{name}: has {size} bytes, {commit.size} were committed"]
-        with shards.open(commit.shard) as file:
-            start, header = parse_header(file, size)
-            tensors = layout(identity)
-            if header != (expected := header_of(tensors, len(commit.rows))):
-                return [f"{name}: holds {_shown(header)}, expected {_shown(expected)}"]
-            return _checksum_problems(name, file, commit, start, tensors) if full else []
-    except FileNotFoundError:
-        return [f"{name}: is missing"]
-    except (OSError, ValueError) as error:
-        return [f"{name}: cannot be read ({error})"]
-
-
-def _checksum_problems(name: str, file: Readable, commit: Commit, start: bytes, tensors: Layout) -> list[str]:
-    problems = []
-    if checksum(start) != commit.header:
-        problems.append(f"{name}: the header is not the one that was committed")
-    found = [_hash() for _ in commit.rows]
-    for kind, shape in tensors.values():
-        for row in found:
-            row.update(file.read(_row_bytes(kind, shape)))
-    for number, (row, (key, expected)) in enumerate(zip(found, commit.rows, strict=True)):
-        if row.hexdigest() != expected:
-            problems.append(f"{name}: row {number} ({key[:16]}) is not what was committed")
-    return problems
-
-
 def _row_bytes(kind: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * ITEM_BYTES[kind]
 
 
-def _shown(header: dict[str, Any]) -> str:
-    entries = [
-        f"{name} {entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else name
-        for name, entry in sorted(header.items())
-    ]
-    return ", ".join(entries) or "nothing"
+@dataclass(frozen=True)
+class Commit:
+    """What is known about a shard, written after it.
 
+    Attributes:
+        shard: file name under `shards/`.
+        size: the file's bytes; 0, and no file, where no image was usable.
+        header: checksum of the file's bytes before the first value.
+        rows: key and checksum of each row, in the tensors' order.
+        quarantined: key and reason of each image that was to be in this shard and could not be used.
+    """
 
-def checksum(*pieces: bytes | memoryview) -> str:
-    """16 hex digits of blake2b over the pieces, one after the other."""
-    digest = _hash()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+    shard: str
+    size: int
+    header: str
+    rows: tuple[tuple[str, str], ...]
+    quarantined: tuple[tuple[str, str], ...]
 
-
-def _hash() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=8)
-
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-QUARANTINE = "quarantine.json"
-SOURCES = "sources"
-FACTORS = "factors"
-"""The kind of a cache that holds A [T, R] and B [R, D] of each image, X ≈ A·B, in place of X."""
+    @classmethod
+    def read(cls, data: bytes) -> Commit:
+        """Read the content of a commit record; a damaged one is a ValueError."""
+        try:
+            fields = json.loads(data)
+            rows = tuple((str(key), str(check)) for key, check in fields["rows"])
+            quarantined = tuple((str(key), str(error)) for key, error in fields["quarantined"])
+            return cls(fields["shard"], fields["size"], fields["header"], rows, quarantined)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a commit record ({error!r})") from error
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a cache holds.
-
-    Attributes:
-        rows: key -> its row.
-        quarantined: key -> reason.
-    """
+    """What a cache holds: key -> its row, and key -> the reason why it has none."""
 
     rows: dict[str, FeatureRow]
     quarantined: dict[str, str]
@@ -395,193 +183,53 @@ class Contents:
         return [key for key in dict.fromkeys(keys) if key not in self.rows and key not in self.quarantined]
 
 
-def open_cache(place: str | Path) -> FeatureSet:
-    """Open a sealed cache with all its images.
-
-    Sizes, shapes and digests are compared; `verify_cache` also reads every value.
+def commit_shard(
+    directory: Path,
+    shard: str,
+    keys: Sequence[str],
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
+    quarantined: Sequence[tuple[str, str]],
+) -> Commit:
+    """Write a shard and then its commit record; safetensors' own writer would copy the values twice.
 
     Args:
-        place: its folder's path or address.
-
-    Returns:
-        Its features, shard by shard; `records_path` is the source that was recorded last, or empty.
+        directory: the cache; `shards/` and `commits/` are there.
+        shard: file name.
+        keys: one a row.
+        tensors: by name, in the order of the cache's layout, N rows each, in the cache's dtype and on the CPU; N may
+            be 0.
+        quarantined: key and reason of the images without a row.
 
     Raises:
-        CacheError: the cache is missing, unsealed, damaged or not what its name says; the message says what differs.
+        OSError: no space, no permission, no such folder; nothing is committed then.
     """
-    return open_sealed(Folder.at(place), str(place))
+    import torch
 
-
-def open_sealed(cache: Folder, directory: str) -> FeatureSet:
-    """As `open_cache`, with the place as readers shall be told it."""
-    manifest = read_manifest(cache)
-    contents = Contents.of(sealed_commits(cache, manifest))
-    tables = record_tables(cache)
-    identity = manifest["identity"]
-    return FeatureSet(
-        directory=directory,
-        fingerprint=manifest["fingerprint"],
-        encoder=manifest["encoder"],
-        weights=manifest["weights"],
-        dtype=identity["store_dtype"],
-        tokens=identity["tokens"],
-        dim=identity["dim"],
-        rows=tuple(contents.rows.values()),
-        records_path=join(join(directory, SOURCES), tables[-1]) if tables else "",
-        quarantined=len(contents.quarantined),
-        rank=identity["rank"] if identity["kind"] == FACTORS else 0,
+    # numpy has no bfloat16, but it has bytes.
+    pieces = [[row.reshape(-1).view(torch.uint8).numpy().data for row in rows] for rows in tensors.values()]
+    header = b""
+    if keys:
+        text = json.dumps(
+            _header({name: stored_as(rows[0]) for name, rows in tensors.items()}, len(keys)), separators=(",", ":")
+        ).encode()
+        text += b" " * (-len(text) % 8)
+        header = struct.pack("<Q", len(text)) + text
+        write_durably(directory / SHARDS / shard, header, *itertools.chain.from_iterable(pieces))
+    commit = Commit(
+        shard=shard,
+        size=len(header) + sum(piece.nbytes for rows in pieces for piece in rows),
+        header=checksum(header) if keys else "",
+        rows=tuple((key, checksum(*row)) for key, row in zip(keys, zip(*pieces, strict=True), strict=True)),
+        quarantined=tuple(quarantined),
     )
+    record = directory / COMMITS / Path(shard).with_suffix(".json").name
+    write_durably(record, json.dumps(asdict(commit), sort_keys=True).encode())
+    return commit
 
 
-def read_sealed(directory: Path, identity: Identity) -> Contents | None:
-    """What a sealed cache holds; None where there is none yet.
-
-    Raises:
-        CacheError: there is one, and it is damaged or made differently.
-    """
-    if not (directory / MANIFEST).exists():
-        return None
-    cache = Folder.at(directory)
-    manifest = read_manifest(cache)
-    if differ := differences(identity, manifest["identity"]):
-        raise CacheError(f"{directory}: was made differently ({'; '.join(differ)}); remove the directory and run again")
-    return Contents.of(sealed_commits(cache, manifest))
-
-
-def read_committed(directory: Path, identity: Identity) -> Contents:
-    """What an extraction would find done already: every committed shard whose size and shape are right.
-
-    The values are not read, and the cache need not be sealed; another process may be writing into it.
-    """
-    cache = Folder.at(directory)
-    commits = []
-    for path in sorted((directory / COMMITS).glob("[!.]*.json")):
-        try:
-            commit = read_commit(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if not shard_problems(cache, commit, identity, full=False):
-            commits.append(commit)
-    return Contents.of(commits)
-
-
-def verify_cache(place: str | Path, full: bool = True) -> list[str]:
-    """Check a cache against its seal.
-
-    Args:
-        place: its folder's path or address.
-        full: read every value and compare its checksum; otherwise sizes, shapes and records only.
-
-    Returns:
-        One text a problem, each naming a file; none when the cache is sound.
-    """
-    cache = Folder.at(place)
-    try:
-        manifest = read_manifest(cache)
-    except CacheError as error:
-        return [str(error)]
-    problems = []
-    for name, digest in manifest["commits"].items():
-        commit = _matching_commit(cache, name, digest)
-        if isinstance(commit, str):
-            problems.append(commit)
-        else:
-            problems += shard_problems(cache, commit, manifest["identity"], full=full)
-    if not _matches(cache, QUARANTINE, manifest["quarantine"]):
-        problems.append(f"{cache.name}/{QUARANTINE}: is not the one that was sealed")
-    sources = cache / SOURCES
-    for name in record_tables(cache):
-        if not _matches(sources, name, name.removesuffix(".parquet")):
-            problems.append(
-                f"{sources.name}/{name}: is not what was recorded; remove it, and the next run writes it again"
-            )
-    return problems
-
-
-def read_manifest(cache: Folder) -> dict[str, Any]:
-    """The manifest of a sealed cache, without its own digest.
-
-    Raises:
-        CacheError: it is missing, damaged, of another format, or another cache's.
-    """
-    path = f"{cache.name}/{MANIFEST}"
-    try:
-        data = cache.read(MANIFEST)
-        manifest: dict[str, Any] = json.loads(data)
-        digest = manifest.pop("digest")
-        if checksum(canonical(manifest)) != digest or canonical({**manifest, "digest": digest}) != data:
-            raise ValueError("its own digest differs")
-    except FileNotFoundError as error:
-        state = "is not sealed, its extraction has not finished" if cache.exists() else "is no feature cache"
-        raise CacheError(f"{cache.name}: {state}; run the extraction to its end") from error
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be read ({redact(str(error))}); see that its place answers") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CacheError(f"{path}: is damaged ({error}); {_remedy(cache)}") from error
-    if manifest["format"] != FORMAT:
-        raise CacheError(
-            f"{path}: has format {manifest['format']}, this program reads {FORMAT}; remove {cache.name} and run again"
-        )
-    # Only a cache that is found by its content has its name from it; where factors go, their user says.
-    if manifest["identity"].get("kind") != FACTORS and fingerprint(manifest["identity"]) != cache.last:
-        raise CacheError(
-            f"{cache.name}: holds the cache {fingerprint(manifest['identity'])}; "
-            "give the directory that name again, or remove it"
-        )
-    return manifest
-
-
-def sealed_commits(cache: Folder, manifest: dict[str, Any]) -> list[Commit]:
-    """The commit records that a manifest seals, each with its shard in place.
-
-    Raises:
-        CacheError: one is missing or not the one that was sealed, or a shard is not what was committed.
-    """
-    commits = []
-    for name, digest in manifest["commits"].items():
-        commit = _matching_commit(cache, name, digest)
-        if isinstance(commit, str):
-            raise CacheError(f"{commit}; {_remedy(cache)}")
-        if problems := shard_problems(cache, commit, manifest["identity"], full=False):
-            raise CacheError(f"{problems[0]}; {_remedy(cache)}")
-        commits.append(commit)
-    return commits
-
-
-def record_tables(cache: Folder) -> list[str]:
-    """Names of the tables under `sources/`, the latest last; one that is still being written is none of them."""
-    return [name for name in (cache / SOURCES).files() if name.endswith(".parquet") and not name.startswith(".")]
-
-
-def canonical(content: object) -> bytes:
-    """JSON in the one form whose digest is taken."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _matching_commit(cache: Folder, name: str, digest: str) -> Commit | str:
-    """The commit record of that name when it is the one that was sealed; what is wrong with it otherwise."""
-    commits = cache / COMMITS
-    try:
-        data = commits.read(name)
-    except FileNotFoundError:
-        return f"{commits.name}/{name}: is missing"
-    except OSError as error:
-        return f"{commits.name}/{name}: cannot be read ({redact(str(error))})"
-    return read_commit(data) if checksum(data) == digest else f"{commits.name}/{name}: is not the one that was sealed"
-
-
-def _matches(folder: Folder, name: str, digest: str) -> bool:
-    try:
-        return checksum(folder.read(name)) == digest
-    except OSError:
-        return False
-
-
-def _remedy(cache: Folder) -> str:
-    return f"remove {cache.name}/{MANIFEST} and run again: sound shards are kept, damaged ones are extracted anew"
-
-
-logger = logging.getLogger(__name__)
+def stored_as(row: Tensor) -> tuple[str, list[int]]:
+    """Safetensors' dtype and the shape of a tensor, as a cache's layout has them."""
+    return STORED[str(row.dtype).removeprefix("torch.")], list(row.shape)
 
 
 def recover(directory: Path, identity: Identity) -> Contents:
@@ -597,19 +245,24 @@ def recover(directory: Path, identity: Identity) -> Contents:
     for folder in (directory, directory / SHARDS, directory / COMMITS):
         folder.mkdir(exist_ok=True)
         remove_temporaries(folder)
-    cache = Folder.at(directory)
-    sealed = {}
+    cache, sound = Place(directory), dict[str, Commit]()
     if (directory / MANIFEST).exists():
-        sealed = {commit.shard: commit for commit in sealed_commits(cache, read_manifest(cache))}
-    sealed_names = {commit_path(directory, shard).name for shard in sealed}
-    sound = dict(sealed)
+        sound = {commit.shard: commit for commit in _sealed_commits(cache, read_manifest(cache))}
+    sealed = {Path(shard).stem for shard in sound}
     for path in sorted((directory / COMMITS).glob("*.json")):
-        if path.name in sealed_names:
+        if path.stem in sealed:
             continue
-        if commit := _sound_commit(cache, path, identity):
-            sound[commit.shard] = commit
-        else:
+        try:
+            commit = Commit.read(path.read_bytes())
+            problems = shard_problems(cache, commit, identity, full=True)
+        except (OSError, ValueError) as error:
+            problems = [f"{path}: {error}"]
+        for problem in problems:
+            logger.warning("%s; it is extracted anew", problem)
+        if problems:
             path.unlink()
+        else:
+            sound[commit.shard] = commit
     for path in (directory / SHARDS).iterdir():
         if path.name not in sound:
             path.unlink()
@@ -629,10 +282,10 @@ def seal(directory: Path, identity: Identity, encoder: str, weights: str) -> Con
         CacheError: a committed shard is not what was committed.
         OSError: the directory cannot be written.
     """
-    paths = sorted((directory / COMMITS).glob("*.json"))
-    commits = [read_commit(path.read_bytes()) for path in paths]
+    records = {path.name: path.read_bytes() for path in sorted((directory / COMMITS).glob("*.json"))}
+    commits = [Commit.read(record) for record in records.values()]
     for commit in commits:
-        if problems := shard_problems(Folder.at(directory), commit, identity, full=False):
+        if problems := shard_problems(Place(directory), commit, identity, full=False):
             raise CacheError(f"{problems[0]}; run again, and it is extracted anew")
     contents = Contents.of(commits)
     quarantine = canonical([{"key": key, "error": error} for key, error in sorted(contents.quarantined.items())])
@@ -645,22 +298,233 @@ def seal(directory: Path, identity: Identity, encoder: str, weights: str) -> Con
         "weights": weights,
         "rows": len(contents.rows),
         "quarantine": checksum(quarantine),
-        "commits": {path.name: checksum(path.read_bytes()) for path in paths},
+        "commits": {name: checksum(record) for name, record in records.items()},
     }
     manifest["digest"] = checksum(canonical(manifest))
     write_durably(directory / MANIFEST, canonical(manifest))
     return contents
 
 
-def _sound_commit(cache: Folder, path: Path, identity: Identity) -> Commit | None:
+def open_cache(place: str | Path) -> FeatureSet:
+    """Open a sealed cache with all its images.
+
+    Sizes, shapes and digests are compared; `verify_cache` also reads every value.
+
+    Args:
+        place: its folder's path or address.
+
+    Returns:
+        Its features, shard by shard; `records_path` is the source that was recorded last, or empty.
+
+    Raises:
+        CacheError: the cache is missing, unsealed, damaged or not what its name says; the message says what differs.
+    """
+    cache = Place(place)
+    manifest = read_manifest(cache)
+    contents = Contents.of(_sealed_commits(cache, manifest))
+    tables, identity = record_tables(cache), manifest["identity"]
+    return FeatureSet(
+        directory=str(place),
+        fingerprint=manifest["fingerprint"],
+        encoder=manifest["encoder"],
+        weights=manifest["weights"],
+        dtype=identity["store_dtype"],
+        tokens=identity["tokens"],
+        dim=identity["dim"],
+        rows=tuple(contents.rows.values()),
+        records_path=join(join(str(place), SOURCES), tables[-1]) if tables else "",
+        quarantined=len(contents.quarantined),
+        rank=identity["rank"] if identity["kind"] == FACTORS else 0,
+    )
+
+
+def read_sealed(directory: Path, identity: Identity) -> Contents | None:
+    """What a sealed cache holds; None where there is none yet.
+
+    Raises:
+        CacheError: there is one, and it is damaged or made differently.
+    """
+    if not (directory / MANIFEST).exists():
+        return None
+    cache = Place(directory)
+    manifest = read_manifest(cache)
+    if differ := differences(identity, manifest["identity"]):
+        raise CacheError(f"{directory}: was made differently ({'; '.join(differ)}); remove the directory and run again")
+    return Contents.of(_sealed_commits(cache, manifest))
+
+
+def read_committed(directory: Path, identity: Identity) -> Contents:
+    """What an extraction would find done already: every committed shard whose size and shape are right.
+
+    The values are not read, and the cache need not be sealed; another process may be writing into it.
+    """
+    commits = []
+    for path in sorted((directory / COMMITS).glob("[!.]*.json")):
+        try:
+            commit = Commit.read(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if not shard_problems(Place(directory), commit, identity, full=False):
+            commits.append(commit)
+    return Contents.of(commits)
+
+
+def verify_cache(place: str | Path, full: bool = True) -> list[str]:
+    """Check a cache against its seal.
+
+    Args:
+        place: its folder's path or address.
+        full: read every value and compare its checksum; otherwise sizes, shapes and records only.
+
+    Returns:
+        One text a problem, each naming a file; none when the cache is sound.
+    """
+    cache = Place(place)
     try:
-        commit = read_commit(path.read_bytes())
-        problems = shard_problems(cache, commit, identity, full=True)
+        manifest = read_manifest(cache)
+    except CacheError as error:
+        return [str(error)]
+    problems = [found for found in _checked_commits(cache, manifest, full) if isinstance(found, str)]
+    if _digest(cache, QUARANTINE) != manifest["quarantine"]:
+        problems.append(f"{cache.name}/{QUARANTINE}: is not the one that was sealed")
+    for name in record_tables(cache):
+        if _digest(cache, f"{SOURCES}/{name}") != name.removesuffix(".parquet"):
+            problems.append(
+                f"{cache.name}/{SOURCES}/{name}: is not what was recorded; remove it, and the next run writes it again"
+            )
+    return problems
+
+
+def read_manifest(cache: Place) -> dict[str, Any]:
+    """The manifest of a sealed cache, without its own digest.
+
+    Raises:
+        CacheError: it is missing, damaged, of another format, or another cache's.
+    """
+    path = f"{cache.name}/{MANIFEST}"
+    try:
+        data = cache.read(MANIFEST)
+        manifest: dict[str, Any] = json.loads(data)
+        digest = manifest.pop("digest")
+        if checksum(canonical(manifest)) != digest or canonical({**manifest, "digest": digest}) != data:
+            raise ValueError("its own digest differs")
+    except FileNotFoundError as error:
+        there = cache.get_file_info("").type == FileType.Directory
+        state = "is not sealed, its extraction has not finished" if there else "is no feature cache"
+        raise CacheError(f"{cache.name}: {state}; run the extraction to its end") from error
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({redact(str(error))}); see that its place answers") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CacheError(f"{path}: is damaged ({error}); {_remedy(cache)}") from error
+    if manifest["format"] != FORMAT:
+        raise CacheError(
+            f"{path}: has format {manifest['format']}, this program reads {FORMAT}; remove {cache.name} and run again"
+        )
+    # Only a cache that is found by its content has its name from it; where factors go, their user says.
+    if manifest["identity"].get("kind") != FACTORS and fingerprint(manifest["identity"]) != cache.last:
+        raise CacheError(
+            f"{cache.name}: holds the cache {fingerprint(manifest['identity'])}; "
+            "give the directory that name again, or remove it"
+        )
+    return manifest
+
+
+def record_tables(cache: Place) -> list[str]:
+    """Names of the tables under `sources/`, the latest last; one that is still being written is none of them."""
+    names = cache.entries(FileType.File, SOURCES)
+    return [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
+
+
+def _sealed_commits(cache: Place, manifest: dict[str, Any]) -> Iterator[Commit]:
+    """The commit records that a manifest seals; a CacheError where one or its shard is not what was sealed."""
+    for found in _checked_commits(cache, manifest, full=False):
+        if isinstance(found, str):
+            raise CacheError(f"{found}; {_remedy(cache)}")
+        yield found
+
+
+def _remedy(cache: Place) -> str:
+    return f"remove {cache.name}/{MANIFEST} and run again: sound shards are kept, damaged ones are extracted anew"
+
+
+def _checked_commits(cache: Place, manifest: dict[str, Any], full: bool) -> list[Commit | str]:
+    """Each commit record that a manifest seals; in place of one that is unsound, or whose shard is, its problems."""
+
+    def check(name: str) -> list[Commit | str]:
+        path = f"{cache.name}/{COMMITS}/{name}"
+        try:
+            data = cache.read(f"{COMMITS}/{name}")
+        except FileNotFoundError:
+            return [f"{path}: is missing"]
+        except OSError as error:
+            return [f"{path}: cannot be read ({redact(str(error))})"]
+        if checksum(data) != manifest["commits"][name]:
+            return [f"{path}: is not the one that was sealed"]
+        commit = Commit.read(data)
+        return [*shard_problems(cache, commit, manifest["identity"], full=full)] or [commit]
+
+    with ThreadPoolExecutor(_STREAMS) as threads:
+        return [found for each in threads.map(check, manifest["commits"]) for found in each]
+
+
+def shard_problems(cache: Place, commit: Commit, identity: Identity, *, full: bool) -> list[str]:
+    """What is wrong with a committed shard: one text each, none when it is sound.
+
+    Args:
+        cache: the cache's folder.
+        commit: what the shard should be.
+        identity: the cache's; gives tokens, dim and dtype.
+        full: also read every value and compare checksums.
+    """
+    if not commit.rows:
+        return []
+    path = f"{SHARDS}/{commit.shard}"
+    name = f"{cache.name}/{path}"
+    try:
+        info = cache.get_file_info(path)
+        if info.type != FileType.File:
+            return [f"{name}: is missing"]
+        if info.size != commit.size:
+            return [f"{name}: has {info.size} bytes, {commit.size} were committed"]
+        with cache.open(path) as file:
+            start, header = parse_header(file, commit.size)
+            tensors = layout(identity)
+            if header != (expected := _header(tensors, len(commit.rows))):
+                return [f"{name}: holds {_shown(header)}, expected {_shown(expected)}"]
+            return _checksum_problems(name, file, commit, start, tensors) if full else []
+    except FileNotFoundError:
+        return [f"{name}: is missing"]
     except (OSError, ValueError) as error:
-        problems = [f"{path}: {error}"]
-    for problem in problems:
-        logger.warning("%s; it is extracted anew", problem)
-    return None if problems else commit
+        return [f"{name}: cannot be read ({redact(str(error))})"]
+
+
+def _checksum_problems(name: str, file: Readable, commit: Commit, start: bytes, tensors: Layout) -> list[str]:
+    problems = []
+    if checksum(start) != commit.header:
+        problems.append(f"{name}: the header is not the one that was committed")
+    found = [hashlib.blake2b(digest_size=8) for _ in commit.rows]
+    for kind, shape in tensors.values():
+        for row in found:
+            row.update(file.read(_row_bytes(kind, shape)))
+    for number, (row, (key, expected)) in enumerate(zip(found, commit.rows, strict=True)):
+        if row.hexdigest() != expected:
+            problems.append(f"{name}: row {number} ({key[:16]}) is not what was committed")
+    return problems
+
+
+def _shown(header: dict[str, Any]) -> str:
+    entries = [
+        f"{name} {entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else name
+        for name, entry in sorted(header.items())
+    ]
+    return ", ".join(entries) or "nothing"
+
+
+def _digest(cache: Place, path: str) -> str | None:
+    try:
+        return checksum(cache.read(path))
+    except OSError:
+        return None
 
 
 class UnusableError(Exception):
@@ -778,82 +642,6 @@ def to_stored(features_TD: Tensor, store_dtype: str) -> Tensor:
             f"a value of {largest:.4g} does not fit {store_dtype}; set features.store_dtype to bfloat16 or float32"
         )
     return stored
-
-
-def commit_shard(
-    directory: Path,
-    shard: str,
-    keys: Sequence[str],
-    features_NTD: Tensor | Sequence[Tensor],
-    quarantined: Sequence[tuple[str, str]],
-) -> Commit:
-    """Write a shard and then its commit record.
-
-    Args:
-        directory: the cache; `shards/` and `commits/` are there.
-        shard: file name.
-        keys: one a row.
-        features_NTD: N rows [T, D] in the cache's dtype, on the CPU, written one after the other; N may be 0.
-        quarantined: key and reason of the images without a row.
-
-    Raises:
-        OSError: no space, no permission; nothing is committed then.
-    """
-    return commit_rows(directory, shard, keys, {TENSOR: features_NTD}, quarantined)
-
-
-def commit_rows(
-    directory: Path,
-    shard: str,
-    keys: Sequence[str],
-    tensors: Mapping[str, Tensor | Sequence[Tensor]],
-    quarantined: Sequence[tuple[str, str]],
-) -> Commit:
-    """Write a shard whose images are several tensors each, and then its commit record.
-
-    Args:
-        directory: as for `commit_shard`.
-        shard: as for `commit_shard`.
-        keys: one a row.
-        tensors: by name, in the order of the cache's layout, N rows each.
-        quarantined: as for `commit_shard`.
-
-    Raises:
-        OSError: as for `commit_shard`.
-    """
-    pieces = [[_bytes_of(row) for row in rows] for rows in tensors.values()]
-    header = _header({name: rows[0] for name, rows in tensors.items()}, len(keys)) if keys else b""
-    if keys:
-        write_durably(directory / SHARDS / shard, header, *itertools.chain.from_iterable(pieces))
-    commit = Commit(
-        shard=shard,
-        size=len(header) + sum(piece.nbytes for rows in pieces for piece in rows),
-        header=checksum(header) if keys else "",
-        rows=tuple((key, checksum(*row)) for key, row in zip(keys, zip(*pieces, strict=True), strict=True)),
-        quarantined=tuple(quarantined),
-    )
-    write_durably(commit_path(directory, shard), json.dumps(asdict(commit), sort_keys=True).encode())
-    return commit
-
-
-def stored_as(row: Tensor) -> tuple[str, list[int]]:
-    """Safetensors' dtype and the shape of a tensor, as a cache's layout has them."""
-    return STORED[str(row.dtype).removeprefix("torch.")], list(row.shape)
-
-
-def _header(first: Mapping[str, Tensor], count: int) -> bytes:
-    """What safetensors writes before the values of so many such rows; its own writer would copy them twice."""
-    entries = header_of({name: stored_as(row) for name, row in first.items()}, count)
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _bytes_of(row: Tensor) -> memoryview:
-    import torch
-
-    # numpy has no bfloat16, but it has bytes.
-    return row.reshape(-1).view(torch.uint8).numpy().data
 
 
 FORWARD_VERSION = 2

@@ -29,16 +29,14 @@ from lowrank_tune.features.cache import (
     MANIFEST,
     SOURCES,
     Contents,
-    Folder,
     Identity,
     ShardPlan,
     ShardResult,
     UnusableError,
     canonical,
-    commit_rows,
+    commit_shard,
     differences,
     fingerprint,
-    is_uri,
     layout,
     open_cache,
     read_manifest,
@@ -49,6 +47,7 @@ from lowrank_tune.features.cache import (
 )
 from lowrank_tune.features.decoding import read_unchanged
 from lowrank_tune.features.extract import delivered, only_process, plan_shards, quiet_ray_data
+from lowrank_tune.features.places import Place, is_uri
 from lowrank_tune.features.remote import find_cache, open_local
 from lowrank_tune.features.sources import (
     SourceFiles,
@@ -359,7 +358,7 @@ class _Work:
     def _found(self) -> Identity | None:
         """What the folder says that it holds."""
         if (self.target / MANIFEST).exists():
-            manifest: dict[str, Any] = read_manifest(Folder.at(self.target))
+            manifest: dict[str, Any] = read_manifest(Place(self.target))
             return dict(manifest["identity"])
         try:
             found = json.loads((self.target / IDENTITY).read_text(encoding="utf-8"))
@@ -528,7 +527,7 @@ class ShardDecomposer:
                 keys.append(key)
                 for name, part in packed.items():
                     stored[name].append(part)
-        commit_rows(Path(self.job.directory), plan.shard, keys, stored, quarantined)
+        commit_shard(Path(self.job.directory), plan.shard, keys, stored, quarantined)
         return replace(result, quarantined=tuple(quarantined))
 
     def _pieces(self, count: int) -> Iterator[range]:

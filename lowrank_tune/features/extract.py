@@ -21,6 +21,7 @@ from lowrank_tune.config.schema import FeaturesSpec, TensorSource
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError
 from lowrank_tune.features.cache import (
     SHARD_ROWS,
+    TENSOR,
     Contents,
     Extraction,
     ImageEncoding,
@@ -688,7 +689,7 @@ def _commit(
 ) -> ShardResult:
     """Commit the shard, in the cache's dtype already."""
     try:
-        commit_shard(Path(extraction.directory), result.shard, keys, features_NTD, result.quarantined)
+        commit_shard(Path(extraction.directory), result.shard, keys, {TENSOR: features_NTD}, result.quarantined)
     except OSError as error:
         failure = f"{extraction.directory}: shard {result.shard} cannot be written ({error}); make room and run again"
         return replace(result, failure=failure, fault="cache")

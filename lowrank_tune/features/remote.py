@@ -1,4 +1,4 @@
-"""A local copy of a cache that lies on an object store or a network mount: made once a node, checked, then mapped.
+"""The caches of a results directory, wherever it lies, and this node's local copies of them.
 
     <LOWRANK_TUNE_STAGING, else the temporary directory/lowrank-tune-staging-UID>/
       <digest of the manifest>/<fingerprint>/     a whole cache; there only when all of it was copied and checked
@@ -8,54 +8,50 @@ The manifest seals every byte, so its digest names the content: a cache that has
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pyarrow.fs import FileType, LocalFileSystem, copy_files
 
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError, redact
 from lowrank_tune.features.cache import (
     COMMITS,
     MANIFEST,
-    QUARANTINE,
     SHARDS,
     SOURCES,
-    Folder,
     Identity,
     canonical,
     checksum,
     differences,
-    is_uri,
-    join,
     open_cache,
-    open_sealed,
-    read_commit,
     read_manifest,
-    record_tables,
-    shard_problems,
     verify_cache,
 )
-from lowrank_tune.files import results_place
+from lowrank_tune.features.places import Place, is_uri, join
+from lowrank_tune.files import remove_temporaries, results_place, sync
 from lowrank_tune.records import FeatureSet
 
-_PIECE = 8 * 2**20
-_STREAMS = 8
-"""Shards on their way at once: one stream alone does not fill a network."""
+FEATURES = "features"
 _SPARE_BYTES = 64 * 2**20
+_CHUNK_BYTES = 8 * 2**20
+
 logger = logging.getLogger(__name__)
 
 
 def local_copy(features: FeatureSet) -> FeatureSet:
-    """The same features where they can be mapped quickly: as they are on a local disk, else in this node's copy.
+    """The same features where they can be mapped: as they lie in a local folder, else in this node's copy.
+
+    A local folder is copied, too, where LOWRANK_TUNE_STAGING is set: its place may be on the other end of a network.
 
     Args:
         features: of a sealed cache, wherever it lies; what this function returned, on any node, may be given again.
@@ -68,38 +64,41 @@ def local_copy(features: FeatureSet) -> FeatureSet:
         InputError: the place does not answer, or the staging directory has no room.
     """
     origin = features.origin or features.directory
-    if not Folder.at(origin).is_remote:
-        return features
-    return replace(features, directory=str(stage_cache(origin)), origin=origin)
+    return replace(features, directory=str(stage_cache(origin)), origin=origin) if _is_staged(origin) else features
+
+
+def open_local(place: str | Path) -> FeatureSet:
+    """Open a cache wherever it lies, by way of this node's copy where `local_copy` would make one; raises the same."""
+    if not _is_staged(place):
+        return open_cache(Place(place).path)
+    return replace(open_cache(stage_cache(place)), origin=str(place))
+
+
+def _is_staged(place: str | Path) -> bool:
+    return bool(os.environ.get("LOWRANK_TUNE_STAGING")) or not Place(place).is_local
 
 
 def stage_cache(place: str | Path) -> Path:
-    """Copy a sealed cache to this node, when that has not been done yet.
+    """Copy a sealed cache to this node, when that has not been done yet, and return the copy's folder.
 
     Every shard is compared with its checksums as it lies on the local disk, and the copy gets its name when all of it
     is sound: half of one is never taken for the whole. Of several processes one copies and the others wait.
-
-    Args:
-        place: the cache's path or address.
-
-    Returns:
-        The copy's folder.
 
     Raises:
         CacheError: what is there is damaged, or what was copied is not what was sealed.
         InputError: the place does not answer, or the staging directory has no room.
     """
-    cache = Folder.at(place)
-    manifest = read_manifest(cache)
-    digest = checksum(canonical(manifest))
+    cache = Place(place)
+    digest = checksum(canonical(read_manifest(cache)))
     root = staging_root()
     target = root / digest / cache.last
     with _writable(root), FileLock(root / f"{digest}.lock"):
-        if target.exists() and not _is_sound(target, digest):
+        if target.exists() and (problems := _copy_problems(target, digest, full=False)):
+            logger.warning("%s; it is copied again", problems[0])
             shutil.rmtree(target)
         if not target.exists():
             logger.info("copying %s to %s", cache.name, target)
-            _copy(cache, manifest, target)
+            _copy(cache, digest, target)
     return target
 
 
@@ -111,105 +110,41 @@ def staging_root() -> Path:
     return Path(tempfile.gettempdir()) / f"lowrank-tune-staging-{os.getuid()}"
 
 
-def open_local(place: str | Path) -> FeatureSet:
-    """Open a cache wherever it lies, by way of this node's copy where it is not on a local disk.
-
-    Raises:
-        CacheError: it is unsealed or damaged.
-        InputError: the place does not answer, or the staging directory has no room.
-    """
-    folder = Folder.at(place)
-    if not folder.is_remote:
-        return open_cache(folder.path)
-    return replace(open_cache(stage_cache(place)), origin=str(place))
-
-
-def _is_sound(target: Path, digest: str) -> bool:
-    folder = Folder.at(target)
-    try:
-        if checksum(canonical(read_manifest(folder))) != digest:
-            raise CacheError(f"{target}: is a copy of another cache")
-        open_sealed(folder, str(target))
-    except CacheError as error:
-        logger.warning("%s; it is copied again", error)
-        return False
-    return True
-
-
-def _copy(cache: Folder, manifest: dict[str, Any], target: Path) -> None:
+def _copy(cache: Place, digest: str, target: Path) -> None:
     """Copy into a folder of another name, and rename it when every file is the one that was sealed."""
     for abandoned in target.parent.glob(".tmp-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     partial = target.parent / f".tmp-{uuid.uuid4().hex}" / target.name
+    partial.mkdir(parents=True)
     try:
-        for folder in (SHARDS, COMMITS, SOURCES):
-            (partial / folder).mkdir(parents=True)
-        _check_room(_size(cache / SHARDS), partial)
-        with ThreadPoolExecutor(_STREAMS) as threads:
-            try:
-                jobs = [threads.submit(_copy_shard, cache, name, manifest, partial) for name in manifest["commits"]]
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
+        try:
+            needed, free = sum(cache.entries(FileType.File, SHARDS).values()), shutil.disk_usage(partial).free
+            if needed + _SPARE_BYTES > free:
+                raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+            copy_files("", str(partial), cache, LocalFileSystem(), chunk_size=_CHUNK_BYTES)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
                 raise
-        for name in record_tables(cache):
-            _copy_file(cache / SOURCES, name, partial / SOURCES)
-        for name in (QUARANTINE, MANIFEST):
-            _copy_file(cache, name, partial)
-        if problems := verify_cache(partial, full=False):
+            raise CacheError(
+                f"{cache.name}: cannot be copied ({redact(str(error))}); see that its place answers, and verify it"
+            ) from error
+        for folder in (SHARDS, COMMITS, SOURCES):
+            (partial / folder).mkdir(exist_ok=True)  # an object store has no empty folders
+            remove_temporaries(partial / folder)
+        if problems := _copy_problems(partial, digest, full=True):
             raise CacheError(f"{cache.name}: arrived damaged ({problems[0]}); verify it where it lies")
+        for path in partial.rglob("*"):
+            sync(path)
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def _copy_shard(cache: Folder, name: str, manifest: dict[str, Any], partial: Path) -> None:
-    """Copy a commit record and its shard, and compare them at once, while they are still in the page cache."""
-    _copy_file(cache / COMMITS, name, partial / COMMITS)
-    data = (partial / COMMITS / name).read_bytes()
-    if checksum(data) != manifest["commits"][name]:
-        raise CacheError(f"{cache.name}/{COMMITS}/{name}: is not the one that was sealed; verify the cache")
-    commit = read_commit(data)
-    if commit.rows:
-        _copy_file(cache / SHARDS, commit.shard, partial / SHARDS)
-    if problems := shard_problems(Folder.at(partial), commit, manifest["identity"], full=True):
-        raise CacheError(f"{cache.name}: arrived damaged ({problems[0]}); verify it where it lies")
-
-
-def _copy_file(folder: Folder, name: str, into: Path) -> None:
-    with (into / name).open("wb") as file:
-        for piece in _pieces(folder, name):
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _pieces(folder: Folder, name: str) -> Iterator[bytes]:
-    """Read a file; what fails here is the source's fault and not the copy's."""
-    try:
-        with folder.open(name) as source:
-            while piece := source.read(_PIECE):
-                yield piece
-    except FileNotFoundError as error:
-        raise CacheError(f"{folder.name}/{name}: is missing; verify the cache") from error
-    except OSError as error:
-        raise CacheError(
-            f"{folder.name}/{name}: cannot be read ({redact(str(error))}); see that its place answers, and verify it"
-        ) from error
-
-
-def _size(shards: Folder) -> int:
-    try:
-        return shards.bytes()
-    except OSError as error:
-        raise CacheError(f"{shards.name}: cannot be listed ({redact(str(error))})") from error
-
-
-def _check_room(needed: int, place: Path) -> None:
-    free = shutil.disk_usage(place).free
-    if needed + _SPARE_BYTES > free:
-        raise OSError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+def _copy_problems(copy: Path, digest: str, *, full: bool) -> list[str]:
+    problems = verify_cache(copy, full=full)
+    if not problems and checksum(canonical(read_manifest(Place(copy)))) != digest:
+        problems = [f"{copy}: is a copy of another cache"]
+    return problems
 
 
 @contextmanager
@@ -227,9 +162,6 @@ def _writable(root: Path) -> Iterator[None]:
         ) from error
 
 
-FEATURES = "features"
-
-
 def list_caches(results: str | Path | None) -> list[str]:
     """The places of all feature caches of a results directory, sealed or not, sorted.
 
@@ -237,14 +169,13 @@ def list_caches(results: str | Path | None) -> list[str]:
         InputError: the place does not answer.
     """
     root = join(_plain(results), FEATURES)
-    folder = Folder.at(root)
+    folder = Place(root)
     try:
-        names = [name for name in folder.folders() if _is_cache(folder / name)]
+        return [join(root, name) for name in sorted(folder.entries(FileType.Directory)) if _is_cache(join(root, name))]
     except OSError as error:
         raise InputError(
             f"{folder.name}: cannot be listed ({redact(str(error))}); see that its place answers"
         ) from error
-    return [join(root, name) for name in names]
 
 
 def find_cache(results: str | Path | None, name: str) -> str:
@@ -254,24 +185,24 @@ def find_cache(results: str | Path | None, name: str) -> str:
         InputError: none does, or several do.
     """
     if "/" in name:
-        if not _is_cache(Folder.at(name)):
+        if not _is_cache(name):
             raise InputError(f"{redact(name)}: is no feature cache; give its folder, or its fingerprint and --results")
         return name
-    places = list_caches(results)
-    found = [place for place in places if name and Folder.at(place).last.startswith(name)]
+    places = {place: Place(place).last for place in list_caches(results)}
+    found = {place: last for place, last in places.items() if name and last.startswith(name)}
     if len(found) != 1:
-        known = ", ".join(Folder.at(place).last for place in found or places) or "none"
+        known = ", ".join((found or places).values()) or "none"
         raise InputError(
             f"feature cache {name}: {'several begin so' if found else f'not in {redact(_plain(results))}'}; "
             f"caches: {known}"
         )
-    return found[0]
+    return next(iter(found))
 
 
 def cache_row(place: str) -> dict[str, Any]:
     """A cache as a line of a list; one that cannot be opened says why."""
     try:
-        return _row(place, open_sealed(Folder.at(place), place))
+        return _row(place, open_cache(place))
     except LowrankTuneError as error:
         return _row(place, None) | {"encoder": str(error)}
 
@@ -282,32 +213,39 @@ def describe_cache(place: str) -> dict[str, Any]:
     Raises:
         CacheError: it is unsealed or damaged.
     """
-    cache = Folder.at(place)
-    features = open_sealed(cache, place)
+    features = open_cache(place)
     return {
         **_row(place, features),
         "quarantined": features.quarantined,
         "shards": len({row.shard for row in features.rows}),
         "records": redact(features.records_path),
-        "identity": read_manifest(cache)["identity"],
+        "identity": read_manifest(Place(place))["identity"],
+    }
+
+
+def _row(place: str, features: FeatureSet | None) -> dict[str, Any]:
+    cache = Place(place)
+    return {
+        "fingerprint": cache.last,
+        "images": len(features.rows) if features else "-",
+        "shape": [features.tokens, features.dim] if features else "-",
+        "dtype": features.dtype if features else "-",
+        "bytes": sum(cache.entries(FileType.File, SHARDS).values()),
+        "weights": features.weights if features else "-",
+        "encoder": features.encoder if features else "-",
     }
 
 
 def nearest_cache(root: Path, identity: Identity) -> tuple[str, list[str]]:
-    """The sealed cache below `root` that differs from an identity in the fewest fields.
-
-    Args:
-        root: `results/features`.
-        identity: another cache's, which is not there itself.
+    """The sealed cache below `root`, `results/features`, that differs from an identity in the fewest fields.
 
     Returns:
         Its name, and each field in which it differs; empty both when there is no cache of that kind.
     """
-    folder = Folder.at(root)
     found = []
-    for name in folder.folders():
+    for name in sorted(Place(root).entries(FileType.Directory)):
         try:
-            other = read_manifest(folder / name)["identity"]
+            other = read_manifest(Place(root / name))["identity"]
         except CacheError:
             continue
         if other.get("kind") == identity.get("kind"):
@@ -328,9 +266,8 @@ def remove_cache(place: str) -> int:
     """
     if is_uri(place) and not place.startswith("file:"):
         raise InputError(f"{redact(place)}: only local caches are removed from here; use the object store's own tools")
-    folder = Folder.at(place)
-    directory = Path(folder.path)
-    if not _is_cache(folder):
+    directory = Path(Place(place).path)
+    if not _is_cache(place):
         raise InputError(f"{directory}: is no feature cache, and is left alone")
     if directory.is_symlink():
         raise InputError(f"{directory}: is a link, and is left alone; remove the cache where it lies")
@@ -352,14 +289,10 @@ def remove_cache(place: str) -> int:
 
 @contextmanager
 def only_writer(directory: Path, timeout: float = -1) -> Iterator[None]:
-    """Keep every other process from writing into a cache, or removing it.
-
-    Args:
-        directory: the cache; its parent must be there.
-        timeout: seconds to wait for the process that has it; without end when negative.
+    """Keep every other process from writing into a cache, whose parent must be there, or removing it.
 
     Raises:
-        Timeout: another process has it still.
+        Timeout: another process has it still, after so many seconds; never where they are negative.
     """
     with FileLock(directory.with_name(f".{directory.name}.lock")).acquire(timeout=timeout):
         yield
@@ -370,18 +303,9 @@ def _plain(results: str | Path | None) -> str:
     return name if is_uri(name) else os.path.abspath(Path(name).expanduser())
 
 
-def _is_cache(folder: Folder) -> bool:
+def _is_cache(place: str) -> bool:
     # An object store has no empty folders, and a cache whose images are all broken has no shards.
-    return not folder.last.startswith(".") and bool(
-        {SHARDS, COMMITS} & set(folder.folders()) or MANIFEST in folder.files()
+    cache = Place(place)
+    return not cache.last.startswith(".") and bool(
+        {SHARDS, COMMITS} & set(cache.entries(FileType.Directory)) or MANIFEST in cache.entries(FileType.File)
     )
-
-
-def _row(place: str, features: FeatureSet | None) -> dict[str, Any]:
-    cache = Folder.at(place)
-    row: dict[str, Any] = {"fingerprint": cache.last, "images": "-", "shape": "-", "dtype": "-"}
-    row["bytes"] = (cache / SHARDS).bytes()
-    if features is None:
-        return row | {"weights": "-", "encoder": "-"}
-    row |= {"images": len(features.rows), "shape": [features.tokens, features.dim], "dtype": features.dtype}
-    return row | {"weights": features.weights, "encoder": features.encoder}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lowrank_tune.features.cache import Contents, commit_shard, fingerprint, recover, seal, shard_name
+from lowrank_tune.features.cache import TENSOR, Contents, commit_shard, fingerprint, recover, seal, shard_name
+from lowrank_tune.features.remote import stage_cache
 
 IDENTITY = {"kind": "tensors", "forward": 1, "store_dtype": "float16", "tokens": 3, "dim": 5}
 KEYS = [hashlib.sha256(bytes([number])).hexdigest() for number in range(11)]
@@ -33,7 +34,7 @@ def build(root: Path, keys: list[str] = KEYS) -> Contents:
         usable = [key for key in planned if key != BROKEN]
         features = torch.stack([features_of(key) for key in usable])
         quarantined = [(BROKEN, "truncated")] if BROKEN in planned else []
-        commit_shard(directory, shard_name(planned), usable, features, quarantined)
+        commit_shard(directory, shard_name(planned), usable, {TENSOR: features}, quarantined)
     return seal(directory, IDENTITY, "imported tensors", "unknown")
 
 
@@ -57,6 +58,20 @@ def build_and_die(root: Path, step: int) -> None:
     os.fsync = counted(os.fsync)
     os.replace = counted(os.replace)
     build(root)
+
+
+def stage_and_die(place: str, step: int) -> None:
+    """Stage a cache, killed at the given fsync."""
+    fsync, calls = os.fsync, []
+
+    def counted(descriptor):
+        calls.append(descriptor)
+        if len(calls) > step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = counted
+    stage_cache(place)
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

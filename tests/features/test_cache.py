@@ -33,7 +33,7 @@ def test_every_row_lies_where_the_cache_says(sealed):
 def test_killed_at_any_step_the_next_run_completes_the_same_bytes(tmp_path, sealed):
     """SIGKILL before and after each fsync and rename of three shards, their commits and the seal."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lowrank_tune.features.cache", "lowrank_tune.features.cache"])
+    context.set_forkserver_preload(["cachekit"])
     expected = snapshot(sealed)
     unsealed = 0
     for step in count():
@@ -91,8 +91,8 @@ def test_a_shard_is_what_safetensors_itself_would_write(tmp_path, dtype, rows):
     (tmp_path / "commits").mkdir()
     features = torch.randn(rows, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     keys = [hashlib.sha256(bytes([number])).hexdigest() for number in range(rows)]
-    whole = commit_shard(tmp_path, "whole.safetensors", keys, features, [])
-    commit_shard(tmp_path, "rows.safetensors", keys, list(features), [])
+    whole = commit_shard(tmp_path, "whole.safetensors", keys, {"features": features}, [])
+    commit_shard(tmp_path, "rows.safetensors", keys, {"features": list(features)}, [])
     expected = save({"features": features})
     assert (tmp_path / "shards" / "whole.safetensors").read_bytes() == expected
     assert (tmp_path / "shards" / "rows.safetensors").read_bytes() == expected
@@ -102,7 +102,7 @@ def test_a_shard_is_what_safetensors_itself_would_write(tmp_path, dtype, rows):
 def test_an_all_broken_shard_is_committed_without_a_file(tmp_path):
     build(tmp_path, KEYS[:4])
     directory = cache_directory(tmp_path)
-    commit_shard(directory, shard_name([BROKEN]), [], torch.empty(0), [(BROKEN, "truncated")])
+    commit_shard(directory, shard_name([BROKEN]), [], {"features": []}, [(BROKEN, "truncated")])
     contents = seal(directory, IDENTITY, "imported tensors", "unknown")
     assert contents.missing([*KEYS[:4], BROKEN]) == []
     assert verify_cache(directory) == []

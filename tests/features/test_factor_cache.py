@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lowrank_tune import open_features
 from lowrank_tune.cli import run
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.features.cache import commit_rows, layout, open_cache, recover, seal, shard_name, verify_cache
+from lowrank_tune.features.cache import commit_shard, layout, open_cache, recover, seal, shard_name, verify_cache
 from lowrank_tune.features.decompose import factors_identity, find_given
 from lowrank_tune.features.remote import stage_cache
 from lowrank_tune.lowrank.data import pack_factors, unpack_factors
@@ -37,7 +37,7 @@ def cache(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Path:
     recover(directory, identity)
     keys = [hashlib.sha256(bytes([number])).hexdigest() for number in range(COUNT)]
     packed = [pack_factors(*factors(number), request.param) for number in range(COUNT)]
-    commit_rows(
+    commit_shard(
         directory, shard_name(keys), keys, {name: [row[name] for row in packed] for name in layout(identity)}, []
     )
     seal(directory, identity, "sketch", "unknown")
