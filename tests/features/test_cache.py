@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import tempfile
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
