@@ -100,7 +100,7 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
                 device=device_of(study.plan.spec),
             )
     else:
-        comparison = read_comparison(study.directory)
+        comparison = read_comparison(study.directory, study.plan.spec.objective)
     return replace(comparison, remarks=(*study.remarks, *comparison.remarks))
 
 

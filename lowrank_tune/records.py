@@ -199,6 +199,9 @@ class ComparisonRow:
         token_cosine_minus_svd: mean over images of this method's token cosine minus the SVD's on the same image.
         token_cosine_minus_svd_low: lower end of its 95 % confidence interval; None for a single image.
         token_cosine_minus_svd_high: upper end.
+        val_token_cosine: the model's mean token cosine on the validation images; None where it is not known.
+        chosen: 0, unless the study's objective, on the validation images, made this model the best of its rank; then
+            its place among those of all ranks, 1 the best.
     """
 
     method: str
@@ -221,6 +224,8 @@ class ComparisonRow:
     token_cosine_minus_svd: float | None = None
     token_cosine_minus_svd_low: float | None = None
     token_cosine_minus_svd_high: float | None = None
+    val_token_cosine: float | None = None
+    chosen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,13 +391,8 @@ class Comparison:
     compression: Compression = field(default_factory=Compression)
 
     def best_of_each_rank(self) -> tuple[ComparisonRow, ...]:
-        """The trained row with the lowest mean residual ratio at each rank, by rising rank."""
-        best: dict[int, ComparisonRow] = {}
-        for row in self.rows:
-            held = best.get(row.rank)
-            if row.trial_id and (held is None or row.residual_ratio_mean < held.residual_ratio_mean):
-                best[row.rank] = row
-        return tuple(best[rank] for rank in sorted(best))
+        """The trained row that validation chose at each rank, by rising rank."""
+        return tuple(sorted((row for row in self.rows if row.chosen), key=lambda row: row.rank))
 
 
 class TrialTracker(Protocol):

@@ -290,7 +290,7 @@ def _repair_tracking(plan: Plan) -> dict[str, Any]:
     from lowrank_tune.tracking.sync import reconcile
 
     finished = (plan.study_dir / "comparison.json").is_file()
-    return asdict(reconcile(plan, read_comparison(plan.study_dir) if finished else None))
+    return asdict(reconcile(plan, read_comparison(plan.study_dir, plan.spec.objective) if finished else None))
 
 
 def _carry_out(plan: Plan, tracker: StudyTracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:

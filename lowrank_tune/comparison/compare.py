@@ -33,10 +33,11 @@ from lowrank_tune.comparison.methods import (
     score,
     trained,
     untrained,
+    winners,
 )
 from lowrank_tune.comparison.remarks import verdict_words
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.files import write_json, write_whole
+from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.records import (
@@ -117,6 +118,47 @@ def make_rows(
             )
         )
     return rows
+
+
+def choose(
+    rows: Sequence[ComparisonRow],
+    outcomes: Sequence[TrialOutcome],
+    objective: str,
+    nested: Mapping[Kind, Mapping[str, float]] | None = None,
+) -> list[ComparisonRow]:
+    """Mark the rows of the one best model of each rank, as the validation split tells; the test split has no say.
+
+    Args:
+        rows: the comparison's.
+        outcomes: the trials behind them, and any others.
+        objective: what picks the best, a key of `TrialOutcome.best`.
+        nested: of models that serve several ranks, the validation figures at each, for those on file are means over
+            them.
+    """
+    standing = {row.trial_id for row in rows}
+    trials = {outcome.config.trial_id: outcome for outcome in outcomes if outcome.config.trial_id in standing}
+    best = {outcome.config.trial_id for outcome in winners(list(trials.values()), objective)}
+    figures: dict[Kind, Mapping[str, float]] = {
+        (row.method, row.rank): {} if trials[row.trial_id].config.nested_ranks else trials[row.trial_id].best
+        for row in rows
+        if row.trial_id in trials
+    }
+    figures |= nested or {}
+    sign = -1.0 if objective == "val_token_cosine" else 1.0
+
+    def order(row: ComparisonRow) -> tuple[float, int]:
+        figure = figures[row.method, row.rank].get(objective, trials[row.trial_id].best[objective])
+        return sign * figure, row.rank
+
+    places = [(row.method, row.rank) for row in sorted((row for row in rows if row.trial_id in best), key=order)]
+    return [
+        replace(
+            row,
+            val_token_cosine=figures.get(kind, {}).get("val_token_cosine"),
+            chosen=places.index(kind) + 1 if kind in places else 0,
+        )
+        for row, kind in ((row, (row.method, row.rank)) for row in rows)
+    ]
 
 
 def mean_interval(values_N: ArrayLike) -> Interval:
@@ -201,19 +243,23 @@ def write_comparison(directory: Path, comparison: Comparison, per_image: pd.Data
     write_json(directory / "compression.json", asdict(comparison.compression))
 
 
-def read_comparison(directory: Path) -> Comparison:
+def read_comparison(directory: Path, objective: str) -> Comparison:
     """Read what `write_comparison` wrote.
 
     Args:
         directory: the study's.
+        objective: the study's, by which an older comparison's best models are chosen now.
 
     Raises:
         InputError: the study has no comparison, or its files are damaged.
     """
     path, per_image_path = directory / "comparison.json", directory / "per_image.parquet"
     try:
-        rows = tuple(ComparisonRow(**row) for row in json.loads(path.read_text(encoding="utf-8")))
-        fronts = tuple(_front(**front) for front in json.loads((directory / "pareto.json").read_text(encoding="utf-8")))
+        rows = [ComparisonRow(**row) for row in read_json(path)]
+        if not any(row.chosen for row in rows):
+            files = [directory / "trials" / row.trial_id / "outcome.json" for row in rows if row.trial_id]
+            rows = choose(rows, [TrialOutcome.read(file) for file in files if file.is_file()], objective)
+        fronts = tuple(_front(**front) for front in read_json(directory / "pareto.json"))
         compression = _read_compression(directory / "compression.json")
         notes = pq.read_schema(per_image_path).metadata or {}
         remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
@@ -223,7 +269,7 @@ def read_comparison(directory: Path) -> Comparison:
             f"`lowrank-tune compare {directory.name} --again`"
         ) from error
     device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
-    return Comparison(rows, str(per_image_path), device, remarks, data, fronts, compression)
+    return Comparison(tuple(rows), str(per_image_path), device, remarks, data, fronts, compression)
 
 
 def _front(points: list[dict[str, Any]], **front: Any) -> Front:
@@ -235,7 +281,7 @@ def _read_compression(path: Path) -> Compression:
     if not path.exists():
         return Compression()
     kinds = {"stored": StoredRow, "pruned": PrunedRow, "models": QuantisedRow, "words": str}
-    held: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+    held: dict[str, list[Any]] = read_json(path)
     rows = {
         name: tuple(kind(**row) if isinstance(row, dict) else kind(row) for row in held[name])
         for name, kind in kinds.items()
@@ -296,6 +342,7 @@ def compare(
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if (method.name, method.rank) in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
+    rows = choose(rows, outcomes, objective, _validated(data, split, outcomes, models, device))
     compression, unmeasured = _compression(data, split, rows, sound, device)
     comparison = Comparison(
         rows=tuple(rows),
@@ -326,6 +373,20 @@ def _compression(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Compression(), [f"bytes against error are left out: {reason}"]
+
+
+def _validated(
+    data: FeatureMatrix, split: Split, outcomes: Sequence[TrialOutcome], models: Sequence[Method], device: str
+) -> dict[Kind, dict[str, float]]:
+    """Measure the models that serve several ranks on the validation split, at each rank."""
+    several = {outcome.config.trial_id for outcome in outcomes if outcome.config.nested_ranks}
+    nested = [model for model in models if model.trial_id in several]
+    if not nested:
+        return {}
+    table, _ = score(data, split.validation, sorted({model.rank for model in nested}), nested, device)
+    own = table[table["method"] != "svd"].groupby(["method", "rank"])
+    means: Any = own[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
+    return dict(means)
 
 
 def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:

@@ -82,7 +82,7 @@ def measure_compression(
     Args:
         data: the features.
         test: indices of the images that judge; those of nothing but zeros are passed over.
-        rows: the comparison's; they choose the best trained method of each rank.
+        rows: the comparison's; those of each rank's chosen model tell whose factors are stored.
         methods: what the rows are of.
         device: where the methods run.
 
@@ -90,7 +90,10 @@ def measure_compression(
         CacheError: features cannot be read.
     """
     trained = [method for method in methods if method.trial_id]
-    best = _best(rows, trained)
+    chosen = {(row.method, row.rank) for row in rows if row.chosen}
+    best = sorted(
+        (method for method in trained if (method.name, method.rank) in chosen), key=lambda method: method.rank
+    )
     ranks = sorted({row.rank for row in rows})
     quantised = {
         _model_key(method): QuantisedDecomposer(method.model) for method in trained if method.model is not None
@@ -114,15 +117,6 @@ def measure_compression(
     pruned = _pruned_rows(tally, shape, trials)
     models = _model_rows(tally, trained, quantised)
     return Compression(stored, pruned, models, tuple(compression_words(stored, pruned, models)))
-
-
-def _best(rows: Sequence[ComparisonRow], trained: Sequence[Method]) -> list[Method]:
-    """Choose the best trained method of each rank, by rising rank."""
-    ratios = {(row.method, row.rank): row.residual_ratio_mean for row in rows}
-    best: dict[int, Method] = {}
-    for method in sorted(trained, key=lambda method: ratios[method.name, method.rank]):
-        best.setdefault(method.rank, method)
-    return [best[rank] for rank in sorted(best)]
 
 
 def _store_features(images: _Images, tally: _Tally) -> dict[str, Tensor]:

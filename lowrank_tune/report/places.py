@@ -60,9 +60,7 @@ class Scene:
         highest = min(self.features.tokens, self.features.dim)
         if wanted is not None and not 1 <= wanted <= highest:
             raise InputError(f"rank {wanted}: these features have ranks 1 to {highest}; choose among them")
-        measured = {trial.config.trial_id: trial.best.get("val_residual_ratio", math.inf) for trial in self.outcomes}
-        chosen = self.comparison.best_of_each_rank()
-        best = min(chosen, key=lambda row: measured.get(row.trial_id, math.inf), default=None)
+        best = min(self.comparison.best_of_each_rank(), key=lambda row: row.chosen, default=None)
         compared = max((row.rank for row in self.comparison.rows), default=1)
         return min(wanted or (best.rank if best else compared), highest)
 

@@ -103,7 +103,7 @@ def write_report(
     search = search_section(directory / "tune" / "optuna.journal", plan.spec.objective)
     further = [*_learning(trials, repeats), search, *_storage(comparison, spectrum)]
     progress("writing the report: the page")
-    found = choices(comparison, outcomes, spectrum.rank_for if spectrum else lambda cosine: None)
+    found = choices(comparison, spectrum.rank_for if spectrum else lambda cosine: None)
     standing = {row.trial_id for row in comparison.rows}
     html = render_page(
         "report.html.j2",

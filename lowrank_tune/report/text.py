@@ -176,24 +176,17 @@ class Choice:
     row: ComparisonRow | None  # of the lowest rank compared whose chosen model keeps it; None where none does
 
 
-def choices(
-    comparison: Comparison, outcomes: Sequence[TrialOutcome], svd_rank: Callable[[float], int | None]
-) -> list[Choice]:
+def choices(comparison: Comparison, svd_rank: Callable[[float], int | None]) -> list[Choice]:
     """Say which rank keeps which token cosine, as the validation images tell; the test images only report.
 
     Returns:
         From the highest cosine that the lowest rank compared keeps to the first one that no rank does; none without a
-        trained method.
+        trained method whose figure on the validation images is known.
     """
-    measured = {
-        trial.config.trial_id: trial.best.get("val_token_cosine", -1.0)
-        for trial in outcomes
-        if not trial.config.nested_ranks  # whose validation figures are means over several ranks
-    }
-    trained = comparison.best_of_each_rank()
+    trained = [row for row in comparison.best_of_each_rank() if row.val_token_cosine is not None]
     found: list[Choice] = []
     for cosine in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999) if trained else ():
-        keeps = (row for row in trained if measured.get(row.trial_id, row.token_cosine_mean) >= cosine)
+        keeps = (row for row in trained if (row.val_token_cosine or -1.0) >= cosine)
         choice = Choice(cosine, svd_rank(cosine), next(keeps, None))
         if choice.row is trained[0]:
             found.clear()

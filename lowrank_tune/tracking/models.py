@@ -32,7 +32,7 @@ from lowrank_tune.records import ComparisonRow, FeatureSet, TrialOutcome
 from lowrank_tune.tracking.mlflow_tracker import Compared
 
 BEST = "best"
-"""The registry's alias of the version with the lowest mean ρ of all ranks."""
+"""The registry's alias of the version that validation chose of all ranks."""
 _TRIAL, _RANK = "lowrank.trial_id", "lowrank.rank"
 # The database forgets the model_id that a version is made with.
 _MODEL = "lowrank.model_id"
@@ -154,7 +154,7 @@ def _register(client: MlflowClient, name: str, parent: str, study_id: str, logge
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     there = _registered(client, name)
-    best = min(logged, key=lambda entry: entry.row.residual_ratio_mean)
+    best = min(logged, key=lambda entry: entry.row.chosen)
     for entry in logged:
         version = there.get(entry.model.model_id)
         if version is not None and _ALIASED in version.tags:

@@ -24,7 +24,7 @@ CONTRACT = [
 ]  # fmt: skip
 FURTHER = [
     "seeds", "residual_ratio_seed_mean", "residual_ratio_seed_sd", "token_cosine_seed_mean", "token_cosine_seed_sd",
-    "token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high",
+    "token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high", "val_token_cosine", "chosen",
 ]  # fmt: skip
 METHODS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd", "sketch", "direct"}
 
@@ -265,14 +265,14 @@ def test_nothing_to_compare_is_an_input_error(study, empty):
 def test_a_comparison_can_be_read_back(study):
     written = study.compare()
     assert written.remarks
-    assert read_comparison(study.directory) == written
+    assert read_comparison(study.directory, "val_mse") == written
 
 
 def test_a_damaged_comparison_is_an_input_error(study):
     study.compare()
     (study.directory / "comparison.json").write_text('[{"method": "svd"}]')
     with pytest.raises(InputError, match=re.escape(str(study.directory))):
-        read_comparison(study.directory)
+        read_comparison(study.directory, "val_mse")
 
 
 def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monkeypatch):
@@ -340,7 +340,7 @@ def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(study, find_row):
         (0, None, None)
     }
     assert set(pd.read_parquet(comparison.per_image_path)["method"]) == METHODS
-    assert read_comparison(study.directory) == comparison
+    assert read_comparison(study.directory, "val_mse") == comparison
 
 
 def test_one_seed_has_a_mean_and_no_spread(study, find_row):

@@ -30,6 +30,7 @@ def make_row(method: str, rank: int, ratio: float = 1.1, cosine: float = 0.95, *
         "mse_mean": 0.1,
         "residual_ratio_mean": ratio, "residual_ratio_max": ratio * 1.1, "bytes_per_image": 2048 * rank,
         "images_per_second": 123.0, "trial_id": f"r{rank:03d}-{method}" if is_trained(method) else "",
+        "chosen": int(is_trained(method)), "val_token_cosine": cosine if is_trained(method) else None,
     }  # fmt: skip
     return ComparisonRow(method=method, rank=rank, **(figures | fields))
 

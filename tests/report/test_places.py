@@ -46,8 +46,6 @@ def test_the_page_of_places_holds_every_image_rank_and_channel(study):
 
 
 def test_the_rank_that_is_shown_is_the_validation_images_best(study, row):
-    rows = (row("sketch", 3, 1.2, trial_id="r003-sketch-0000"), row("sketch", 5, 1.1, trial_id="r003-sketch-0001"))
-    worse = replace(study.outcomes[1], best={"val_residual_ratio": 9.0})
-    study.comparison, study.outcomes = replace(study.comparison, rows=rows), [study.outcomes[0], worse]
+    study.comparison = replace(study.comparison, rows=(row("sketch", 3, 1.2), row("sketch", 5, 1.1, chosen=2)))
     assert scene(study).rank(None) == 3
     assert scene(study).ranks(3) == [3, 5]

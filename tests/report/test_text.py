@@ -99,12 +99,10 @@ def test_a_verdict_is_said_as_people_say_it(row, comparison_of, ratio, words):
     assert verdict.word == words
 
 
-def test_which_rank_to_take_follows_the_validation_images(compared, outcome):
-    trials = []
-    for number, (name, cosine) in enumerate((("a", 0.985), ("c", 0.991))):
-        trial = outcome(number=number, best={"val_token_cosine": cosine})
-        trials.append(replace(trial, config=replace(trial.config, trial_id=name)))
-    found = choices(compared, trials, {0.98: 9, 0.99: 12}.get)
+def test_which_rank_to_take_follows_the_validation_images(compared):
+    known = {"a": 0.985, "c": 0.991}
+    rows = tuple(replace(row, val_token_cosine=known.get(row.trial_id)) for row in compared.rows)
+    found = choices(replace(compared, rows=rows), {0.98: 9, 0.99: 12}.get)
     assert [(choice.cosine, choice.row.trial_id if choice.row else None) for choice in found] == [
         (0.98, "a"), (0.99, "c"), (0.995, None)
     ]  # fmt: skip
@@ -116,7 +114,7 @@ def test_which_rank_to_take_follows_the_validation_images(compared, outcome):
 
 def test_without_a_trained_model_there_is_no_choice(row, comparison_of):
     comparison = comparison_of(row("svd", 4, 1.0, 0.93), row("power_1", 4, 1.1))
-    assert choices(comparison, [], lambda cosine: None) == []
+    assert choices(comparison, lambda cosine: None) == []
     assert rank_sentence([]) == ""
     assert verdicts(comparison)[0].word == "no trained model"
 

@@ -120,7 +120,7 @@ def test_a_traced_graph_gives_every_kind_of_image_what_the_decomposer_gives(tmp_
 def test_a_nested_model_is_logged_at_each_rank_and_gives_that_one(plan: Plan, tmp_path: Path) -> None:
     nested = replace(config_of(0, "sketch", 4), nested_ranks=(2, 4))
     comparison = write_study(plan, [nested])
-    comparison = replace(comparison, rows=(*comparison.rows, row_of("sketch", 2, 1.05, nested.trial_id)))
+    comparison = replace(comparison, rows=(*comparison.rows, row_of("sketch", 2, 1.05, nested.trial_id, 2)))
     track(plan, [nested], comparison)
     mlflow.set_tracking_uri(local_uri(plan.results))
     x_NTD = np.ones((1, TOKENS, DIM), np.float32)

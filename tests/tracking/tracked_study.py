@@ -60,13 +60,16 @@ def write_study(plan: Plan, configs: list[TrialConfig]) -> Comparison:
         directory = plan.study_dir / "trials" / config.trial_id
         save_decomposer(make_decomposer(config, TOKENS, DIM), directory / "best_model.safetensors")
         (directory / "loss_curves.png").write_bytes(b"png")
-        rows.append(row_of(config.family, config.rank, 1.1 + 0.1 * config.number, config.trial_id))
+        chosen = 0 if any(row.chosen and row.rank == config.rank for row in rows) else config.number + 1
+        rows.append(row_of(config.family, config.rank, 1.1 + 0.1 * config.number, config.trial_id, chosen))
     (plan.study_dir / "comparison.json").write_text(json.dumps([asdict(row) for row in rows]))
     return Comparison(tuple(rows), str(plan.study_dir / "per_image.parquet"), "one CPU thread", ("random weights",))
 
 
-def row_of(method: str, rank: int, residual_ratio: float, trial_id: str = "") -> ComparisonRow:
-    return ComparisonRow(method, rank, 4, 0.9, 0.01, 0.95, 0.1, residual_ratio, 1.5, 640, 100.0, trial_id)
+def row_of(method: str, rank: int, residual_ratio: float, trial_id: str = "", chosen: int = 0) -> ComparisonRow:
+    return ComparisonRow(
+        method, rank, 4, 0.9, 0.01, 0.95, 0.1, residual_ratio, 1.5, 640, 100.0, trial_id, chosen=chosen
+    )
 
 
 class Reader:
