@@ -11,6 +11,11 @@ from typing import Any, Literal, Protocol
 
 from lowrank_tune.files import read_json, write_json
 
+CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd")
+"""The methods without training that a trained family is held against beside the SVD, weakest first."""
+TEST_OPTIMUM = "test_optimum.safetensors"
+"""In a study's folder: the SVD's figures of the test images, measured once."""
+
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 """What ended a trial; `interruption` is only ever read off the files of a study that did not finish."""

@@ -6,7 +6,6 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 from torch import Tensor
 
@@ -27,20 +25,21 @@ from lowrank_tune.comparison.methods import (
     BATCH,
     Kind,
     Method,
-    device_words,
+    device_name,
     images_per_second,
-    repeated,
     score,
+    sign,
     trained,
     untrained,
     winners,
 )
-from lowrank_tune.comparison.remarks import verdict_words
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
+from lowrank_tune.lowrank.svd import Optimum, kept_optimum, measure_optimum
 from lowrank_tune.records import (
+    TEST_OPTIMUM,
     Comparison,
     ComparisonRow,
     Compression,
@@ -56,239 +55,6 @@ from lowrank_tune.records import (
 
 CONFIDENCE = 0.95
 """Of the interval around the mean paired difference."""
-
-Interval = tuple[float, float | None, float | None]
-"""A mean, and the ends of its confidence interval where there is one."""
-
-
-def make_rows(
-    data: FeatureMatrix,
-    per_image: pd.DataFrame,
-    methods: Sequence[Method],
-    repeats: Sequence[Method],
-    speeds: Mapping[Kind, float],
-) -> list[ComparisonRow]:
-    """Make a row of each method at each rank.
-
-    Args:
-        data: the features.
-        per_image: `score`'s table of the methods, their repetitions and the SVD.
-        methods: what the rows are of, beside the SVD.
-        repeats: the repetitions of trained ones, by `confirms`; those that the table lacks are passed over.
-        speeds: images a second of each method and of the SVD.
-
-    Returns:
-        The rows by rank.
-    """
-    trials = {(method.name, method.rank): method.trial_id for method in methods}
-    tables = {kind: table.set_index("index") for kind, table in per_image.groupby(["method", "rank"], sort=False)}
-    rows = []
-    for name, rank in sorted(speeds, key=lambda kind: kind[1]):
-        images, trial_id = tables[name, rank], trials.get((name, rank), "")
-        again = [
-            tables[repeat.name, rank]
-            for repeat in repeats
-            if trial_id and repeat.confirms == trial_id and (repeat.name, repeat.rank) in tables and repeat.rank == rank
-        ]
-        ratio_mean, ratio_sd = _over_seeds([table["residual_ratio"].mean() for table in again])
-        cosine_mean, cosine_sd = _over_seeds([table["token_cosine"].mean() for table in again])
-        difference, low, high = mean_interval(images["token_cosine"] - tables["svd", rank]["token_cosine"])
-        rows.append(
-            ComparisonRow(
-                method=name,
-                rank=rank,
-                n_images=len(images),
-                token_cosine_mean=float(images["token_cosine"].mean()),
-                token_cosine_sd=float(images["token_cosine"].std(ddof=1)) if len(images) > 1 else 0.0,
-                flat_cosine_mean=float(images["flat_cosine"].mean()),
-                mse_mean=float(images["mse"].mean()),
-                residual_ratio_mean=float(images["residual_ratio"].mean()),
-                residual_ratio_max=float(images["residual_ratio"].max()),
-                bytes_per_image=(data.tokens + data.dim) * rank * data.dtype.itemsize,
-                images_per_second=speeds[name, rank],
-                trial_id=trial_id,
-                seeds=len(again),
-                residual_ratio_seed_mean=ratio_mean,
-                residual_ratio_seed_sd=ratio_sd,
-                token_cosine_seed_mean=cosine_mean,
-                token_cosine_seed_sd=cosine_sd,
-                token_cosine_minus_svd=difference,
-                token_cosine_minus_svd_low=low,
-                token_cosine_minus_svd_high=high,
-            )
-        )
-    return rows
-
-
-def choose(
-    rows: Sequence[ComparisonRow],
-    outcomes: Sequence[TrialOutcome],
-    objective: str,
-    nested: Mapping[Kind, Mapping[str, float]] | None = None,
-) -> list[ComparisonRow]:
-    """Mark the rows of the one best model of each rank, as the validation split tells; the test split has no say.
-
-    Args:
-        rows: the comparison's.
-        outcomes: the trials behind them, and any others.
-        objective: what picks the best, a key of `TrialOutcome.best`.
-        nested: of models that serve several ranks, the validation figures at each, for those on file are means over
-            them.
-    """
-    standing = {row.trial_id for row in rows}
-    trials = {outcome.config.trial_id: outcome for outcome in outcomes if outcome.config.trial_id in standing}
-    best = {outcome.config.trial_id for outcome in winners(list(trials.values()), objective)}
-    figures: dict[Kind, Mapping[str, float]] = {
-        (row.method, row.rank): {} if trials[row.trial_id].config.nested_ranks else trials[row.trial_id].best
-        for row in rows
-        if row.trial_id in trials
-    }
-    figures |= nested or {}
-    sign = -1.0 if objective == "val_token_cosine" else 1.0
-
-    def order(row: ComparisonRow) -> tuple[float, int]:
-        figure = figures[row.method, row.rank].get(objective, trials[row.trial_id].best[objective])
-        return sign * figure, row.rank
-
-    places = [(row.method, row.rank) for row in sorted((row for row in rows if row.trial_id in best), key=order)]
-    return [
-        replace(
-            row,
-            val_token_cosine=figures.get(kind, {}).get("val_token_cosine"),
-            chosen=places.index(kind) + 1 if kind in places else 0,
-        )
-        for row, kind in ((row, (row.method, row.rank)) for row in rows)
-    ]
-
-
-def mean_interval(values_N: ArrayLike) -> Interval:
-    """Take the mean of values with its confidence interval by Student's t, for values drawn independently.
-
-    Args:
-        values_N: N finite numbers, at least one.
-
-    Returns:
-        The mean and the interval's ends; no ends for a single value.
-    """
-    values = np.asarray(values_N, dtype=np.float64)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return mean, None, None
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
-
-
-def _over_seeds(means: Sequence[float]) -> tuple[float | None, float | None]:
-    mean = float(np.mean(means)) if means else None
-    return mean, float(np.std(means, ddof=1)) if len(means) > 1 else None
-
-
-def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:
-    """Work out both trade-offs.
-
-    Args:
-        outcomes: every trial of the study. Pruned ones are candidates, for they have a model; those without one are
-            not, nor those of nested ranks, whose figures are means over several ranks.
-        rows: the comparison's.
-
-    Returns:
-        `search`, where it has a candidate, and `storage`.
-    """
-    trials = [
-        FrontPoint(config.family, config.rank, x=config.rank, y=trial.best["val_mse"], trial_id=config.trial_id)
-        for trial, config in ((trial, trial.config) for trial in outcomes)
-        if trial.status != "failed" and "val_mse" in trial.best and not config.nested_ranks
-    ]
-    methods = [
-        FrontPoint(row.method, row.rank, x=row.bytes_per_image, y=row.token_cosine_mean, trial_id=row.trial_id)
-        for row in rows
-    ]
-    search = Front("search", "rank", "val_mse", "lower", _marked(trials, "lower"))
-    storage = Front("storage", "bytes_per_image", "token_cosine_mean", "higher", _marked(methods, "higher"))
-    return tuple(front for front in (search, storage) if front.points)
-
-
-def _marked(points: Sequence[FrontPoint], better: Literal["lower", "higher"]) -> tuple[FrontPoint, ...]:
-    """Sort candidates by what they cost and mark those that none dominates; equals stand or fall together."""
-    sign = 1.0 if better == "lower" else -1.0
-    marked: list[FrontPoint] = []
-    best: tuple[float, float] | None = None
-    for point in sorted(points, key=lambda point: (point.x, sign * point.y)):
-        cost = (point.x, sign * point.y)
-        on_front = best is None or cost[1] < best[1] or cost == best
-        best = cost if on_front else best
-        marked.append(replace(point, on_front=on_front))
-    return tuple(marked)
-
-
-_DEVICE, _REMARKS, _DATA = b"lowrank_tune.device", b"lowrank_tune.remarks", b"lowrank_tune.data"
-
-
-def write_comparison(directory: Path, comparison: Comparison, per_image: pd.DataFrame) -> None:
-    """Write a comparison's files, each whole or not at all.
-
-    `comparison.json` is a list by contract, so device, data and remarks travel in the parquet file's own metadata.
-
-    Args:
-        directory: the study's.
-        comparison: what to write, every figure finite; its `per_image_path` lies in the directory.
-        per_image: one row a (method, rank, image).
-    """
-    table = pa.Table.from_pandas(per_image, preserve_index=False)
-    notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
-    write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
-    write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
-    write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
-    write_json(directory / "compression.json", asdict(comparison.compression))
-
-
-def read_comparison(directory: Path, objective: str) -> Comparison:
-    """Read what `write_comparison` wrote.
-
-    Args:
-        directory: the study's.
-        objective: the study's, by which an older comparison's best models are chosen now.
-
-    Raises:
-        InputError: the study has no comparison, or its files are damaged.
-    """
-    path, per_image_path = directory / "comparison.json", directory / "per_image.parquet"
-    try:
-        rows = [ComparisonRow(**row) for row in read_json(path)]
-        if not any(row.chosen for row in rows):
-            files = [directory / "trials" / row.trial_id / "outcome.json" for row in rows if row.trial_id]
-            rows = choose(rows, [TrialOutcome.read(file) for file in files if file.is_file()], objective)
-        fronts = tuple(_front(**front) for front in read_json(directory / "pareto.json"))
-        compression = _read_compression(directory / "compression.json")
-        notes = pq.read_schema(per_image_path).metadata or {}
-        remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{directory}: no readable comparison lies there ({error}); measure it again with "
-            f"`lowrank-tune compare {directory.name} --again`"
-        ) from error
-    device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
-    return Comparison(tuple(rows), str(per_image_path), device, remarks, data, fronts, compression)
-
-
-def _front(points: list[dict[str, Any]], **front: Any) -> Front:
-    return Front(points=tuple(FrontPoint(**point) for point in points), **front)
-
-
-def _read_compression(path: Path) -> Compression:
-    """Read `compression.json`; a study that was compared before there was one has none."""
-    if not path.exists():
-        return Compression()
-    kinds = {"stored": StoredRow, "pruned": PrunedRow, "models": QuantisedRow, "words": str}
-    held: dict[str, list[Any]] = read_json(path)
-    rows = {
-        name: tuple(kind(**row) if isinstance(row, dict) else kind(row) for row in held[name])
-        for name, kind in kinds.items()
-    }
-    return Compression(**rows)
-
-
 PCA_IMAGES = 512
 """Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
 PCA_BATCH = 16
@@ -312,16 +78,13 @@ def compare(
 
     Args:
         features: the study's.
-        split: its images; `train` fits `pca_basis`, `test` judges.
+        split: its images; `train` fits `pca_basis`, `validation` chooses, `test` judges.
         outcomes: every trial of the study.
-        objective: what picks the best trial of a family and rank: `val_residual_ratio`, `val_mse`, `val_token_cosine`.
+        objective: what picks the best trial, a key of `TrialOutcome.best`.
         seed: the study's; draws the controls' random starts.
-        directory: where `comparison.json`, `per_image.parquet`, `pareto.json` and `compression.json` go.
+        directory: where the files of `write_comparison` and `test_optimum.safetensors` go.
         confirmations: further trainings of the best configurations, with fresh seeds.
         device: where methods run and are timed; a GPU when the study trained on one.
-
-    Returns:
-        The rows by rank and method, and the remarks.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -333,60 +96,40 @@ def compare(
     data = FeatureMatrix(features)
     ranks = sorted({rank for outcome in outcomes for rank in outcome.config.ranks})
     axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
-    models, lost = trained(outcomes, features, objective, device)
+    models, repeats, lost = trained(outcomes, confirmations, features, objective, device)
     methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]
-    repeats, lost_repeats = repeated(confirmations, features, device)
-    per_image, left_out = score(data, split.test, ranks, [*methods, *repeats], device)
+    optimum = kept_optimum(directory / TEST_OPTIMUM, len(split.test), data.batches(split.test, 16))
+    per_image, left_out = score(data, split.test, optimum, ranks, [*methods, *repeats], device)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
-    sound = [method for method in methods if (method.name, method.rank) in measured]
+    sound = [method for method in methods if method.kind in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
     rows = choose(rows, outcomes, objective, _validated(data, split, outcomes, models, device))
-    compression, unmeasured = _compression(data, split, rows, sound, device)
+    try:
+        compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device), []
+    except CacheError:
+        raise
+    except Exception as error:  # it costs a study these figures, not all of them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        compression, unmeasured = Compression(), [f"bytes against error are left out: {reason}"]
+    told = say.which_are_beaten(compression.stored, compression.pruned)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
-        device=device_words(device),
+        device=device_name(device),
         remarks=(
             *say.about_study(features, outcomes, confirmations, rows),
-            *filter(None, [verdict_words(compression.stored, compression.pruned)]),
-            *(*unmeasured, *lost, *lost_repeats, *left_out),
+            *([told] if told else []),
+            *(*unmeasured, *lost, *left_out),
         ),
-        data=say.data_words(features, rows[0].n_images),
+        data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,
     )
     own = ~per_image["method"].isin({repeat.name for repeat in repeats})
     write_comparison(directory, comparison, per_image[own].reset_index(drop=True))
     return comparison
-
-
-def _compression(
-    data: FeatureMatrix, split: Split, rows: Sequence[ComparisonRow], methods: Sequence[Method], device: str
-) -> tuple[Compression, list[str]]:
-    """Measure bytes against error; what breaks on the way costs a study these figures, not all of them."""
-    try:
-        return measure_compression(data, split.test, rows, methods, device), []
-    except CacheError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Compression(), [f"bytes against error are left out: {reason}"]
-
-
-def _validated(
-    data: FeatureMatrix, split: Split, outcomes: Sequence[TrialOutcome], models: Sequence[Method], device: str
-) -> dict[Kind, dict[str, float]]:
-    """Measure the models that serve several ranks on the validation split, at each rank."""
-    several = {outcome.config.trial_id for outcome in outcomes if outcome.config.nested_ranks}
-    nested = [model for model in models if model.trial_id in several]
-    if not nested:
-        return {}
-    table, _ = score(data, split.validation, sorted({model.rank for model in nested}), nested, device)
-    own = table[table["method"] != "svd"].groupby(["method", "rank"])
-    means: Any = own[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
-    return dict(means)
 
 
 def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
@@ -403,6 +146,226 @@ def _speeds(
     x_NTD = data.load([split.test[place % len(split.test)] for place in range(size)]).to(device)
     svd = images_per_second(lambda x: torch.linalg.svd(x, full_matrices=False), x_NTD)
     speeds: dict[Kind, float] = {("svd", rank): svd for rank in ranks}
-    for method in methods:
-        speeds[method.name, method.rank] = images_per_second(method.decompose, x_NTD)
-    return speeds
+    return speeds | {method.kind: images_per_second(method.decompose, x_NTD) for method in methods}
+
+
+def make_rows(
+    data: FeatureMatrix,
+    per_image: pd.DataFrame,
+    methods: Sequence[Method],
+    repeats: Sequence[Method],
+    speeds: Mapping[Kind, float],
+) -> list[ComparisonRow]:
+    """Make a row of each method at each rank.
+
+    Args:
+        data: the features.
+        per_image: `score`'s table of the methods, their repetitions and the SVD.
+        methods: what the rows are of, beside the SVD.
+        repeats: the repetitions of trained ones; those that the table lacks are passed over.
+        speeds: images a second of each method and of the SVD.
+
+    Returns:
+        The rows by rank.
+    """
+    svd = per_image[per_image["method"] == "svd"].set_index(["rank", "index"])["token_cosine"]
+    paired = per_image.join(svd.rename("svd"), on=["rank", "index"])
+    table = (
+        paired.assign(difference=paired["token_cosine"] - paired["svd"])
+        .groupby(["method", "rank"], sort=False)
+        .agg(
+            n_images=("key", "size"),
+            token_cosine_mean=("token_cosine", "mean"),
+            token_cosine_sd=("token_cosine", "std"),
+            flat_cosine_mean=("flat_cosine", "mean"),
+            mse_mean=("mse", "mean"),
+            residual_ratio_mean=("residual_ratio", "mean"),
+            residual_ratio_max=("residual_ratio", "max"),
+            token_cosine_minus_svd=("difference", "mean"),
+            half=("difference", "sem"),
+        )
+        .fillna({"token_cosine_sd": 0.0})
+    )
+    # By Student's t, for images drawn independently; a single one has no interval.
+    half = table.pop("half") * student_t.ppf((1 + CONFIDENCE) / 2, (table["n_images"] - 1).clip(lower=1))
+    table["token_cosine_minus_svd_low"] = table["token_cosine_minus_svd"] - half
+    table["token_cosine_minus_svd_high"] = table["token_cosine_minus_svd"] + half
+    again = [
+        (method.confirms, method.rank, *table.loc[method.kind, ["residual_ratio_mean", "token_cosine_mean"]])
+        for method in repeats
+        if method.kind in table.index
+    ]
+    seeds = (
+        pd.DataFrame(again, columns=["trial_id", "rank", "ratio", "cosine"])
+        .groupby(["trial_id", "rank"])
+        .agg(
+            seeds=("ratio", "size"),
+            residual_ratio_seed_mean=("ratio", "mean"),
+            residual_ratio_seed_sd=("ratio", "std"),
+            token_cosine_seed_mean=("cosine", "mean"),
+            token_cosine_seed_sd=("cosine", "std"),
+        )
+    )
+    trials = {method.kind: method.trial_id for method in methods}
+    known: Any = table.astype(object).to_dict("index")
+    over_seeds: Any = seeds.astype(object).to_dict("index")
+    rows = []
+    for kind in sorted(speeds, key=lambda kind: kind[1]):
+        trial_id = trials.get(kind, "")
+        both = known[kind] | over_seeds.get((trial_id, kind[1]), {})
+        figures: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in both.items()}
+        rows.append(
+            ComparisonRow(
+                method=kind[0],
+                rank=kind[1],
+                bytes_per_image=(data.tokens + data.dim) * kind[1] * data.dtype.itemsize,
+                images_per_second=speeds[kind],
+                trial_id=trial_id,
+                **figures,
+            )
+        )
+    return rows
+
+
+def _validated(
+    data: FeatureMatrix, split: Split, outcomes: Sequence[TrialOutcome], models: Sequence[Method], device: str
+) -> dict[Kind, dict[str, float]]:
+    """Measure the models that serve several ranks on the validation split, at each rank."""
+    several = {outcome.config.trial_id for outcome in outcomes if outcome.config.nested_ranks}
+    nested = [model for model in models if model.trial_id in several]
+    if not nested:
+        return {}
+    optimum: Optimum = measure_optimum(data.batches(split.validation, 16))
+    table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
+    own = table[table["method"] != "svd"].groupby(["method", "rank"])
+    means: Any = own[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
+    return dict(means)
+
+
+def choose(
+    rows: Sequence[ComparisonRow],
+    outcomes: Sequence[TrialOutcome],
+    objective: str,
+    nested: Mapping[Kind, Mapping[str, float]] | None = None,
+) -> list[ComparisonRow]:
+    """Mark the rows of the one best model of each rank, as the validation split tells; the test split has no say.
+
+    Args:
+        rows: the comparison's.
+        outcomes: the trials behind them, and any others.
+        objective: what picks the best, a key of `TrialOutcome.best`.
+        nested: of models that serve several ranks, the validation figures at each, for those on file are means over
+            them.
+    """
+    standing = {row.trial_id for row in rows}
+    trials = {outcome.config.trial_id: outcome for outcome in outcomes if outcome.config.trial_id in standing}
+    best = {outcome.config.trial_id for outcome in winners(trials.values(), objective)}
+    figures: dict[Kind, Mapping[str, float]] = {
+        (row.method, row.rank): trials[row.trial_id].best
+        for row in rows
+        if row.trial_id in trials and not trials[row.trial_id].config.nested_ranks
+    }
+    figures |= nested or {}
+
+    def order(row: ComparisonRow) -> tuple[float, int]:
+        own = figures.get((row.method, row.rank), {})
+        return sign(objective) * own.get(objective, trials[row.trial_id].best[objective]), row.rank
+
+    places = [(row.method, row.rank) for row in sorted((row for row in rows if row.trial_id in best), key=order)]
+    return [
+        replace(
+            row,
+            val_token_cosine=figures.get((row.method, row.rank), {}).get("val_token_cosine"),
+            chosen=places.index((row.method, row.rank)) + 1 if (row.method, row.rank) in places else 0,
+        )
+        for row in rows
+    ]
+
+
+def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:
+    """Work out both trade-offs: `search`, where it has a candidate, and `storage`.
+
+    Pruned trials are candidates, for they have a model; those without one are not, nor those of nested ranks, whose
+    figures are means over several ranks.
+    """
+    trials = [
+        FrontPoint(config.family, config.rank, x=config.rank, y=trial.best["val_mse"], trial_id=config.trial_id)
+        for trial, config in ((trial, trial.config) for trial in outcomes)
+        if trial.status != "failed" and "val_mse" in trial.best and not config.nested_ranks
+    ]
+    methods = [
+        FrontPoint(row.method, row.rank, x=row.bytes_per_image, y=row.token_cosine_mean, trial_id=row.trial_id)
+        for row in rows
+    ]
+    search = Front("search", "rank", "val_mse", "lower", _marked(trials, "lower"))
+    storage = Front("storage", "bytes_per_image", "token_cosine_mean", "higher", _marked(methods, "higher"))
+    return tuple(front for front in (search, storage) if front.points)
+
+
+def _marked(points: Sequence[FrontPoint], better: Literal["lower", "higher"]) -> tuple[FrontPoint, ...]:
+    """Sort candidates by what they cost and mark those that none dominates; equals stand or fall together."""
+    less = 1.0 if better == "lower" else -1.0
+    marked: list[FrontPoint] = []
+    best: tuple[float, float] | None = None
+    for point in sorted(points, key=lambda point: (point.x, less * point.y)):
+        cost = (point.x, less * point.y)
+        on_front = best is None or cost[1] < best[1] or cost == best
+        best = cost if on_front else best
+        marked.append(replace(point, on_front=on_front))
+    return tuple(marked)
+
+
+_DEVICE, _REMARKS, _DATA = b"lowrank_tune.device", b"lowrank_tune.remarks", b"lowrank_tune.data"
+
+
+def write_comparison(directory: Path, comparison: Comparison, per_image: pd.DataFrame) -> None:
+    """Write a comparison's files, each whole or not at all, every figure finite.
+
+    `comparison.json` is a list by contract, so device, data and remarks travel in the parquet file's own metadata.
+    """
+    table = pa.Table.from_pandas(per_image, preserve_index=False)
+    notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
+    write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
+    write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
+    write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
+    write_json(directory / "compression.json", asdict(comparison.compression))
+
+
+def read_comparison(directory: Path, objective: str) -> Comparison:
+    """Read what `write_comparison` wrote.
+
+    Args:
+        directory: the study's.
+        objective: the study's, by which an older comparison's best models are chosen now.
+
+    Raises:
+        InputError: the study has no comparison, or its files are damaged.
+    """
+    per_image_path, compression_path = directory / "per_image.parquet", directory / "compression.json"
+    try:
+        rows = [ComparisonRow(**row) for row in read_json(directory / "comparison.json")]
+        if not any(row.chosen for row in rows):
+            files = [directory / "trials" / row.trial_id / "outcome.json" for row in rows if row.trial_id]
+            rows = choose(rows, [TrialOutcome.read(file) for file in files if file.is_file()], objective)
+        fronts = [
+            Front(**front | {"points": tuple(FrontPoint(**point) for point in front["points"])})
+            for front in read_json(directory / "pareto.json")
+        ]
+        # A study that was compared before there was one has none.
+        held = read_json(compression_path) if compression_path.exists() else {}
+        compression = Compression(
+            tuple(StoredRow(**row) for row in held.get("stored", ())),
+            tuple(PrunedRow(**row) for row in held.get("pruned", ())),
+            tuple(QuantisedRow(**row) for row in held.get("models", ())),
+            tuple(held.get("words", ())),
+        )
+        notes = pq.read_schema(per_image_path).metadata or {}
+        remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{directory}: no readable comparison lies there ({error}); measure it again with "
+            f"`lowrank-tune compare {directory.name} --again`"
+        ) from error
+    device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
+    return Comparison(tuple(rows), str(per_image_path), device, remarks, data, tuple(fronts), compression)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from lowrank_tune.comparison.methods import BATCH_NUMBERS, Method
-from lowrank_tune.comparison.remarks import compression_words
+from lowrank_tune.comparison.methods import Kind, Method, batches
+from lowrank_tune.comparison.remarks import compression_texts
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.data import FeatureMatrix
@@ -34,6 +36,7 @@ from lowrank_tune.lowrank.quantization import (
     restored,
     restored_factors,
 )
+from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import ComparisonRow, Compression, PrunedRow, QuantisedRow, StoredRow
 
 DTYPES = ("float16", "int8", "int5", "int4")
@@ -51,223 +54,152 @@ Key = tuple[str, int, str]
 """A method's name, its rank and a dtype."""
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What was measured so far, a tensor a batch; and what broke, which is left out."""
-
-    errors: dict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    cosines: dict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    kept: dict[tuple[Key, str], list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    models: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    broken: set[Key | str] = field(default_factory=set)
-
-    def add(self, key: Key, figures: Figures, energy_N: Tensor) -> None:
-        self.errors[key].append((figures.residual_N / energy_N).sqrt().cpu())
-        self.cosines[key].append(figures.token_cosine_N.cpu())
-
-
-class _Images:
-    """A batch [N, T, D] in float32, as methods take it, and in float64, as it is measured; and its energy [N]."""
-
-    def __init__(self, x_NTD: Tensor, exact_NTD: Tensor) -> None:
-        self.x_NTD, self.exact_NTD = x_NTD, exact_NTD
-        self.energy_N = exact_NTD.square().sum((-2, -1))
-
-
 def measure_compression(
-    data: FeatureMatrix, test: Sequence[int], rows: Sequence[ComparisonRow], methods: Sequence[Method], device: str
+    data: FeatureMatrix,
+    test: Sequence[int],
+    optimum: Optimum,
+    rows: Sequence[ComparisonRow],
+    methods: Sequence[Method],
+    device: str,
 ) -> Compression:
-    """Measure what the features, the SVD's factors and the best trained model's take in each dtype, and what is lost.
+    """Measure what the features, the SVD's factors and the chosen models' take in each dtype, and what is lost.
 
     Args:
         data: the features.
         test: indices of the images that judge; those of nothing but zeros are passed over.
-        rows: the comparison's; those of each rank's chosen model tell whose factors are stored.
+        optimum: theirs.
+        rows: the comparison's; they tell the chosen model of each rank.
         methods: what the rows are of.
         device: where the methods run.
 
     Raises:
         CacheError: features cannot be read.
     """
-    trained = [method for method in methods if method.trial_id]
-    chosen = {(row.method, row.rank) for row in rows if row.chosen}
-    best = sorted(
-        (method for method in trained if (method.name, method.rank) in chosen), key=lambda method: method.rank
-    )
+    trained = [method for method in methods if method.model is not None]
+    chosen = {(row.method, row.rank): row.rank for row in rows if row.chosen}
+    best = sorted((method for method in trained if method.kind in chosen), key=lambda method: method.rank)
     ranks = sorted({row.rank for row in rows})
-    quantised = {
-        _model_key(method): QuantisedDecomposer(method.model) for method in trained if method.model is not None
-    }
-    tally = _Tally()
-    size = max(1, BATCH_NUMBERS // (data.tokens * data.dim))
-    for x_NTD in data.batches(test, size):
-        seen_N = x_NTD.flatten(1).any(dim=1)
-        if seen_N.any():
-            x_NTD = x_NTD[seen_N].to(device)
-            with torch.inference_mode():
-                # What measures is in float64: converted once, for there are many measures.
-                images = _Images(x_NTD, x_NTD.double())
-                allowed = _store_features(images, tally)
-                made = {_model_key(method): method.decompose(x_NTD) for method in trained}
-                _store_factors(images, ranks, best, made, allowed, tally)
-                _run_quantised(images, trained, quantised, made, tally)
-    shape = (data.tokens, data.dim)
-    trials = {(method.name, method.rank): method.trial_id for method in best}
-    stored = _stored_rows(tally, shape, trials)
-    pruned = _pruned_rows(tally, shape, trials)
-    models = _model_rows(tally, trained, quantised)
-    return Compression(stored, pruned, models, tuple(compression_words(stored, pruned, models)))
+    measured = _Measured((data.tokens, data.dim), {method.kind: method.trial_id for method in best})
+    quantised = {method.kind: QuantisedDecomposer(method.model) for method in trained if method.model is not None}
+    errors: dict[Kind, list[Tensor]] = defaultdict(list)
+    for _, x_NTD in batches(data, test, optimum):
+        with torch.inference_mode():
+            x_NTD = x_NTD.to(device)
+            measured.begin(x_NTD)
+            most = min(x_NTD.shape[-2:])
+            measured.factors("svd", most, ordered(baselines.svd(x_NTD, most)), ranks, pruned=True)
+            made = {method.kind: method.decompose(x_NTD) for method in trained}
+            for method in best:
+                own = ordered(made[method.kind])
+                measured.factors(method.name, method.rank, own, [method.rank], pruned=method is best[-1])
+            for method in trained:
+                errors[method.kind].append(_before_and_after(measured, made[method.kind], quantised[method.kind]))
+    models = []
+    for method in trained:
+        before, after = torch.cat(errors[method.kind], dim=1).mean(dim=1).tolist()
+        if math.isfinite(after) and method.model is not None:
+            sizes = model_bytes(method.model), model_bytes(quantised[method.kind].model)
+            models.append(QuantisedRow(method.name, method.rank, method.trial_id, *sizes, before, after))
+    stored, pruned = measured.stored_rows(), measured.pruned_rows()
+    return Compression(stored, pruned, tuple(models), tuple(compression_texts(stored, pruned, models)))
 
 
-def _store_features(images: _Images, tally: _Tally) -> dict[str, Tensor]:
-    """Measure X in each dtype; return the residual that each target allows, [N]."""
-    allowed = {target: float(target) ** 2 * images.energy_N for target in TARGETS}
-    for dtype in DTYPES:
+def _before_and_after(measured: _Measured, factors: Factors, quantised: QuantisedDecomposer) -> Tensor:
+    """Relative errors [2, N] of a model's factors and of its int8 self's, not finite where that breaks."""
+    before_N = after_N = residual_by_rank(measured.exact_NTD, factors)[:, -1]
+    if quantised.matrices:
         try:
-            figures = measure_matrix(images.exact_NTD, restored(images.x_NTD, dtype))
-        except InputError:  # larger than float16 is
-            tally.broken.add((ITSELF, 0, dtype))
-            continue
-        tally.add((ITSELF, 0, dtype), figures, images.energy_N)
-        if dtype in AS_NEAR_AS:
-            allowed[dtype] = figures.residual_N
-    return allowed
+            again = quantised(measured.x_NTD, rank=factors.a_NTR.shape[-1])
+            after_N = residual_by_rank(measured.exact_NTD, again)[:, -1]
+        except RuntimeError:  # torch raises its linear algebra's errors as this
+            after_N = torch.full_like(before_N, torch.nan)
+    return (torch.stack([before_N, after_N]) / measured.energy_N).sqrt().cpu()
 
 
-def _store_factors(
-    images: _Images,
-    ranks: Sequence[int],
-    best: Sequence[Method],
-    made: Mapping[str, Factors],
-    allowed: Mapping[str, Tensor],
-    tally: _Tally,
-) -> None:
-    """Measure the SVD's factors at each rank and the best trained ones; prune what has the most components of each."""
-    most = min(images.x_NTD.shape[-2:])
-    _in_each_dtype(images, "svd", most, ordered(baselines.svd(images.x_NTD, most)), ranks, allowed, tally)
-    for method in best:
-        own = allowed if method is best[-1] else {}
-        factors = ordered(made[_model_key(method)])
-        _in_each_dtype(images, method.name, method.rank, factors, [method.rank], own, tally)
+class _Measured:
+    """What was measured of the batches so far, an image a row; what broke on one of them is left out of the figures."""
 
+    def __init__(self, shape: tuple[int, int], trials: dict[Kind, str]) -> None:
+        self._shape, self._trials = shape, trials
+        self._stored: list[pd.DataFrame] = []
+        self._kept: list[pd.DataFrame] = []
+        self._broken: set[Key] = set()
 
-def _in_each_dtype(
-    images: _Images,
-    name: str,
-    most: int,
-    factors: Factors,
-    ranks: Sequence[int],
-    allowed: Mapping[str, Tensor],
-    tally: _Tally,
-) -> None:
-    for dtype in DTYPES:
-        try:
-            for rank in ranks:
-                leading = Factors(factors.a_NTR[..., :rank], factors.b_NRD[:, :rank])
-                figures = measure(images.exact_NTD, *restored_factors(leading, dtype))
-                tally.add((name, rank, dtype), figures, images.energy_N)
-            residual_NR = residual_by_rank(images.exact_NTD, restored_factors(factors, dtype)) if allowed else None
-        except InputError:  # larger than float16 is
-            tally.broken.update((name, rank, dtype) for rank in (*ranks, most))
-            continue
-        if residual_NR is not None:
-            for target, allowed_N in allowed.items():
+    def begin(self, x_NTD: Tensor) -> None:
+        """Take the next batch, and measure X itself in each dtype."""
+        # What measures is in float64: converted once, for there are many measures.
+        self.x_NTD, self.exact_NTD = x_NTD, x_NTD.double()
+        self.energy_N = self.exact_NTD.square().sum((-2, -1))
+        self._allowed = {target: float(target) ** 2 * self.energy_N for target in TARGETS}
+        for dtype in DTYPES:
+            try:
+                figures = measure_matrix(self.exact_NTD, restored(x_NTD, dtype))
+            except InputError:  # larger than float16 is
+                self._broken.add((ITSELF, 0, dtype))
+                continue
+            self._add((ITSELF, 0, dtype), figures)
+            if dtype in AS_NEAR_AS:
+                self._allowed[dtype] = figures.residual_N
+
+    def factors(self, name: str, most: int, factors: Factors, ranks: Sequence[int], *, pruned: bool) -> None:
+        """Measure ordered factors of rank `most` in each dtype: their leading `ranks`, and each image's fewest."""
+        for dtype in DTYPES:
+            try:
+                for rank in ranks:
+                    leading = Factors(factors.a_NTR[..., :rank], factors.b_NRD[:, :rank])
+                    self._add((name, rank, dtype), measure(self.exact_NTD, *restored_factors(leading, dtype)))
+                residual_NR = residual_by_rank(self.exact_NTD, restored_factors(factors, dtype)) if pruned else None
+            except InputError:  # larger than float16 is
+                self._broken.update((name, rank, dtype) for rank in (*ranks, most))
+                continue
+            if residual_NR is None:
+                continue
+            for target, allowed_N in self._allowed.items():
                 kept_N = prune(residual_NR, allowed_N)
                 left_N = residual_NR.gather(1, kept_N.clamp_min(0)[:, None])[:, 0]
-                tally.kept[(name, most, dtype), target].append((kept_N.cpu(), (left_N / images.energy_N).sqrt().cpu()))
+                self._kept.append(self._frame((name, most, dtype), left_N, target=target, kept=kept_N.cpu().numpy()))
 
+    def _add(self, key: Key, figures: Figures) -> None:
+        self._stored.append(self._frame(key, figures.residual_N, cosine=figures.token_cosine_N.cpu().numpy()))
 
-def _model_key(method: Method) -> str:
-    return f"{method.trial_id} {method.rank}"
+    def _frame(self, key: Key, residual_N: Tensor, **more: object) -> pd.DataFrame:
+        error_N = (residual_N / self.energy_N).sqrt().cpu().numpy()
+        return pd.DataFrame({"method": key[0], "rank": key[1], "dtype": key[2], "error": error_N, **more})
 
-
-def _run_quantised(
-    images: _Images,
-    trained: Sequence[Method],
-    quantised: Mapping[str, QuantisedDecomposer],
-    made: Mapping[str, Factors],
-    tally: _Tally,
-) -> None:
-    """Measure each trained model's factors, and those of its int8 self."""
-    for method in trained:
-        key = _model_key(method)
-        if key not in quantised or key in tally.broken:
-            continue
-        before_N = after_N = residual_by_rank(images.exact_NTD, made[key])[:, -1]
-        if quantised[key].matrices:
-            try:
-                factors = quantised[key](images.x_NTD, rank=method.rank)
-            except RuntimeError:  # torch raises its linear algebra's errors as this
-                tally.broken.add(key)
+    def stored_rows(self) -> tuple[StoredRow, ...]:
+        """What each method takes at each rank in each dtype, by rank."""
+        key: Any
+        rows = []
+        for key, images in pd.concat(self._stored).groupby(["method", "rank", "dtype"], sort=False):
+            name, rank, dtype = key
+            if key in self._broken or not np.isfinite(images["error"]).all():
                 continue
-            after_N = residual_by_rank(images.exact_NTD, factors)[:, -1]
-        tally.models[key].append((torch.stack([before_N, after_N]) / images.energy_N).sqrt().cpu())
+            size = packed_bytes(self._shape, dtype) if name == ITSELF else factor_bytes(*self._shape, rank, dtype)
+            error, cosine = images["error"], images["cosine"]
+            figures = float(error.mean()), float(error.max()), float(cosine.mean())
+            trial_id = self._trials.get((name, rank), "")
+            rows.append(StoredRow(name, rank, dtype, len(images), size, *figures, trial_id))
+        return tuple(sorted(rows, key=lambda row: (row.rank, row.method != "svd", DTYPES.index(row.dtype))))
 
-
-def _stored_rows(tally: _Tally, shape: tuple[int, int], trials: Mapping[tuple[str, int], str]) -> tuple[StoredRow, ...]:
-    rows = []
-    for key, parts in tally.errors.items():
-        name, rank, dtype = key
-        error_N, cosine_N = torch.cat(parts), torch.cat(tally.cosines[key])
-        if key in tally.broken or not error_N.isfinite().all():
-            continue
-        rows.append(
-            StoredRow(
-                method=name,
-                rank=rank,
-                dtype=dtype,
-                n_images=len(error_N),
-                bytes_per_image=packed_bytes(shape, dtype) if name == ITSELF else factor_bytes(*shape, rank, dtype),
-                relative_error_mean=error_N.mean().item(),
-                relative_error_max=error_N.max().item(),
-                token_cosine_mean=cosine_N.mean().item(),
-                trial_id=trials.get((name, rank), ""),
-            )
-        )
-    return tuple(sorted(rows, key=lambda row: (row.rank, row.method != "svd", DTYPES.index(row.dtype))))
-
-
-def _pruned_rows(tally: _Tally, shape: tuple[int, int], trials: Mapping[tuple[str, int], str]) -> tuple[PrunedRow, ...]:
-    rows = []
-    for (key, target), parts in tally.kept.items():
-        if key in tally.broken:
-            continue
-        name, rank, dtype = key
-        kept_N = torch.cat([kept for kept, _ in parts])
-        met = int((kept_N >= 0).sum())
-        row = PrunedRow(name, rank, dtype, target, len(kept_N), met, trial_id=trials.get((name, rank), ""))
-        rows.append(row if met < len(kept_N) else _met(row, shape, kept_N, torch.cat([error for _, error in parts])))
-    return tuple(rows)
-
-
-def _met(row: PrunedRow, shape: tuple[int, int], kept_N: Tensor, error_N: Tensor) -> PrunedRow:
-    sizes = [COUNT_BYTES + factor_bytes(*shape, rank, row.dtype) for rank in kept_N.tolist()]
-    return PrunedRow(
-        row.method,
-        row.rank,
-        row.dtype,
-        row.target,
-        row.n_images,
-        row.n_met,
-        rank_mean=kept_N.double().mean().item(),
-        rank_max=int(kept_N.max()),
-        bytes_per_image=sum(sizes) / len(sizes),
-        relative_error_mean=error_N.mean().item(),
-        relative_error_max=error_N.max().item(),
-        trial_id=row.trial_id,
-    )
-
-
-def _model_rows(
-    tally: _Tally, trained: Sequence[Method], quantised: Mapping[str, QuantisedDecomposer]
-) -> tuple[QuantisedRow, ...]:
-    rows = []
-    for method in trained:
-        key = _model_key(method)
-        if key in tally.broken or key not in tally.models or method.model is None:
-            continue
-        before, after = torch.cat(tally.models[key], dim=1).mean(dim=1).tolist()
-        if math.isfinite(after):
-            sizes = model_bytes(method.model), model_bytes(quantised[key].model)
-            rows.append(QuantisedRow(method.name, method.rank, method.trial_id, *sizes, before, after))
-    return tuple(rows)
+    def pruned_rows(self) -> tuple[PrunedRow, ...]:
+        """What factors take where each image keeps the fewest components that meet a target."""
+        key: Any
+        rows = []
+        for key, images in pd.concat(self._kept).groupby(["method", "rank", "dtype", "target"], sort=False):
+            name, rank, dtype, target = key
+            kept, met = images["kept"], int((images["kept"] >= 0).sum())
+            if (name, rank, dtype) in self._broken:
+                continue
+            figures: dict[str, Any] = {}
+            if met == len(images):
+                sizes = [COUNT_BYTES + factor_bytes(*self._shape, int(count), dtype) for count in kept]
+                figures = {
+                    "rank_mean": float(kept.mean()),
+                    "rank_max": int(kept.max()),
+                    "bytes_per_image": sum(sizes) / len(sizes),
+                    "relative_error_mean": float(images["error"].mean()),
+                    "relative_error_max": float(images["error"].max()),
+                }
+            trial_id = self._trials.get((name, rank), "")
+            rows.append(PrunedRow(name, rank, dtype, target, len(images), met, **figures, trial_id=trial_id))
+        return tuple(rows)

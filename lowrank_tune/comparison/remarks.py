@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lowrank_tune.comparison.methods import CONTROLS
-from lowrank_tune.records import ComparisonRow, FeatureSet, PrunedRow, QuantisedRow, StoredRow, TrialOutcome
+from lowrank_tune.records import CONTROLS, ComparisonRow, FeatureSet, PrunedRow, QuantisedRow, StoredRow, TrialOutcome
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""
@@ -14,13 +13,8 @@ ROUNDING = 1e-6
 """Ratios that differ by no more than this part are equal: float32 factors are no finer."""
 
 
-def data_words(features: FeatureSet, test_images: int) -> str:
-    """Name what the figures were measured on: `16 test images, [256, 2048] features of tiny-random (random weights)`.
-
-    Args:
-        features: the study's.
-        test_images: how many images were measured.
-    """
+def data_text(features: FeatureSet, test_images: int) -> str:
+    """What the figures were measured on: `16 test images, [256, 2048] features of tiny-random (random weights)`."""
     images = "1 test image" if test_images == 1 else f"{test_images} test images"
     shape = f"[{features.tokens}, {features.dim}]"
     return f"{images}, {shape} features of {features.encoder} ({features.weights} weights)"
@@ -32,14 +26,7 @@ def about_study(
     confirmations: Sequence[TrialOutcome],
     rows: Sequence[ComparisonRow],
 ) -> list[str]:
-    """Say everything that a study's records give cause to say.
-
-    Args:
-        features: the study's.
-        outcomes: every trial.
-        confirmations: every repetition.
-        rows: the comparison's, at least one.
-    """
+    """Say everything that a study's records give cause to say; there is at least one row."""
     return [
         *about_data(features, rows[0].n_images),
         *about_rivals(rows),
@@ -49,12 +36,7 @@ def about_study(
 
 
 def about_data(features: FeatureSet, test_images: int) -> list[str]:
-    """Say what the features are worth: whose weights made them, what is missing, how many judge.
-
-    Args:
-        features: the study's.
-        test_images: how many images were measured.
-    """
+    """Say what the features are worth: whose weights made them, what is missing, how many judge."""
     remarks = []
     if features.weights == "random":
         remarks.append("random weights: these figures show the pipeline, not the science")
@@ -69,59 +51,10 @@ def about_data(features: FeatureSet, test_images: int) -> list[str]:
     return remarks
 
 
-def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]) -> list[str]:
-    """Say which trials did not end well, and which family and rank is left without a model.
-
-    Args:
-        outcomes: every trial of the study.
-        rows: the comparison's.
-    """
-    remarks = []
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    pruned = [outcome for outcome in outcomes if outcome.status == "pruned"]
-    if failed:
-        remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {_reasons(failed)}")
-    if pruned:
-        were = "was" if len(pruned) == 1 else "were"
-        remarks.append(f"{len(pruned)} of {len(outcomes)} trials {were} stopped early by the scheduler")
-    measured = {(row.method, row.rank) for row in rows}
-    tried = Counter((outcome.config.family, rank) for outcome in outcomes for rank in outcome.config.ranks)
-    for (family, rank), number in sorted(tried.items()):
-        if (family, rank) not in measured:
-            trials = "its one trial" if number == 1 else f"its {number} trials"
-            remarks.append(f"rank {rank} has no {family} model: {trials} left none that can be used")
-    return remarks
-
-
-def about_confirmations(confirmations: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]) -> list[str]:
-    """Say which repetitions failed, and whose figures stand in no row.
-
-    Args:
-        confirmations: every repetition of the study.
-        rows: the comparison's.
-    """
-    remarks = []
-    standing = {row.trial_id for row in rows}
-    for trial_id in dict.fromkeys(outcome.config.confirms for outcome in confirmations):
-        own = [outcome for outcome in confirmations if outcome.config.confirms == trial_id]
-        failed = [outcome for outcome in own if outcome.status == "failed"]
-        if failed:
-            remarks.append(f"{len(failed)} of {len(own)} repetitions of {trial_id} failed: {_reasons(failed)}")
-        if trial_id not in standing:
-            remarks.append(f"{trial_id} was repeated, but its own model is in no row, so neither are its repetitions")
-    return remarks
-
-
 def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Call out each trained family that needs no training to be matched: a rival has no worse ρ in no more time.
-
-    Args:
-        rows: the comparison's; the SVD and the controls in it are the rivals.
-    """
+    """Call out each trained family that needs no training to be matched: a rival has no worse ρ in no more time."""
     remarks = []
     for row in rows:
-        if not row.trial_id:
-            continue
         rivals = [
             other
             for other in rows
@@ -130,7 +63,7 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
             and other.residual_ratio_mean <= row.residual_ratio_mean * (1 + ROUNDING)
             and other.images_per_second >= row.images_per_second
         ]
-        if rivals:
+        if row.trial_id and rivals:
             best = min(rivals, key=lambda other: (other.residual_ratio_mean, -other.images_per_second))
             more = [other.method for other in rivals if other is not best]
             also = f"; so {'does' if len(more) == 1 else 'do'} {', '.join(more)}" if more else ""
@@ -141,6 +74,39 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
                 f"ρ {_plain(best.residual_ratio_mean)} against {_plain(row.residual_ratio_mean)}, "
                 f"{_plain(best.images_per_second)} against {_plain(row.images_per_second)} images/s{also}"
             )
+    return remarks
+
+
+def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]) -> list[str]:
+    """Say which trials did not end well, and which family and rank is left without a model."""
+    remarks = []
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    pruned = sum(outcome.status == "pruned" for outcome in outcomes)
+    if failed:
+        remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {_reasons(failed)}")
+    if pruned:
+        were = "was" if pruned == 1 else "were"
+        remarks.append(f"{pruned} of {len(outcomes)} trials {were} stopped early by the scheduler")
+    measured = {(row.method, row.rank) for row in rows}
+    tried = Counter((outcome.config.family, rank) for outcome in outcomes for rank in outcome.config.ranks)
+    for (family, rank), number in sorted(tried.items()):
+        if (family, rank) not in measured:
+            trials = "its one trial" if number == 1 else f"its {number} trials"
+            remarks.append(f"rank {rank} has no {family} model: {trials} left none that can be used")
+    return remarks
+
+
+def about_confirmations(confirmations: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]) -> list[str]:
+    """Say which repetitions failed, and whose figures stand in no row."""
+    remarks = []
+    standing = {row.trial_id for row in rows}
+    for trial_id in dict.fromkeys(outcome.config.confirms for outcome in confirmations):
+        own = [outcome for outcome in confirmations if outcome.config.confirms == trial_id]
+        failed = [outcome for outcome in own if outcome.status == "failed"]
+        if failed:
+            remarks.append(f"{len(failed)} of {len(own)} repetitions of {trial_id} failed: {_reasons(failed)}")
+        if trial_id not in standing:
+            remarks.append(f"{trial_id} was repeated, but its own model is in no row, so neither are its repetitions")
     return remarks
 
 
@@ -156,31 +122,41 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def compression_words(
+def compression_texts(
     stored: Sequence[StoredRow], pruned: Sequence[PrunedRow], models: Sequence[QuantisedRow]
 ) -> list[str]:
-    """Say what factors take at the error of X in few bits, what few bits cost factors, and what they cost the models.
+    """Say what factors take at the error of X in few bits, and what few bits cost factors and models."""
+    texts = [_against(control, pruned) for control in controls_of(stored)]
+    # Of the best trained factors of the highest rank, or of the SVD's where nothing was trained.
+    own = [row for row in stored if row.trial_id] or [row for row in stored if row.method == "svd"]
+    last = [row for row in own if row.rank == max(row.rank for row in own)]
+    if last:
+        costs = [f"{row.dtype} {kib(row.bytes_per_image)} at {percent(row.relative_error_mean)}" for row in last]
+        texts.append(f"Factors of {last[0].method} at rank {last[0].rank}: {', '.join(costs)}.")
+    for row in {row.method: row for row in sorted(models, key=lambda row: (row.method, row.rank))}.values():
+        if row.quantised_bytes == row.model_bytes:
+            texts.append(
+                f"{row.method} has learned no matrix, so quantising its model has nothing to do "
+                f"({kib(row.model_bytes)} at rank {row.rank}, most of it random numbers that a seed draws)."
+            )
+        else:
+            texts.append(
+                f"The {row.method} model of rank {row.rank} in int8 takes {kib(row.quantised_bytes)} instead of "
+                f"{kib(row.model_bytes)}; the error of its factors goes from {percent(row.relative_error_mean)} to "
+                f"{percent(row.quantised_relative_error_mean)}."
+            )
+    return texts
 
-    Args:
-        stored: the features themselves, and factors by rank.
-        pruned: factors with a rank an image, by target.
-        models: each trained model, quantised.
-    """
-    return [
-        *(_against(control, pruned) for control in controls_of(stored)),
-        *_of_factors(stored),
-        *_of_models(models),
-    ]
 
-
-def verdict_words(stored: Sequence[StoredRow], pruned: Sequence[PrunedRow]) -> str:
+def which_are_beaten(stored: Sequence[StoredRow], pruned: Sequence[PrunedRow]) -> str:
     """Say in one sentence which of the controls are beaten; empty where there is none."""
     by: dict[str, list[str]] = {}
     for control in controls_of(stored):
         by.setdefault(_beaten_by(control, pruned), []).append(control.dtype)
-    parts = [
-        f"{_listed(dtypes)} of X {'is' if len(dtypes) == 1 else 'are'} {verdict}" for verdict, dtypes in by.items()
-    ]
+    parts = []
+    for beaten, dtypes in by.items():
+        listed = " and ".join(filter(None, [", ".join(dtypes[:-1]), dtypes[-1]]))
+        parts.append(f"{listed} of X {'is' if len(dtypes) == 1 else 'are'} {beaten}")
     return "bytes against error: " + "; ".join(parts) if parts else ""
 
 
@@ -189,88 +165,48 @@ def controls_of(stored: Sequence[StoredRow]) -> list[StoredRow]:
     return [row for row in stored if row.method == "x" and row.dtype != "float16"]
 
 
-def smallest(pruned: Sequence[PrunedRow], target: str, method: str) -> PrunedRow | None:
-    """The factors of a method that meet a target on every image in the fewest bytes; None where none do.
-
-    Args:
-        pruned: factors with a rank an image.
-        target: as in `PrunedRow`.
-        method: `svd`, or the trained family.
-    """
-    own = [row for row in pruned if (row.target, row.method) == (target, method) and row.bytes_per_image is not None]
-    return min(own, key=lambda row: row.bytes_per_image or 0.0, default=None)
-
-
 def _against(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
     said = [
         f"{control.dtype} of X takes {kib(control.bytes_per_image)} an image at a relative error of "
         f"{percent(control.relative_error_mean)}"
     ]
-    for method in _methods([row for row in pruned if row.target == control.dtype]):
-        row = smallest(pruned, control.dtype, method)
-        whose = "the SVD's factors" if method == "svd" else f"{method}'s factors"
-        if row is None or row.bytes_per_image is None:
-            own = [other for other in pruned if (other.method, other.target) == (method, control.dtype)]
+    for whose, own in _by_method(pruned, control.dtype).items():
+        if row := _smallest(own):
+            said.append(
+                f"as near on every image, {whose} take {kib(row.bytes_per_image or 0.0)} ({row.dtype}, "
+                f"{row.rank_mean:.0f} components an image)"
+            )
+        else:
             nearest = max(own, key=lambda other: other.n_met)
             said.append(
                 f"{whose}, up to rank {nearest.rank}, come as near on {nearest.n_met} of {nearest.n_images} images"
-            )
-        else:
-            said.append(
-                f"as near on every image, {whose} take {kib(row.bytes_per_image)} ({row.dtype}, "
-                f"{row.rank_mean:.0f} components an image)"
             )
     return f"{'; '.join(said)}: {control.dtype} of X is {_beaten_by(control, pruned)}."
 
 
 def _beaten_by(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
-    winners = []
-    for method in _methods(pruned):
-        row = smallest(pruned, control.dtype, method)
-        if row is not None and row.bytes_per_image is not None and row.bytes_per_image < control.bytes_per_image:
-            winners.append("the SVD's factors" if method == "svd" else f"{method}'s factors")
-    if not winners:
+    smallest = {whose: _smallest(own) for whose, own in _by_method(pruned, control.dtype).items()}
+    beating = [whose for whose, row in smallest.items() if row and (row.bytes_per_image or 0) < control.bytes_per_image]
+    if not beating:
         return "not beaten by factors"
-    only = " only" if winners == ["the SVD's factors"] and len(_methods(pruned)) > 1 else ""
-    return f"beaten by {' and '.join(winners)}{only}"
+    only = " only" if beating == ["the SVD's factors"] and len({row.method for row in pruned}) > 1 else ""
+    return f"beaten by {' and '.join(beating)}{only}"
 
 
-def _of_factors(stored: Sequence[StoredRow]) -> list[str]:
-    """What few bits cost the best trained factors of the highest rank, or the SVD's where nothing was trained."""
-    own = [row for row in stored if row.trial_id] or [row for row in stored if row.method == "svd"]
-    last = [row for row in own if row.rank == max(row.rank for row in own)]
-    if not last:
-        return []
-    texts = [f"{row.dtype} {kib(row.bytes_per_image)} at {percent(row.relative_error_mean)}" for row in last]
-    return [f"Factors of {last[0].method} at rank {last[0].rank}: {', '.join(texts)}."]
+def _by_method(pruned: Sequence[PrunedRow], target: str) -> dict[str, list[PrunedRow]]:
+    """The rows of a target: the SVD's, then those of what was trained."""
+    own = [row for row in pruned if row.target == target]
+    methods = sorted({row.method for row in own}, key=lambda method: (method != "svd", method))
+    return {
+        "the SVD's factors" if method == "svd" else f"{method}'s factors": [row for row in own if row.method == method]
+        for method in methods
+    }
 
 
-def _of_models(models: Sequence[QuantisedRow]) -> list[str]:
-    """What int8 matrices cost each family's model of the highest rank."""
-    words = []
-    for family in sorted({row.method for row in models}):
-        row = max((row for row in models if row.method == family), key=lambda row: row.rank)
-        if row.quantised_bytes == row.model_bytes:
-            words.append(
-                f"{family} has learned no matrix, so quantising its model has nothing to do "
-                f"({kib(row.model_bytes)} at rank {row.rank}, most of it random numbers that a seed draws)."
-            )
-        else:
-            words.append(
-                f"The {family} model of rank {row.rank} in int8 takes {kib(row.quantised_bytes)} instead of "
-                f"{kib(row.model_bytes)}; the error of its factors goes from {percent(row.relative_error_mean)} to "
-                f"{percent(row.quantised_relative_error_mean)}."
-            )
-    return words
-
-
-def _methods(pruned: Sequence[PrunedRow]) -> list[str]:
-    """The SVD, then what was trained."""
-    return sorted({row.method for row in pruned}, key=lambda method: (method != "svd", method))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _smallest(rows: Sequence[PrunedRow]) -> PrunedRow | None:
+    """The factors that meet a target on every image in the fewest bytes; None where none do."""
+    met = [row for row in rows if row.bytes_per_image is not None]
+    return min(met, key=lambda row: row.bytes_per_image or 0.0, default=None)
 
 
 def kib(size: float) -> str:

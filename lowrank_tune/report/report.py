@@ -14,8 +14,8 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.svd import Optimum, Spectrum, measure_optimum
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
+from lowrank_tune.records import TEST_OPTIMUM, Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.charts import (
     compression_picture,
     learning_charts,
@@ -48,9 +48,6 @@ from lowrank_tune.report.text import (
 )
 
 logger = logging.getLogger(__name__)
-
-TEST_OPTIMUM = "test_optimum.safetensors"
-"""In a study's folder: the SVD's figures of the test images, as the comparison measured them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +149,8 @@ def read_history(directory: Path) -> list[dict[str, float]]:
 
 
 def _spectrum(directory: Path, features: FeatureSet, split: Split) -> Spectrum | None:
-    path = directory / TEST_OPTIMUM
-    if path.is_file():
-        return spectrum_of(Optimum.load(path))
-    # A study that was compared before the file was kept.
-    return spectrum_of(measure_optimum(FeatureMatrix(features).batches(split.test, 8)))
+    batches = FeatureMatrix(features).batches(split.test, 16)
+    return spectrum_of(kept_optimum(directory / TEST_OPTIMUM, len(split.test), batches))
 
 
 def _learning(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Section]:

@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, TrialOutcome
+from lowrank_tune.records import CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 ABSENT = "—"
 BOUNDS = ("svd", "svd_rows")
 """What no method beats in flat cosine, and about the best there is in token cosine."""
-CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd")
-"""Methods without training, weakest first."""
-
 STOPPED = {
     "budget": "ran its full budget",
     "patience": "stopped by patience",

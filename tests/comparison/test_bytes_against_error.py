@@ -9,7 +9,7 @@ import torch
 
 from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.compression import COUNT_BYTES, DTYPES, TARGETS
-from lowrank_tune.comparison.remarks import compression_words, verdict_words
+from lowrank_tune.comparison.remarks import compression_texts, which_are_beaten
 from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
 
 LEVELS = {"int8": 127, "int5": 15, "int4": 7}
@@ -144,7 +144,7 @@ def test_images_of_zeros_are_passed_over_and_batches_change_nothing(make_study, 
     study.add_trial("sketch", 4)
     whole = study.compare().compression
     assert {row.n_images for row in (*whole.stored, *whole.pruned)} == {5}
-    monkeypatch.setattr("lowrank_tune.comparison.compression.BATCH_NUMBERS", 16 * 24)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.BATCH_NUMBERS", 16 * 24)
     single = study.compare().compression
     for one, other in zip(whole.stored, single.stored, strict=True):
         assert one.relative_error_mean == pytest.approx(other.relative_error_mean, rel=1e-4)
@@ -216,12 +216,12 @@ LOST = PrunedRow("refined", 64, "int8", "int8", 4, 3, trial_id="r064-refined-000
     ],
 )
 def test_a_control_is_beaten_by_fewer_bytes_at_its_error_on_every_image(pruned, verdict):
-    assert verdict_words([X], pruned) == f"bytes against error: {verdict}"
-    assert compression_words([X], pruned, [])[0].endswith(f": {verdict}.")
+    assert which_are_beaten([X], pruned) == f"bytes against error: {verdict}"
+    assert compression_texts([X], pruned, [])[0].endswith(f": {verdict}.")
 
 
 def test_the_words_tell_bytes_error_and_components():
-    assert compression_words([X], [SVD, LOST], []) == [
+    assert compression_texts([X], [SVD, LOST], []) == [
         "int8 of X takes 65 KiB an image at a relative error of 0.728 %; as near on every image, the SVD's factors "
         "take 50 KiB (int8, 40 components an image); refined's factors, up to rank 64, come as near on 3 of 4 images: "
         "int8 of X is beaten by the SVD's factors only."
@@ -238,7 +238,7 @@ def test_the_words_tell_what_few_bits_cost_factors_and_models():
         QuantisedRow("sketch", 64, "t", 65536, 17664, 0.1725, 0.1726),
         QuantisedRow("refined", 64, "t", 76808, 76808, 0.145, 0.145),
     ]
-    assert compression_words(stored, [], models) == [
+    assert compression_texts(stored, [], models) == [
         "Factors of refined at rank 64: float16 64 KiB at 14.5 %, int8 32.5 KiB at 14.6 %.",
         "refined has learned no matrix, so quantising its model has nothing to do (75 KiB at rank 64, most of it "
         "random numbers that a seed draws).",
@@ -248,4 +248,4 @@ def test_the_words_tell_what_few_bits_cost_factors_and_models():
 
 
 def test_nothing_measured_is_nothing_said():
-    assert compression_words([], [], []) == [] and verdict_words([], []) == ""
+    assert compression_texts([], [], []) == [] and which_are_beaten([], []) == ""

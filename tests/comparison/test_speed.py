@@ -6,7 +6,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lowrank_tune.comparison.methods import device_words, images_per_second
+from lowrank_tune.comparison.methods import device_name, images_per_second
 
 
 def test_the_rate_is_images_over_a_runs_seconds():
@@ -54,4 +54,4 @@ def test_numpy_has_one_thread_too():
 
 
 def test_the_processor_is_named():
-    assert device_words("cpu").removeprefix("one CPU thread (").removesuffix(")").strip()
+    assert device_name("cpu").removeprefix("one CPU thread (").removesuffix(")").strip()

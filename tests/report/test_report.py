@@ -12,8 +12,8 @@ from PIL import Image
 
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.records import Front, FrontPoint
-from lowrank_tune.report.report import TEST_OPTIMUM, ReportFiles, read_history, write_report
+from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint
+from lowrank_tune.report.report import ReportFiles, read_history, write_report
 from tests.report.conftest import make_features, make_study
 from tests.report.test_tables import FOUND
 
@@ -79,8 +79,10 @@ def report(tmp_path_factory):
         fronts=(Front("search", "rank", "val_mse", "lower", (point,)),),
         compression=FOUND,
     )
-    # As the comparison left it; of two images, so that one sees that it was read.
-    measure_optimum(FeatureMatrix(study.features).batches(study.split.test[:2], 2)).save(study.directory / TEST_OPTIMUM)
+    # As the comparison left it; two images are of zeros there, so that one sees that it was read.
+    x_NTD = FeatureMatrix(study.features).load(study.split.test)
+    x_NTD[2:] = 0
+    measure_optimum([x_NTD]).save(study.directory / TEST_OPTIMUM)
     told = []
     given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory, [repetition])
     files = write_report(*given, told.append)
