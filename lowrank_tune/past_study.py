@@ -17,9 +17,7 @@ from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.files import read_json
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
-from lowrank_tune.report.places import Scene, write_places
-from lowrank_tune.report.report import ReportFiles, write_report
+from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_channels, check_images
 from lowrank_tune.study import device_of
 from lowrank_tune.tracking.mlflow_tracker import RunStatus, StudyTracker
@@ -108,6 +106,8 @@ def report_of(
     study: PastStudy, *, again: bool = False, progress: Callable[[str], None] = lambda text: None
 ) -> tuple[ReportFiles, str]:
     """Write the study's report anew and log it to MLflow; returns the files, and what MLflow was not told and why."""
+    from lowrank_tune.report.report import write_report
+
     comparison = comparison_of(study, again=again)
     with _writing(study):
         files = write_report(
@@ -149,6 +149,8 @@ def visualize(
         InputError: there is no such image, rank or channel, or nothing to compare.
         CacheError: features cannot be read.
     """
+    from lowrank_tune.report.places import Scene, write_places
+
     highest = min(study.features.tokens, study.features.dim)
     if rank is not None and not 1 <= rank <= highest:
         raise InputError(f"rank {rank}: these features have ranks 1 to {highest}; choose among them")

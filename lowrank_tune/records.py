@@ -400,6 +400,15 @@ class Comparison:
         return tuple(sorted((row for row in self.rows if row.chosen), key=lambda row: row.rank))
 
 
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """What a report wrote: the page, the files of `plots/`, and a `loss_curves.png` in the folder of each trial."""
+
+    html: Path
+    plots: tuple[Path, ...]
+    loss_curves: tuple[Path, ...]
+
+
 class TrialTracker(Protocol):
     """What the trials room tells a tracker, from the driver only; none of these may raise."""
 

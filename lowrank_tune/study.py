@@ -46,7 +46,6 @@ from lowrank_tune.features.remote import local_copy, open_local
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
 from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.records import Comparison, FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
-from lowrank_tune.report.report import write_report
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
@@ -351,6 +350,9 @@ def _story(plan: Plan, status: Status, tracker: StudyTracker, progress: StudyPro
         confirmations=confirmations,
         device=device_of(spec),
     )
+    # Here, for it imports what draws, which takes seconds.
+    from lowrank_tune.report.report import write_report
+
     write_report(plan, features, split, outcomes, comparison, directory, confirmations, say)
     tracker.log_comparison(comparison, (*outcomes, *confirmations), directory)
     server = "" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown

@@ -35,7 +35,9 @@ from lowrank_tune.report.text import STOPPED, count, in_order, is_trained
 
 def saved(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, sharp on a phone and of less than about 200 KB."""
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_whole(
+        path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 1})
+    )
     return path
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import TEST_OPTIMUM, Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
 from lowrank_tune.report.charts import (
     compression_picture,
     learning_charts,
@@ -48,15 +48,6 @@ from lowrank_tune.report.text import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFiles:
-    """What a report wrote: the page, the files of `plots/`, and a `loss_curves.png` in the folder of each trial."""
-
-    html: Path
-    plots: tuple[Path, ...]
-    loss_curves: tuple[Path, ...]
 
 
 def write_report(

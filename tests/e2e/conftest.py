@@ -77,7 +77,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ran:
 def no_report() -> Iterator[None]:
     """Studies without their report, which takes longer than a tiny study and is looked at elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowrank_tune.study.write_report", lambda *_: None)
+        patch.setattr("lowrank_tune.report.report.write_report", lambda *_: None)
         yield
 
 

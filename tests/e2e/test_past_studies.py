@@ -12,7 +12,7 @@ from lowrank_tune.cli import run
 from lowrank_tune.cli.app import parse_channels
 from lowrank_tune.errors import InputError
 from lowrank_tune.past_study import comparability, comparison_of, open_study, read_study
-from lowrank_tune.report.report import ReportFiles
+from lowrank_tune.records import ReportFiles
 from tests.e2e.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -121,7 +121,7 @@ def test_a_report_is_written_without_a_tracking_server(
 ) -> None:
     page = moved / "studies" / ran.result.study_id / "report.html"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr("lowrank_tune.past_study.write_report", lambda *_: ReportFiles(page, (), ()))
+    monkeypatch.setattr("lowrank_tune.report.report.write_report", lambda *_: ReportFiles(page, (), ()))
     capsys.readouterr()
     assert run(["report", ran.result.study_id, "--results", str(moved)]) == 0
     assert "not in MLflow: tracking server http://127.0.0.1:9 does not answer" in capsys.readouterr().err

@@ -12,8 +12,8 @@ from PIL import Image
 
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint
-from lowrank_tune.report.report import ReportFiles, read_history, write_report
+from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint, ReportFiles
+from lowrank_tune.report.report import read_history, write_report
 from tests.report.conftest import make_features, make_study
 from tests.report.test_tables import FOUND
 
