@@ -1,6 +1,6 @@
 """A small study on disk: a cache of [16, 24] images and saved decomposers, as the other rooms leave them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,55 +80,61 @@ class Study:
         return self.x_NTD[list(self.split.test)]
 
 
-@pytest.fixture(autouse=True)
-def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_tune.comparison.methods.SECONDS", 0.005)
+@pytest.fixture(scope="session", autouse=True)
+def short_timings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowrank_tune.comparison.methods.SECONDS", 0.005)
+        yield
+
+
+def build_study(
+    home: Path, x_NTD: Tensor | None = None, *, test: int = 6, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Study:
+    """A cache of 20 images, of which 10 train and the last ones judge; no trial yet."""
+    if x_NTD is None:
+        x_NTD = torch.randn(20, TOKENS, DIM, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1.5, DIM)
+    cache, directory = home / "cache", home / "study"
+    (cache / "shards").mkdir(parents=True)
+    directory.mkdir()
+    rows = []
+    for start in range(0, len(x_NTD), 8):
+        part, name = x_NTD[start : start + 8].to(dtype), f"{start:05d}.safetensors"
+        save_file({"features": part.contiguous()}, cache / "shards" / name)
+        rows += [FeatureRow(f"{start + row:064x}", name, row) for row in range(len(part))]
+    given = {"fingerprint": "0" * 16, "encoder": "synthetic", "weights": "pretrained", "tokens": TOKENS, "dim": DIM}
+    given |= {"dtype": str(dtype).removeprefix("torch."), "records_path": str(cache / "records.parquet")}
+    features = FeatureSet(**{"directory": str(cache), "rows": tuple(rows), **given, **fields})
+    images = len(x_NTD)
+    split = Split(tuple(range(10)), tuple(range(10, images - test)), tuple(range(images - test, images)))
+    return Study(directory, x_NTD.to(dtype).float(), features, split)
 
 
 @pytest.fixture
 def make_study(tmp_path: Path) -> Callable[..., Study]:
-    def make(x_NTD: Tensor | None = None, *, test: int = 6, dtype: torch.dtype = torch.float32, **fields: Any) -> Study:
-        generator = torch.Generator().manual_seed(0)
-        if x_NTD is None:
-            x_NTD = torch.randn(20, TOKENS, DIM, generator=generator) * torch.logspace(0, -1.5, DIM)
-        cache = tmp_path / "cache"
-        (cache / "shards").mkdir(parents=True)
-        rows = []
-        for start in range(0, len(x_NTD), 8):
-            part, name = x_NTD[start : start + 8].to(dtype), f"{start:05d}.safetensors"
-            save_file({"features": part.contiguous()}, cache / "shards" / name)
-            rows += [FeatureRow(f"{start + row:064x}", name, row) for row in range(len(part))]
-        features = FeatureSet(
-            **{
-                "directory": str(cache),
-                "fingerprint": "0" * 16,
-                "encoder": "synthetic",
-                "weights": "pretrained",
-                "dtype": str(dtype).removeprefix("torch."),
-                "tokens": TOKENS,
-                "dim": DIM,
-                "rows": tuple(rows),
-                "records_path": str(cache / "records.parquet"),
-                **fields,
-            }
-        )
-        images = len(x_NTD)
-        split = Split(tuple(range(10)), tuple(range(10, images - test)), tuple(range(images - test, images)))
-        directory = tmp_path / "study"
-        directory.mkdir()
-        return Study(directory, x_NTD.to(dtype).float(), features, split)
-
-    return make
+    return lambda *args, **fields: build_study(tmp_path, *args, **fields)
 
 
-@pytest.fixture
-def study(make_study: Callable[..., Study]) -> Study:
+def with_trials(study: Study) -> Study:
     """Two families at ranks 2 and 6."""
-    study = make_study()
     for rank in (2, 6):
         study.add_trial("sketch", rank)
         study.add_trial("direct", rank)
     return study
+
+
+@pytest.fixture
+def study(make_study: Callable[..., Study]) -> Study:
+    return with_trials(make_study())
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Comparison]:
+    """The same study with three repetitions of one trial and one of another, compared once; to be looked at only."""
+    study = with_trials(build_study(tmp_path_factory.mktemp("compared")))
+    for trial, seeds in (("r006-direct-0003", (11, 12, 13)), ("r002-sketch-0000", (11,))):
+        for seed in seeds:
+            study.repeat(trial, seed)
+    return study, study.compare()
 
 
 def row_of(rows: tuple[ComparisonRow, ...], method: str, rank: int) -> ComparisonRow:

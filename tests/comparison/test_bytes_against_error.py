@@ -1,7 +1,6 @@
 """Bytes against error on the test split: figures from their definitions, targets that are met, words that are true."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,8 +35,9 @@ def packed(rows, count, dtype):
     return rows * (-(-count * BITS[dtype] // 8) + (0 if dtype == "float16" else 4))
 
 
-def test_the_features_own_rows_are_numpys(study):
-    stored = study.compare().compression.stored
+def test_the_features_own_rows_are_numpys(compared):
+    study, comparison = compared
+    stored = comparison.compression.stored
     images = study.test_images().double().numpy()
     for dtype in DTYPES:
         (row,) = find(stored, method="x", dtype=dtype)
@@ -47,8 +47,9 @@ def test_the_features_own_rows_are_numpys(study):
         assert row.relative_error_max == pytest.approx(np.max(errors), rel=1e-4)
 
 
-def test_the_svds_rows_are_numpys_svd_with_root_sigma_in_either_factor(study):
-    stored = study.compare().compression.stored
+def test_the_svds_rows_are_numpys_svd_with_root_sigma_in_either_factor(compared):
+    study, comparison = compared
+    stored = comparison.compression.stored
     images = study.test_images().double().numpy()
     for rank in (2, 6):
         for dtype in DTYPES:
@@ -63,8 +64,8 @@ def test_the_svds_rows_are_numpys_svd_with_root_sigma_in_either_factor(study):
             assert row.bytes_per_image == packed(16, rank, dtype) + packed(rank, 24, dtype)
 
 
-def test_the_best_trained_method_of_each_rank_stands_beside_the_svd(study):
-    comparison = study.compare()
+def test_the_best_trained_method_of_each_rank_stands_beside_the_svd(compared):
+    _, comparison = compared
     trained = [row for row in comparison.compression.stored if row.trial_id]
     for rank in (2, 6):
         (best,) = (row for row in comparison.best_of_each_rank() if row.rank == rank)
@@ -75,8 +76,8 @@ def test_the_best_trained_method_of_each_rank_stands_beside_the_svd(study):
         assert own[0].token_cosine_mean == pytest.approx(unquantised, abs=1e-4)
 
 
-def test_fewer_bits_are_fewer_bytes_and_more_error_and_a_higher_rank_is_more_bytes(study):
-    stored = study.compare().compression.stored
+def test_fewer_bits_are_fewer_bytes_and_more_error_and_a_higher_rank_is_more_bytes(compared):
+    stored = compared[1].compression.stored
     assert len(stored) == 4 + 2 * 2 * 4
     for method, rank in {(row.method, row.rank) for row in stored}:
         own = find(stored, method=method, rank=rank)
@@ -90,8 +91,8 @@ def test_fewer_bits_are_fewer_bytes_and_more_error_and_a_higher_rank_is_more_byt
         assert low.bytes_per_image < high.bytes_per_image
 
 
-def test_pruned_factors_meet_their_target_on_every_image(study):
-    compression = study.compare().compression
+def test_pruned_factors_meet_their_target_on_every_image(compared):
+    compression = compared[1].compression
     assert {(row.method, row.rank) for row in compression.pruned} == {("svd", 16), (compression.stored[-1].method, 6)}
     met = [row for row in compression.pruned if row.bytes_per_image is not None]
     assert {row.target for row in met} >= {"0.5", "0.1", "0.01", "int8", "int5", "int4"}
@@ -112,8 +113,8 @@ def test_pruned_factors_meet_their_target_on_every_image(study):
             assert row.n_met < row.n_images and row.rank_mean is None
 
 
-def test_a_nearer_target_takes_more_bytes_and_the_svd_takes_no_more_than_a_model(study):
-    pruned = study.compare().compression.pruned
+def test_a_nearer_target_takes_more_bytes_and_the_svd_takes_no_more_than_a_model(compared):
+    pruned = compared[1].compression.pruned
     for dtype in DTYPES:
         sizes = [
             row.bytes_per_image for row in pruned if (row.method, row.dtype) == ("svd", dtype) and row.target in TARGETS
@@ -126,8 +127,8 @@ def test_a_nearer_target_takes_more_bytes_and_the_svd_takes_no_more_than_a_model
             assert optimum.rank_mean <= row.rank_mean
 
 
-def test_every_trained_model_is_quantised(study):
-    models = study.compare().compression.models
+def test_every_trained_model_is_quantised(compared):
+    models = compared[1].compression.models
     assert {(row.method, row.rank) for row in models} == {
         (name, rank) for name in ("sketch", "direct") for rank in (2, 6)
     }
@@ -163,17 +164,8 @@ def test_what_float16_cannot_hold_is_left_out_and_the_rest_is_there(make_study):
     assert all(row.relative_error_mean < 1 for row in compression.stored)
 
 
-def test_a_comparison_is_read_back_with_it_and_an_older_one_without(study):
-    compression = study.compare().compression
-    path = study.directory / "compression.json"
-    assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(compression)))
-    assert read_comparison(study.directory, "val_mse").compression == compression
-    path.unlink()
-    assert read_comparison(study.directory, "val_mse").compression == Compression()
-
-
-def test_the_comparison_says_which_controls_are_beaten(study):
-    comparison = study.compare()
+def test_the_comparison_says_which_controls_are_beaten(compared):
+    _, comparison = compared
     (said,) = [remark for remark in comparison.remarks if remark.startswith("bytes against error")]
     for dtype in ("int8", "int5", "int4"):
         (control,) = find(comparison.compression.stored, method="x", dtype=dtype)
@@ -189,13 +181,17 @@ def test_the_comparison_says_which_controls_are_beaten(study):
         assert dtype in said
 
 
-def test_linear_algebra_that_fails_costs_these_figures_and_no_others(study, monkeypatch):
+def test_linear_algebra_that_fails_costs_these_figures_and_no_others(make_study, monkeypatch):
     def fail(*_):
         raise torch.linalg.LinAlgError("svd did not converge\nat all")
 
     monkeypatch.setattr("lowrank_tune.comparison.compression.ordered", fail)
+    study = make_study()
+    study.add_trial("sketch", 2)
     comparison = study.compare()
     assert comparison.rows and comparison.compression == Compression()
+    (study.directory / "compression.json").unlink()
+    assert read_comparison(study.directory, "val_mse") == comparison, "an older study has none"
     assert "bytes against error are left out: svd did not converge" in comparison.remarks
 
 

@@ -17,6 +17,8 @@ from lowrank_tune.comparison.methods import winners
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.lowrank.svd import Optimum
+from lowrank_tune.records import TEST_OPTIMUM
 
 CONTRACT = [
     "method", "rank", "n_images", "token_cosine_mean", "token_cosine_sd", "flat_cosine_mean", "mse_mean",
@@ -48,40 +50,49 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_comparison_json_is_a_list_of_the_contracts_keys_and_then_of_what_seeds_and_pairs_tell(study):
-    comparison = study.compare()
+def test_comparison_json_is_a_list_of_the_contracts_keys_and_then_of_what_seeds_pairs_and_validation_tell(compared):
+    study, comparison = compared
     rows = strict((study.directory / "comparison.json").read_text())
     assert all(list(row) == CONTRACT + FURTHER for row in rows)
     assert rows == [asdict(row) for row in comparison.rows]
     assert {(row["method"], row["rank"]) for row in rows} == {(method, rank) for method in METHODS for rank in (2, 6)}
-    assert {row["trial_id"] for row in rows if row["method"] in ("sketch", "direct")} == {
-        outcome.config.trial_id for outcome in study.outcomes
-    }
+    trials = {outcome.config.trial_id for outcome in study.outcomes}
+    assert {row["trial_id"] for row in rows if row["method"] in ("sketch", "direct")} == trials
     assert {row["trial_id"] for row in rows if row["method"] not in ("sketch", "direct")} == {""}
+    assert all(row["images_per_second"] > 0 for row in rows)
     assert [path.name for path in study.directory.iterdir() if path.name.startswith(".")] == []
+    assert comparison.data == "6 test images, [16, 24] features of synthetic (pretrained weights)"
+    assert comparison.device.startswith("one CPU thread")
+    assert comparison.remarks and read_comparison(study.directory, "val_mse") == comparison
 
 
-def test_svds_rows_are_numpys_svd(study, find_row):
-    rows = study.compare().rows
+def test_svds_rows_are_numpys_svd_and_its_optimum_is_kept(compared, find_row):
+    study, comparison = compared
     images = study.test_images().double().numpy()
     for rank in (2, 6):
         expected = np.array([figures(x, truncated(x, rank)) for x in images])
-        row = find_row(rows, "svd", rank)
+        row = find_row(comparison.rows, "svd", rank)
         assert row.n_images == 6
         assert row.token_cosine_mean == pytest.approx(expected[:, 0].mean(), rel=1e-9)
         assert row.token_cosine_sd == pytest.approx(expected[:, 0].std(ddof=1), rel=1e-6)
         assert row.flat_cosine_mean == pytest.approx(expected[:, 1].mean(), rel=1e-9)
         assert row.mse_mean == pytest.approx(expected[:, 2].mean(), rel=1e-9)
         assert (row.residual_ratio_mean, row.residual_ratio_max) == (1.0, 1.0)
+        kept = Optimum.load(study.directory / TEST_OPTIMUM).at(rank)
+        assert kept.residual_N.numpy() == pytest.approx(expected[:, 3], rel=1e-9)
+
+
+def reconstructions(path, x_NTD):
+    with torch.inference_mode():
+        a_NTR, b_NRD = load_decomposer(path)(x_NTD)
+    return (a_NTR.double() @ b_NRD.double()).numpy()
 
 
 @pytest.mark.parametrize("family", ["sketch", "direct"])
-def test_a_trained_familys_row_is_its_models_reconstruction(study, find_row, family):
-    row = find_row(study.compare().rows, family, 6)
-    model = load_decomposer(study.directory / "trials" / row.trial_id / "best_model.safetensors")
-    with torch.inference_mode():
-        a_NTR, b_NRD = model(study.test_images())
-    made = (a_NTR.double() @ b_NRD.double()).numpy()
+def test_a_trained_familys_row_is_its_models_reconstruction(compared, find_row, family):
+    study, comparison = compared
+    row = find_row(comparison.rows, family, 6)
+    made = reconstructions(study.directory / "trials" / row.trial_id / "best_model.safetensors", study.test_images())
     images = study.test_images().double().numpy()
     expected = np.array([figures(x, y) for x, y in zip(images, made, strict=True)])
     ratios = [figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in zip(images, made, strict=True)]
@@ -92,30 +103,26 @@ def test_a_trained_familys_row_is_its_models_reconstruction(study, find_row, fam
     assert row.residual_ratio_max == pytest.approx(np.max(ratios), rel=1e-6)
 
 
-def test_pca_basis_knows_the_training_images_only(study, find_row):
+def test_pca_basis_knows_the_training_images_only(compared, find_row):
+    study, comparison = compared
     train = study.x_NTD[list(study.split.train)].double().numpy()
-    moment = sum(x.T @ x / (x**2).sum() for x in train)
-    axes = np.linalg.eigh(moment)[1][:, ::-1][:, :6]
+    axes = np.linalg.eigh(sum(x.T @ x / (x**2).sum() for x in train))[1][:, ::-1][:, :6]
     ratios = []
     for x in study.test_images().double().numpy():
         q = np.linalg.qr(x @ axes)[0]
         ratios.append(figures(x, q @ (q.T @ x))[3] / figures(x, truncated(x, 6))[3])
-    assert find_row(study.compare().rows, "pca_basis", 6).residual_ratio_mean == pytest.approx(
-        np.mean(ratios), rel=1e-4
-    )
+    row = find_row(comparison.rows, "pca_basis", 6)
+    assert row.residual_ratio_mean == pytest.approx(np.mean(ratios), rel=1e-4)
 
 
-def test_no_method_beats_the_optimum_on_any_image(study):
-    per_image = pd.read_parquet(study.compare().per_image_path)
-    assert per_image["residual_ratio"].min() >= 1 - 1e-6
-
-
-def test_per_image_figures_average_to_the_rows(study):
-    comparison = study.compare()
+def test_per_image_figures_average_to_the_rows_and_none_beats_the_optimum(compared):
+    study, comparison = compared
     per_image = pd.read_parquet(comparison.per_image_path)
     assert list(per_image.columns) == [
         "method", "rank", "key", "index", "token_cosine", "flat_cosine", "mse", "residual", "residual_ratio"
     ]  # fmt: skip
+    assert set(per_image["method"]) == METHODS
+    assert per_image["residual_ratio"].min() >= 1 - 1e-6
     for row in comparison.rows:
         own = per_image[(per_image["method"] == row.method) & (per_image["rank"] == row.rank)]
         assert own["index"].tolist() == list(range(6))
@@ -124,31 +131,58 @@ def test_per_image_figures_average_to_the_rows(study):
         assert own["residual_ratio"].max() == pytest.approx(row.residual_ratio_max)
 
 
-def test_small_batches_change_no_figure(study, monkeypatch):
-    whole = study.compare()
+def test_the_difference_to_the_svd_is_paired_image_by_image(compared, find_row):
+    _, comparison = compared
+    per_image = pd.read_parquet(comparison.per_image_path)
+    for row in comparison.rows:
+        cosines = [
+            per_image[(per_image["method"] == method) & (per_image["rank"] == row.rank)]["token_cosine"].to_numpy()
+            for method in (row.method, "svd")
+        ]
+        low, high = row.token_cosine_minus_svd_low, row.token_cosine_minus_svd_high
+        assert row.token_cosine_minus_svd == pytest.approx((cosines[0] - cosines[1]).mean(), abs=1e-12)
+        if row.method == "svd":
+            assert (low, high) == (0.0, 0.0)
+        else:
+            expected = ttest_rel(*cosines).confidence_interval(0.95)
+            assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert find_row(comparison.rows, "random_sketch", 2).token_cosine_minus_svd_high < 0
+
+
+def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(compared, find_row):
+    study, comparison = compared
+    images = study.test_images().double().numpy()
+    ratios, cosines = [], []
+    for repeat in study.confirmations[:3]:
+        made = reconstructions(Path(repeat.directory) / "best_model.safetensors", study.test_images())
+        pairs = list(zip(images, made, strict=True))
+        ratios.append(np.mean([figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in pairs]))
+        cosines.append(np.mean([figures(x, y)[0] for x, y in pairs]))
+    row, one = find_row(comparison.rows, "direct", 6), find_row(comparison.rows, "sketch", 2)
+    assert (row.seeds, one.seeds) == (3, 1)
+    assert row.residual_ratio_seed_mean == pytest.approx(np.mean(ratios), rel=1e-5)
+    assert row.residual_ratio_seed_sd == pytest.approx(np.std(ratios, ddof=1), rel=1e-5)
+    assert row.token_cosine_seed_mean == pytest.approx(np.mean(cosines), rel=1e-5)
+    assert row.token_cosine_seed_sd == pytest.approx(np.std(cosines, ddof=1), rel=1e-4)
+    assert one.residual_ratio_seed_mean > 1
+    assert (one.residual_ratio_seed_sd, one.token_cosine_seed_sd) == (None, None)
+    others = {(other.seeds, other.residual_ratio_seed_mean) for other in comparison.rows if other not in (row, one)}
+    assert others == {(0, None)}
+
+
+def test_compared_again_in_small_batches_only_speeds_differ(study, compared, monkeypatch):
     monkeypatch.setattr("lowrank_tune.comparison.methods.BATCH_NUMBERS", 4 * 16 * 24)
-    batched = study.compare()
-    for one, other in zip(whole.rows, batched.rows, strict=True):
-        assert asdict(replace(one, images_per_second=0)) == pytest.approx(asdict(replace(other, images_per_second=0)))
-
-
-def test_the_same_seed_draws_the_same_controls(study):
-    first, second = study.compare(), study.compare()
-    assert [row.residual_ratio_mean for row in first.rows] == [row.residual_ratio_mean for row in second.rows]
-
-
-def test_speeds_are_positive_and_sizes_are_those_of_the_caches_dtype(make_study, find_row):
-    study = make_study(dtype=torch.float16)
-    study.add_trial("sketch", 2)
-    comparison = study.compare()
-    assert all(row.images_per_second > 0 for row in comparison.rows)
-    assert find_row(comparison.rows, "svd", 2).bytes_per_image == (16 + 24) * 2 * 2
-    assert comparison.device.startswith("one CPU thread")
+    batched = {(row.method, row.rank): row for row in study.compare().rows}
+    for row in compared[1].rows:
+        other = batched[row.method, row.rank]
+        keys = ("token_cosine_mean", "token_cosine_sd", "flat_cosine_mean", "mse_mean", "residual_ratio_mean")
+        for key in (*keys, "residual_ratio_max", "token_cosine_minus_svd", "token_cosine_minus_svd_low"):
+            assert getattr(row, key) == pytest.approx(getattr(other, key), abs=1e-9), (row.method, key)
 
 
 @pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 0), ("val_token_cosine", 2)])
-def test_the_objective_picks_the_trial(make_study, find_row, objective, best):
-    study = make_study()
+def test_the_objective_picks_the_trial_and_sizes_are_those_of_the_caches_dtype(make_study, find_row, objective, best):
+    study = make_study(dtype=torch.float16)
     trials = [
         study.add_trial("sketch", 2, best={"val_residual_ratio": 1.5, "val_mse": 0.1, "val_token_cosine": 0.7}),
         study.add_trial(
@@ -160,7 +194,8 @@ def test_the_objective_picks_the_trial(make_study, find_row, objective, best):
     failed = {"val_residual_ratio": 1.0, "val_mse": 0.0, "val_token_cosine": 1.0}
     study.add_trial("sketch", 2, status="failed", stopped_by="error", best=failed)
     study.add_trial("sketch", 2, best_epoch=0, best={})
-    assert find_row(study.compare(objective).rows, "sketch", 2).trial_id == trials[best]
+    row = find_row(study.compare(objective).rows, "sketch", 2)
+    assert (row.trial_id, row.bytes_per_image) == (trials[best], (16 + 24) * 2 * 2)
 
 
 def cut(path: Path) -> None:
@@ -168,14 +203,9 @@ def cut(path: Path) -> None:
 
 
 def not_a_number(path: Path) -> None:
-    weights = load_file(path)
-    metadata = load_metadata(path)
+    weights, size = load_file(path), int.from_bytes(path.read_bytes()[:8], "little")
+    metadata = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
     save_file({name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}, path, metadata)
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    size = int.from_bytes(path.read_bytes()[:8], "little")
-    return json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, cut])
@@ -232,15 +262,6 @@ def test_images_of_zeros_are_left_out_and_told(make_study):
     assert "2 of 6 test images hold nothing but zeros and are left out" in comparison.remarks
 
 
-def test_nothing_but_zeros_is_an_input_error(make_study):
-    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(1))
-    x_NTD[14:] = 0
-    study = make_study(x_NTD)
-    study.add_trial("sketch", 2)
-    with pytest.raises(InputError, match="every test image holds nothing but zeros"):
-        study.compare()
-
-
 def test_an_image_of_the_ranks_own_rank_has_ratio_one_where_it_is_reproduced(make_study, find_row):
     generator = torch.Generator().manual_seed(2)
     x_NTD = torch.randn(20, 16, 2, generator=generator) @ torch.randn(20, 2, 24, generator=generator)
@@ -252,27 +273,24 @@ def test_an_image_of_the_ranks_own_rank_has_ratio_one_where_it_is_reproduced(mak
         assert find_row(rows, method, 4).residual_ratio_max == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("empty", ["test images", "trials"])
-def test_nothing_to_compare_is_an_input_error(study, empty):
-    if empty == "trials":
-        study.outcomes = []
-    else:
-        study.split = replace(study.split, test=())
-    with pytest.raises(InputError, match=f"no {empty} to compare"):
+def test_nothing_to_compare_is_an_input_error(make_study):
+    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(1))
+    x_NTD[14:] = 0
+    study = make_study(x_NTD)
+    with pytest.raises(InputError, match="no trials to compare"):
+        study.compare()
+    study.add_trial("sketch", 2)
+    with pytest.raises(InputError, match="every test image holds nothing but zeros"):
+        study.compare()
+    study.split = replace(study.split, test=())
+    with pytest.raises(InputError, match="no test images to compare"):
         study.compare()
 
 
-def test_a_comparison_can_be_read_back(study):
-    written = study.compare()
-    assert written.remarks
-    assert read_comparison(study.directory, "val_mse") == written
-
-
-def test_a_damaged_comparison_is_an_input_error(study):
-    study.compare()
-    (study.directory / "comparison.json").write_text('[{"method": "svd"}]')
-    with pytest.raises(InputError, match=re.escape(str(study.directory))):
-        read_comparison(study.directory, "val_mse")
+def test_a_damaged_comparison_is_an_input_error(tmp_path):
+    (tmp_path / "comparison.json").write_text('[{"method": "svd"}]')
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        read_comparison(tmp_path, "val_mse")
 
 
 def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monkeypatch):
@@ -294,66 +312,8 @@ def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monke
     assert set(per_image[per_image["method"] == "power_1"]["rank"]) == {2}
 
 
-def test_the_difference_to_the_svd_is_paired_image_by_image(study, find_row):
-    comparison = study.compare()
-    per_image = pd.read_parquet(comparison.per_image_path)
-    for row in comparison.rows:
-        cosines = [
-            per_image[(per_image["method"] == method) & (per_image["rank"] == row.rank)]["token_cosine"].to_numpy()
-            for method in (row.method, "svd")
-        ]
-        low, high = row.token_cosine_minus_svd_low, row.token_cosine_minus_svd_high
-        assert row.token_cosine_minus_svd == pytest.approx((cosines[0] - cosines[1]).mean(), abs=1e-12)
-        if row.method == "svd":
-            assert (low, high) == (0.0, 0.0)
-        else:
-            expected = ttest_rel(*cosines).confidence_interval(0.95)
-            assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert find_row(comparison.rows, "random_sketch", 2).token_cosine_minus_svd_high < 0
-
-
-def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(study, find_row):
-    trial_id = find_row(study.compare().rows, "direct", 6).trial_id
-    alone = find_row(study.compare().rows, "direct", 6)
-    repeats = [study.repeat(trial_id, seed) for seed in (11, 12, 13)]
-    comparison = study.compare()
-    row = find_row(comparison.rows, "direct", 6)
-    ratios, cosines = [], []
-    for repeat in repeats:
-        a_NTR, b_NRD = load_decomposer(Path(repeat.directory) / "best_model.safetensors")(study.test_images())
-        made = (a_NTR.double() @ b_NRD.double()).detach().numpy()
-        images = study.test_images().double().numpy()
-        ratios.append(
-            np.mean([figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in zip(images, made, strict=True)])
-        )
-        cosines.append(np.mean([figures(x, y)[0] for x, y in zip(images, made, strict=True)]))
-    assert row.seeds == 3
-    assert (row.residual_ratio_seed_mean, row.residual_ratio_seed_sd) == pytest.approx(
-        (np.mean(ratios), np.std(ratios, ddof=1)), rel=1e-5
-    )
-    assert (row.token_cosine_seed_mean, row.token_cosine_seed_sd) == pytest.approx(
-        (np.mean(cosines), np.std(cosines, ddof=1)), rel=1e-4
-    )
-    assert (row.trial_id, row.residual_ratio_mean) == (trial_id, alone.residual_ratio_mean)
-    others = [other for other in comparison.rows if other is not row]
-    assert {(other.seeds, other.residual_ratio_seed_mean, other.token_cosine_seed_sd) for other in others} == {
-        (0, None, None)
-    }
-    assert set(pd.read_parquet(comparison.per_image_path)["method"]) == METHODS
-    assert read_comparison(study.directory, "val_mse") == comparison
-
-
-def test_one_seed_has_a_mean_and_no_spread(study, find_row):
-    trial_id = find_row(study.compare().rows, "sketch", 2).trial_id
-    study.repeat(trial_id, 11)
-    row = find_row(study.compare().rows, "sketch", 2)
-    assert row.seeds == 1
-    assert row.residual_ratio_seed_mean > 1
-    assert (row.residual_ratio_seed_sd, row.token_cosine_seed_sd) == (None, None)
-
-
 def test_a_repetition_that_failed_or_lost_its_model_is_told_and_the_others_count(study, find_row):
-    trial_id = find_row(study.compare().rows, "sketch", 2).trial_id
+    trial_id = "r002-sketch-0000"
     study.repeat(trial_id, 11)
     study.repeat(trial_id, 12, status="failed", stopped_by="error", reason="epoch 1: val_mse not finite")
     lost = study.repeat(trial_id, 13)
@@ -372,10 +332,6 @@ def test_repetitions_of_a_model_that_is_lost_are_in_no_row(make_study):
     comparison = study.compare()
     assert {row.seeds for row in comparison.rows} == {0}
     assert f"{lost} was repeated, but its own model is in no row, so neither are its repetitions" in comparison.remarks
-
-
-def test_the_comparison_names_its_data_and_weights(study):
-    assert study.compare().data == "6 test images, [16, 24] features of synthetic (pretrained weights)"
 
 
 @pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 2), ("val_token_cosine", 0)])
