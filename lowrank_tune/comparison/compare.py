@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
@@ -187,7 +187,7 @@ def make_rows(
         .fillna({"token_cosine_sd": 0.0})
     )
     # By Student's t, for images drawn independently; a single one has no interval.
-    half = table.pop("half") * student_t.ppf((1 + CONFIDENCE) / 2, (table["n_images"] - 1).clip(lower=1))
+    half = table.pop("half") * stdtrit((table["n_images"] - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
     table["token_cosine_minus_svd_low"] = table["token_cosine_minus_svd"] - half
     table["token_cosine_minus_svd_high"] = table["token_cosine_minus_svd"] + half
     again = [

@@ -79,7 +79,7 @@ def test_what_validation_chose_is_confirmed_starred_pictured_stored_registered_a
     assert {row.trial_id for row in comparison.compression.stored if row.trial_id} == set(confirmed)
     page = files.html.read_text(encoding="utf-8")
     assert page.count("direct ★") >= 2 and "sketch ★" not in page
-    assert "take rank 2, the lowest of those compared whose model does on the validation images (direct" in page
+    assert "take rank 6, the lowest of those compared whose model does on the validation images (direct" in page
     scene = Scene(past.features, past.split, past.outcomes, comparison)
     assert scene.rank(None) == 2 and scene.network(6).family == "direct"
 
