@@ -75,22 +75,15 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 class CheckpointConfig:
     """What a checkpoint's two small files say."""
 
-    name: str
-    """As the study file has it."""
+    name: str  # as the study file has it
     directory: Path
-    revision: str | None
-    """The hub's commit; None for a directory."""
-    weights: str
-    """`random`, `pretrained` or `unknown`."""
+    revision: str | None  # the hub's commit; None for a directory
+    weights: str  # `random`, `pretrained` or `unknown`
     vision: dict[str, Any]
     preprocessor: dict[str, Any]
 
     def shape(self, image_size: int) -> tuple[int, int]:
-        """Tokens and dim of a square image of so many pixels a side.
-
-        Raises:
-            InputError: the size is not a whole number of merged patches.
-        """
+        """Tokens and dim of a square image of so many pixels a side; an InputError where patches do not fill it."""
         token = self.vision["patch_size"] * self.vision["spatial_merge_size"]
         if image_size % token:
             raise InputError(
@@ -102,10 +95,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TowerFiles:
-    """The vision tower's tensors on disk."""
+    """The vision tower's tensors on disk, in files that hold some of it: file -> {name in it -> name in the tower}."""
 
     files: dict[Path, dict[str, str]]
-    """File -> {name in the file -> name in the tower}; only files that hold some of the tower."""
 
     def digest(self) -> str:
         """Sha256 of the tower's names, types, shapes and values; how they are divided into files does not matter."""

@@ -35,14 +35,10 @@ logger = logging.getLogger(__name__)
 class Encoding:
     """Features that are on their way from the device: nothing of them is to be read before `wait`."""
 
-    features_NTD: Tensor
-    """In the dtype asked for, on the CPU."""
-    largest_N: Tensor
-    """Each image's largest magnitude in the compute dtype, NaN where it has one."""
-    notes: tuple[str, ...]
-    """What a user should know of how it went."""
-    arrived: torch.cuda.Event | None
-    """Told by the device once it has copied everything; None where it has already."""
+    features_NTD: Tensor  # in the dtype asked for, on the CPU
+    largest_N: Tensor  # each image's largest magnitude in the compute dtype, NaN where it has one
+    notes: tuple[str, ...]  # what a user should know of how it went
+    arrived: torch.cuda.Event | None  # told by the device once it has copied everything; None where it has already
 
     def wait(self) -> Encoding:
         """Return when both tensors are there."""
@@ -102,13 +98,10 @@ class Encoder:
         self._turn = threading.Lock()
 
     def encode(self, pixels_NHWC: npt.NDArray[np.uint8]) -> Tensor:
-        """Encode images of one size, [N, H, W, 3] as `decode_image` gives them.
+        """Encode images of one size, [N, H, W, 3] as `decode_image` gives them, to [N, T, D] on the CPU.
 
-        Returns:
-            [N, T, D] in the compute dtype, on the CPU; tokens in row-major order of the image's grid.
-
-        Raises:
-            InputError: the GPU's memory does not hold a single image.
+        The features are in the compute dtype, tokens in row-major order of the image's grid. An InputError where the
+        GPU's memory does not hold a single image.
         """
         return self.start(pixels_NHWC, self.model.dtype).wait().features_NTD
 

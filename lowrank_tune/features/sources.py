@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-MANIFEST_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 HASHING_THREADS = 8
 REASONS_SHOWN = 5
 
@@ -55,10 +54,8 @@ _TENSOR_FILE = re.compile(r"^features_(\d+)\.pt$")
 class SourceRecords:
     """A user's records, in order."""
 
-    paths: tuple[Path | None, ...]
-    """The absolute path of each one's file, which may not be there; None where the record names none."""
-    columns: pa.Table
-    """The user's own columns, a row a record; none where the source has none."""
+    paths: tuple[Path | None, ...]  # each one's file, absolute, which may not be there; None where it names none
+    columns: pa.Table  # the user's own columns, a row a record; none where the source has none
 
 
 def read_records(source: Source, cache_root: Path, seed: int) -> SourceRecords:
@@ -113,9 +110,6 @@ def _find_images(pattern: str) -> list[Path]:
 
 def _read_manifest(path: Path, image_column: str) -> pa.Table:
     """A table of records from JSON, JSON lines, CSV or parquet; nested values stay nested."""
-    if path.suffix.lower() not in MANIFEST_SUFFIXES:
-        kind = path.suffix or "a file without suffix"
-        raise InputError(f"{path}: features.source.manifest reads {', '.join(MANIFEST_SUFFIXES)}, not {kind}")
     if not path.is_file():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"{path}: no such file; correct features.source.manifest{_near(path.name, siblings)}")
@@ -129,8 +123,7 @@ def _read_manifest(path: Path, image_column: str) -> pa.Table:
                 table = pyarrow.parquet.read_table(path)
                 for place, field in enumerate(table.schema):
                     if pa.types.is_dictionary(field.type):
-                        plain = table.column(place).cast(field.type.value_type)
-                        table = table.set_column(place, field.name, plain)
+                        table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
             case _:
                 records = _read_objects(path)
                 names = dict.fromkeys(name for record in records for name in record)
@@ -190,11 +183,8 @@ def _column(values: list[Any]) -> pa.Array:
 def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Make sure that the first `count` crops of a seed lie below `parent`; none is like another.
 
-    Returns:
-        Each crop's file and where it was cut: `photograph`, `left`, `top`, `size` in pixels.
-
-    Raises:
-        InputError: the packages that ship the photographs are not installed.
+    Returns each crop's file and where it was cut, `photograph`, `left`, `top`, `size` in pixels; errors as of
+    `photograph_paths`.
     """
     photographs: list[tuple[str, Image.Image]] = []
     for path in photograph_paths():
@@ -222,11 +212,7 @@ def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[
 
 
 def photograph_paths() -> list[Path]:
-    """The photographs that the field's packages ship.
-
-    Raises:
-        InputError: one of the packages, or a photograph of it, is not there.
-    """
+    """The photographs that the field's packages ship; an InputError where one is not there."""
     paths = []
     for distribution, (folder, names) in PHOTOGRAPHS.items():
         package, _, below = folder.partition("/")
@@ -248,13 +234,10 @@ def photograph_paths() -> list[Path]:
 class SourceFiles:
     """The files of a source."""
 
-    keys: tuple[str | None, ...]
-    """Sha256 of each record's file, None where it cannot be read."""
-    errors: tuple[str | None, ...]
-    """Why not, None where it can."""
+    keys: tuple[str | None, ...]  # sha256 of each record's file, None where it cannot be read
+    errors: tuple[str | None, ...]  # why not, None where it can
     records: tuple[Path | None, ...]
-    paths: dict[str, Path]
-    """Key -> one file that has it, in the order of the records."""
+    paths: dict[str, Path]  # key -> one file that has it, in the order of the records
 
 
 def hash_files(records: SourceRecords) -> SourceFiles:
@@ -290,11 +273,7 @@ class Quarantine:
         return [error if key is None else reasons.get(key) for key, error in zip(files.keys, files.errors, strict=True)]
 
     def check(self, reasons: Mapping[str, str]) -> None:
-        """Compare with the limit.
-
-        Raises:
-            InputError: it is exceeded, or no record is left; the message has the first reasons.
-        """
+        """Raise an InputError with the first reasons where the limit is exceeded, or no record is left."""
         errors = self.errors(reasons)
         broken = [(path, error) for path, error in zip(self.files.records, errors, strict=True) if error]
         if len(broken) <= self.limit * len(errors) and len(broken) < len(errors):
@@ -312,10 +291,9 @@ class Quarantine:
 def write_record_table(
     directory: Path, records: SourceRecords, keys: Sequence[str | None], errors: Sequence[str | None]
 ) -> Path:
-    """Write one row a record into a cache: its number, key, path and error, and the user's columns.
+    """Write one row a record into a cache, in a file named by its content's digest.
 
-    A column of the user's whose name is taken, by one of those four or by another column, is kept as `source_<name>`.
-    The file's name is the digest of its content, so the same records give the same file.
+    It has the record's number, key, path and error, and the user's columns, as `source_<name>` where a name is taken.
     """
     columns = {
         "record": pa.array(range(len(keys)), pa.int64()),
@@ -369,11 +347,7 @@ def check_shape(tensor: torch.Tensor, tokens: int, dim: int) -> None:
 
 
 def first_shape(paths: Iterable[Path]) -> tuple[int, int]:
-    """Tokens and dim of the first file that holds finite features.
-
-    Raises:
-        InputError: no file does; the message has the first reasons.
-    """
+    """Tokens and dim of the first file that holds finite features; an InputError with reasons where none does."""
     reasons = []
     for path in paths:
         try:
