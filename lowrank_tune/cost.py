@@ -130,9 +130,8 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
 def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str, Any]:
     """Count a source's images and those of them that are cached, sealed or left by an extraction that was cut short.
 
-    Raises:
-        InputError: the source or the checkpoint cannot be used, or more of its files than may be are broken.
-        CacheError: there is a cache, and it is damaged.
+    A source or checkpoint that cannot be used, and too many broken files, are an InputError, a damaged cache a
+    CacheError.
     """
     records = read_records(spec.source, cache_root, seed)
     files = hash_files(records)
@@ -162,9 +161,8 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
 def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, list[str], bool]:
     """Turn the first images of a source into features, in this process, and keep nothing.
 
-    Returns:
-        What an image takes one encoder, once it runs: on a GPU in a whole shard, on a CPU, or for ready tensors, as the
-        quickest one did, and 0 where none was usable; a sentence on each of the images; and whether all were usable.
+    Returns what an image takes one encoder, once it runs (on a GPU in a whole shard, else as the quickest one did; 0
+    where none was usable), a sentence on each of the images, and whether all were usable.
     """
     records = read_records(spec.source, cache_root, seed)
     extraction = plan_extraction(spec, cache_root, records)
@@ -311,13 +309,11 @@ def _measure(config: TrialConfig, data: FeatureMatrix, split: Split, device: str
 
 
 def _describe_device() -> str:
-    if not torch.cuda.is_available():
-        return f"no GPU; {os.cpu_count()} CPU cores"
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         gpus.append(f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    return "; ".join(gpus)
+    return "; ".join(gpus) or f"no GPU; {os.cpu_count()} CPU cores"
 
 
 def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:

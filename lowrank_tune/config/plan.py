@@ -31,55 +31,33 @@ _ID_STEP_S = 512
 class Plan:
     """A study about to start.
 
-    Attributes:
-        spec: the study file, every default filled in.
-        study_id: `<name>-<8 hex>`, see `make_study_id`.
-        spec_hash: identity of the resolved study file whatever its start, 16 hex digits.
-        results: the results directory.
-        study_dir: `results/studies/<study_id>`.
-        features_root: `results/features`, which studies share.
-        n_trials: how many trials are tried at most.
-        grid: for method grid every combination, in order: `family`, `rank`, `lr`, `weight_decay`, `batch_size` and the
-            family's own parameters; empty for the other methods.
-        started: when, in UTC.
+    `grid` is for method grid every combination, in order: `family`, `rank`, `lr`, `weight_decay`, `batch_size` and the
+    family's own parameters; for the other methods it is empty.
     """
 
-    spec: StudySpec
-    study_id: str
-    spec_hash: str
-    results: Path
-    study_dir: Path
-    features_root: Path
-    n_trials: int
+    spec: StudySpec  # the study file, every default filled in
+    study_id: str  # `<name>-<8 hex>`, see `make_study_id`
+    spec_hash: str  # identity of the resolved study file whatever its start, 16 hex digits
+    results: Path  # the results directory
+    study_dir: Path  # `results/studies/<study_id>`
+    features_root: Path  # `results/features`, which studies share
+    n_trials: int  # how many trials are tried at most
     grid: tuple[dict[str, Any], ...]
-    started: datetime
+    started: datetime  # in UTC
 
 
 @dataclass(frozen=True, slots=True)
 class PlanCost:
-    """What can be said of a study's cost before its images are seen.
+    """What can be said of a study's cost before its images are seen."""
 
-    Attributes:
-        n_trials: trials at most.
-        max_epochs: epochs of all trials together when none is stopped early.
-        confirmations: trainings that repeat the best of each rank with fresh seeds, at most.
-        combinations: points of each family's space; None where a range makes them endless.
-    """
-
-    n_trials: int
-    max_epochs: int
-    confirmations: int
-    combinations: dict[str, int | None]
+    n_trials: int  # at most
+    max_epochs: int  # of all trials together when none is stopped early
+    confirmations: int  # trainings that repeat the best of each rank with fresh seeds, at most
+    combinations: dict[str, int | None]  # points of each family's space; None where a range makes them endless
 
 
 def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
-    """Work out a study.
-
-    Args:
-        spec: what to do.
-        results: the results directory; not touched.
-        started: the study's start; it makes the id unique.
-    """
+    """Work out a study; its start makes the id unique, and the results directory is not touched."""
     started = started.astimezone(UTC)
     identity = spec_hash(spec)
     study_id = make_study_id(spec.name, identity, started)
@@ -98,17 +76,15 @@ def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
 
 
 def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
-    """The same study with more trials: those that it had keep their numbers, and its grid grows at the end.
+    """The same study with more trials, by a larger `search.trials` or another `search.space`.
 
-    Args:
-        plan: the study as it was.
-        spec: its file with a larger `search.trials` or another `search.space`.
+    Those that it had keep their numbers, and its grid grows at the end.
 
     Raises:
         InputError: nothing is added, or what changes would make old and new trials incomparable.
     """
-    fixed = [key for key in type(spec).model_fields if getattr(spec, key) != getattr(plan.spec, key)]
-    fixed = [key for key in fixed if key not in _EXTENSIBLE]
+    changed = [key for key in type(spec).model_fields if getattr(spec, key) != getattr(plan.spec, key)]
+    fixed = [key for key in changed if key not in _EXTENSIBLE]
     if spec.search.method != plan.spec.search.method:
         fixed.append("search.method")
     if fixed:
@@ -137,11 +113,6 @@ def make_study_id(name: str, identity: str, started: datetime) -> str:
     The first five digits count steps of 512 s (8.5 minutes) since 2026, so that lists of one name sort by time; the
     last three are a hash of the spec and of the start's microsecond, so that starts within one step differ, but for one
     pair in 4096. A caller that finds the folder taken plans again with a later start.
-
-    Args:
-        name: the study's name.
-        identity: its `spec_hash`.
-        started: its start, with a time zone.
     """
     step = int((started - _ID_EPOCH).total_seconds()) // _ID_STEP_S
     return f"{name}-{step % 16**5:05x}{_digest(f'{identity}:{started.isoformat()}')[:3]}"
@@ -156,12 +127,7 @@ def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
 
 
 def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
-    """One point to try a study file with: each list's first value, each range's middle.
-
-    Args:
-        spec: the study.
-        family: which of its families; the first by default.
-    """
+    """One point to try a study file with: each list's first value, each range's middle; by default the first family."""
     family = family or next(iter(spec.search.space.families.chosen()))
     axes: dict[str, Axis] = spec.search.space.axes(family)
     return {"family": family, **{name: first_value(axis) for name, axis in axes.items()}}
@@ -173,15 +139,9 @@ def max_rank(spec: StudySpec) -> int:
 
 
 def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialConfig:
-    """All that one training depends on.
+    """All that one training depends on: a trial's position in the search, from 0, and a point as in `Plan.grid`.
 
-    Args:
-        plan: the study.
-        number: the trial's position in the search, from 0.
-        params: `family`, `rank`, `lr`, `weight_decay`, `batch_size`, and the family's own.
-
-    Returns:
-        The trial, its seed derived from the study's seed and its number.
+    Its seed is derived from the study's seed and its number.
     """
     family, rank = str(params["family"]), int(params["rank"])
     return TrialConfig(
@@ -203,14 +163,8 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
 def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialConfig:
     """A trial's configuration with a fresh seed, to see how much of its figures was luck.
 
-    Args:
-        plan: the study.
-        config: a trial of its search.
-        repeat: which repetition, from 1.
-
-    Returns:
-        The same training under the id `<trial_id>-s<repeat>`, its seed derived from the study's, the trial's number and
-        the repetition.
+    Its id is `<trial_id>-s<repeat>`, repetitions counted from 1, its seed derived from the study's, the trial's number
+    and the repetition.
     """
     return replace(
         config,
@@ -224,18 +178,8 @@ def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
     """Divide images by a hash of their keys, so that adding images moves few of the others.
 
     The images in order of `sha256("<seed>:<key>")`: the first ones test, the last ones validate, those between train.
-    With validation and test at opposite ends, an image that stops testing goes on to train, never to validate.
-
-    Args:
-        keys: the images' keys, distinct.
-        split: how many of each.
-        seed: the study's.
-
-    Returns:
-        Indices into `keys`.
-
-    Raises:
-        InputError: none would be left to train.
+    With validation and test at opposite ends, an image that stops testing goes on to train, never to validate. Keys are
+    distinct; the split holds indices into them. An InputError where none would be left to train.
     """
     n_validation, n_test = split.counts(len(keys))
     n_train = len(keys) - n_validation - n_test
@@ -263,14 +207,7 @@ def plan_cost(plan: Plan) -> PlanCost:
 
 
 def cache_bytes(n_images: int, tokens: int, dim: int, dtype: str) -> int:
-    """How many bytes the features of some images take in a cache, its few kilobytes of records aside.
-
-    Args:
-        n_images: N.
-        tokens: T, rows of an image's matrix.
-        dim: D, its columns.
-        dtype: `features.store_dtype`.
-    """
+    """How many bytes the features of images [tokens, dim] take in a cache, its few kilobytes of records aside."""
     return n_images * tokens * dim * _BYTES_PER_ELEMENT[dtype]
 
 

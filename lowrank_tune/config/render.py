@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
@@ -51,7 +50,8 @@ def _mapping(section: Section, depth: int) -> CommentedMap:
             continue
         value = getattr(section, name)
         mapping[name] = _node(value, depth + 1)
-        mapping.yaml_set_comment_before_after_key(name, before=_comment(field, value), indent=depth * _INDENT)
+        described = field.description or (type(value).__doc__ if isinstance(value, Section) else "") or ""
+        mapping.yaml_set_comment_before_after_key(name, before=described.strip(), indent=depth * _INDENT)
     return mapping
 
 
@@ -63,19 +63,12 @@ def _is_absent(section: Section, name: str) -> bool:
 
 
 def _node(value: Any, depth: int) -> Any:
-    if isinstance(value, Range):
-        node = CommentedMap({value.kind: _node(value.values, depth)})
-        node.fa.set_flow_style()
-        return node
     if isinstance(value, Section):
         return _mapping(value, depth)
-    if isinstance(value, tuple):
-        items = CommentedSeq(value)
-        items.fa.set_flow_style()
-        return items
-    return value
-
-
-def _comment(field: FieldInfo, value: Any) -> str:
-    described = field.description or (type(value).__doc__ if isinstance(value, Section) else None)
-    return (described or "").strip()
+    if not isinstance(value, Range | tuple):
+        return value
+    node: Any = (
+        CommentedSeq(value) if isinstance(value, tuple) else CommentedMap({value.kind: _node(value.values, depth)})
+    )
+    node.fa.set_flow_style()
+    return node
