@@ -1,4 +1,4 @@
-"""What a value of the search space may be: a constant, a list, or one range.
+"""The search space, and what a value of it may be: a constant, a list, or one range.
 
     rank: 128                          a constant
     rank: [32, 64, 128]                a grid's axis, or a choice
@@ -16,7 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
@@ -95,27 +104,23 @@ class _Axis:
         for kind in self.kinds:
             values = core_schema.typed_dict_field(handler.generate_schema(_BOUNDS.get(kind, some)))
             mapping = core_schema.typed_dict_schema({kind: values}, extra_behavior="forbid")
-            forms[f"<{kind}>"] = core_schema.no_info_after_validator_function(_as_range, mapping)
+            forms[f"<{kind}>"] = core_schema.no_info_after_validator_function(
+                lambda given: Range(*next(iter(given.items()))), mapping
+            )
         return core_schema.tagged_union_schema(
             forms,
             self._form,
             custom_error_type="range",
             custom_error_message=self.remedy,
-            serialization=core_schema.plain_serializer_function_ser_schema(_as_written),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda axis: {axis.kind: list(axis.values)} if isinstance(axis, Range) else axis
+            ),
         )
 
     def _form(self, value: Any) -> str | None:
         if isinstance(value, dict):
             return f"<{next(iter(value))}>" if len(value) == 1 and set(value) <= set(self.kinds) else None
         return "<list>" if isinstance(value, list | tuple) else "<constant>"
-
-
-def _as_range(given: dict[Kind, tuple[float, ...]]) -> Range:
-    return Range(*next(iter(given.items())))
-
-
-def _as_written(axis: Any) -> Any:
-    return {axis.kind: list(axis.values)} if isinstance(axis, Range) else axis
 
 
 MOST_STEPS = 8
@@ -133,8 +138,7 @@ LrAxis = Annotated[Axis, _Axis(PositiveFloat, *_REAL)]
 WeightAxis = Annotated[Axis, _Axis(NonNegativeFloat, *_REAL)]
 
 
-def few_steps(axis: Whole) -> Whole:
-    """Refuse more steps than help."""
+def _few_steps(axis: Whole) -> Whole:
     if max(whole_values(axis)) > MOST_STEPS:
         raise rejected(f"more than {MOST_STEPS} steps gain nothing: lower it")
     return axis
@@ -170,3 +174,104 @@ def whole_values(axis: Whole) -> tuple[int, ...]:
     if isinstance(axis, Range):
         return tuple(int(value) for value in axis.values)
     return axis if isinstance(axis, tuple) else (axis,)
+
+
+class DirectSpace(Section):
+    """`direct`: a network regresses both factors."""
+
+    lambda_b: WeightAxis = 1e-4
+    """Weight of the mean squared element of B."""
+    lambda_ortho: WeightAxis = 1e-3
+    """Weight of the distance of A's columns from orthonormality."""
+
+
+class SketchSpace(Section):
+    """`sketch`: a learned sketch of the columns, B in closed form; nothing of its own to search."""
+
+
+class RefinedSpace(Section):
+    """`refined`: a filter of each image's Gram matrix sharpens a basis of its tokens, B in closed form."""
+
+    steps: Annotated[CountAxis, AfterValidator(_few_steps)] = 2
+    """Products with the Gram matrix in the filter; a step more brings ρ nearer to 1 and costs time."""
+
+
+def _absent_is_not_null(schema: dict[str, Any]) -> None:
+    """In a file a family with nothing after it is tried with its defaults; None here is one that is not named."""
+    schema["minProperties"] = 1
+    for family in schema["properties"].values():
+        family.pop("default")
+
+
+class FamiliesSpec(Section):
+    """Which decomposers are tried, each with what it alone has; at least one."""
+
+    model_config = ConfigDict(json_schema_extra=_absent_is_not_null)
+
+    direct: DirectSpace | None = None
+    """A network regresses both factors; nothing after it, and it has its defaults."""
+    sketch: SketchSpace | None = None
+    """A learned sketch of the columns, B in closed form; nothing after it, and it has its defaults."""
+    refined: RefinedSpace | None = None
+    """A basis sharpened by a learned filter, B in closed form; nothing after it, and it has its defaults."""
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> FamiliesSpec:
+        if not self.chosen():
+            raise rejected(f"at least one family is needed: {', '.join(type(self).model_fields)}")
+        return self
+
+    def chosen(self) -> dict[str, Section]:
+        """The families to try, each with its own space, in the schema's order."""
+        named = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: own for name, own in named if own is not None}
+
+
+class SpaceSpec(Section):
+    """What is searched."""
+
+    rank: RankAxis = 128
+    """R, the columns of A and rows of B; {nested: [16, 32, 64]} trains one model for all of them."""
+    lr: LrAxis = 1e-3
+    """AdamW's learning rate at the start."""
+    weight_decay: WeightAxis = 1e-5
+    """AdamW's decoupled weight decay."""
+    batch_size: CountAxis = 8
+    """Images a step."""
+    families: FamiliesSpec
+    """Which decomposers are tried, each with what it alone has; at least one."""
+
+    @field_validator("families")
+    @classmethod
+    def _ordered_where_nested(cls, families: FamiliesSpec, info: ValidationInfo) -> FamiliesSpec:
+        rank = info.data.get("rank")
+        if isinstance(rank, Range) and rank.kind == "nested" and families.direct is not None:
+            reason = "nested ranks need an ordered basis, which direct has not: remove it, or make rank a list"
+            raise rejected(reason, ("direct",))
+        return families
+
+    @property
+    def nested_ranks(self) -> tuple[int, ...]:
+        """The ranks that each training serves, rising; empty where each serves the one that it was given."""
+        nested = isinstance(self.rank, Range) and self.rank.kind == "nested"
+        return tuple(sorted(whole_values(self.rank))) if nested else ()
+
+    def axes(self, family: str) -> dict[str, Axis]:
+        """What a trial of a family chooses: first what every family has, then what it alone has.
+
+        Nested ranks leave nothing to choose: the rank is the highest of them.
+        """
+        own = self.families.chosen()[family]
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
+        if self.nested_ranks:
+            shared["rank"] = self.nested_ranks[-1]
+        return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
+
+    def ranges(self) -> list[tuple[str, ...]]:
+        """The keys that lead to each range, of whatever family."""
+        places: dict[tuple[str, ...], None] = {}
+        for family in self.families.chosen():
+            for name, axis in self.axes(family).items():
+                if isinstance(axis, Range):
+                    places[(name,) if name in type(self).model_fields else ("families", family, name)] = None
+        return list(places)

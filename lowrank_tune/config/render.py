@@ -10,8 +10,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from lowrank_tune.config.axes import Range, Section
-from lowrank_tune.config.schema import FamiliesSpec, FeaturesSpec, StudySpec, TensorSource
+from lowrank_tune.config.axes import FamiliesSpec, Range, Section
+from lowrank_tune.config.schema import FeaturesSpec, StudySpec, TensorSource
 
 _SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _INDENT = 2

@@ -7,13 +7,11 @@ are wrong, so that one look at a file finds everything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -23,21 +21,15 @@ from pydantic import (
 )
 
 from lowrank_tune.config.axes import (
-    Axis,
-    CountAxis,
-    LrAxis,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Range,
-    RankAxis,
     Real,
     Section,
+    SpaceSpec,
     Text,
-    WeightAxis,
     combinations,
     distinct,
-    few_steps,
     rejected,
     whole_values,
 )
@@ -117,13 +109,9 @@ class EncoderSpec(Section):
     """What the tower computes in."""
 
 
-def _one_or_other(value: Any) -> str:
-    return "<word>" if isinstance(value, str) else "<count>"
-
-
 CountOrAuto = Annotated[
     Annotated[PositiveInt, Tag("<count>")] | Annotated[Literal["auto"], Tag("<word>")],
-    Discriminator(_one_or_other),
+    Discriminator(lambda value: "<word>" if isinstance(value, str) else "<count>"),
 ]
 
 
@@ -156,13 +144,9 @@ DEFAULT_TRIALS = 20
 LARGEST_GRID = 10_000
 
 
-def _share_form(value: Any) -> str:
-    return "<fraction>" if isinstance(value, float) else "<count>"
-
-
 Share = Annotated[
     Annotated[PositiveInt, Tag("<count>")] | Annotated[float, Field(strict=True, gt=0, lt=1), Tag("<fraction>")],
-    Discriminator(_share_form),
+    Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<count>"),
 ]
 
 
@@ -195,98 +179,6 @@ class SplitSpec(Section):
         return validation, test
 
 
-class DirectSpace(Section):
-    """`direct`: a network regresses both factors."""
-
-    lambda_b: WeightAxis = 1e-4
-    """Weight of the mean squared element of B."""
-    lambda_ortho: WeightAxis = 1e-3
-    """Weight of the distance of A's columns from orthonormality."""
-
-
-class SketchSpace(Section):
-    """`sketch`: a learned sketch of the columns, B in closed form; nothing of its own to search."""
-
-
-class RefinedSpace(Section):
-    """`refined`: a filter of each image's Gram matrix sharpens a basis of its tokens, B in closed form."""
-
-    steps: Annotated[CountAxis, AfterValidator(few_steps)] = 2
-    """Products with the Gram matrix in the filter; a step more brings ρ nearer to 1 and costs time."""
-
-
-def _absent_is_not_null(schema: dict[str, Any]) -> None:
-    """In a file a family with nothing after it is tried with its defaults; None here is one that is not named."""
-    schema["minProperties"] = 1
-    for family in schema["properties"].values():
-        family.pop("default")
-
-
-class FamiliesSpec(Section):
-    """Which decomposers are tried, each with what it alone has; at least one."""
-
-    model_config = ConfigDict(json_schema_extra=_absent_is_not_null)
-
-    direct: DirectSpace | None = None
-    """A network regresses both factors; nothing after it, and it has its defaults."""
-    sketch: SketchSpace | None = None
-    """A learned sketch of the columns, B in closed form; nothing after it, and it has its defaults."""
-    refined: RefinedSpace | None = None
-    """A basis sharpened by a learned filter, B in closed form; nothing after it, and it has its defaults."""
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> FamiliesSpec:
-        if not self.chosen():
-            raise rejected(f"at least one family is needed: {', '.join(type(self).model_fields)}")
-        return self
-
-    def chosen(self) -> dict[str, Section]:
-        """The families to try, each with its own space, in the schema's order."""
-        named = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return {name: own for name, own in named if own is not None}
-
-
-class SpaceSpec(Section):
-    """What is searched."""
-
-    rank: RankAxis = 128
-    """R, the columns of A and rows of B; {nested: [16, 32, 64]} trains one model for all of them."""
-    lr: LrAxis = 1e-3
-    """AdamW's learning rate at the start."""
-    weight_decay: WeightAxis = 1e-5
-    """AdamW's decoupled weight decay."""
-    batch_size: CountAxis = 8
-    """Images a step."""
-    families: FamiliesSpec
-    """Which decomposers are tried, each with what it alone has; at least one."""
-
-    @field_validator("families")
-    @classmethod
-    def _ordered_where_nested(cls, families: FamiliesSpec, info: ValidationInfo) -> FamiliesSpec:
-        rank = info.data.get("rank")
-        if isinstance(rank, Range) and rank.kind == "nested" and families.direct is not None:
-            reason = "nested ranks need an ordered basis, which direct has not: remove it, or make rank a list"
-            raise rejected(reason, ("direct",))
-        return families
-
-    @property
-    def nested_ranks(self) -> tuple[int, ...]:
-        """The ranks that each training serves, rising; empty where each serves the one that it was given."""
-        nested = isinstance(self.rank, Range) and self.rank.kind == "nested"
-        return tuple(sorted(whole_values(self.rank))) if nested else ()
-
-    def axes(self, family: str) -> dict[str, Axis]:
-        """What a trial of a family chooses: first what every family has, then what it alone has.
-
-        Nested ranks leave nothing to choose: the rank is the highest of them.
-        """
-        own = self.families.chosen()[family]
-        shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
-        if self.nested_ranks:
-            shared["rank"] = self.nested_ranks[-1]
-        return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
-
-
 class SearchSpec(Section):
     """How the space is searched."""
 
@@ -315,19 +207,12 @@ class SearchSpec(Section):
         if None in sizes.values():
             raise rejected(
                 "a grid cannot try every value of a range: make it a list, or choose method random or tpe",
-                *dict.fromkeys(_range_places(space)),
+                *space.ranges(),
             )
         total = sum(size or 0 for size in sizes.values())
         if total > LARGEST_GRID:
             raise rejected(f"a grid of {total:,} combinations is above {LARGEST_GRID:,}: choose method random or tpe")
         return space
-
-
-def _range_places(space: SpaceSpec) -> Iterator[tuple[str, ...]]:
-    for family in space.families.chosen():
-        for name, axis in space.axes(family).items():
-            if isinstance(axis, Range):
-                yield (name,) if name in type(space).model_fields else ("families", family, name)
 
 
 class TrainingSpec(Section):

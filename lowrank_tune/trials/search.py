@@ -27,9 +27,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
-from lowrank_tune.config.axes import Axis, Range
+from lowrank_tune.config.axes import Axis, Range, SpaceSpec
 from lowrank_tune.config.plan import Plan, trial_config
-from lowrank_tune.config.schema import SpaceSpec
 from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import stopped_by
 

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lowrank_tune.config.schema import SpaceSpec
+from lowrank_tune.config.axes import SpaceSpec
 from lowrank_tune.trials.search import optuna_params, suggest
 
 
