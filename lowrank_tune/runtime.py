@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -29,9 +30,9 @@ def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> It
     """A Ray to work in: the caller's, when there is one already; else the cluster at `address`, else a local one.
 
     Args:
-        address: as for `ray.init`; RAY_ADDRESS when None.
-        meanwhile: modules to import on a thread while Ray starts; either takes seconds. Ray itself must start on this
-            thread: its processes end with the thread that started them.
+        address: `ray://host:port` or `host:port`; RAY_ADDRESS when None.
+        meanwhile: modules to import on a thread while Ray starts, which takes seconds, too; none of Ray's own. Ray
+            must start on this thread: its processes end with the thread that started them.
 
     Raises:
         LowrankTuneError: the cluster does not answer.
@@ -39,11 +40,11 @@ def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> It
     if ray.is_initialized():
         yield
         return
-    imports = threading.Thread(target=lambda: [importlib.import_module(name) for name in meanwhile], daemon=True)
-    imports.start()
-    _start(address or os.environ.get("RAY_ADDRESS"))
-    imports.join()
+    with ThreadPoolExecutor(1) as beside:
+        imports = beside.submit(lambda: [importlib.import_module(name) for name in meanwhile])
+        _start(address or os.environ.get("RAY_ADDRESS"))
     try:
+        imports.result()
         with _terminated_like_interrupted():
             yield
     finally:

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from lowrank_tune.checks import check_begun, check_data, check_ranks, paths_explained
-from lowrank_tune.cluster.probe import check_shared
+from lowrank_tune.cluster.jobs import check_shared
 from lowrank_tune.cluster.study_dir import (
     READY,
     Status,

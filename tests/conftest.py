@@ -30,9 +30,15 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+DEAR = {"ran": "study", "cluster": "cluster"}
+"""By fixture that is built once, the group of the files that look at it."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist one process has every file that looks at the one big study; each other file stays whole."""
-    shared = {item.path for item in items if "ran" in getattr(item, "fixturenames", ())}
+    groups = {
+        item.path: group for item in items for name, group in DEAR.items() if name in getattr(item, "fixturenames", ())
+    }
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("study" if item.path in shared else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(groups.get(item.path, str(item.path))))

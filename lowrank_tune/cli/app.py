@@ -33,8 +33,8 @@ from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.render import render_study, study_schema
 from lowrank_tune.errors import InputError, StudyFileError, redact
 
-# Imported on a thread while Ray starts; either takes seconds.
-_WITH_RAY = ("torch", "pandas", "matplotlib.figure")
+# Imported while Ray starts; either takes seconds.
+_WITH_RAY = ("torch", "optuna", "lowrank_tune.comparison.compare", "lowrank_tune.report.report")
 
 app = typer.Typer(
     help="Hyperparameter studies of low-rank decomposition networks, measured against the truncated SVD.",
@@ -190,7 +190,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a study to a cluster; returns when the cluster, the results directory and MLflow were found sound."""
-    from lowrank_tune.cluster.jobs import submit_study
+    from lowrank_tune.cluster.studies import submit_study
 
     if address is None:
         raise InputError("submit: --address is missing, the cluster's job server, such as http://127.0.0.1:8265")
@@ -200,7 +200,7 @@ def submit(
 @app.command("list", epilog="Example: lowrank-tune list --results /data/results")
 def list_all(address: JobServer = None, results: Results = None, as_json: Json = False) -> None:
     """List studies with their state, times and lineage."""
-    from lowrank_tune.cluster.jobs import list_studies
+    from lowrank_tune.cluster.studies import list_studies
 
     show(list_studies(address=address, results=results), as_json, output.print_studies)
 
@@ -208,7 +208,7 @@ def list_all(address: JobServer = None, results: Results = None, as_json: Json =
 @app.command(epilog="Example: lowrank-tune status quickstart-0d1e2f3a --json")
 def status(study_id: StudyId, address: JobServer = None, results: Results = None, as_json: Json = False) -> None:
     """Show where a study stands: trials, the best ρ of each rank, the time left."""
-    from lowrank_tune.cluster.jobs import study_status
+    from lowrank_tune.cluster.studies import study_status
 
     show(study_status(study_id, address=address, results=results), as_json, output.print_status)
 
@@ -220,7 +220,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the study ends.")] = False,
 ) -> None:
     """Print what a submitted study has printed."""
-    from lowrank_tune.cluster.jobs import study_logs
+    from lowrank_tune.cluster.studies import study_logs
 
     for piece in study_logs(study_id, address=address, follow=follow):
         print(piece, end="", flush=True)
@@ -229,7 +229,7 @@ def logs(
 @app.command(epilog="Example: lowrank-tune wait quickstart-0d1e2f3a")
 def wait(study_id: StudyId, address: JobServer = None, results: Results = None, as_json: Json = False) -> None:
     """Wait until a study is over: exit code 0 finished, 1 failed, 130 stopped."""
-    from lowrank_tune.cluster.jobs import wait_study
+    from lowrank_tune.cluster.studies import wait_study
 
     found = wait_study(study_id, address=address, results=results)
     show(found, as_json, output.print_state)
@@ -239,7 +239,7 @@ def wait(study_id: StudyId, address: JobServer = None, results: Results = None, 
 @app.command(epilog="Example: lowrank-tune stop quickstart-0d1e2f3a")
 def stop(study_id: StudyId, address: JobServer = None, results: Results = None, as_json: Json = False) -> None:
     """Stop a study: its trials keep what they have trained, and `resume` goes on."""
-    from lowrank_tune.cluster.jobs import stop_study
+    from lowrank_tune.cluster.studies import stop_study
 
     show(stop_study(study_id, address=address, results=results), as_json, output.print_state)
 
@@ -283,11 +283,10 @@ def _go_on(
 ) -> None:
     """`resume`, `extend` or `clone`: on the cluster of a job server's address, else in a Ray of this process."""
     if address is not None and address.startswith(("http://", "https://")):
-        from lowrank_tune.cluster.jobs import submit_again
+        from lowrank_tune.cluster.studies import submit_again
 
-        trials = ["--trials", str(settings["trials"])] if settings.get("trials") else []
-        arguments = [*trials, *(word for text in settings.get("overrides", ()) for word in ("--set", text))]
-        _show_job(submit_again(address, command, study_id, arguments, results=results), address, as_json)
+        settings.pop("new_id", None)
+        _show_job(submit_again(address, command, study_id, results=results, **settings), address, as_json)
         return
     from lowrank_tune.runtime import ray_session
 

@@ -103,7 +103,7 @@ def anchored(spec: StudySpec) -> StudySpec:
 
 def create_study(
     plan: Plan,
-    given: str,
+    text: str,
     overrides: Sequence[str] = (),
     *,
     parent: str = "",
@@ -122,7 +122,7 @@ def create_study(
             f"study {plan.study_id}: {directory} is there already; go on with it by `resume`, or begin again, which "
             "draws another id"
         ) from None
-    _write(directory / "study.yaml", given)
+    _write(directory / "study.yaml", text)
     from_parent = {"difference": difference} if parent else {}
     _write_plan(plan, {"overrides": list(overrides), "parent": parent, "extensions": [], **from_parent})
 
@@ -295,8 +295,8 @@ class Status:
 
     def _write(self) -> None:
         with self._lock:
-            told = {**self._fields, "progress": self._progress(), "updated": _now()}
-        write_json(self._path, told, indent=2)
+            fields = {**self._fields, "progress": self._progress(), "updated": _now()}
+        write_json(self._path, fields, indent=2)
 
     def _progress(self) -> dict[str, Any]:
         counts = _counts(self._ended.values(), self._repeated)

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import pytest
 import requests
 
 from lowrank_tune.cli import run
+from lowrank_tune.tracking.store import local_uri
+from tests.tracked_once import assert_tracked_once
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -36,29 +37,33 @@ search:
     lr: [1e-3, 1e-2]
     batch_size: 4
     families: {sketch: }
-training: {epochs: 200, patience: 200}
+training: {epochs: 100, patience: 100}
 scheduler: {kind: none}
 resources: {max_concurrent: 1}
 report: {images: [0], channels: 1, confirm_seeds: 0}
 """
+EPOCHS = 100
 # A node that is killed is missed within seconds, not within Ray's half a minute.
 QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
 
 
 class Machines:
-    """The two machines of a cluster, `head` and `worker`: each a raylet that can be killed and started again.
+    """A cluster of two machines, `head` and `worker`: each a raylet that can be killed and started again.
 
-    Args:
+    Attributes:
+        address: its job server's.
+        token: what it asks for.
         home: a folder that both have.
-        hidden: a folder that the worker has another of, where this machine can make one.
-        token: what the cluster asks for.
+        hidden: a folder that the worker has another of; None where this machine cannot make one.
     """
 
-    def __init__(self, home: Path, hidden: Path, token: str) -> None:
+    def __init__(self, home: Path) -> None:
         gcs, dashboard, client, *agents = free_ports(5)
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self.apart = apart(hidden)
-        self._token = token
+        self.home, self.address, self.token = home, f"http://127.0.0.1:{dashboard}", secrets.token_hex(32)
+        hidden = home / "hidden"
+        hidden.mkdir()
+        self._apart = apart(hidden)
+        self.hidden = hidden if self._apart else None
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         ports = ["--port", str(gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
         # Each has a --temp-dir of its own: two that share one unpack a job's files over each other.
@@ -67,12 +72,21 @@ class Machines:
             "worker": ["--address", f"127.0.0.1:{gcs}", *own_places(agents[1], home / "2")],
         }
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a client of this cluster."""
+        names = {"RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
+        # MLflow leaves the store there that an earlier test named, and the cluster's jobs would use it.
+        left_out = {"PYTHONPATH", "MLFLOW_TRACKING_URI"}
+        return {name: value for name, value in os.environ.items() if name not in left_out} | names
+
     def start(self, name: str) -> None:
         """Start one, the head first, and wait until the cluster has it."""
-        before = self.apart if name == "worker" else []
-        environment = client_environment(self._token) | QUICK_TO_NOTICE
-        self._started[name] = start_node(*self._arguments[name], before=before, environment=environment)
-        wait_for(self.address, self._token, len(self._started))
+        before = self._apart if name == "worker" else []
+        self._started[name] = start_node(
+            *self._arguments[name], before=before, environment=self.environment | QUICK_TO_NOTICE
+        )
+        wait_for(self.address, self.token, len(self._started))
 
     def processes(self, name: str, title: str) -> list[psutil.Process]:
         """A machine's processes whose command line, where it is long the beginning of it, has this in it."""
@@ -90,37 +104,6 @@ class Machines:
         """End what there still is."""
         for name in reversed(tuple(self._started)):
             self.kill(name)
-
-
-@dataclass(frozen=True)
-class RayCluster:
-    """A running cluster.
-
-    Attributes:
-        address: its job server's.
-        token: what it asks for.
-        home: a folder that both nodes have.
-        hidden: a folder that the second node has another of; None where this machine cannot make one.
-        machines: its nodes.
-    """
-
-    address: str
-    token: str
-    home: Path
-    hidden: Path | None
-    machines: Machines
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of a client of this cluster."""
-        return client_environment(self.token)
-
-
-def client_environment(token: str) -> dict[str, str]:
-    names = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
-    # MLflow leaves the store there that an earlier test named, and the cluster's jobs would use it.
-    left_out = {"PYTHONPATH", "MLFLOW_TRACKING_URI"}
-    return {name: value for name, value in os.environ.items() if name not in left_out} | names
 
 
 def own_places(agent: int, temporary: Path) -> list[str]:
@@ -171,24 +154,22 @@ def wait_for(address: str, token: str, nodes: int) -> None:
     raise TimeoutError(f"no cluster of {nodes} nodes at {address}")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Machines]:
     # Not below pytest's own folders: the path of a socket may have 107 bytes.
     home = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
-    hidden, token = home / "hidden", secrets.token_hex(32)
-    hidden.mkdir()
-    machines = Machines(home, hidden, token)
+    machines = Machines(home)
     try:
         machines.start("head")
         machines.start("worker")
-        yield RayCluster(machines.address, token, home, hidden if machines.apart else None, machines)
+        yield machines
     finally:
         machines.end()
         shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture
-def client(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
+def client(cluster: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
     """The cluster, with its token in this process's environment."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster.address)
@@ -197,7 +178,7 @@ def client(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
 
 
 @pytest.fixture
-def command(client: RayCluster, capfd: pytest.CaptureFixture[str]) -> Command:
+def command(client: Machines, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs a command of lowrank-tune; its exit code, stdout and stderr."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -208,8 +189,8 @@ def command(client: RayCluster, capfd: pytest.CaptureFixture[str]) -> Command:
     return call
 
 
-@pytest.fixture(scope="module")
-def study_file(cluster: RayCluster) -> Path:
+@pytest.fixture(scope="session")
+def study_file(cluster: Machines) -> Path:
     path = cluster.home / "tiny.yaml"
     path.write_text(STUDY)
     return path
@@ -222,8 +203,41 @@ def status_of(command: Command, study_id: str) -> Any:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         if holds():
             return
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise TimeoutError("it never came to that")
+
+
+def over(study_dir: Path) -> dict[Path, int]:
+    """Of the trials that have ended: their files, and when each was written."""
+    ended = [path.parent for path in study_dir.glob("trials/*/outcome.json")]
+    return {path: path.stat().st_mtime_ns for folder in ended for path in folder.iterdir()}
+
+
+def hold_both(client: Machines) -> dict[str, psutil.Process]:
+    """Halt the training of a trial on each machine, which has room for one; the actors by their machine."""
+    held: dict[str, psutil.Process] = {}
+
+    def all_halted() -> bool:
+        for name in ("head", "worker"):
+            for actor in client.processes(name, "TrialActor"):
+                # It trains once it has mapped the features.
+                with contextlib.suppress(psutil.Error):
+                    if name not in held and any("/shards/" in place.path for place in actor.memory_maps()):
+                        actor.suspend()
+                        held[name] = actor
+        return len(held) == 2
+
+    wait_until(all_halted)
+    return held
+
+
+def check_finished(study_dir: Path, trials: int, before: dict[Path, int]) -> None:
+    """Every trial is over, none of those that were over was touched, and MLflow holds each once."""
+    outcomes = [json.loads(path.read_text()) for path in study_dir.glob("trials/*/outcome.json")]
+    assert [(outcome["status"], outcome["epochs"]) for outcome in outcomes] == [("finished", EPOCHS)] * trials
+    kept = {path: stamp for path, stamp in before.items() if path.name != "loss_curves.png"}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert_tracked_once(local_uri(study_dir.parent.parent), study_dir)

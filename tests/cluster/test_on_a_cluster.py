@@ -3,37 +3,68 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lowrank_tune.cluster.jobs import Cluster
-from tests.cluster.conftest import STUDY, Command, RayCluster, apart, status_of, wait_until
+from lowrank_tune.cluster.studies import submit_study
+from lowrank_tune.errors import LowrankTuneError
+from tests.cluster.conftest import (
+    STUDY,
+    Command,
+    Machines,
+    apart,
+    check_finished,
+    hold_both,
+    over,
+    status_of,
+    wait_until,
+)
 
 
-def test_a_study_lives_on_a_cluster(command: Command, client: RayCluster, study_file: Path) -> None:
+def submit_at_once(client: Machines, study_file: Path, *settings: tuple[Path, str]) -> list[str]:
+    """Submit a study a setting, each in its results directory; their ids, or what they were refused with."""
+
+    def submit(setting: tuple[Path, str]) -> str:
+        try:
+            return submit_study(client.address, study_file, results=setting[0], overrides=[setting[1]]).study_id
+        except LowrankTuneError as error:
+            return f"{error.exit_code} {error}"
+
+    with ThreadPoolExecutor(len(settings)) as pool:
+        return list(pool.map(submit, settings))
+
+
+def test_two_studies_share_a_cluster_and_one_is_stopped_resumed_and_extended(
+    command: Command, client: Machines, study_file: Path
+) -> None:
     results = client.home / "results"
-    code, out, _ = command("submit", str(study_file), "--results", str(results), "--json")
-    assert code == 0
-    study_id = json.loads(out)["study_id"]
-    directory = results / "studies" / study_id
+    study_id, other = submit_at_once(
+        client, study_file, (results, "search.space.rank=[2, 4]"), (results, "search.space.rank=3")
+    )
+    directory, others = results / "studies" / study_id, results / "studies" / other
     assert status_of(command, study_id)["state"] == "running"
+    for actor in hold_both(client).values():
+        actor.resume()
 
-    # Ray's own command knows the job by the study's id, and stops it in order.
-    wait_until(lambda: bool(list(directory.glob("trials/*/outcome.json"))))
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "--address", client.address, study_id]
-    subprocess.run(ray, check=True, capture_output=True, env=client.environment)
-    stopped = status_of(command, study_id)
+    wait_until(lambda: bool(over(directory)))
+    assert command("stop", study_id)[0] == 0
+    stopped, before = status_of(command, study_id), over(directory)
     assert stopped["state"] == "stopped"
     assert 1 <= stopped["progress"]["done"] < 4
     assert command("wait", study_id)[0] == 130
-    over = {path: path.stat().st_mtime_ns for path in directory.glob("trials/*/outcome.json")}
     assert "go on with: lowrank-tune resume" in command("logs", study_id)[1]
+    assert command("wait", other)[0] == 0
+    check_finished(others, 2, {})
+    rows = json.loads((others / "comparison.json").read_text())
+    assert {row["rank"] for row in rows} == {3}
 
     assert command("resume", study_id)[0] == 0
     assert command("resume", study_id)[0] == 2
     code, out, _ = command("logs", study_id, "-f")
-    assert f"training {4 - len(over)} trials" in out
+    assert f"training {4 - stopped['progress']['done']} trials" in out
     assert command("wait", study_id)[0] == 0
     finished = status_of(command, study_id)
     assert finished["progress"] | {"best": None} == {
@@ -41,25 +72,23 @@ def test_a_study_lives_on_a_cluster(command: Command, client: RayCluster, study_
         "confirmations": 0, "confirmed": 0, "eta_s": None, "best": None,
     }  # fmt: skip
     assert finished["progress"]["best"].keys() == {"2", "4"}
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in over.items())
 
     assert command("extend", study_id, "--set", "search.space.rank=[2, 4, 8]")[0] == 0
     assert command("wait", study_id)[0] == 0
+    check_finished(directory, 6, before)
     extended = status_of(command, study_id)
     assert extended["progress"]["trials"] == extended["progress"]["done"] == 6
-    (listed,) = json.loads(command("list", "--json")[1])
-    assert listed == extended
+    assert extended in json.loads(command("list", "--json")[1])
     assert "extended 4 → 6 trials" in command("list")[1]
     rows = json.loads((directory / "comparison.json").read_text())
     assert {row["rank"] for row in rows if row["method"] == "sketch"} == {2, 4, 8}
     jobs = [job for job in Cluster(client.address).jobs() if job.study_id == study_id]
     assert [job.job_id.partition(".")[0] for job in jobs] == [study_id] * 3
     assert [job.status for job in jobs] == ["STOPPED", "SUCCEEDED", "SUCCEEDED"]
-
     _read_where_the_results_are_not_seen(client, study_id, results)
 
 
-def _read_where_the_results_are_not_seen(client: RayCluster, study_id: str, results: Path) -> None:
+def _read_where_the_results_are_not_seen(client: Machines, study_id: str, results: Path) -> None:
     elsewhere = apart(results)
     if not elsewhere:
         return
@@ -70,27 +99,23 @@ def _read_where_the_results_are_not_seen(client: RayCluster, study_id: str, resu
     assert (status["state"], status["progress"]["done"]) == ("finished", 6)
 
 
-def test_a_results_directory_that_nodes_do_not_share_is_refused_in_the_drivers_words(
-    command: Command, client: RayCluster, study_file: Path
-) -> None:
+def test_what_the_driver_finds_wrong_is_refused_in_its_words(client: Machines, study_file: Path) -> None:
+    shared = client.home / "refused"
+    hidden, server = submit_at_once(
+        client,
+        study_file,
+        (client.hidden or shared, "seed=1"),
+        (shared, "tracking.uri=http://127.0.0.1:9"),
+    )
+    assert server.startswith("1 ")
+    assert "tracking server http://127.0.0.1:9 does not answer" in server
     if client.hidden is None:
         pytest.skip("this machine lets no process have a mount of its own")
-    code, _, err = command("submit", str(study_file), "--results", str(client.hidden))
-    assert code == 2
-    assert f"results directory {client.hidden}: node " in err
-    assert "does not see what the driver wrote there" in err
-    assert "mount a shared file system there, or pass --results DIR" in err
+    assert hidden.startswith("2 ")
+    assert f"results directory {client.hidden}: node " in hidden
+    assert "does not see what the driver wrote there" in hidden
+    assert "mount a shared file system there, or pass --results DIR" in hidden
     assert not list(client.hidden.glob(".probe*"))
-
-
-def test_a_tracking_server_that_the_cluster_does_not_reach_is_refused(
-    command: Command, client: RayCluster, study_file: Path
-) -> None:
-    code, _, err = command(
-        "submit", str(study_file), "--results", str(client.home / "results"), "--set", "tracking.uri=http://127.0.0.1:9"
-    )
-    assert code == 1
-    assert "tracking server http://127.0.0.1:9 does not answer" in err
 
 
 def test_a_wrong_file_is_refused_before_anything_is_sent(command: Command, tmp_path: Path) -> None:
@@ -102,7 +127,7 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(command: Command, tmp_p
 
 
 def test_a_missing_and_a_wrong_token_are_told_apart(
-    command: Command, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Command, cluster: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong" * 8)
@@ -124,11 +149,3 @@ def test_a_cluster_that_nobody_started_is_told_at_once(command: Command) -> None
     code, _, err = command("list", "--address", "http://127.0.0.1:1")
     assert code == 1
     assert "no Ray job server answers at http://127.0.0.1:1" in err
-
-
-@pytest.mark.parametrize("name", ["../../etc", "tiny/../x", "", "/etc"])
-def test_no_name_leads_out_of_the_results_directory(command: Command, name: str) -> None:
-    for verb in ("status", "logs", "wait", "stop", "resume", "extend", "clone"):
-        code, _, err = command(verb, name)
-        assert code == 2
-        assert "no study's id" in err

@@ -77,7 +77,7 @@ def test_the_manifests_entry_point_is_a_command_of_ours(tmp_path: Path, capsys: 
     program, command, study, *rest = read("rayjob.yaml")["spec"]["entrypoint"].split()
     assert (program, command) == ("lowrank-tune", "run")
     given = tmp_path / Path(study).name
-    given.write_text(STUDY.replace("epochs: 200", "epochs: 0"))
+    given.write_text(STUDY.replace("epochs: 100", "epochs: 0"))
     local = [word.replace("/results", str(tmp_path / "results")) for word in rest]
     assert run([command, str(given), *local]) == 2
     assert "training.epochs" in capsys.readouterr().err

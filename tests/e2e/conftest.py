@@ -87,3 +87,9 @@ def write_tensors(directory: Path, count: int, tokens: int = 8, dim: int = 16) -
     for number in range(count):
         x_TD = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(number))
         torch.save(x_TD, directory / f"features_{number}.pt")
+
+
+def older(resolved: str) -> str:
+    """A study's resolved file as the versions before the redesign wrote it."""
+    assert "\nresources:\n" in resolved
+    return resolved.replace("\nresources:\n", "\nresources:\n  fuse: never\n")

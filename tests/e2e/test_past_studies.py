@@ -13,7 +13,7 @@ from lowrank_tune.cli.app import parse_channels
 from lowrank_tune.errors import InputError
 from lowrank_tune.past_study import comparability, comparison_of, open_study, read_study
 from lowrank_tune.records import ReportFiles
-from tests.e2e.conftest import Ran
+from tests.e2e.conftest import Ran, older
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -26,8 +26,11 @@ def copied(ran: Ran, results: Path) -> Path:
 
 @pytest.fixture
 def moved(ran: Ran, tmp_path: Path) -> Path:
-    """The results in another place, as a copy from a cluster's storage would be."""
-    return copied(ran, tmp_path / "elsewhere")
+    """The results in another place, as a copy from a cluster's storage would be, and of an older version."""
+    results = copied(ran, tmp_path / "elsewhere")
+    resolved = results / "studies" / ran.result.study_id / "study.resolved.yaml"
+    resolved.write_text(older(resolved.read_text()))
+    return results
 
 
 @pytest.fixture(scope="module")

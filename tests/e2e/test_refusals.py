@@ -16,7 +16,7 @@ from lowrank_tune.cluster.study_dir import claimed, read_status
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from tests.e2e.conftest import Witness, write_tensors
+from tests.e2e.conftest import Witness, older, write_tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "no_report")
 
@@ -116,7 +116,7 @@ def test_an_older_study_goes_on_where_it_was_started_and_does_no_work_again(
 ) -> None:
     resolved, witness = home.directory / "study.resolved.yaml", Witness()
     text = resolved.read_text()
-    resolved.write_text(text.replace(str(home.tensors), "in"))
+    resolved.write_text(older(text).replace(str(home.tensors), "in"))
     monkeypatch.chdir(home.path)
     try:
         again = resume_study(home.study_id, results=home.results, progress=witness)

@@ -13,7 +13,7 @@ from lowrank_tune.study import StudyResult
 STUDIES = Path(__file__).parents[2] / "studies"
 SMALL = ("features.source={samples: 24}", "features.encoder.image_size=112")
 SHORT = ("split={validation: 4, test: 4}", "search.space.batch_size=4", "training={epochs: 2, patience: 2}",
-         "report={images: [0], channels: 2, confirm_seeds: 0}")  # fmt: skip
+         "report={images: [0], channels: 2, confirm_seeds: 0}", "resources.max_concurrent=1")  # fmt: skip
 GRACE = "scheduler.grace_epochs=1"
 
 Run = Callable[..., StudyResult]
@@ -42,10 +42,14 @@ def test_each_opens_with_its_command_its_runtime_and_what_to_expect(file: Path) 
     assert "ρ" in header or "cosine" in header
 
 
-def test_the_rank_sweep_trains_each_rank_once(run: Run) -> None:
-    result = run("rank_sweep", *SMALL, "search.space.rank=[2, 4, 8]")
-    assert trained(result) == {("refined", rank) for rank in (2, 4, 8)}
-    assert len(result.outcomes) == 3
+@pytest.fixture(scope="module")
+def swept(run: Run) -> StudyResult:
+    return run("rank_sweep", *SMALL, "search.space.rank=[2, 4, 8]")
+
+
+def test_the_rank_sweep_trains_each_rank_once(swept: StudyResult) -> None:
+    assert trained(swept) == {("refined", rank) for rank in (2, 4, 8)}
+    assert len(swept.outcomes) == 3
 
 
 def test_the_lambda_grid_tries_every_combination(run: Run) -> None:
@@ -56,8 +60,8 @@ def test_the_lambda_grid_tries_every_combination(run: Run) -> None:
 
 
 def test_the_shootout_lets_tpe_choose_among_families(run: Run) -> None:
-    result = run("family_shootout", *SMALL, "search.space.rank=[2, 4]", "search.trials=8", GRACE)
-    assert len(result.outcomes) == 8
+    result = run("family_shootout", *SMALL, "search.space.rank=[2, 4]", "search.trials=6", GRACE)
+    assert len(result.outcomes) == 6
     assert len({outcome.config.family for outcome in result.outcomes}) > 1
 
 
@@ -67,8 +71,8 @@ def test_one_nested_model_serves_every_rank(run: Run) -> None:
     assert {rank for _, rank in trained(result)} == {2, 4, 8}
 
 
-def test_tensors_that_others_extracted_are_imported(run: Run, tmp_path: Path) -> None:
-    extracted = open_features(run("rank_sweep", *SMALL, "search.space.rank=2").features.directory)
+def test_tensors_that_others_extracted_are_imported(run: Run, swept: StudyResult, tmp_path: Path) -> None:
+    extracted = open_features(swept.features.directory)
     folder = tmp_path / "features"
     folder.mkdir()
     for number in range(len(extracted)):
