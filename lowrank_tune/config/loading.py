@@ -16,11 +16,13 @@ from ruamel.yaml.error import YAMLError
 
 from lowrank_tune.config.axes import Section
 from lowrank_tune.config.document import Document, KeyPath, NotYamlError, Place, compose, key_text, one_line
-from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.schema import SOURCES, StudySpec
 from lowrank_tune.errors import StudyFileError
 
 _LARGEST_FILE = 64 * 1024
 _LONGEST_VALUE = 60
+_FORMS = ("uniform", "loguniform", "int", *SOURCES)
+"""The one key of a range or a source."""
 _LET_GO = (("resources", "fuse"),)
 """Keys of older versions, which their studies' resolved files hold."""
 
@@ -151,8 +153,10 @@ def _reason(details: ErrorDetails) -> str:
         case "string_pattern_mismatch":
             return "must not hold control characters"
         case "literal_error":
-            count = ["a count"] if details["loc"][-1] == "<word>" else []
-            return _word_reason(value, count + re.findall(r"'([^']*)'", context["expected"]))
+            words = ["a count"] if details["loc"][-1] == "<word>" else []
+            words += re.findall(r"'([^']*)'", context["expected"])
+            near = _closest("none" if value is None else str(value), words)
+            return f"{' or '.join(filter(None, (', '.join(words[:-1]), words[-1])))} is expected{_did_you_mean(near)}"
         case "model_type":
             return f"`key: value` lines are expected{_needed_keys(details['loc'])}"
         case "tuple_type":
@@ -166,16 +170,15 @@ def _reason(details: ErrorDetails) -> str:
         case "multiple_of":
             return f"must be a multiple of {context['multiple_of']}"
         case "range" | "source":
-            return details["msg"] + _misspelt(value)
+            keys = list(value) if isinstance(value, dict) else []
+            known = not keys or keys[0] in _FORMS
+            return details["msg"] + ("" if known or len(keys) > 1 else _did_you_mean(_closest(keys[0], _FORMS)))
         case "less_than" if details["loc"][-1] == "<fraction>":
             return "a fraction must be below 1, and a count is written without a point"
         case _:
-            return _bound_reason(context) or details["msg"]
-
-
-def _bound_reason(context: dict[str, Any]) -> str:
-    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    return " and ".join(f"must be {word} {context[key]:.15g}" for key, word in words.items() if key in context)
+            bounds = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+            broken = [f"must be {word} {context[key]:.15g}" for key, word in bounds.items() if key in context]
+            return " and ".join(broken) or details["msg"]
 
 
 def _number_reason(kind: str, value: Any, loc: tuple[str | int, ...]) -> str:
@@ -199,19 +202,6 @@ def _as_number(text: str) -> int | float | None:
     except (YAMLError, ValueError):
         return None
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _word_reason(value: Any, words: list[str]) -> str:
-    listed = ", ".join(words[:-1]) + " or " + words[-1] if len(words) > 1 else words[0]
-    written = "none" if value is None else str(value)
-    return f"{listed} is expected{_did_you_mean(_closest(written, words))}"
-
-
-def _misspelt(value: Any) -> str:
-    """A suggestion for the one key of a range or a source."""
-    keys = list(value) if isinstance(value, dict) else []
-    forms = ["uniform", "loguniform", "int", "images", "manifest", "tensors", "samples"]
-    return _did_you_mean(_closest(keys[0], forms)) if len(keys) == 1 and keys[0] not in forms else ""
 
 
 def _unknown_reason(tagged: tuple[str | int, ...], path: KeyPath) -> str:

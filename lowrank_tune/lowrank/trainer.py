@@ -204,7 +204,8 @@ class Trainer:
             batch = order[start : start + size]
             self._optimizer.zero_grad()
             total += self._backward(batch) * len(batch)
-            self._share_gradients()
+            for weight in self._weights if self.world.size > 1 else ():
+                weight.grad = self.world.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
             self._optimizer.step()
         return self.world.sum(total).item() / len(train)
 
@@ -240,10 +241,6 @@ class Trainer:
             torch.autograd.backward(loss)
             total += loss.detach()
         return total
-
-    def _share_gradients(self) -> None:
-        for weight in self._weights if self.world.size > 1 else ():
-            weight.grad = self.world.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
