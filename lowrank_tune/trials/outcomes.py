@@ -171,6 +171,43 @@ def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
     (directory / CHECKPOINT).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """A trial as its folder tells of it; moments are in milliseconds since 1970."""
+
+    config: TrialConfig
+    history: tuple[dict[str, Any], ...]  # an epoch each, the oldest first
+    outcome: TrialOutcome | None  # None while it is not over; a history that ends the training tells its outcome, too
+    directory: Path
+    trained: int  # when the last epoch ended, or the trial began
+    changed: int  # when it was over
+
+
+def read_trial(directory: Path) -> TrialRecord | None:
+    """Read a trial's config.json, history.json and outcome.json; None for one that left neither first nor last."""
+    config_path, history_path, outcome_path = (directory / name for name in ("config.json", "history.json", OUTCOME))
+    outcome = TrialOutcome.read(outcome_path) if outcome_path.is_file() else None
+    if outcome is None and not config_path.is_file():
+        return None
+    config = outcome.config if outcome else TrialConfig(**read_json(config_path))
+    history = read_json(history_path) if history_path.is_file() else []
+    if outcome is None and history and config.ends_at(history[-1]["epoch"], history[-1]["best_epoch"]):
+        outcome = _from_history(config, history, directory, None)
+    paths = [path for path in (history_path, config_path, outcome_path) if path.is_file()]
+    trained, last = _moment(paths[0]), _moment(outcome_path if outcome_path.is_file() else paths[0])
+    return TrialRecord(config, tuple(history), outcome, directory, trained, last)
+
+
+def read_trials(trials_dir: Path) -> list[TrialRecord]:
+    """Every trial and repetition that left a file."""
+    found = (read_trial(directory) for directory in sorted(trials_dir.glob("*")))
+    return [record for record in found if record is not None]
+
+
+def _moment(path: Path) -> int:
+    return path.stat().st_mtime_ns // 1_000_000
+
+
 def read_outcomes(trials_dir: Path) -> dict[str, TrialOutcome]:
     """Every outcome on file, of trials and of repetitions, by trial id."""
     outcomes = (TrialOutcome.read(path) for path in trials_dir.glob(f"*/{OUTCOME}"))
