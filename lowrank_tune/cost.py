@@ -34,7 +34,7 @@ from lowrank_tune.config.plan import (
     trial_config,
 )
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError
 from lowrank_tune.features.cache import SHARD_ROWS, UnusableError, read_committed, read_sealed
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
@@ -44,6 +44,7 @@ from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
 from lowrank_tune.records import FeatureSet, Split, TrialConfig
+from lowrank_tune.tracking.database import database_fault
 from lowrank_tune.tracking.store import probe, resolve_store
 
 STEPS = 3
@@ -112,6 +113,8 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
     def tracking() -> str:
         store = resolve_store(spec.tracking.uri if spec else None, results_directory(results))
         probe(store)
+        if store.database and (fault := database_fault(store.database)):
+            raise TrackingError(f"tracking store {store.shown}: {fault}")
         return f"{store.shown} answers"
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

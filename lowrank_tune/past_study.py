@@ -15,16 +15,15 @@ from pathlib import Path
 from lowrank_tune.cluster.study_dir import find_study, read_plan, results_path
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_channels, check_images
 from lowrank_tune.study import device_of
-from lowrank_tune.tracking.mlflow_tracker import RunStatus, StudyTracker
+from lowrank_tune.tracking.sync import report_comparison
 from lowrank_tune.trials.outcomes import past_outcomes
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
-_RUN_STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +119,7 @@ def report_of(
             study.confirmations,
             progress,
         )
-    # One that calls itself running may be trained by another process at this moment.
-    status = None if study.state == "running" else _RUN_STATUS.get(study.state, "KILLED")
-    try:
-        tracker = StudyTracker(study.plan, past=True)
-    except LowrankTuneError as error:
-        return files, str(error)
-    tracker.log_comparison(comparison, (*study.outcomes, *study.confirmations), study.directory)
-    tracker.finish(status)
-    return files, "; ".join(tracker.problems)
+    return files, report_comparison(study.plan, comparison, (*study.outcomes, *study.confirmations))
 
 
 def visualize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,8 +48,9 @@ from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.records import Comparison, FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
-from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
+from lowrank_tune.tracking.store import local_uri
+from lowrank_tune.tracking.sync import reconcile
+from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.cluster_share import taking_part, trials_that_fit
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
 from lowrank_tune.trials.search import migrate_search
@@ -273,26 +274,36 @@ def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", 
 
 
 @contextmanager
-def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[tuple[StudyTracker, ExitStack]]:
+def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[tuple[Tracker, ExitStack]]:
     """Ray with room for a trial, a results directory that its nodes share, and MLflow, which the stack ends."""
     with ray_session(address), ExitStack() as opened:
         check_shared(plan.results)
         trials_that_fit(plan.spec.resources, ray.nodes())
         if begun:
             _repair_tracking(plan)
-        yield opened.enter_context(StudyTracker(plan)), opened
+        yield opened.enter_context(Tracker(plan, lambda: _others(plan))), opened
 
 
 def _repair_tracking(plan: Plan) -> dict[str, Any]:
-    # It imports MLflow, which takes seconds and reads its settings then.
-    set_mlflow_defaults()
-    from lowrank_tune.tracking.sync import reconcile
-
-    finished = (plan.study_dir / "comparison.json").is_file()
-    return asdict(reconcile(plan, read_comparison(plan.study_dir, plan.spec.objective) if finished else None))
+    return asdict(reconcile(plan, _comparison_on_file(plan), lambda: _others(plan)))
 
 
-def _carry_out(plan: Plan, tracker: StudyTracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:
+def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
+    """The other studies of the results directory that no process works on, each claimed while it is looked at."""
+    for path in sorted(plan.study_dir.parent.glob("*/plan.json")):
+        if path.parent != plan.study_dir:
+            with suppress(InputError), claimed(path.parent):
+                other = read_plan(path.parent)
+                yield other, _comparison_on_file(other)
+
+
+def _comparison_on_file(plan: Plan) -> Comparison | None:
+    return (
+        read_comparison(plan.study_dir, plan.spec.objective) if (plan.study_dir / "comparison.json").is_file() else None
+    )
+
+
+def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:
     """Do all of a study that is not done yet; the caller has claimed it."""
     progress = progress or StudyProgress()
     known = read_outcomes(plan.study_dir / "trials").values()
@@ -312,7 +323,7 @@ def _carry_out(plan: Plan, tracker: StudyTracker, opened: ExitStack, progress: S
     return replace(result, untracked=tracker.problems)
 
 
-def _story(plan: Plan, status: Status, tracker: StudyTracker, progress: StudyProgress) -> StudyResult:
+def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress) -> StudyResult:
     spec, directory = plan.spec, plan.study_dir
     observers: list[TrialTracker] = [status, tracker, progress]
 
@@ -354,7 +365,7 @@ def _story(plan: Plan, status: Status, tracker: StudyTracker, progress: StudyPro
     from lowrank_tune.report.report import write_report
 
     write_report(plan, features, split, outcomes, comparison, directory, confirmations, say)
-    tracker.log_comparison(comparison, (*outcomes, *confirmations), directory)
+    tracker.compared(comparison, (*outcomes, *confirmations))
     server = "" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown
     return StudyResult(
         plan.study_id, directory, features, split, outcomes, comparison, confirmations, tracked_by=server

@@ -47,7 +47,7 @@ from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.trial import train_epoch
 from lowrank_tune.trials.tuning import run_trials
 
@@ -112,7 +112,7 @@ class Meter(threading.Thread):
 class Clock:
     """A tracker that notes when the first epoch ends, and passes everything on."""
 
-    behind: StudyTracker
+    behind: Tracker
     first: float = 0.0
     ended: list[TrialOutcome] = field(default_factory=list)
 
@@ -205,7 +205,7 @@ class _World:
         plan = self._plan(results)
         plan.study_dir.mkdir(parents=True)
         started = time.perf_counter()
-        with StudyTracker(plan) as tracker:
+        with Tracker(plan) as tracker:
             clock = Clock(tracker)
             run_trials(plan, self._features, SPLIT, self._optimum, [clock])
         ended = time.perf_counter()

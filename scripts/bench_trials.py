@@ -38,7 +38,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, IMAGES = 8, 12, 24
@@ -50,7 +50,7 @@ WANTED_S = 0.3
 class Clock:
     """A tracker that notes when each trial starts and ends, and passes it on."""
 
-    behind: StudyTracker | None = None
+    behind: Tracker | None = None
     process: psutil.Process = field(default_factory=psutil.Process)
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
@@ -101,7 +101,7 @@ def main() -> None:
             if name == "nobody":
                 outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
             else:
-                with StudyTracker(plan) as clock.behind:
+                with Tracker(plan) as clock.behind:
                     outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
             start, training = _costs(clock, outcomes, sizes.at_once)
             first = clock.starts[0] - began
@@ -127,7 +127,7 @@ def _one_of_many(count: int, method: str) -> None:
         features, optimum_path = _features(Path(folder))
         plan = _plan(Path(folder) / "results", count, 1, 1, method)
         plan.study_dir.mkdir(parents=True)
-        with StudyTracker(plan) as tracker:
+        with Tracker(plan) as tracker:
             clock = Clock(tracker)
             outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
             ended = time.perf_counter()

@@ -174,7 +174,7 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this results directory; Ctrl-C ends it."""
     from lowrank_tune.cluster.study_dir import results_directory
-    from lowrank_tune.tracking.store import first_page, serve_ui
+    from lowrank_tune.tracking.ui import first_page, serve_ui
 
     home = results_directory(results)
     typer.echo(f"Open {first_page(home, host=host, port=port)}", err=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ from numpy.typing import NDArray
 
 from lowrank_tune.lowrank.graph import write_graph
 from lowrank_tune.lowrank.pretrained import ExportedModel, exported_files, load_decomposer, read_exported
-from lowrank_tune.records import ComparisonRow, FeatureSet, TrialOutcome
-from lowrank_tune.tracking.mlflow_tracker import Compared
+from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 BEST = "best"
 """The registry's alias of the version that validation chose of all ranks."""
@@ -49,28 +49,37 @@ class _Logged:
     model: LoggedModel
 
 
-def log_models(client: MlflowClient, parent: str, event: Compared, register: str | None) -> None:
+def log_models(
+    client: MlflowClient,
+    parent: str,
+    comparison: Comparison,
+    trained: Sequence[TrialOutcome],
+    study_dir: Path,
+    register: str | None,
+) -> None:
     """Log the best model of each rank, and register it; what is there already stays as it is.
 
     Args:
         client: the store's.
         parent: the study's run.
-        event: what was compared.
+        comparison: what was compared.
+        trained: the trials' outcomes.
+        study_dir: `results/studies/<study_id>`.
         register: the registered model's name; None registers nothing.
     """
-    outcomes = {outcome.config.trial_id: outcome for outcome in event.outcomes}
+    outcomes = {outcome.config.trial_id: outcome for outcome in trained}
     run = client.get_run(parent)
     there = {(model.name, model.tags.get(_TRIAL)): model for model in _logged_models(client, run)}
     logged = []
-    for row in event.comparison.best_of_each_rank():
+    for row in comparison.best_of_each_rank():
         name = f"rank-{row.rank:03d}-{row.method}"
         model = there.get((name, row.trial_id))
         if model is None and row.trial_id in outcomes:
-            model = _log_model(client, run, name, row, outcomes[row.trial_id], event.directory)
+            model = _log_model(client, run, name, row, outcomes[row.trial_id], study_dir)
         if model is not None:
             logged.append(_Logged(row, model))
     if register and logged:
-        _register(client, register, parent, event.directory.name, logged)
+        _register(client, register, parent, study_dir.name, logged)
 
 
 def has_models(client: MlflowClient, run: Run, best: tuple[ComparisonRow, ...], register: str | None) -> bool:

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
-from lowrank_tune.errors import InputError, TrackingError, redact
+from lowrank_tune.errors import TrackingError, redact
 
+_SQLITE = "sqlite:///"
 _PROBE_TIMEOUT_S = 5.0
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -53,9 +49,14 @@ class Store:
         return redact(self.uri)
 
     @property
+    def database(self) -> Path | None:
+        """The database file of a local store."""
+        return Path(unquote(self.uri.removeprefix(_SQLITE).partition("?")[0])) if self.is_local else None
+
+    @property
     def is_local(self) -> bool:
         """Whether it is a database file, which needs no server."""
-        return self.uri.startswith("sqlite:")
+        return self.uri.startswith(_SQLITE)
 
 
 def set_mlflow_defaults() -> None:
@@ -69,13 +70,18 @@ def set_mlflow_defaults() -> None:
 def resolve_store(uri: str | None, results: Path) -> Store:
     """Choose the store: the study file's, else MLFLOW_TRACKING_URI's, else sqlite in the results directory."""
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri(results)
-    local = chosen.startswith("sqlite:")
+    local = chosen.startswith(_SQLITE)
     return Store(chosen, results.absolute() / "mlartifacts" if local else None)
 
 
 def local_uri(results: Path) -> str:
     """The address of a results directory's own database."""
-    return f"sqlite:///{results.absolute() / 'mlflow.db'}"
+    return sqlite_uri(results.absolute() / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a database file, whatever characters its name has."""
+    return _SQLITE + quote(str(path), safe="/ ")
 
 
 def probe(store: Store) -> None:
@@ -84,8 +90,8 @@ def probe(store: Store) -> None:
     Raises:
         TrackingError: it does not; the message names the address without credentials, and the remedy.
     """
-    if store.is_local:
-        _probe_database(store)
+    if store.database:
+        _probe_database(store, store.database)
     elif store.uri.startswith(("http://", "https://")):
         _probe_server(store)
 
@@ -102,16 +108,26 @@ def _probe_server(store: Store) -> None:
         raise TrackingError(_unreachable(store, str(getattr(error, "reason", error)))) from None
 
 
-def _probe_database(store: Store) -> None:
-    path = store.uri.removeprefix("sqlite:///")
+def _probe_database(store: Store, path: Path) -> None:
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=_PROBE_TIMEOUT_S)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-    except sqlite3.Error as error:
+        if path.exists():
+            # Never in sqlite's own way, which makes an empty file where there is none.
+            with contextlib.closing(open_sqlite(path, _PROBE_TIMEOUT_S)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        elif not os.access(path.parent, os.W_OK):
+            raise sqlite3.OperationalError("unable to open database file")
+    except sqlite3.OperationalError as error:
         raise TrackingError(
             f"tracking store {store.shown}: {error}; check that the file can be written to and that no other "
             "process holds it, or name another store in tracking.uri"
         ) from None
+    except sqlite3.DatabaseError:
+        pass  # a damaged one is looked at when it is opened
+
+
+def open_sqlite(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:
+    """Open a database file that is there."""
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout_s, isolation_level=None)
 
 
 def _unreachable(store: Store, why: str) -> str:
@@ -119,90 +135,3 @@ def _unreachable(store: Store, why: str) -> str:
         f"tracking server {store.shown} does not answer ({why}); start it, or name another in tracking.uri or "
         "MLFLOW_TRACKING_URI, or leave both unset to use a database in the results directory"
     )
-
-
-_GRACE_S = 5.0
-
-
-def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Serve the UI until it is interrupted or terminated; the server's helper processes end with it.
-
-    Args:
-        results: the results directory.
-        host: the interface to listen on; anyone who reaches it can change the runs.
-        port: the port to listen on.
-
-    Returns:
-        The exit code: 0 when it was asked to end.
-
-    Raises:
-        InputError: there is nothing to show yet, or the port is taken.
-    """
-    if not (results / "mlflow.db").is_file():
-        raise InputError(f"{results / 'mlflow.db'}: no study has been tracked here yet; run one, or pass --results DIR")
-    _check_port(host, port)
-    set_mlflow_defaults()
-    # Seven processes that nothing here asks anything of.
-    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", local_uri(results)]
-    command += ["--artifacts-destination", str(results.absolute() / "mlartifacts")]
-    command += ["--host", host, "--port", str(port), "--workers", "1"]
-    # A session of its own: MLflow's workers and job runners outlive their parent unless the whole group is ended.
-    server = subprocess.Popen(command, start_new_session=True)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        _end_group(server)
-
-
-def first_page(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> str:
-    """The address of the newest study's runs, as model training.
-
-    MLflow 3.17 opens an experiment as GenAI, whatever its kind is tagged as, unless the address says otherwise.
-
-    Args:
-        results: the results directory; without a run in it, the address is that of the list of experiments.
-        host: as for `serve_ui`.
-        port: as for `serve_ui`.
-    """
-    store = f"file:{quote(str(results / 'mlflow.db'))}?mode=ro"
-    newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
-    try:
-        with contextlib.closing(sqlite3.connect(store, uri=True)) as connection:
-            found = connection.execute(newest).fetchone()
-    except sqlite3.Error:
-        found = None
-    page = f"experiments/{found[0]}/runs" if found else "experiments"
-    return f"http://{host}:{port}/#/{page}?workflowType=machine_learning"
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-    except OSError as error:
-        raise InputError(
-            f"{host}:{port}: cannot listen there ({error.strerror}); pass another --port or --host"
-        ) from None
-
-
-def _end_group(server: subprocess.Popen[bytes]) -> None:
-    for ending in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, ending)
-        except ProcessLookupError:
-            return
-        try:
-            server.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

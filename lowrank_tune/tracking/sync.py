@@ -1,311 +1,405 @@
-"""A study's runs in MLflow: one parent, one child a trial or repetition, each found again before it is made.
+"""MLflow is made to hold what a study's files hold.
 
-Only the tracker's thread comes here: importing MLflow takes seconds, and sqlite wants one writer.
+Every epoch is on disk before anybody hears of it. So the code that tells MLflow of a live run looks up what it has and
+tells what it lacks, and is the code that heals an outage, a killed driver and a lost database.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, fields
-from itertools import groupby
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
-
-import requests
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking.client import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
-from sqlalchemy.exc import OperationalError
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import TrackingError, redact
+from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, ComparisonRow, TrialConfig, TrialOutcome
-from lowrank_tune.tracking.mlflow_tracker import (
-    Compared,
-    Epoch,
-    EpochsEnded,
-    Event,
-    Repairs,
-    RunStatus,
-    StudyEnded,
-    TrialEnded,
-    TrialStarted,
-)
-from lowrank_tune.tracking.models import has_models, log_models
+from lowrank_tune.tracking.database import open_database
 from lowrank_tune.tracking.store import Store, probe, resolve_store, set_mlflow_defaults
+from lowrank_tune.trials.outcomes import TrialRecord, read_trials
 
-_METRICS_A_BATCH = 1000
+logger = logging.getLogger(__name__)
 
-
-def log_points(client: MlflowClient, run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
-    """Log (key, value, step, milliseconds) points, leaving out values that are no numbers.
-
-    What stands together of one step arrives together or not at all.
-    """
-    batch: list[Metric] = []
-    for _, group in groupby(points, key=lambda point: point[2]):
-        metrics = [Metric(key, value, at, step) for key, value, step, at in group if math.isfinite(value)]
-        if len(batch) + len(metrics) > _METRICS_A_BATCH:
-            client.log_batch(run_id, metrics=batch)
-            batch = []
-        batch += metrics
-    if batch:
-        client.log_batch(run_id, metrics=batch)
-
-
-def known_points(client: MlflowClient, run_id: str, key: str) -> set[tuple[int, float]]:
-    """The steps and values that MLflow has of a run's metric."""
-    try:
-        return {(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)}
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return set()
-        raise
-
+RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Others = Callable[[], Iterable[tuple[Plan, Comparison | None]]]
+"""Gives the other studies of the results directory that no process works on, with their figures where they have any."""
 
 _EPOCH_METRICS = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio", "lr")
-# The 3.17 UI opens an experiment without this as "GenAI", without metric columns.
-_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
-_REASON_TAG = "lowrank.reason"
 _LEARNING_RATE = "lr"
 """The one figure that every epoch has, whatever became of it: its steps are the epochs that MLflow knows."""
+_EPOCHS_A_BATCH, _POINTS_A_BATCH = 150, 900  # MLflow takes 1000 metrics, parameters and tags at a time
 _PARAM_LENGTH = 6000
+# The 3.17 UI opens an experiment without this as "GenAI", without metric columns.
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
+_STOPPED_BY, _REASON, _COMPARED = "lowrank.stopped_by", "lowrank.reason", "lowrank.compared"
+_INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "IO_ERROR"}
+_REASON_LENGTH = 300
+_TABLE = "comparison_table.json"
+_FILES = (
+    *("report.html", "study.yaml", "study.resolved.yaml"),
+    *("comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
+)
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether an error of the store may go away by itself: no answer, too busy, locked."""
-    if isinstance(error, MlflowException):
-        return error.error_code in _PASSING
-    # MLflow lets some of its database's own errors through, a lock that outlasts its patience among them.
-    return isinstance(error, requests.ConnectionError | requests.Timeout | OperationalError)
+@dataclass(slots=True)
+class Repairs:
+    """What was told; all zero where MLflow held the truth already.
+
+    Attributes:
+        runs_made: trials that MLflow did not know.
+        runs_removed: second runs of one trial, which are deleted as MLflow's UI does and can be restored.
+        runs_ended: runs whose status or reason was not the truth.
+        epochs_added: epochs whose figures were missing.
+        comparison_added: whether the post-study figures were missing.
+    """
+
+    runs_made: int = 0
+    runs_removed: int = 0
+    runs_ended: int = 0
+    epochs_added: int = 0
+    comparison_added: bool = False
 
 
-class StudyRuns:
-    """Delivers a study's events to MLflow.
+@dataclass(slots=True)
+class _Run:
+    """What MLflow knows of a run: the last value of each metric, and of a trial the epochs, looked up when needed."""
+
+    run_id: str
+    status: str = "RUNNING"
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    epochs: set[int] | None = None
+
+
+class StudySync:
+    """Tells MLflow what it lacks of a study; each method may be called again and again, and after an error must be.
 
     Args:
         plan: the study.
         store: where it is tracked.
 
     Attributes:
-        client: the store's.
-        children: the runs of trials and repetitions, by trial id.
-
-    Raises:
-        MlflowException: the store refuses.
-        TrackingError: the experiment was deleted.
+        repairs: all that was told.
     """
 
     def __init__(self, plan: Plan, store: Store) -> None:
-        self.client = MlflowClient(store.uri)
-        self.children: dict[str, str] = {}
-        self._plan = plan
-        self._experiment = _open_experiment(self.client, plan.spec.tracking.experiment or plan.spec.name, store)
-        self._parent: str | None = None
-        self._unsure = False
-        # Of runs that an earlier process or attempt had begun: what MLflow knows of them already.
-        self._known: dict[str, set[int]] = {}
-        self._open: set[str] = set()
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(store.uri)
+        self._plan, self._store = plan, store
+        self.repairs = Repairs()
+        self.forget()
+
+    def forget(self) -> None:
+        """Look up anew what MLflow has: an answer may have been lost, or the store have been replaced."""
+        self._experiment = ""
+        self._parent: _Run | None = None
+        self._runs: dict[str, _Run] = {}
+        self._second: list[str] = []
+
+    def trial(self, record: TrialRecord, running: bool) -> None:
+        """Tell of a trial or a repetition; one without an outcome is KILLED unless a process trains it."""
         self._look()
+        config, outcome = record.config, record.outcome
+        run = self._runs.get(config.trial_id) or self._make_trial(record)
+        status, tags = _ending(outcome, running)
+        missing = {key: value for key, value in tags.items() if run.tags.get(key) != value}
+        self._tell_figures(run, record, missing)
+        for key in {_STOPPED_BY, _REASON} & run.tags.keys() - tags.keys():
+            self._client.delete_tag(run.run_id, key)
+            del run.tags[key]
+        run.tags |= tags
+        self._set_status(run, status, record.changed, bool(missing))
 
-    @property
-    def parent(self) -> str:
-        """The study's own run, made when missing."""
-        if self._parent is None:
-            if self._unsure:
-                self._look()
-            self._parent = self._parent or self._create_parent()
-        return self._parent
+    def study(self, status: RunStatus, at: int) -> None:
+        """Tell how the study is; a run that has this status already keeps the time it ended at."""
+        self._set_status(self._study_run(), status, at)
 
-    def begin(self) -> None:
-        """The study begins, or goes on."""
-        self.client.update_run(self.parent, status="RUNNING")
+    def without_files(self, trial_ids: Iterable[str]) -> None:
+        """End the runs of trials that have no files, which are others than these; only one run of a trial is left."""
+        self._look()
+        for run_id in self._second:
+            self._client.delete_run(run_id)
+            self.repairs.runs_removed += 1
+        self._second = []
+        for trial_id in self._runs.keys() - set(trial_ids):
+            run = self._runs[trial_id]
+            if run.status == "RUNNING":
+                self._client.set_tag(run.run_id, _REASON, _INTERRUPTED)
+                self._set_status(run, "KILLED", _now())
 
-    def runs(self) -> Iterator[Run]:
-        """All runs of this study, the oldest first."""
-        query = f"tags.`lowrank.study_id` = '{self._plan.study_id}'"
-        token: str | None = None
-        while True:
-            page = self.client.search_runs(
-                [self._experiment], query, max_results=1000, order_by=["start_time ASC"], page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+    def comparison(self, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
+        """Tell the rank curves, the table, the files and the best model of each rank, as far as they are not there.
 
-    def deliver(self, event: Event) -> None:
-        """Tell MLflow one event; telling it twice does no harm."""
-        match event:
-            case TrialStarted(config, at):
-                self.start_trial(config, at)
-            case EpochsEnded(trial_id, epochs):
-                self.log_epochs(self.children[trial_id], epochs)
-            case TrialEnded(outcome, at):
-                if outcome.config.trial_id not in self.children:
-                    self.start_trial(outcome.config, at)
-                run_id = self.children[outcome.config.trial_id]
-                self.end_trial(run_id, outcome, at)
-                self._open.discard(run_id)
-                self._known.pop(run_id, None)
-            case Compared():
-                # MLflow's model side takes another second to import, and is needed by the last event only.
-
-                log_comparison(self.client, self.parent, self.children, event, self._plan.spec.tracking.register_as)
-            case StudyEnded(status, at):
-                self._end_study(status, at)
-
-    def start_trial(self, config: TrialConfig, at: int) -> str:
-        """Begin a trial's run, or go on with the one that it has.
-
-        Returns:
-            The run's id.
+        Args:
+            comparison: the figures.
+            outcomes: every trial's and repetition's; each one's run gets its loss curves.
         """
-        if self._unsure and config.trial_id not in self.children:
-            self._look()
-        run_id = self.children.get(config.trial_id)
-        if run_id is None:
-            run_id = self._create(config.trial_id, at, self._tags(config))
-            self.children[config.trial_id] = run_id
-            self._log_params(run_id, _trial_params(config))
-        elif run_id not in self._open:
-            self._go_on(run_id)
-            self._log_params(run_id, _trial_params(config))
-        self._open.add(run_id)
-        return run_id
+        from lowrank_tune.tracking.models import has_models, log_models
 
-    def log_epochs(self, run_id: str, epochs: Collection[Epoch]) -> int:
-        """Log the epochs that a run has not got yet.
-
-        Returns:
-            How many those were.
-        """
-        known = self._known.get(run_id, set())
-        new = [epoch for epoch in epochs if epoch.epoch not in known]
-        log_points(
-            self.client,
-            run_id,
-            (
-                (key, epoch.metrics[key], epoch.epoch, epoch.at)
-                for epoch in new
-                for key in _EPOCH_METRICS
-                if key in epoch.metrics
-            ),
-        )
-        return len(new)
-
-    def know(self, run_id: str) -> None:
-        """Find out which epochs MLflow has of a run."""
-        self._known[run_id] = {step for step, _ in known_points(self.client, run_id, _LEARNING_RATE)}
-
-    def end_trial(self, run_id: str, outcome: TrialOutcome, at: int) -> None:
-        """End a trial's run as the trial ended."""
-        best = {f"best_{key}": value for key, value in outcome.best.items()}
-        if outcome.best_epoch:
-            best["best_epoch"] = outcome.best_epoch
-        if run_id in self._known:
-            known = {key: {value for _, value in known_points(self.client, run_id, key)} for key in best}
-            best = {key: value for key, value in best.items() if value not in known[key]}
-        log_points(self.client, run_id, ((key, value, outcome.epochs, at) for key, value in best.items()))
-        tags: dict[str, str] = {"lowrank.stopped_by": outcome.stopped_by}
-        if outcome.reason:
-            tags[_REASON_TAG] = redact(outcome.reason)
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        status = "FAILED" if outcome.status == "failed" else "FINISHED"
-        self.client.set_terminated(run_id, status=status, end_time=at)
-
-    def kill(self, run_id: str, reason: str, at: int) -> None:
-        """End a run whose training ended before the trial did."""
-        self.client.set_tag(run_id, _REASON_TAG, reason)
-        self.client.set_terminated(run_id, status="KILLED", end_time=at)
+        study, register = self._study_run(), self._plan.spec.tracking.register_as
+        digest = _digest(self._plan.study_dir)
+        entity = self._client.get_run(study.run_id)
+        same = entity.data.tags.get(_COMPARED) == digest
+        if same and has_models(self._client, entity, comparison.best_of_each_rank(), register):
+            return
+        if not same:
+            self._tell_comparison(study.run_id, list(entity.data.metrics), comparison, outcomes)
+        log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
+        # Last: whatever is cut off before is told again.
+        self._client.set_tag(study.run_id, _COMPARED, digest)
+        self.repairs.comparison_added = True
 
     def _look(self) -> None:
-        """Find the runs that the study has."""
-        for run in self.runs():
-            tags = run.data.tags
-            if tags.get("lowrank.kind") == "study":
-                self._parent = self._parent or str(run.info.run_id)
-            elif "lowrank.trial_id" in tags:
-                self.children.setdefault(tags["lowrank.trial_id"], str(run.info.run_id))
-        self._unsure = False
+        """Find the experiment, made when missing, and the runs that the study has."""
+        if self._experiment:
+            return
+        experiment = _open_experiment(
+            self._client, self._plan.spec.tracking.experiment or self._plan.spec.name, self._store
+        )
+        query, token = f"tags.`lowrank.study_id` = '{self._plan.study_id}'", None
+        while True:
+            page = self._client.search_runs(
+                [experiment], query, max_results=1000, order_by=["start_time ASC"], page_token=token
+            )
+            for entity in page:
+                self._take(entity)
+            token = page.token
+            if not token:
+                break
+        self._experiment = experiment
 
-    def _create(self, name: str, at: int, tags: Mapping[str, str]) -> str:
-        # An answer that is lost leaves a run that this process knows nothing of: look before the next attempt.
-        self._unsure = True
-        run = self.client.create_run(self._experiment, start_time=at, tags=dict(tags), run_name=name)
-        self._unsure = False
-        return str(run.info.run_id)
+    def _take(self, entity: Any) -> None:
+        data = entity.data
+        run = _Run(entity.info.run_id, entity.info.status, data.params, dict(data.tags), dict(data.metrics))
+        trial_id = run.tags.get("lowrank.trial_id")
+        if trial_id is None:
+            self._parent = self._parent or run
+        elif self._runs.setdefault(trial_id, run) is not run:
+            self._second.append(run.run_id)
 
-    def _create_parent(self) -> str:
-        plan, spec = self._plan, self._plan.spec
-        tags = {
-            "lowrank.kind": "study",
-            "lowrank.study_id": plan.study_id,
-            "lowrank.spec_hash": plan.spec_hash,
-        }
-        # MLflow may be reached only now, when trials have begun.
-        run_id = self._create(plan.study_id, int(plan.started.timestamp() * 1000), tags)
-        params = {
-            "method": spec.search.method,
-            "trials": plan.n_trials,
-            "objective": spec.objective,
-            "scheduler": spec.scheduler.kind,
-            "epochs": spec.training.epochs,
-            "patience": spec.training.patience,
-            "seed": spec.seed,
-            "confirm_seeds": spec.report.confirm_seeds,
-            "encoder": "none" if isinstance(spec.features.source, TensorSource) else spec.features.encoder.checkpoint,
-        }
-        self._log_params(run_id, params)
-        return run_id
+    def _study_run(self) -> _Run:
+        """The study's own run, made when missing."""
+        self._look()
+        if self._parent is None:
+            plan, spec = self._plan, self._plan.spec
+            tags = {"lowrank.kind": "study", "lowrank.study_id": plan.study_id, "lowrank.spec_hash": plan.spec_hash}
+            self._parent = self._make(plan.study_id, int(plan.started.timestamp() * 1000), tags)
+        if not self._parent.params:
+            tensors = isinstance(spec.features.source, TensorSource)
+            params = {
+                "method": spec.search.method,
+                "trials": plan.n_trials,
+                "objective": spec.objective,
+                "scheduler": spec.scheduler.kind,
+                "epochs": spec.training.epochs,
+                "patience": spec.training.patience,
+                "seed": spec.seed,
+                "confirm_seeds": spec.report.confirm_seeds,
+                "encoder": "none" if tensors else spec.features.encoder.checkpoint,
+            }
+            self._client.log_batch(self._parent.run_id, params=_params(params))
+            self._parent.params = {"method": spec.search.method}
+        return self._parent
 
-    def _tags(self, config: TrialConfig) -> dict[str, str]:
+    def _make_trial(self, record: TrialRecord) -> _Run:
+        config = record.config
         tags = {
             "lowrank.kind": "confirmation" if config.confirms else "trial",
             "lowrank.study_id": self._plan.study_id,
             "lowrank.trial_id": config.trial_id,
-            "mlflow.parentRunId": self.parent,
-        }
-        return tags | ({"lowrank.confirms": config.confirms} if config.confirms else {})
+            "mlflow.parentRunId": self._study_run().run_id,
+        } | ({"lowrank.confirms": config.confirms} if config.confirms else {})
+        started = record.trained - round(1000 * sum(row["seconds"] for row in record.history))
+        run = self._runs[config.trial_id] = self._make(config.trial_id, started, tags)
+        self.repairs.runs_made += 1
+        return run
 
-    def _go_on(self, run_id: str) -> None:
-        if _REASON_TAG in self.client.get_run(run_id).data.tags:
-            self.client.delete_tag(run_id, _REASON_TAG)
-        self.client.update_run(run_id, status="RUNNING")
-        self.know(run_id)
+    def _make(self, name: str, at: int, tags: dict[str, str]) -> _Run:
+        entity = self._client.create_run(self._experiment, start_time=at, tags=tags, run_name=name)
+        return _Run(str(entity.info.run_id), tags=tags)
 
-    def _end_study(self, status: RunStatus, at: int) -> None:
-        for run_id in sorted(self._open):
-            self.client.set_terminated(run_id, status="KILLED", end_time=at)
-        self._open.clear()
-        # A report made later must not move the end of a run that has ended.
-        if self.client.get_run(self.parent).info.status != status:
-            self.client.set_terminated(self.parent, status=status, end_time=at)
+    def _tell_figures(self, run: _Run, record: TrialRecord, tags: Mapping[str, str]) -> None:
+        """Log the epochs that a run lacks, its parameters and its best figures."""
+        from mlflow.entities import Metric, RunTag
 
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        entries = [Param(key, redact(str(value))[:_PARAM_LENGTH]) for key, value in params.items()]
-        self.client.log_batch(run_id, params=entries)
+        if run.epochs is None:
+            history = self._client.get_metric_history(run.run_id, _LEARNING_RATE) if run.metrics else []
+            run.epochs = {metric.step for metric in history}
+        outcome = record.outcome
+        best = {f"best_{key}": value for key, value in outcome.best.items()} if outcome else {}
+        if outcome and outcome.best_epoch:
+            best["best_epoch"] = outcome.best_epoch
+        best = {key: value for key, value in best.items() if math.isfinite(value) and run.metrics.get(key) != value}
+        new = [epoch for epoch in _epochs(record) if epoch[0] not in run.epochs]
+        for start in range(0, max(1, len(new)), _EPOCHS_A_BATCH):
+            # What stands together of one epoch arrives together or not at all.
+            epochs = new[start : start + _EPOCHS_A_BATCH]
+            metrics = [
+                Metric(key, row[key], at, step)
+                for step, at, row in epochs
+                for key in _EPOCH_METRICS
+                if math.isfinite(row.get(key, math.nan))
+            ]
+            last = start + _EPOCHS_A_BATCH >= len(new)
+            if last and outcome:
+                metrics += [Metric(key, value, record.changed, outcome.epochs) for key, value in best.items()]
+            params = [] if run.params else _params(_trial_params(record.config))
+            said = [RunTag(key, value) for key, value in tags.items()] if last else []
+            if metrics or params or said:
+                self._client.log_batch(run.run_id, metrics, params, said)
+            run.params = run.params or {"family": record.config.family}
+            run.epochs |= {step for step, _, _ in epochs}
+            self.repairs.epochs_added += len(epochs)
+        run.metrics |= best
+
+    def _set_status(self, run: _Run, status: RunStatus, at: int, told: bool = False) -> None:
+        if run.status != status:
+            if status == "RUNNING":
+                self._client.update_run(run.run_id, status=status)
+            else:
+                self._client.set_terminated(run.run_id, status=status, end_time=at)
+        self.repairs.runs_ended += status != "RUNNING" and (told or run.status != status)
+        run.status = status
+
+    def _tell_comparison(
+        self, run_id: str, known: Sequence[str], comparison: Comparison, outcomes: Sequence[TrialOutcome]
+    ) -> None:
+        from mlflow.entities import Metric
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+        client, directory, at = self._client, self._plan.study_dir, _now()
+        keys = {key for key, _, _ in _points(comparison)} & set(known)
+        there = {(key, point.step, point.value) for key in keys for point in client.get_metric_history(run_id, key)}
+        metrics = [Metric(key, value, at, rank) for key, rank, value in _points(comparison)]
+        metrics = [metric for metric in metrics if (metric.key, metric.step, metric.value) not in there]
+        for start in range(0, len(metrics), _POINTS_A_BATCH):
+            client.log_batch(run_id, metrics[start : start + _POINTS_A_BATCH])
+        if comparison.remarks:
+            client.set_tag(run_id, "mlflow.note.content", "\n\n".join(comparison.remarks))
+        for name in _FILES:
+            if (directory / name).is_file():
+                client.log_artifact(run_id, str(directory / name))
+        if (directory / "plots").is_dir():
+            client.log_artifacts(run_id, str(directory / "plots"), "plots")
+        # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
+        columns = [each.name for each in fields(ComparisonRow)]
+        data = [[_json_value(value) for value in astuple(row)] for row in comparison.rows]
+        client.log_dict(run_id, {"columns": columns, "data": data}, _TABLE)
+        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": _TABLE, "type": "table"}]))
+        for outcome in outcomes:
+            curves, run = Path(outcome.directory) / "loss_curves.png", self._runs.get(outcome.config.trial_id)
+            if run and curves.is_file():
+                client.log_artifact(run.run_id, str(curves))
 
 
-def _trial_params(config: TrialConfig) -> dict[str, Any]:
-    return {
-        "family": config.family,
-        "rank": config.rank,
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        **config.family_params,
-    }
+def open_sync(plan: Plan, store: Store, others: Others = tuple) -> StudySync:
+    """A study's way to MLflow; where its database had to be made anew, the other studies are told to it before.
+
+    Raises:
+        TrackingError: the database cannot be used, and is not the results directory's own.
+    """
+
+    def tell_others(fresh: Store) -> None:
+        for other, comparison in others():
+            try:
+                if resolve_store(other.spec.tracking.uri, other.results) == store:
+                    _repair(StudySync(other, fresh), other, comparison)
+            except Exception as error:
+                logger.warning("study %s: MLflow could not be told of it again (%s)", other.study_id, reason_of(error))
+
+    open_database(store, tell_others)
+    return StudySync(plan, store)
 
 
-def _open_experiment(client: MlflowClient, name: str, store: Store) -> str:
+def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others = tuple) -> Repairs:
+    """Make MLflow hold what a study's files hold: a run a trial, every epoch once, and no run that runs for ever.
+
+    Nothing is told twice, and a second reconciliation changes nothing. A trial without an outcome on file is KILLED: no
+    process trains it any more. So no other process may be at work on the study: the caller claims it.
+
+    Args:
+        plan: the study.
+        comparison: its post-study figures, when it has any.
+        others: the other studies of the results directory.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    set_mlflow_defaults()
+    store = resolve_store(plan.spec.tracking.uri, plan.results)
+    probe(store)
+    return _repair(open_sync(plan, store, others), plan, comparison)
+
+
+def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
+    """Tell MLflow the post-study figures and files of a study that is over, or runs; returns why that failed, if so."""
+    try:
+        set_mlflow_defaults()
+        store = resolve_store(plan.spec.tracking.uri, plan.results)
+        probe(store)
+        sync = open_sync(plan, store)
+        sync.comparison(comparison, outcomes)
+        _end_study(sync, plan.study_dir, running="RUNNING")
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def _repair(sync: StudySync, plan: Plan, comparison: Comparison | None) -> Repairs:
+    records = read_trials(plan.study_dir / "trials")
+    sync.without_files(record.config.trial_id for record in records)
+    for record in records:
+        sync.trial(record, running=False)
+    if comparison is not None:
+        sync.comparison(comparison, [record.outcome for record in records if record.outcome])
+    # One that still calls itself running, while nobody runs it, was killed.
+    _end_study(sync, plan.study_dir, running="KILLED")
+    return sync.repairs
+
+
+def _end_study(sync: StudySync, directory: Path, running: RunStatus) -> None:
+    path = directory / "status.json"
+    state = read_json(path)["state"] if path.is_file() else ""
+    ended: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED", "running": running}
+    at = (path if path.is_file() else directory).stat().st_mtime_ns // 1_000_000
+    sync.study(ended.get(state, "KILLED"), at)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error of the store may go away by itself: no answer, too busy, locked."""
+    import sqlite3
+
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _PASSING
+    # MLflow lets some of its database's own errors through, a lock that outlasts its patience among them.
+    passing = (requests.ConnectionError, requests.Timeout, OperationalError, sqlite3.OperationalError)
+    return isinstance(error, passing)
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, without credentials."""
+    said = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
+    return redact(said.splitlines()[0])[:_REASON_LENGTH]
+
+
+def _open_experiment(client: Any, name: str, store: Store) -> str:
+    from mlflow.exceptions import MlflowException
+
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         location = (store.artifacts / quote(name, safe="")).as_uri() if store.artifacts else None
@@ -326,237 +420,58 @@ def _open_experiment(client: MlflowClient, name: str, store: Store) -> str:
     return str(experiment.experiment_id)
 
 
-_FILES = (
-    *("report.html", "study.yaml", "study.resolved.yaml"),
-    *("comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
-)
-_TABLE = "comparison_table.json"
+def _ending(outcome: TrialOutcome | None, running: bool) -> tuple[RunStatus, dict[str, str]]:
+    if outcome is None:
+        return ("RUNNING", {}) if running else ("KILLED", {_REASON: _INTERRUPTED})
+    reason = {_REASON: redact(outcome.reason)} if outcome.reason else {}
+    return "FAILED" if outcome.status == "failed" else "FINISHED", {_STOPPED_BY: outcome.stopped_by} | reason
 
 
-def log_comparison(
-    client: MlflowClient, parent: str, children: Mapping[str, str], event: Compared, register: str | None = None
-) -> None:
-    """Log the rank curves, the table, the files and the best model of each rank; again, where some are there already.
-
-    Args:
-        client: the store's.
-        parent: the study's run.
-        children: the trials' and repetitions' runs by trial id; each gets its loss curves.
-        event: what was compared, and the study's directory.
-        register: the registered model of which the best models become versions; None registers nothing.
-    """
-    comparison, directory = event.comparison, event.directory
-    known = _known(client, client.get_run(parent))
-    points = [point for point in _points(comparison) if (point[0], point[2], point[1]) not in known]
-    log_points(client, parent, ((key, value, rank, event.at) for key, value, rank in points))
-    if comparison.remarks:
-        client.set_tag(parent, "mlflow.note.content", "\n\n".join(comparison.remarks))
-    for name in _FILES:
-        if (directory / name).is_file():
-            client.log_artifact(parent, str(directory / name))
-    if (directory / "plots").is_dir():
-        client.log_artifacts(parent, str(directory / "plots"), "plots")
-    _log_table(client, parent, comparison)
-    for outcome in event.outcomes:
-        curves = Path(outcome.directory) / "loss_curves.png"
-        if curves.is_file() and outcome.config.trial_id in children:
-            client.log_artifact(children[outcome.config.trial_id], str(curves))
-    log_models(client, parent, event, register)
+def _epochs(record: TrialRecord) -> Iterator[tuple[int, int, Mapping[str, float]]]:
+    """The epochs with the moments they ended at, counted back from the last one's."""
+    left = sum(row["seconds"] for row in record.history)
+    for row in record.history:
+        left -= row["seconds"]
+        yield int(row["epoch"]), record.trained - round(1000 * left), row
 
 
-def has_comparison(client: MlflowClient, run: Run, comparison: Comparison, register: str | None = None) -> bool:
-    """Whether a study's run has all of a comparison already, and the registry what was to be registered."""
-    known = _known(client, run)
-    if any((key, rank, value) not in known for key, value, rank in _points(comparison)):
-        return False
-    # The models come last.
-    return has_models(client, run, comparison.best_of_each_rank(), register)
+def _trial_params(config: TrialConfig) -> dict[str, Any]:
+    names = ("family", "rank", "lr", "weight_decay", "batch_size", "seed")
+    return {name: getattr(config, name) for name in names} | config.family_params
 
 
-def _known(client: MlflowClient, run: Run) -> set[tuple[str, int, float]]:
-    keys = [key for key in run.data.metrics if key.startswith("test.")]
-    return {(key, *point) for key in keys for point in known_points(client, run.info.run_id, key)}
+def _params(values: Mapping[str, Any]) -> list[Any]:
+    from mlflow.entities import Param
+
+    return [Param(key, redact(str(value))[:_PARAM_LENGTH]) for key, value in values.items()]
 
 
-def _points(comparison: Comparison) -> list[tuple[str, float, int]]:
-    return [
-        (f"test.{row.method}.{figure}", value, row.rank)
-        for row in comparison.rows
-        for figure, value in _figures(row).items()
-        if value is not None and math.isfinite(value)
-    ]
-
-
-def _figures(row: ComparisonRow) -> dict[str, float | None]:
-    return {
-        "token_cosine": row.token_cosine_mean,
-        "residual_ratio": row.residual_ratio_mean,
-        "token_cosine_minus_svd": row.token_cosine_minus_svd,
-        "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
-        "residual_ratio_seed_sd": row.residual_ratio_seed_sd,
-    }
-
-
-def _log_table(client: MlflowClient, parent: str, comparison: Comparison) -> None:
-    # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
-    columns = [field.name for field in fields(ComparisonRow)]
-    data = [[_json_value(value) for value in astuple(row)] for row in comparison.rows]
-    client.log_dict(parent, {"columns": columns, "data": data}, _TABLE)
-    client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": _TABLE, "type": "table"}]))
+def _points(comparison: Comparison) -> Iterator[tuple[str, int, float]]:
+    for row in comparison.rows:
+        figures = {
+            "token_cosine": row.token_cosine_mean,
+            "residual_ratio": row.residual_ratio_mean,
+            "token_cosine_minus_svd": row.token_cosine_minus_svd,
+            "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
+            "residual_ratio_seed_sd": row.residual_ratio_seed_sd,
+        }
+        for figure, value in figures.items():
+            if value is not None and math.isfinite(value):
+                yield f"test.{row.method}.{figure}", row.rank, value
 
 
 def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_ENDED = {"FINISHED", "FAILED", "KILLED"}
-_STATES: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED"}
-_INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
-_STOPPED_BY = "lowrank.stopped_by"
+def _digest(directory: Path) -> str:
+    """Of the post-study files, whatever their times."""
+    digest = hashlib.sha256()
+    for path in (*(directory / name for name in _FILES), *sorted((directory / "plots").glob("*"))):
+        if path.is_file():
+            digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True, slots=True)
-class _OnFile:
-    """A trial as its own folder tells of it."""
-
-    config: TrialConfig
-    epochs: tuple[Epoch, ...]
-    outcome: TrialOutcome | None
-    at: int
-
-
-def reconcile(plan: Plan, comparison: Comparison | None = None) -> Repairs:
-    """Make MLflow hold what a study's files hold: a run a trial, every epoch once, and no run that runs for ever.
-
-    Nothing is told twice, and a second reconciliation changes nothing. A trial without an outcome on file is KILLED: no
-    process trains it any more. So no other process may be at work on the study: the caller claims it.
-
-    Args:
-        plan: the study.
-        comparison: its post-study figures, when it has any.
-
-    Raises:
-        TrackingError: the store does not answer.
-    """
-    set_mlflow_defaults()
-    store = resolve_store(plan.spec.tracking.uri, plan.results)
-    probe(store)
-    runs = StudyRuns(plan, store)
-    repairs = Repairs()
-    found = _first_of_each(runs, repairs)
-    on_file = {trial.config.trial_id: trial for trial in _read_trials(plan.study_dir / "trials")}
-    for trial in on_file.values():
-        _repair_trial(runs, trial, found.get(trial.config.trial_id), repairs)
-    for trial_id, run in found.items():
-        if trial_id not in on_file and run.info.status not in _ENDED:
-            runs.kill(run.info.run_id, _INTERRUPTED, run.info.start_time)
-            repairs.runs_ended += 1
-    _repair_parent(runs, plan, comparison, repairs)
-    return repairs
-
-
-def _first_of_each(runs: StudyRuns, repairs: Repairs) -> dict[str, Run]:
-    """The run of each trial; of several the first, for the others are deleted."""
-    found: dict[str, Run] = {}
-    for run in runs.runs():
-        trial_id = run.data.tags.get("lowrank.trial_id")
-        if trial_id is None:
-            continue
-        if trial_id in found:
-            runs.client.delete_run(run.info.run_id)
-            repairs.runs_removed += 1
-        else:
-            found[trial_id] = run
-    return found
-
-
-def _repair_trial(runs: StudyRuns, trial: _OnFile, run: Run | None, repairs: Repairs) -> None:
-    if run is None:
-        run_id = runs.start_trial(trial.config, trial.epochs[0].at if trial.epochs else trial.at)
-        repairs.runs_made += 1
-    else:
-        run_id = run.info.run_id
-        runs.know(run_id)
-    repairs.epochs_added += runs.log_epochs(run_id, trial.epochs)
-    status, tags = (run.info.status, run.data.tags) if run else ("RUNNING", {})
-    if trial.outcome is not None:
-        expected = "FAILED" if trial.outcome.status == "failed" else "FINISHED"
-        if status != expected or tags.get(_STOPPED_BY) != trial.outcome.stopped_by:
-            runs.end_trial(run_id, trial.outcome, trial.at)
-            repairs.runs_ended += 1
-    elif status not in _ENDED:
-        runs.kill(run_id, _INTERRUPTED, trial.at)
-        repairs.runs_ended += 1
-
-
-def _repair_parent(runs: StudyRuns, plan: Plan, comparison: Comparison | None, repairs: Repairs) -> None:
-    parent = runs.client.get_run(runs.parent)
-    if comparison is not None:
-        repairs.comparison_added = _repair_comparison(runs, plan, parent, comparison)
-    expected, at = _study_status(plan.study_dir)
-    if parent.info.status != expected:
-        runs.client.set_terminated(runs.parent, status=expected, end_time=at)
-        repairs.runs_ended += 1
-
-
-def _repair_comparison(runs: StudyRuns, plan: Plan, parent: Run, comparison: Comparison) -> bool:
-    # MLflow's model side takes another second to import.
-
-    register = plan.spec.tracking.register_as
-    if has_comparison(runs.client, parent, comparison, register):
-        return False
-    outcomes = tuple(trial.outcome for trial in _read_trials(plan.study_dir / "trials") if trial.outcome)
-    event = Compared(comparison, outcomes, plan.study_dir, _moment(Path(comparison.per_image_path)))
-    log_comparison(runs.client, runs.parent, runs.children, event, register)
-    return True
-
-
-def _study_status(study_dir: Path) -> tuple[RunStatus, int]:
-    """How the study ended; one that still calls itself running, while nobody runs it, was killed."""
-    path = study_dir / "status.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))["state"]
-    except FileNotFoundError:
-        return "KILLED", _moment(study_dir)
-    return _STATES.get(state, "KILLED"), _moment(path)
-
-
-def _read_trials(trials_dir: Path) -> Iterator[_OnFile]:
-    for path in sorted(trials_dir.glob("*/config.json")):
-        config = TrialConfig(**_read(path))
-        history_path, outcome_path = path.with_name("history.json"), path.with_name("outcome.json")
-        rows: list[dict[str, float]] = _read(history_path) if history_path.is_file() else []
-        outcome = TrialOutcome.read(outcome_path) if outcome_path.is_file() else _ended(config, rows, path.parent)
-        at = _moment(outcome_path if outcome_path.is_file() else path)
-        yield _OnFile(config, tuple(_epochs(rows, _moment(path))), outcome, at)
-
-
-def _epochs(rows: list[dict[str, float]], ended_at: int) -> Iterator[Epoch]:
-    """The epochs with the moments they ended at, counted back from the last one's."""
-    left = sum(row["seconds"] for row in rows)
-    for row in rows:
-        left -= row["seconds"]
-        yield Epoch(int(row["epoch"]), row, ended_at - round(1000 * left))
-
-
-def _ended(config: TrialConfig, rows: list[dict[str, float]], directory: Path) -> TrialOutcome | None:
-    """The outcome of a training that ended by itself just before its driver died; None for one that had not ended."""
-    if not rows:
-        return None
-    last = rows[-1]
-    ended = config.ends_at(int(last["epoch"]), int(last["best_epoch"]))
-    if ended is None:
-        return None
-    best = {name: last[f"best_{name}"] for name in ("val_mse", "val_token_cosine", "val_residual_ratio")}
-    seconds = sum(row["seconds"] for row in rows)
-    return TrialOutcome(
-        config, "finished", ended, int(last["epoch"]), int(last["best_epoch"]), best, str(directory), seconds
-    )
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _moment(path: Path) -> int:
-    return path.stat().st_mtime_ns // 1_000_000
+def _now() -> int:
+    return time.time_ns() // 1_000_000

@@ -15,7 +15,7 @@ from lowrank_tune.cli import run
 from lowrank_tune.cluster.study_dir import claimed, read_status
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.schema import TensorSource
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.tracking.tracker import Tracker
 from tests.e2e.conftest import Witness, older, write_tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "no_report")
@@ -132,7 +132,7 @@ def test_a_clone_from_another_directory_records_its_parent_and_what_mlflow_was_n
     assert (home.directory / "study.yaml").read_text() == STUDY
     source = load_study(home.directory / "study.resolved.yaml").features.source
     assert source == TensorSource(tensors=str(home.tensors))
-    monkeypatch.setattr(StudyTracker, "problems", ("1 record could not be delivered",))
+    monkeypatch.setattr(Tracker, "problems", ("1 record could not be delivered",))
     before = set((home.results / "studies").iterdir())
     capsys.readouterr()
     assert run(["clone", home.study_id, "--set", "search.trials=1", "--results", str(home.results)]) == 0

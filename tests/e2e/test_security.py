@@ -13,7 +13,7 @@ from lowrank_tune.config.loading import parse_study
 from lowrank_tune.errors import InputError, StudyFileError, TrackingError
 from lowrank_tune.features.remote import find_cache
 from lowrank_tune.study import plan_study
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
+from lowrank_tune.tracking.tracker import Tracker
 
 STUDY = """\
 name: {name}
@@ -80,7 +80,7 @@ def test_no_address_shows_its_password(
     with pytest.raises(raises) as caught:
         if act == "tracking":
             monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-            StudyTracker(plan_study(spec, tmp_path))
+            Tracker(plan_study(spec, tmp_path))
         else:
             plan_study(spec, address)
     assert "127.0.0.1" in str(caught.value)

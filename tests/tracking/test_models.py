@@ -12,15 +12,15 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from tracked_study import DIM, TOKENS, Reader, build_plan, config_of, outcome_of, row_of, write_study
+from tracked_study import DIM, TOKENS, Reader, build_plan, config_of, outcome_of, row_of, track_trial, write_study
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.lowrank.decomposers import FAMILIES, load_decomposer, make_decomposer
 from lowrank_tune.lowrank.graph import write_graph
 from lowrank_tune.records import Comparison, TrialConfig
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.sync import reconcile
+from lowrank_tune.tracking.tracker import Tracker
 
 SKETCH, DIRECT, WORSE = config_of(0), config_of(1, "direct", 4), config_of(4, "direct", 2)
 PARAMS = {"direct": {"lambda_b": 1e-4, "lambda_ortho": 1e-3}, "sketch": {}, "refined": {"steps": 3}}
@@ -46,11 +46,10 @@ def plan(tmp_path: Path, migrated: Path) -> Plan:
 
 
 def track(plan: Plan, configs: Sequence[TrialConfig], comparison: Comparison) -> Reader:
-    with StudyTracker(plan) as tracker:
+    with Tracker(plan) as tracker:
         for config in configs:
-            tracker.trial_started(config)
-            tracker.trial_ended(outcome_of(plan, config))
-        tracker.log_comparison(comparison, [outcome_of(plan, config) for config in configs], plan.study_dir)
+            track_trial(tracker, plan, config)
+        tracker.compared(comparison, [outcome_of(plan, config) for config in configs])
     assert tracker.problems == ()
     return Reader(local_uri(plan.results))
 

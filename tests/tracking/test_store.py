@@ -11,8 +11,8 @@ import pytest
 from tracked_study import build_plan
 
 from lowrank_tune.errors import TrackingError, redact
-from lowrank_tune.tracking.mlflow_tracker import StudyTracker
 from lowrank_tune.tracking.store import Store, probe, resolve_store
+from lowrank_tune.tracking.tracker import Tracker
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(
         plan = build_plan(tmp_path)
         started = time.monotonic()
         with pytest.raises(TrackingError, match=f"http://127.0.0.1:{port} does not answer .*tracking.uri") as raised:
-            StudyTracker(plan)
+            Tracker(plan)
     assert time.monotonic() - started < 10
     assert "secret" not in str(raised.value)
 
@@ -61,7 +61,7 @@ def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(
 ) -> None:
     with server(404) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//me:secret@"))
-        tracker = StudyTracker(build_plan(tmp_path))
+        tracker = Tracker(build_plan(tmp_path))
         with pytest.raises(TrackingError, match=f"{uri} refuses the study.*credentials") as raised:
             tracker.__enter__()
     assert "secret" not in str(raised.value)

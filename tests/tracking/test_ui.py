@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.tracking.store import serve_ui
+from lowrank_tune.tracking.ui import serve_ui
 
 SERVE = (
-    "import sys; from pathlib import Path; from lowrank_tune.tracking.store import serve_ui; "
+    "import sys; from pathlib import Path; from lowrank_tune.tracking.ui import serve_ui; "
     "sys.exit(serve_ui(Path(sys.argv[1]), port=int(sys.argv[2])))"
 )
 

@@ -12,8 +12,10 @@ from mlflow.entities import Run
 
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
 from lowrank_tune.records import Comparison, ComparisonRow, TrialConfig, TrialOutcome
+from lowrank_tune.tracking.tracker import Tracker
 
 TOKENS, DIM = 6, 10
 
@@ -47,10 +49,33 @@ def outcome_of(plan: Plan, config: TrialConfig, stopped_by: str = "budget", **ch
     return TrialOutcome(config=config, status=status, stopped_by=stopped_by, **fields)  # type: ignore[arg-type]
 
 
+def write_trial(plan: Plan, config: TrialConfig, epochs: int, outcome: TrialOutcome | None = None) -> None:
+    """A trial's files as its training and the driver write them; each epoch took 0.1 s, up to now."""
+    directory = plan.study_dir / "trials" / config.trial_id
+    write_json(directory / "config.json", config)
+    best = {"best_val_mse": 0.3, "best_val_token_cosine": 0.9, "best_val_residual_ratio": 1.3}
+    if epochs:
+        write_json(directory / "history.json", [metrics_of(epoch, **best) for epoch in range(1, epochs + 1)])
+    if outcome:
+        write_json(directory / "outcome.json", outcome)
+
+
+def track_trial(tracker: Tracker, plan: Plan, config: TrialConfig, stopped_by: str = "budget", **changed: Any) -> None:
+    """A trial that begins, trains and ends."""
+    write_trial(plan, config, 0)
+    tracker.trial_started(config)
+    outcome = outcome_of(plan, config, stopped_by, **changed)
+    for epoch in range(1, outcome.epochs + 1):
+        write_trial(plan, config, epoch)
+        tracker.trial_epoch(config.trial_id, epoch, metrics_of(epoch))
+    write_trial(plan, config, outcome.epochs, outcome)
+    tracker.trial_ended(outcome)
+
+
 def write_study(plan: Plan, configs: list[TrialConfig]) -> Comparison:
     """The files that a finished study has, and its comparison: `svd` and each trial's family."""
     plots = plan.study_dir / "plots"
-    plots.mkdir(parents=True)
+    plots.mkdir(parents=True, exist_ok=True)
     files = ("report.html", "study.yaml", "study.resolved.yaml", "pareto.json", "compression.json")
     for name in (*files, "plots/rank_curve.png"):
         (plan.study_dir / name).write_text(name)

@@ -1,0 +1,187 @@
+"""A study's tracker: it hears of what happens on the driver, and a thread tells MLflow of it from the files."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from lowrank_tune.config.plan import Plan
+from lowrank_tune.errors import TrackingError, redact
+from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
+from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.sync import Others, RunStatus, StudySync, is_passing, open_sync, reason_of
+from lowrank_tune.trials.outcomes import read_trial
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 90.0
+"""How long a study that is over waits for a store that is away; one at work waits for it however long that takes."""
+PAUSE_S, _LONGEST_PAUSE_S = 1.0, 15.0
+_COMPARISON, _STUDY = "/comparison", "/study"
+"""What is told beside trials, after them; no trial's id has a slash."""
+
+
+class Tracker:
+    """Tracks one study in MLflow: a parent run, and a child a trial.
+
+    As a context manager it ends every run with the status that the block ended with. A server is asked for the study's
+    run at once, so that a refusal costs no training. A local database needs no such question: MLflow is then imported
+    on the thread when the first trial starts, for importing it takes longer than starting that trial.
+
+    Args:
+        plan: the study.
+        others: the other studies of the results directory, to be told again where its database must be made anew.
+
+    Raises:
+        TrackingError: the store does not answer, or refuses; raised by the constructor or on entering the block.
+    """
+
+    def __init__(self, plan: Plan, others: Others = tuple) -> None:
+        set_mlflow_defaults()
+        self.store = resolve_store(plan.spec.tracking.uri, plan.results)
+        probe(self.store)
+        self._plan, self._others = plan, others
+        self._sync: StudySync | None = None
+        self._lock = threading.Lock()
+        self._dirty: dict[str, None] = {}
+        self._running: set[str] = set()
+        self._failed: dict[str, str] = {}  # why something could not be told
+        self._compared: tuple[Comparison, Sequence[TrialOutcome]] | None = None
+        self._status: RunStatus = "RUNNING"
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if not self.store.is_local:
+            try:
+                self._begin()
+            except TrackingError:
+                raise
+            except Exception as error:
+                raise TrackingError(
+                    f"tracking server {self.store.shown} refuses the study: {redact(str(error))}; check its address "
+                    "and credentials, or name another in tracking.uri"
+                ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        left, self._running = self._running, set()
+        # A study that fails before its first trial leaves no run in a local database.
+        if kind is None or self._thread or self._sync:
+            self._mark(*left, _STUDY)
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What MLflow was not told and why, for people; empty when it knows everything."""
+        if not self._failed:
+            return ()
+        n, reasons = len(self._failed), list(dict.fromkeys(self._failed.values()))[:10]
+        remedy = f"the study's files have it all: `lowrank-tune reconcile {self._plan.study_id}` tells MLflow later"
+        return (f"{n} record{'s' * (n > 1)} could not be delivered", *reasons, remedy)
+
+    def trial_started(self, config: TrialConfig) -> None:
+        """A trial begins; its run is found again, or made."""
+        self._running.add(config.trial_id)
+        self._mark(config.trial_id)
+
+    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        """An epoch ended, and is on file."""
+        self._mark(trial_id)
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        """A trial is over, whichever way, and its outcome is on file."""
+        self._running.discard(outcome.config.trial_id)
+        self._mark(outcome.config.trial_id)
+
+    def compared(self, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
+        """The post-study work is done; it is told before the block ends.
+
+        Args:
+            comparison: the figures; plots, report and tables lie in the study's folder.
+            outcomes: every trial's and every repetition's.
+        """
+        self._compared = comparison, outcomes
+        self._mark(_COMPARISON)
+
+    def _mark(self, *keys: str) -> None:
+        with self._lock:
+            self._dirty |= dict.fromkeys(keys)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mlflow-sync", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        pause, deadline = PAUSE_S, 0.0
+        while True:
+            closing = self._closing.wait(pause)
+            if closing and not deadline:
+                deadline = time.monotonic() + PATIENCE_S
+                self._mark(*self._failed)  # what was refused has its last chance
+            passing = self._tell_all()
+            if passing is None:
+                pause = PAUSE_S
+                if closing and not self._dirty:
+                    return
+                continue
+            logger.debug("tracking delayed: %s", passing)
+            if closing:
+                if time.monotonic() >= deadline:
+                    self._failed |= dict.fromkeys(self._dirty, passing)
+                    return
+                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _tell_all(self) -> str | None:
+        """Tell all that is new; where the store is away, what is left stays for later, and why is returned."""
+        with self._lock:
+            keys = sorted(self._dirty, key=lambda key: (key == _STUDY, key == _COMPARISON))
+            self._dirty = {}
+        for done, key in enumerate(keys):
+            try:
+                self._tell(self._sync or self._begin(), key)
+                self._failed.pop(key, None)
+            except Exception as error:
+                if self._sync is not None:
+                    self._sync.forget()
+                if _may_pass(error):
+                    with self._lock:
+                        self._dirty = dict.fromkeys(keys[done:]) | self._dirty
+                    return reason_of(error)
+                self._failed[key] = reason_of(error)
+                logger.debug("tracking failed: %s", self._failed[key])
+        return None
+
+    def _begin(self) -> StudySync:
+        sync = open_sync(self._plan, self.store, self._others)
+        sync.study("RUNNING", 0)
+        self._sync = sync
+        return sync
+
+    def _tell(self, sync: StudySync, key: str) -> None:
+        if key == _STUDY:
+            sync.study(self._status, time.time_ns() // 1_000_000)
+        elif key == _COMPARISON and self._compared:
+            sync.comparison(*self._compared)
+        else:
+            running = key in self._running
+            record = read_trial(self._plan.study_dir / "trials" / key)
+            if record is not None:
+                sync.trial(record, running)
+
+
+def _may_pass(error: Exception) -> bool:
+    try:
+        return is_passing(error)
+    except Exception:
+        logger.debug("cannot tell whether a failure may pass", exc_info=True)
+        return False

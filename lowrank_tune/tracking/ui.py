@@ -1,0 +1,103 @@
+"""MLflow's own pages on a results directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from urllib.parse import quote
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
+
+_GRACE_S = 5.0
+
+
+def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int:
+    """Serve the UI until it is interrupted or terminated; the server's helper processes end with it.
+
+    Args:
+        results: the results directory.
+        host: the interface to listen on; anyone who reaches it can change the runs.
+        port: the port to listen on.
+
+    Returns:
+        The exit code: 0 when it was asked to end.
+
+    Raises:
+        InputError: there is nothing to show yet, or the port is taken.
+    """
+    if not (results / "mlflow.db").is_file():
+        raise InputError(f"{results / 'mlflow.db'}: no study has been tracked here yet; run one, or pass --results DIR")
+    _check_port(host, port)
+    set_mlflow_defaults()
+    # Seven processes that nothing here asks anything of.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", local_uri(results)]
+    command += ["--artifacts-destination", str(results.absolute() / "mlartifacts")]
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    # A session of its own: MLflow's workers and job runners outlive their parent unless the whole group is ended.
+    server = subprocess.Popen(command, start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _end_group(server)
+
+
+def first_page(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> str:
+    """The address of the newest study's runs, as model training.
+
+    MLflow 3.17 opens an experiment as GenAI, whatever its kind is tagged as, unless the address says otherwise.
+
+    Args:
+        results: the results directory; without a run in it, the address is that of the list of experiments.
+        host: as for `serve_ui`.
+        port: as for `serve_ui`.
+    """
+    store = f"file:{quote(str(results / 'mlflow.db'))}?mode=ro"
+    newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
+    try:
+        with contextlib.closing(sqlite3.connect(store, uri=True)) as connection:
+            found = connection.execute(newest).fetchone()
+    except sqlite3.Error:
+        found = None
+    page = f"experiments/{found[0]}/runs" if found else "experiments"
+    return f"http://{host}:{port}/#/{page}?workflowType=machine_learning"
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"{host}:{port}: cannot listen there ({error.strerror}); pass another --port or --host"
+        ) from None
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, ending)
+        except ProcessLookupError:
+            return
+        try:
+            server.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
