@@ -52,6 +52,7 @@ def outcome_of(plan: Plan, config: TrialConfig, stopped_by: str = "budget", **ch
 def write_trial(plan: Plan, config: TrialConfig, epochs: int, outcome: TrialOutcome | None = None) -> None:
     """A trial's files as its training and the driver write them; each epoch took 0.1 s, up to now."""
     directory = plan.study_dir / "trials" / config.trial_id
+    directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config)
     best = {"best_val_mse": 0.3, "best_val_token_cosine": 0.9, "best_val_residual_ratio": 1.3}
     if epochs:
@@ -83,6 +84,7 @@ def write_study(plan: Plan, configs: list[TrialConfig]) -> Comparison:
     rows = [row_of("svd", rank, 1.0) for rank in (2, 4)]
     for config in configs:
         directory = plan.study_dir / "trials" / config.trial_id
+        directory.mkdir(parents=True, exist_ok=True)
         save_decomposer(make_decomposer(config, TOKENS, DIM), directory / "best_model.safetensors")
         (directory / "loss_curves.png").write_bytes(b"png")
         chosen = 0 if any(row.chosen and row.rank == config.rank for row in rows) else config.number + 1
