@@ -1,7 +1,7 @@
 """Processes that are killed while they track: forked from this script, for importing MLflow takes seconds each time.
 
 python killed.py drivers RESULTS      a study's driver, killed at ten random statements, then left to end
-python killed.py databases RESULTS N… MLflow making RESULTS/N/mlflow.db, killed at its Nth table; then ours, likewise
+python killed.py databases RESULTS TABLE… MLflow making RESULTS/TABLE/mlflow.db, killed before that table; then we
 """
 
 import os
@@ -74,7 +74,7 @@ def make_by_mlflow(path: Path) -> None:
     mlflow.store.db.utils._initialize_tables(sqlalchemy.create_engine(sqlite_uri(path)))
 
 
-def main(what: str, results: Path, counts: list[int]) -> None:
+def main(what: str, results: Path, tables: list[str]) -> None:
     set_mlflow_defaults()
     if what == "drivers":
         tracker.PAUSE_S = 0.05
@@ -84,12 +84,12 @@ def main(what: str, results: Path, counts: list[int]) -> None:
         for _ in range(10):
             forked(drive, plan, dies_at=moments.randint(1, 120))
         forked(drive, plan)
-    for count in counts:
-        place = results / str(count)
+    for table in tables:
+        place = results / table
         (place / "ours").mkdir(parents=True)
-        forked(make_by_mlflow, place / "mlflow.db", dies_at=count, beginning="CREATE TABLE")
-        forked(open_database, resolve_store(None, place / "ours"), dies_at=count, beginning="CREATE TABLE")
+        forked(make_by_mlflow, place / "mlflow.db", dies_at=1, beginning=f"CREATE TABLE {table} ")
+        forked(open_database, resolve_store(None, place / "ours"), dies_at=1, beginning=f"CREATE TABLE {table} ")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), [int(count) for count in sys.argv[3:]])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -377,9 +377,9 @@ def test_a_driver_that_is_killed_at_ten_random_moments_loses_and_doubles_nothing
 
 
 def test_a_database_whose_making_was_killed_is_set_aside_and_told_all_that_is_on_file(tmp_path: Path) -> None:
-    run_killed("databases", str(tmp_path), "2", "33")
-    for tables in ("2", "33"):
-        results = tmp_path / tables
+    run_killed("databases", str(tmp_path), "runs", "webhook_events")
+    for table in ("runs", "webhook_events"):
+        results = tmp_path / table
         assert not (results / "ours" / "mlflow.db").exists(), "a database is there whole, or not at all"
         assert "half made" in database_fault(results / "mlflow.db")
     assert list((results / "ours").glob("mlflow.db.*.making"))
