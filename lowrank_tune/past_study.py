@@ -140,7 +140,7 @@ def visualize(
         InputError: there is no such image, rank or channel, or nothing to compare.
         CacheError: features cannot be read.
     """
-    from lowrank_tune.report.places import Scene, write_places
+    from lowrank_tune.report.spatial_page import Scene, write_spatial_page
 
     highest = min(study.features.tokens, study.features.dim)
     if rank is not None and not 1 <= rank <= highest:
@@ -149,7 +149,7 @@ def visualize(
     check_channels([] if isinstance(channels, int) else channels, study.features.dim)
     scene = Scene(study.features, study.split, study.outcomes, comparison_of(study))
     with _writing(study):
-        return write_places(scene, study.directory, images=images, channels=channels, rank=rank)
+        return write_spatial_page(scene, study.directory, images=images, channels=channels, rank=rank)
 
 
 def check_rank_compared(studies: Sequence[PastStudy], rank: int | None) -> None:

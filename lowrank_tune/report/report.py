@@ -25,9 +25,9 @@ from lowrank_tune.report.charts import (
 )
 from lowrank_tune.report.curves import loss_pictures, rank_picture
 from lowrank_tune.report.page import Picture, Section, render_page
-from lowrank_tune.report.places import Scene, spatial_section
 from lowrank_tune.report.search import search_section
 from lowrank_tune.report.spatial import check_images
+from lowrank_tune.report.spatial_page import Scene, spatial_section
 from lowrank_tune.report.style import Trial
 from lowrank_tune.report.tables import (
     choices_table,

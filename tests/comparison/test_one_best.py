@@ -18,7 +18,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.past_study import open_study, report_of
-from lowrank_tune.report.places import Scene
+from lowrank_tune.report.spatial_page import Scene
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.trials.outcomes import write_material, write_outcome
 

@@ -1,19 +1,34 @@
-"""Spatial pictures: the right numbers at the right places, on scales that may be compared."""
+"""The spatial pictures: the right numbers at the right places, boxes in every form, and the page of them by itself."""
 
+import base64
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.report.boxes import BoxColumn
-from lowrank_tune.report.places import spatial_figure
-from lowrank_tune.report.spatial import check_images, grid_shape, photograph, spatial_views
+from lowrank_tune.records import FeatureRow, FeatureSet, Split
+from lowrank_tune.report.spatial import (
+    BoxColumn,
+    check_images,
+    compare_regions,
+    grid_shape,
+    inside_boxes,
+    photograph,
+    read_boxes,
+    spatial_views,
+)
+from lowrank_tune.report.spatial_page import Scene, spatial_figure, spatial_section, write_spatial_page
+
+WIDE = (200, 100)
 
 
 def spatial_view(data, split, image, *, rank, channels, network, boxes=None):
@@ -139,3 +154,122 @@ def test_an_image_that_is_not_there_is_an_input_error(study):
         check_images([0, -1], 4)
     with pytest.raises(InputError, match="1 image, number 0"):
         check_images([1], 1)
+
+
+def scene(study):
+    return Scene(study.features, study.split, study.outcomes, study.comparison)
+
+
+def test_spatial_pictures_at_a_rank_that_no_trial_had_show_the_svd(study):
+    section = spatial_section(scene(study), study.directory / "plots", images=[1, 1], channels=3, rank=7)
+    (picture,) = section.pictures
+    assert picture.path.name == "spatial-001-r007.png"
+    assert "svd" in picture.alt and "sketch" not in picture.alt
+    assert any("12 tokens are no square number" in note for note in section.notes)
+
+
+@pytest.mark.parametrize("rank", [0, 13])
+def test_spatial_pictures_at_an_impossible_rank_are_an_input_error(study, rank):
+    with pytest.raises(InputError, match=f"rank {rank}: these features have ranks 1 to 12"):
+        spatial_section(scene(study), study.directory, images=[0], channels=1, rank=rank)
+
+
+def test_the_spatial_page_holds_every_image_rank_and_channel(study):
+    *pictures, page = write_spatial_page(scene(study), study.directory, images=[0, 3], channels=[4, 1], rank=7)
+    assert [path.name for path in pictures] == ["spatial-000-r007.png", "spatial-003-r007.png"]
+    text = page.read_text(encoding="utf-8")
+    data = json.loads(text.split('id="places-data">')[1].split("</script>")[0])
+    assert (data["grid"], data["ranks"], data["channels"]) == ([3, 4], [3, 7], [4, 1])
+    assert [image["image"] for image in data["images"]] == [0, 3]
+    assert [[method["name"] for method in data["images"][0]["ranks"][rank]] for rank in ("3", "7")] == [
+        ["svd", "sketch"], ["svd"]
+    ]  # fmt: skip
+    original = np.frombuffer(base64.b64decode(data["images"][0]["original"]), "<f4").reshape(2, 3, 4)
+    x_TD = FeatureMatrix(study.features).load([5])[0].numpy()
+    assert original == pytest.approx(np.stack([x_TD[:, channel].reshape(3, 4) for channel in (4, 1)]))
+
+
+def test_the_rank_that_is_shown_is_the_validation_images_best(study, row):
+    study.comparison = replace(study.comparison, rows=(row("sketch", 3, 1.2), row("sketch", 5, 1.1, chosen=2)))
+    assert scene(study).rank(None) == 3
+    assert scene(study).ranks(3) == [3, 5]
+
+
+@pytest.fixture
+def boxed(features, tmp_path):
+    """Write the records' boxes, a value for each of the first images, under a column's name."""
+
+    def write(name, *values):
+        records = pd.read_parquet(features.records_path)
+        path = tmp_path / f"{name}.parquet"
+        records.assign(**{name: [*values, *[None] * (len(records) - len(values))]}).to_parquet(path)
+        return read_boxes(replace(features, records_path=str(path))), features.rows
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("bbox", [[20.0, 10.0, 10.0, 5.0], [20.0, 10.0, 40.0, 50.0]], (0.1, 0.1, 0.15, 0.15)),
+        ("bbox", [[20, 10, 60, 50], [0, 0, 5, 5]], (0.1, 0.1, 0.3, 0.5)),
+        ("bbox_xywh", [[20, 10, 60, 50]], (0.1, 0.1, 0.4, 0.6)),
+        ("BBoxes_xyxy", [[[20, 10, 60, 50]]], (0.1, 0.1, 0.3, 0.5)),
+        ("boxes", ['[{"x": 20, "y": 10, "w": 60, "h": 50}]'], (0.1, 0.1, 0.4, 0.6)),
+        ("bounding_box", [{"xmin": 20, "ymin": 10, "xmax": 60, "ymax": 50}], (0.1, 0.1, 0.3, 0.5)),
+        ("bbox", [[0.25, 0.5, 0.1, 0.25], [0.5, 0.5, 0.1, 0.1]], (0.25, 0.5, 0.35, 0.75)),
+        ("bbox", [[150, 50, 100, 80], [1, 1, 1, 1]], (0.75, 0.5, 1.0, 1.0)),
+    ],
+)
+def test_boxes_are_read_by_the_rule(boxed, name, values, expected):
+    column, rows = boxed(name, *values)
+    (box,) = column.of(rows[0].key, *WIDE)
+    assert box == pytest.approx(expected)
+    assert name in column.note
+
+
+def test_no_column_of_boxes_or_no_box_in_it_is_none(boxed, features):
+    assert read_boxes(features) is None
+    assert boxed("bbox", "not a box", "[1, 2, 3]", '{"x": 1}')[0] is None
+    assert read_boxes(replace(features, records_path="nowhere.parquet")) is None
+
+
+def test_a_box_marks_the_tokens_whose_centre_it_holds_and_one_at_least():
+    inside = inside_boxes([(0.25, 0.0, 0.75, 0.5)], 4, 4)
+    assert np.argwhere(inside).tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
+    assert np.argwhere(inside_boxes([(0.9, 0.9, 0.91, 0.91)], 4, 4)).tolist() == [[3, 3]]
+
+
+@pytest.fixture
+def grounded(tmp_path):
+    """Three images of 4 x 4 tokens, each with a photograph and a box over its upper left quarter."""
+    (tmp_path / "shards").mkdir()
+    x_NTD = torch.randn(3, 16, 20, generator=torch.Generator().manual_seed(1))
+    x_NTD[:, [0, 1, 4, 5]] *= 5
+    save_file({"features": x_NTD}, tmp_path / "shards" / "0.safetensors")
+    for n in range(3):
+        Image.new("RGB", (80, 40)).save(tmp_path / f"{n}.png")
+    rows = tuple(FeatureRow(f"{n:064x}", "0.safetensors", n) for n in range(3))
+    table = {"key": [row.key for row in rows], "path": [str(tmp_path / f"{n}.png") for n in range(3)]}
+    pd.DataFrame({**table, "bbox_xywh": [[0, 0, 40, 20]] * 3}).to_parquet(tmp_path / "records.parquet")
+    records = str(tmp_path / "records.parquet")
+    features = FeatureSet(str(tmp_path), "0" * 16, "synthetic", "random", "float32", 16, 20, rows, records)
+    return features, Split((0,), (), (1, 2))
+
+
+def test_the_error_inside_the_boxes_is_held_against_the_error_outside(grounded):
+    features, split = grounded
+    data, boxes = FeatureMatrix(features), read_boxes(features)
+    (view,) = spatial_views(data, split, 0, networks={3: None}, channels=[0], boxes=boxes)
+    assert view.boxes == ((0.0, 0.0, 0.5, 0.5),)
+    error = view.reconstructions[0].error_HW
+    inside = np.sqrt(np.square(error[:2, :2]).mean())
+    assert view.reconstructions[0].regions.error_inside == pytest.approx(inside)
+    others = np.concatenate([error[:2, 2:].ravel(), error[2:].ravel()])
+    assert view.reconstructions[0].regions.error_outside == pytest.approx(np.sqrt(np.square(others).mean()))
+    images, regions = compare_regions(data, split, boxes, 3, None)
+    assert (images, list(regions)) == (2, ["svd"])
+    other = next(iter(spatial_views(data, split, 1, networks={3: None}, channels=[0], boxes=boxes)))
+    mean = (inside + other.reconstructions[0].regions.error_inside) / 2
+    assert regions["svd"].error_inside == pytest.approx(mean)
+    assert compare_regions(data, split, boxes, 3, None, most=1)[0] == 1

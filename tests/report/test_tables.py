@@ -8,7 +8,6 @@ from rich.console import Console
 from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
 from lowrank_tune.report.tables import (
     comparison_tables,
-    compression_tables,
     methods_table,
     studies_table,
     trained_table,
@@ -139,20 +138,3 @@ def test_every_rank_has_every_method_in_one_order(row, comparison_of):
         for rank, direct, sketch in (("4", "direct ★", "sketch"), ("8", "direct", "sketch ★"))
     ]
     assert not trained_table(comparison_of(row("svd", 4, 1.0))).rows
-
-
-def test_the_tables_on_bytes_say_what_an_error_takes():
-    targets, stored, models = compression_tables(FOUND)
-    assert targets.head[1:] == ("X itself, KiB", "the SVD's factors, KiB", "sketch factors, KiB")
-    assert targets.rows == (
-        ("20 %", "33.0, int4", "15.5, int8, 5 components", "—"),
-        ("as int8 of X: 0.73 %", "65.0, int8", "90.0, float16, 11 components", "—"),
-        ("50 %", "33.0, int4", "—", "5.0, int8, 2 components"),
-    )
-    assert stored.rows[1] == ("X itself", "int8", "65.0", "50.8%", "0.73 %", "0.84 %", "0.999970")
-    assert [row[0] for row in stored.rows[3:]] == ["sketch, rank 2"] * 2 + ["sketch, rank 4"] * 2
-    assert models.rows == (
-        ("sketch, rank 4", "64.0", "17.0", "17.3 %", "17.4 %"),
-        ("refined, rank 4", "75.0", "no learned matrix", "14.5 %", "14.5 %"),
-    )
-    assert len(compression_tables(replace(FOUND, models=()))) == 2

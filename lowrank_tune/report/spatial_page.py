@@ -22,10 +22,10 @@ from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
-from lowrank_tune.report.boxes import Box, read_boxes
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Picture, Section, render_page
 from lowrank_tune.report.spatial import (
+    Box,
     Map,
     Reconstruction,
     Regions,
@@ -33,6 +33,7 @@ from lowrank_tune.report.spatial import (
     check_channels,
     check_images,
     compare_regions,
+    read_boxes,
     spatial_views,
 )
 from lowrank_tune.report.style import script_safe
@@ -93,12 +94,7 @@ def spatial_section(
         images: positions in the test split, from 0; none gives a section without anything.
         channels: which channels, or how many of the first ones.
         rank: R of the pictures; see `Scene.rank`.
-
-    Raises:
-        InputError: the test split has no such image, or the features no such rank or channel.
-        CacheError: features cannot be read.
     """
-    plots.mkdir(exist_ok=True)
     check_images(images, len(scene.split.test))
     shown = scene.rank(rank)
     wanted = range(min(channels, scene.features.dim)) if isinstance(channels, int) else channels
@@ -133,7 +129,7 @@ def spatial_section(
         f"lose{'s' if len(first.reconstructions) == 1 else ''} most. Maps side by side share one colour scale.",
         tables=(_regions_table(shown, seen, regions),) if seen else (),
         notes=tuple(notes),
-        places=places_json(views, boxes.note if boxes else ""),
+        places=spatial_json(views, boxes.note if boxes else ""),
         rank=shown,
     )
 
@@ -175,7 +171,7 @@ def _spatial_picture(view: SpatialView, plots: Path) -> Picture:
     )
 
 
-def write_places(
+def write_spatial_page(
     scene: Scene,
     directory: Path,
     *,
@@ -183,10 +179,7 @@ def write_places(
     channels: Sequence[int] | int,
     rank: int | None = None,
 ) -> tuple[Path, ...]:
-    """Write the spatial pictures of some test images, and `spatial.html` with choosers of image, rank and channel.
-
-    Takes what `spatial_section` takes, and raises what it raises; `directory` is the study's, whose `plots/` the files
-    go into.
+    """Write the spatial pictures of `spatial_section`, and `spatial.html` with choosers, into a study's `plots/`.
 
     Returns:
         The PNG files, then the page.
@@ -280,7 +273,7 @@ def spatial_figure(view: SpatialView) -> Figure:
     return canvas.figure
 
 
-def places_json(images: Sequence[Sequence[SpatialView]], note: str = "") -> str:
+def spatial_json(images: Sequence[Sequence[SpatialView]], note: str = "") -> str:
     """Pack the views of each image, one a rank, with a note on boxes, as JSON that is safe inside a script element."""
 
     def packed(values: Map) -> str:
