@@ -18,7 +18,7 @@ from lowrank_tune.files import write_directory_once
 from lowrank_tune.lowrank.pretrained import CONFIG, WEIGHTS, ExportedModel, exported_files, read_exported
 from lowrank_tune.past_study import PastStudy, comparison_of, open_study
 from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet
-from lowrank_tune.report.text import METHOD_NOTES, RankVerdict, cosine_text, ratio_text, verdicts
+from lowrank_tune.report.text import METHOD_NOTES, RankSummary, cosine_text, rank_summaries, ratio_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TASK = ("feature-extraction", "low-rank decomposition of visual tokens")
@@ -33,7 +33,7 @@ def model_card(
     name: str,
     config: Mapping[str, Any],
     features: FeatureSet,
-    verdict: RankVerdict,
+    summary: RankSummary,
     device: str,
     remarks: tuple[str, ...],
 ) -> str:
@@ -43,7 +43,7 @@ def model_card(
         name: the model's.
         config: its `config.json`.
         features: what it was trained on.
-        verdict: its own figures at its rank, the SVD's and the best control's.
+        summary: its own figures at its rank, the SVD's and the best control's.
         device: what the speeds were measured on.
         remarks: what a reader of the study's figures must not miss.
 
@@ -51,11 +51,11 @@ def model_card(
         Markdown, the front matter first.
 
     Raises:
-        ValueError: the verdict has no trained row.
+        ValueError: the summary has no trained row.
     """
-    row = verdict.trained
+    row = summary.trained
     if row is None:
-        raise ValueError(f"rank {verdict.rank} has no trained model")
+        raise ValueError(f"rank {summary.rank} has no trained model")
     text = _BODY.format(
         name=name,
         note=METHOD_NOTES.get(row.method, row.method),
@@ -64,7 +64,7 @@ def model_card(
         dim=config["dim"],
         rank=config["rank"],
         serves=_serves(config),
-        table=_table(verdict),
+        table=_table(summary),
         n_images=row.n_images,
         device=device,
         features=_features(features),
@@ -119,8 +119,8 @@ def _features(features: FeatureSet) -> str:
     )
 
 
-def _table(verdict: RankVerdict) -> str:
-    names = (("this model", verdict.trained), ("svd", verdict.svd), (None, verdict.control))
+def _table(summary: RankSummary) -> str:
+    names = (("this model", summary.trained), ("svd", summary.svd), (None, summary.control))
     lines = [_line(name or row.method, row) for name, row in names if row is not None]
     return "\n".join(lines)
 
@@ -244,10 +244,10 @@ def _files(study: PastStudy, comparison: Comparison, row: ComparisonRow) -> dict
         outcome.config,
         study.features,
     )
-    verdict = next(verdict for verdict in verdicts(comparison) if verdict.rank == row.rank)
+    summary = next(summary for summary in rank_summaries(comparison) if summary.rank == row.rank)
     model_name = f"{study.directory.name}-r{row.rank:03d}"
     card = model_card(
-        model_name, json.loads(files[CONFIG]), study.features, verdict, comparison.device, comparison.remarks
+        model_name, json.loads(files[CONFIG]), study.features, summary, comparison.device, comparison.remarks
     )
     return {**files, CARD: card.encode()}
 

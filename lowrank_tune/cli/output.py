@@ -110,10 +110,10 @@ def show_study(result: StudyResult, as_json: bool) -> None:
         facts |= {"remarks": result.comparison.remarks, "trials": result.outcomes}
         show(facts | {"confirmations": result.confirmations, "untracked": result.untracked}, as_json)
         return
-    from lowrank_tune.report.tables import verdict_table
+    from lowrank_tune.report.tables import summary_table
     from lowrank_tune.report.text import training_sentence
 
-    Console(highlight=False).print(verdict_table(result.comparison))
+    Console(highlight=False).print(summary_table(result.comparison))
     # The table has said what the summary's sentences on single ranks say.
     _print_points([training_sentence(result.outcomes), *result.comparison.remarks])
     # The command as it can be typed here: by its name when the PATH has it, else where it lies.

@@ -33,9 +33,9 @@ from lowrank_tune.report.tables import (
     choices_table,
     compression_tables,
     methods_table,
+    summary_table,
     trained_table,
     trials_table,
-    verdict_table,
 )
 from lowrank_tune.report.text import (
     METHOD_NOTES,
@@ -101,7 +101,7 @@ def write_report(
         features=features,
         split=split,
         comparison=comparison,
-        verdict=verdict_table(comparison),
+        summary=summary_table(comparison),
         choice=rank_sentence(found),
         choices=choices_table(found, features),
         training=training_sentence(outcomes) if outcomes else "",

@@ -74,7 +74,7 @@ def search_section(journal: Path, objective: str) -> Section:
             caption = "By Optuna: the part of the objective's spread that each hyperparameter explains."
             pictures.append(_optunas("importance", "What mattered", figure, alt, caption))
             tables.append(
-                Table("Hyperparameter importances", ("hyperparameter", "importance"), rows, words=("hyperparameter",))
+                Table("Hyperparameter importances", ("hyperparameter", "importance"), rows, texts=("hyperparameter",))
             )
         except (ValueError, RuntimeError) as error:
             notes.append(f"There is no hyperparameter importance: {str(error).rstrip('.')}.")

@@ -152,7 +152,7 @@ def _regions_table(rank: int, images: int, regions: Mapping[str, Regions]) -> Ta
         tuple(rows),
         f"Inside the boxes and outside them, at rank {rank}: root mean squared error and token cosine, means over "
         f"{count(images, 'test image')} with boxes.",
-        words=("method",),
+        texts=("method",),
     )
 
 

@@ -22,10 +22,10 @@ from lowrank_tune.report.text import (
     duration_text,
     in_order,
     is_trained,
+    rank_summaries,
     rate_text,
     ratio_text,
     seed_texts,
-    verdicts,
 )
 
 
@@ -37,7 +37,7 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
-    words: tuple[str, ...] = ()  # the columns that are no numbers
+    texts: tuple[str, ...] = ()  # the columns that are no numbers
     prose: tuple[str, ...] = ()  # those of them whose texts may wrap
     terminal: tuple[str, ...] = ()  # the columns that a terminal has room for; all when empty
     grouped: bool = False  # rows whose first texts are equal stand under one heading
@@ -58,7 +58,7 @@ class Table:
         table.title_justify = table.caption_justify = "left"
         shown = [self.head.index(name) for name in self.terminal or self.head]
         for name in (self.head[place] for place in shown):
-            table.add_column(name, justify="left" if name in self.words else "right", no_wrap=name not in self.prose)
+            table.add_column(name, justify="left" if name in self.texts else "right", no_wrap=name not in self.prose)
         for group in self.groups:
             for number, row in enumerate(group):
                 texts = [row[place] if place or not number or not self.grouped else "" for place in shown]
@@ -68,21 +68,21 @@ class Table:
         return table
 
 
-def verdict_table(comparison: Comparison) -> Table:
+def summary_table(comparison: Comparison) -> Table:
     """The chosen model of each rank beside the SVD and the best method without training."""
     rows = []
-    for verdict in verdicts(comparison):
-        trained, control, svd = verdict.trained, verdict.control, verdict.svd
+    for summary in rank_summaries(comparison):
+        trained, control, svd = summary.trained, summary.control, summary.svd
         rows.append(
             (
-                str(verdict.rank),
+                str(summary.rank),
                 trained.method if trained else ABSENT,
                 cosine_text(trained.token_cosine_mean) if trained else ABSENT,
                 cosine_text(svd.token_cosine_mean) if svd else ABSENT,
                 ratio_text(trained.residual_ratio_mean) if trained else ABSENT,
                 seed_texts(trained)[0] if trained else ABSENT,
                 f"{control.method} {ratio_text(control.residual_ratio_mean)}" if control else ABSENT,
-                verdict.word,
+                summary.text,
             )
         )
     head = ("rank", "trained", "cosine", "SVD's", "ρ", "ρ over seeds", "untrained", "so")
@@ -93,7 +93,7 @@ def verdict_table(comparison: Comparison) -> Table:
         "trained: what validation chose, on the test images · cosine: mean token cosine, beside the SVD's · ρ: "
         "squared error over the least possible at that rank, the SVD's: 1 is perfect · over seeds: the same "
         "configuration trained again · untrained: the best control and its ρ",
-        words=("trained", "untrained", "so"),
+        texts=("trained", "untrained", "so"),
         prose=("so",),
         terminal=head[:-1],
     )
@@ -116,7 +116,7 @@ def choices_table(found: Sequence[Choice], features: FeatureSet) -> Table:
         tuple(rows),
         "The lowest rank compared whose chosen model keeps a mean token cosine on the validation images, and what an "
         "image takes then.",
-        words=("method",),
+        texts=("method",),
     )
 
 
@@ -148,7 +148,7 @@ def methods_table(comparison: Comparison) -> Table:
         tuple(rows),
         "Means ± sd over the test images · ρ: residual over the SVD's, 1 is the optimum · ★ the trained model of its "
         f"rank that validation chose · images/s: A and B, on {comparison.device}",
-        words=("method", "trial"),
+        texts=("method", "trial"),
         terminal=first,
         grouped=True,
     )
@@ -174,7 +174,7 @@ def trained_table(comparison: Comparison) -> Table:
         tuple(rows),
         "− SVD: difference on the same test image, mean ± 95 % interval · over seeds: the same configuration trained "
         "again, mean ± sd, which is what it gives; the trial's own training was chosen for its validation figures",
-        words=("method",),
+        texts=("method",),
         grouped=True,
     )
 
@@ -206,7 +206,7 @@ def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
         ("rank", "study", "method", "token cosine", "ρ", "worst ρ"),
         tuple(rows),
         "ρ: residual over the SVD's, 1 is the optimum · ★ the trained model that its study's validation chose",
-        words=("study", "method"),
+        texts=("study", "method"),
         prose=("study",),
         grouped=True,
     )
@@ -236,7 +236,7 @@ def trials_table(outcomes: Sequence[TrialOutcome]) -> Table:
         ("trial", "ρ", "token cosine", "best epoch", "epochs", "time", "how it ended", "settings"),
         tuple(rows),
         "Validation figures at each trial's best epoch.",
-        words=("trial", "how it ended", "settings"),
+        texts=("trial", "how it ended", "settings"),
         prose=("how it ended", "settings"),
     )
 
@@ -276,14 +276,14 @@ def compression_tables(compression: Compression) -> tuple[Table, ...]:
             ("stored", "as", "KiB an image", "of X in float16", "relative error", "worst image", "token cosine"),
             tuple(factors),
             "Every image at the same rank, scales included; compression.json has the SVD's, too.",
-            words=("stored",),
+            texts=("stored",),
         ),
         Table(
             "The trained models with int8 matrices",
             ("model", "float32, KiB", "int8, KiB", "relative error", "in int8"),
             tuple(models),
             "Weights only, a scale a row, by torchao. Relative error: of the factors that the model makes.",
-            words=("model",),
+            texts=("model",),
         ),
     )
     return tables if models else tables[:2]
@@ -315,7 +315,7 @@ def _targets_table(compression: Compression) -> Table:
         "The fewest bytes an image, on average, at which every test image is as near. Factors: the dtype that takes "
         "the fewest, and the components an image keeps on average. The SVD may keep as many as there are, trained "
         f"factors as many as the highest rank compared; {ABSENT} where that does not do.",
-        words=("relative error at most",),
+        texts=("relative error at most",),
     )
 
 

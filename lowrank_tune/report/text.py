@@ -126,7 +126,7 @@ def training_sentence(outcomes: Sequence[TrialOutcome]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class RankVerdict:
+class RankSummary:
     """The methods that matter at a rank, each where it was measured."""
 
     rank: int
@@ -135,7 +135,7 @@ class RankVerdict:
     control: ComparisonRow | None  # the nearest to the optimum without training
 
     @property
-    def word(self) -> str:
+    def text(self) -> str:
         """The judgement in a few words, `0.4 % above the least possible error; beats every control`."""
         if self.trained is None:
             return "no trained model"
@@ -151,7 +151,7 @@ class RankVerdict:
         return f"{text}; {'beats every control' if ours < theirs else nearer}"
 
 
-def verdicts(comparison: Comparison) -> list[RankVerdict]:
+def rank_summaries(comparison: Comparison) -> list[RankSummary]:
     """Judge every rank of a comparison, by rising rank."""
     chosen = {row.rank: row for row in comparison.best_of_each_rank()}
     found = []
@@ -160,7 +160,7 @@ def verdicts(comparison: Comparison) -> list[RankVerdict]:
         controls = [row for row in rows if row.method in CONTROLS]
         control = min(controls, key=lambda row: (row.residual_ratio_mean, -row.images_per_second), default=None)
         svd = next((row for row in rows if row.method == "svd"), None)
-        found.append(RankVerdict(rank, svd, chosen.get(rank), control))
+        found.append(RankSummary(rank, svd, chosen.get(rank), control))
     return found
 
 

@@ -10,8 +10,8 @@ from lowrank_tune.report.tables import (
     comparison_tables,
     methods_table,
     studies_table,
+    summary_table,
     trained_table,
-    verdict_table,
 )
 
 KIB = 1024
@@ -127,7 +127,7 @@ def small(row, comparison_of):
 
 def test_a_terminal_of_80_columns_shows_the_study_word_for_word(row, comparison_of):
     comparison = small(row, comparison_of)
-    text = printed(verdict_table(comparison), comparison_tables(comparison), studies_table({"one-0a": comparison}))
+    text = printed(summary_table(comparison), comparison_tables(comparison), studies_table({"one-0a": comparison}))
     assert text == GOLDEN
 
 

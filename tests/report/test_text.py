@@ -12,12 +12,12 @@ from lowrank_tune.report.text import (
     difference_text,
     duration_text,
     rank_sentence,
+    rank_summaries,
     rate_text,
     ratio_text,
     seed_texts,
     study_cost,
     training_sentence,
-    verdicts,
 )
 
 
@@ -80,10 +80,10 @@ def compared(row, comparison_of):
 
 
 def test_the_chosen_of_each_rank_stands_beside_svd_and_control(compared):
-    four, eight = verdicts(compared)
+    four, eight = rank_summaries(compared)
     assert (four.rank, four.trained.trial_id, four.svd.method, four.control.method) == (4, "a", "svd", "power_1")
-    assert four.word == "2.0 % above the least possible error; beats every control"
-    assert eight.word == "50.0 % above the least possible error; power_1, without training, is nearer"
+    assert four.text == "2.0 % above the least possible error; beats every control"
+    assert eight.text == "50.0 % above the least possible error; power_1, without training, is nearer"
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_the_chosen_of_each_rank_stands_beside_svd_and_control(compared):
     ],
 )
 def test_a_verdict_is_said_as_people_say_it(row, comparison_of, ratio, words):
-    (verdict,) = verdicts(comparison_of(row("sketch", 4, ratio), row("power_1", 4, 1.1)))
-    assert verdict.word == words
+    (summary,) = rank_summaries(comparison_of(row("sketch", 4, ratio), row("power_1", 4, 1.1)))
+    assert summary.text == words
 
 
 def test_which_rank_to_take_follows_the_validation_images(compared):
@@ -116,7 +116,7 @@ def test_without_a_trained_model_there_is_no_choice(row, comparison_of):
     comparison = comparison_of(row("svd", 4, 1.0, 0.93), row("power_1", 4, 1.1))
     assert choices(comparison, lambda cosine: None) == []
     assert rank_sentence([]) == ""
-    assert verdicts(comparison)[0].word == "no trained model"
+    assert rank_summaries(comparison)[0].text == "no trained model"
 
 
 def test_one_rank_of_a_comparison_has_its_rows_and_the_remarks_on_it(compared):
