@@ -33,7 +33,7 @@ from lowrank_tune.comparison.methods import (
     untrained,
     winners,
 )
-from lowrank_tune.errors import CacheError, InputError
+from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
@@ -106,21 +106,13 @@ def compare(
     sound = [method for method in methods if method.kind in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
     rows = choose(rows, outcomes, objective, _validated(data, split, outcomes, models, device))
-    try:
-        compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device), []
-    except CacheError:
-        raise
-    except Exception as error:  # it costs a study these figures, not all of them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        compression, unmeasured = Compression(), [f"bytes against error are left out: {reason}"]
-    told = say.which_are_beaten(compression.stored, compression.pruned)
+    compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
         remarks=(
-            *say.about_study(features, outcomes, confirmations, rows),
-            *([told] if told else []),
+            *say.about_study(features, outcomes, confirmations, rows, compression),
             *(*unmeasured, *lost, *left_out),
         ),
         data=say.data_text(features, rows[0].n_images),
@@ -156,7 +148,7 @@ def make_rows(
     repeats: Sequence[Method],
     speeds: Mapping[Kind, float],
 ) -> list[ComparisonRow]:
-    """Make a row of each method at each rank.
+    """Make a row of each method at each rank, by rank.
 
     Args:
         data: the features.
@@ -164,67 +156,56 @@ def make_rows(
         methods: what the rows are of, beside the SVD.
         repeats: the repetitions of trained ones; those that the table lacks are passed over.
         speeds: images a second of each method and of the SVD.
-
-    Returns:
-        The rows by rank.
     """
-    svd = per_image[per_image["method"] == "svd"].set_index(["rank", "index"])["token_cosine"]
-    paired = per_image.join(svd.rename("svd"), on=["rank", "index"])
-    table = (
-        paired.assign(difference=paired["token_cosine"] - paired["svd"])
-        .groupby(["method", "rank"], sort=False)
-        .agg(
-            n_images=("key", "size"),
-            token_cosine_mean=("token_cosine", "mean"),
-            token_cosine_sd=("token_cosine", "std"),
-            flat_cosine_mean=("flat_cosine", "mean"),
-            mse_mean=("mse", "mean"),
-            residual_ratio_mean=("residual_ratio", "mean"),
-            residual_ratio_max=("residual_ratio", "max"),
-            token_cosine_minus_svd=("difference", "mean"),
-            half=("difference", "sem"),
-        )
-        .fillna({"token_cosine_sd": 0.0})
-    )
-    # By Student's t, for images drawn independently; a single one has no interval.
-    half = table.pop("half") * stdtrit((table["n_images"] - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
-    table["token_cosine_minus_svd_low"] = table["token_cosine_minus_svd"] - half
-    table["token_cosine_minus_svd_high"] = table["token_cosine_minus_svd"] + half
+    table = over_images(per_image)
     again = [
         (method.confirms, method.rank, *table.loc[method.kind, ["residual_ratio_mean", "token_cosine_mean"]])
         for method in repeats
         if method.kind in table.index
     ]
-    seeds = (
-        pd.DataFrame(again, columns=["trial_id", "rank", "ratio", "cosine"])
-        .groupby(["trial_id", "rank"])
-        .agg(
-            seeds=("ratio", "size"),
-            residual_ratio_seed_mean=("ratio", "mean"),
-            residual_ratio_seed_sd=("ratio", "std"),
-            token_cosine_seed_mean=("cosine", "mean"),
-            token_cosine_seed_sd=("cosine", "std"),
-        )
+    seeds = pd.DataFrame(again, columns=["trial_id", "rank", "ratio", "cosine"]).groupby(["trial_id", "rank"])
+    seed_table = seeds.agg(
+        seeds=("ratio", "size"),
+        residual_ratio_seed_mean=("ratio", "mean"),
+        residual_ratio_seed_sd=("ratio", "std"),
+        token_cosine_seed_mean=("cosine", "mean"),
+        token_cosine_seed_sd=("cosine", "std"),
     )
     trials = {method.kind: method.trial_id for method in methods}
     known: Any = table.astype(object).to_dict("index")
-    over_seeds: Any = seeds.astype(object).to_dict("index")
+    over_seeds: Any = seed_table.astype(object).to_dict("index")
     rows = []
     for kind in sorted(speeds, key=lambda kind: kind[1]):
-        trial_id = trials.get(kind, "")
-        both = known[kind] | over_seeds.get((trial_id, kind[1]), {})
+        name, rank = kind
+        trial_id, size = trials.get(kind, ""), (data.tokens + data.dim) * rank * data.dtype.itemsize
+        both = known[kind] | over_seeds.get((trial_id, rank), {})
         figures: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in both.items()}
-        rows.append(
-            ComparisonRow(
-                method=kind[0],
-                rank=kind[1],
-                bytes_per_image=(data.tokens + data.dim) * kind[1] * data.dtype.itemsize,
-                images_per_second=speeds[kind],
-                trial_id=trial_id,
-                **figures,
-            )
-        )
+        figures |= {"bytes_per_image": size, "images_per_second": speeds[kind], "trial_id": trial_id}
+        rows.append(ComparisonRow(method=name, rank=rank, **figures))
     return rows
+
+
+def over_images(per_image: pd.DataFrame) -> pd.DataFrame:
+    """Fold the images of each (method, rank), and the difference to the SVD on the same image with its interval."""
+    svd = per_image[per_image["method"] == "svd"].set_index(["rank", "index"])["token_cosine"]
+    paired = per_image.join(svd.rename("svd"), on=["rank", "index"])
+    images = paired.assign(difference=paired["token_cosine"] - paired["svd"]).groupby(["method", "rank"], sort=False)
+    table = images.agg(
+        n_images=("key", "size"),
+        token_cosine_mean=("token_cosine", "mean"),
+        token_cosine_sd=("token_cosine", "std"),
+        flat_cosine_mean=("flat_cosine", "mean"),
+        mse_mean=("mse", "mean"),
+        residual_ratio_mean=("residual_ratio", "mean"),
+        residual_ratio_max=("residual_ratio", "max"),
+        token_cosine_minus_svd=("difference", "mean"),
+        half=("difference", "sem"),
+    ).fillna({"token_cosine_sd": 0.0})
+    # By Student's t, for images drawn independently; a single one has no interval.
+    half = table.pop("half") * stdtrit((table["n_images"] - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
+    table["token_cosine_minus_svd_low"] = table["token_cosine_minus_svd"] - half
+    table["token_cosine_minus_svd_high"] = table["token_cosine_minus_svd"] + half
+    return table
 
 
 def _validated(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_tune.comparison.methods import Kind, Method, batches
 from lowrank_tune.comparison.remarks import compression_texts
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
@@ -61,7 +61,7 @@ def measure_compression(
     rows: Sequence[ComparisonRow],
     methods: Sequence[Method],
     device: str,
-) -> Compression:
+) -> tuple[Compression, list[str]]:
     """Measure what the features, the SVD's factors and the chosen models' take in each dtype, and what is lost.
 
     Args:
@@ -72,9 +72,29 @@ def measure_compression(
         methods: what the rows are of.
         device: where the methods run.
 
+    Returns:
+        The figures; or none and a sentence why, for what breaks on the way costs a study these figures, not all.
+
     Raises:
         CacheError: features cannot be read.
     """
+    try:
+        return _measure(data, test, optimum, rows, methods, device), []
+    except CacheError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Compression(), [f"bytes against error are left out: {reason}"]
+
+
+def _measure(
+    data: FeatureMatrix,
+    test: Sequence[int],
+    optimum: Optimum,
+    rows: Sequence[ComparisonRow],
+    methods: Sequence[Method],
+    device: str,
+) -> Compression:
     trained = [method for method in methods if method.model is not None]
     chosen = {(row.method, row.rank): row.rank for row in rows if row.chosen}
     best = sorted((method for method in trained if method.kind in chosen), key=lambda method: method.rank)

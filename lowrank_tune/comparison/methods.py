@@ -208,27 +208,31 @@ def score(
         remarks.append(
             f"{len(images) - len(seen)} of {len(images)} test images hold nothing but zeros and are left out"
         )
-    if not seen:
-        return pd.DataFrame(), remarks
-    best = {rank: Figures(*(figure_N[seen] for figure_N in optimum.at(rank))) for rank in ranks}
-    figures_of = {("svd", rank): best[rank] for rank in ranks}
-    figures_of |= {
+    whole = {
         kind: Figures(*map(torch.cat, zip(*found, strict=True))) for kind, found in parts.items() if kind not in broken
     }
     keys = [data.features.rows[images[place]].key for place in seen]
+    return _table(pd.DataFrame({"key": keys, "index": seen}), whole, optimum, ranks), remarks
+
+
+def _table(images: pd.DataFrame, figures: dict[Kind, Figures], optimum: Optimum, ranks: Sequence[int]) -> pd.DataFrame:
+    """Join the figures of every method, the SVD's first, and each image's distance to the optimum."""
+    if images.empty:
+        return images
+    seen = images["index"].tolist()
+    best = {rank: Figures(*(figure_N[seen] for figure_N in optimum.at(rank))) for rank in ranks}
     frames = []
-    for (name, rank), figures in figures_of.items():
-        ratio_N = residual_ratio(figures.residual_N, best[rank].residual_N, optimum.energy_N[seen])
-        columns = {
-            "token_cosine": figures.token_cosine_N,
-            "flat_cosine": figures.flat_cosine_N,
-            "mse": figures.mse_N,
-            "residual": figures.residual_N,
-            "residual_ratio": ratio_N,
+    for (name, rank), own in ({("svd", rank): best[rank] for rank in ranks} | figures).items():
+        numbers = {
+            "token_cosine": own.token_cosine_N,
+            "flat_cosine": own.flat_cosine_N,
+            "mse": own.mse_N,
+            "residual": own.residual_N,
+            "residual_ratio": residual_ratio(own.residual_N, best[rank].residual_N, optimum.energy_N[seen]),
         }
-        numbers = {column: values_N.numpy() for column, values_N in columns.items()}
-        frames.append(pd.DataFrame({"method": name, "rank": rank, "key": keys, "index": seen, **numbers}))
-    return pd.concat(frames, ignore_index=True), remarks
+        columns = {column: values_N.numpy() for column, values_N in numbers.items()}
+        frames.append(images.assign(method=name, rank=rank, **columns)[["method", "rank", "key", "index", *columns]])
+    return pd.concat(frames, ignore_index=True)
 
 
 BATCH = {"cpu": 8, "cuda": 64}

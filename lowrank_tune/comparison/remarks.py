@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lowrank_tune.records import CONTROLS, ComparisonRow, FeatureSet, PrunedRow, QuantisedRow, StoredRow, TrialOutcome
+from lowrank_tune.records import (
+    CONTROLS,
+    ComparisonRow,
+    Compression,
+    FeatureSet,
+    PrunedRow,
+    QuantisedRow,
+    StoredRow,
+    TrialOutcome,
+)
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""
@@ -25,13 +34,16 @@ def about_study(
     outcomes: Sequence[TrialOutcome],
     confirmations: Sequence[TrialOutcome],
     rows: Sequence[ComparisonRow],
+    compression: Compression,
 ) -> list[str]:
     """Say everything that a study's records give cause to say; there is at least one row."""
+    beaten = which_are_beaten(compression.stored, compression.pruned)
     return [
         *about_data(features, rows[0].n_images),
         *about_rivals(rows),
         *about_trials(outcomes, rows),
         *about_confirmations(confirmations, rows),
+        *([beaten] if beaten else []),
     ]
 
 

@@ -35,6 +35,7 @@ from lowrank_tune.report.text import STOPPED, count, in_order, is_trained
 
 def saved(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, sharp on a phone and of less than about 200 KB."""
+    path.parent.mkdir(exist_ok=True)
     write_whole(
         path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 1})
     )

@@ -62,16 +62,11 @@ def write_report(
 ) -> ReportFiles:
     """Write everything a person looks at after a study, into its `directory`; `progress` is told what is being written.
 
-    An image that the test split does not have is told in the report's remarks instead of failing it; `check_images`
-    finds it before a study starts.
-
-    Raises:
-        CacheError: the features of an image cannot be read.
+    An image that the test split does not have is told in the report's remarks: `check_images` finds it before a study.
     """
-    plots, report = directory / "plots", plan.spec.report
-    plots.mkdir(exist_ok=True)
+    images = [image for image in plan.spec.report.images if image < len(split.test)]
     try:
-        check_images(report.images, len(split.test))
+        check_images(plan.spec.report.images, len(split.test))
     except InputError as error:
         comparison = replace(comparison, remarks=(*comparison.remarks, str(error)))
         logger.warning("%s", error)
@@ -80,16 +75,15 @@ def write_report(
         [(outcome, read_history(Path(outcome.directory))) for outcome in each] for each in (outcomes, confirmations)
     )
     losses = loss_pictures([*trials, *repeats])
-    progress(f"writing the report: {count(len(report.images), 'test image')}, the spectrum and the search")
-    images = [image for image in report.images if image < len(split.test)]
+    progress(f"writing the report: {count(len(images), 'test image')}, the spectrum and the search")
+    batches = FeatureMatrix(features).batches(split.test, 16)
+    spectrum = spectrum_of(kept_optimum(directory / TEST_OPTIMUM, len(split.test), batches))
     scene = Scene(features, split, outcomes, comparison)
-    places = spatial_section(scene, plots, images=images, channels=report.channels)
-    spectrum = _spectrum(directory, features, split)
-    first = [places] if places.pictures else []
+    spatial = spatial_section(scene, directory / "plots", images=images, channels=plan.spec.report.channels)
+    first = [spatial] if spatial.pictures else []
     if comparison.rows:
-        first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, plots),)))
+        first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, directory / "plots"),)))
     search = search_section(directory / "tune" / "optuna.journal", plan.spec.objective)
-    further = [*_learning(trials, repeats), search, *_storage(comparison, spectrum)]
     progress("writing the report: the page")
     found = choices(comparison, spectrum.rank_for if spectrum else lambda cosine: None)
     standing = {row.trial_id for row in comparison.rows}
@@ -110,17 +104,15 @@ def write_report(
         trained=trained_table(comparison),
         notes=[(name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)],
         first=first,
-        further=further,
+        further=[*_learning(trials, repeats), search, *_storage(comparison, spectrum)],
         trials=trials_table(outcomes),
         loss_curves=[picture for picture in losses if picture.title in standing],
-        study_file=_study_file(directory),
+        study_file=_text_of(directory / "study.yaml"),
     )
-    write_whole(directory / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
-    return ReportFiles(
-        html=directory / "report.html",
-        plots=tuple(path for section in first for path in section.files),
-        loss_curves=tuple(picture.path for picture in losses if picture.path is not None),
-    )
+    page = directory / "report.html"
+    write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
+    curves = tuple(picture.path for picture in losses if picture.path is not None)
+    return ReportFiles(page, tuple(path for section in first for path in section.files), curves)
 
 
 def read_history(directory: Path) -> list[dict[str, float]]:
@@ -137,11 +129,6 @@ def read_history(directory: Path) -> list[dict[str, float]]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         logger.warning("%s cannot be read (%s); the report goes without this trial's curves", path, error)
         return []
-
-
-def _spectrum(directory: Path, features: FeatureSet, split: Split) -> Spectrum | None:
-    batches = FeatureMatrix(features).batches(split.test, 16)
-    return spectrum_of(kept_optimum(directory / TEST_OPTIMUM, len(split.test), batches))
 
 
 def _learning(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Section]:
@@ -173,9 +160,9 @@ def _storage(comparison: Comparison, spectrum: Spectrum | None) -> list[Section]
     return sections
 
 
-def _study_file(directory: Path) -> str:
+def _text_of(study_file: Path) -> str:
     try:
-        return (directory / "study.yaml").read_text(encoding="utf-8")
+        return study_file.read_text(encoding="utf-8")
     except OSError as error:
         logger.warning("the report goes without the study file: %s", error)
         return "not at hand"
