@@ -107,30 +107,14 @@ class Readable(Protocol):
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read where the values begin and what they are.
-
-    Returns:
-        The offset of the first value in the file, and each tensor's `dtype`, `shape` and `data_offsets`; these count
-        from there.
-
-    Raises:
-        ValueError: it is no safetensors file, or a truncated one.
-        OSError: it cannot be read.
-    """
+    """Where a safetensors file's values begin, and each tensor's `dtype`, `shape` and `data_offsets` from there."""
     with path.open("rb") as file:
         data, header = parse_header(file, path.stat().st_size)
     return len(data), header
 
 
 def parse_header(file: Readable, size: int) -> tuple[bytes, dict[str, Any]]:
-    """Read the header of a file that is open at its start.
-
-    Args:
-        file: a safetensors file.
-        size: its bytes.
-
-    Returns:
-        The file's bytes before the first value, and each tensor's `dtype`, `shape` and `data_offsets`.
+    """The bytes before the first value of a safetensors file of `size` bytes, open at its start, and its tensors.
 
     Raises:
         ValueError: it is no safetensors file, or a truncated one.

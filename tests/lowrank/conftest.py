@@ -40,17 +40,8 @@ def write_shards() -> Callable[..., FeatureSet]:
             part, name = x_NTD[start : start + shard_size], f"{start:05d}.safetensors"
             save_file({"features": part.to(getattr(torch, dtype)).contiguous()}, directory / "shards" / name)
             rows += [FeatureRow(f"{start + row:064x}", name, row) for row in range(len(part))]
-        return FeatureSet(
-            directory=str(directory),
-            fingerprint="0" * 16,
-            encoder="synthetic",
-            weights="random",
-            dtype=dtype,
-            tokens=x_NTD.shape[1],
-            dim=x_NTD.shape[2],
-            rows=tuple(rows),
-            records_path="",
-        )
+        tokens, dim = x_NTD.shape[1:]
+        return FeatureSet(str(directory), "0" * 16, "synthetic", "random", dtype, tokens, dim, tuple(rows), "")
 
     return write
 

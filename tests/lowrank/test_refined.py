@@ -203,7 +203,7 @@ def test_one_nested_training_serves_every_rank(make_trainer, power_law):
     assert row["train_loss"] == pytest.approx(row["val_residual_ratio"], rel=0.2)
 
 
-def test_a_nested_loss_is_the_mean_ratio_of_the_ranks():
+def test_a_nested_loss_is_the_mean_ratio_of_the_ranks_of_an_ordered_basis():
     model = Sketch(12, 20, 4, {}, torch.Generator().manual_seed(0))
     model.nest({2: 0.25, 4: 0.1})
     residual = torch.tensor([0.5, 0.4, 0.2, 0.12], requires_grad=True)
@@ -211,9 +211,6 @@ def test_a_nested_loss_is_the_mean_ratio_of_the_ranks():
     loss.backward()
     assert loss.item() == pytest.approx((0.4 / 0.25 + 0.12 / 0.1) / 2)
     assert residual.grad.tolist() == pytest.approx([0, 2, 0, 5])
-
-
-def test_ranks_nest_in_an_ordered_basis_only():
     with pytest.raises(InputError, match="direct has no ordered basis"):
         Direct(12, 20, 4, {"lambda_b": 0, "lambda_ortho": 0}, torch.Generator()).nest({2: 0.2, 4: 0.1})
     with pytest.raises(InputError, match="rank 5"):
