@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +65,8 @@ def outcome_of(
 
 
 FEATURES = "features.json"
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.pt"
 """In a trial's folder while it is not over: all that its training needs to go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputPaths:
-    """Where what a study's trials share lies.
-
-    Attributes:
-        features: a FeatureSet as JSON.
-        split: a Split as JSON.
-        optimum: the validation split's Optimum.
-    """
-
-    features: str
-    split: str
-    optimum: str
 
 
 def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) -> None:
@@ -112,8 +96,8 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
         )
 
 
-def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> InputPaths:
-    """Write what actors read: a reference to the features, never the features.
+def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> dict[str, str]:
+    """Write what a study's trials share, references and never the features, for `read_inputs`; returns where it lies.
 
     Args:
         directory: where to write; made when missing.
@@ -122,11 +106,10 @@ def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_pa
         optimum_path: the validation split's optimum, already saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    features_path, split_path = directory / FEATURES, directory / "split.json"
-    features.write(features_path)
-    write_json(split_path, split, indent=None)
-    paths = (path.absolute() for path in (features_path, split_path, optimum_path))
-    return InputPaths(*map(str, paths))
+    paths = {"features": directory / FEATURES, "split": directory / "split.json", "optimum": optimum_path}
+    features.write(paths["features"])
+    write_json(paths["split"], split, indent=None)
+    return {name: str(path.absolute()) for name, path in paths.items()}
 
 
 CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"

@@ -18,7 +18,7 @@ from ray.tune import PlacementGroupFactory
 class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
-    The configuration holds numbers and paths only: `trial` (a TrialConfig), `inputs` (InputPaths), `trials_dir`,
+    The configuration holds numbers and paths only: `trial` (a TrialConfig), `inputs` (of `write_inputs`), `trials_dir`,
     `cpus`, `gpus`, `workers` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
     """
 
@@ -52,10 +52,10 @@ class TrialActor(tune.Trainable):
             self._session.keep()
 
     def _open(self) -> Any:
-        from lowrank_tune.trials.trial import open_session
+        from lowrank_tune.trials.trial import TrialSession
 
         if self._settings["workers"] == 1:
-            return open_session(self._settings)
+            return TrialSession(self._settings)
         self._workers = self._workers or WorkerGroup(self._settings)
         self._workers.ask("open", self._settings)
         return self._workers
@@ -147,10 +147,10 @@ class TrialWorker:
     def open(self, settings: dict[str, Any]) -> None:
         """Take a trial."""
         from lowrank_tune.lowrank.distributed import World
-        from lowrank_tune.trials.trial import open_session
+        from lowrank_tune.trials.trial import TrialSession
 
         self._session = None  # what the last trial held goes before the next one begins
-        self._session = open_session(settings, World.here())
+        self._session = TrialSession(settings, World.here())
 
     def epoch(self) -> dict[str, Any]:
         """Train one epoch."""

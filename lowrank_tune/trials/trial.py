@@ -2,122 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import pickle
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lowrank_tune.errors import InputError, LowrankTuneError, redact
 from lowrank_tune.features.remote import local_copy
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import read_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.trials.outcomes import (
-    CHECKPOINT,
-    InputPaths,
-    begin_trial,
-    outcome_of,
-    read_history,
-    write_history,
-)
-
-_REST = "state"
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a state of dicts, lists, tuples, tensors, numbers, text and None; the file is replaced as a whole.
-
-    Raises:
-        TypeError: it holds anything else.
-    """
-    tensors: dict[str, Tensor] = {}
-    rest = json.dumps(_encode(state, tensors))
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={_REST: rest}))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `write_checkpoint` wrote, its tensors on the CPU.
-
-    Raises:
-        InputError: it is none, or it is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            rest = json.loads((file.metadata() or {})[_REST])
-            state: dict[str, Any] = _decode(rest, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: no checkpoint that can be read ({error}); delete it to train afresh") from error
-    return state
-
-
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    # Containers are tagged because JSON knows neither tuples nor keys that are numbers, and an optimiser has both.
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case Tensor():
-            name = str(len(tensors))
-            tensors[name] = value.detach().cpu().contiguous().clone()
-            return {"tensor": name}
-        case dict():
-            return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
-        case list():
-            return {"list": [_encode(item, tensors) for item in value]}
-        case tuple():
-            return {"tuple": [_encode(item, tensors) for item in value]}
-        case _:
-            raise TypeError(f"a checkpoint cannot hold {type(value).__name__}")
-
-
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    match value:
-        case {"tensor": name}:
-            return tensors[name]
-        case {"dict": items}:
-            return {key: _decode(item, tensors) for key, item in items}
-        case {"list": items}:
-            return [_decode(item, tensors) for item in items]
-        case {"tuple": items}:
-            return tuple(_decode(item, tensors) for item in items)
-        case _:
-            return value
-
-
-@dataclass(frozen=True, slots=True)
-class TrialInputs:
-    """What a study's trials share, in memory or mapped into it."""
-
-    data: FeatureMatrix
-    split: Split
-    optimum: Optimum
-
-
-@lru_cache(maxsize=1)
-def read_inputs(paths: InputPaths) -> TrialInputs:
-    """Read what a study's trials share; the same object again for every later trial of this process.
-
-    Features that do not lie on a local disk are copied to this node by its first trial; the others wait for it.
-    """
-    split = json.loads(Path(paths.split).read_text(encoding="utf-8"))
-    return TrialInputs(
-        data=FeatureMatrix(local_copy(FeatureSet.read(Path(paths.features)))),
-        split=Split(**{name: tuple(indices) for name, indices in split.items()}),
-        optimum=Optimum.load(Path(paths.optimum)),
-    )
-
+from lowrank_tune.trials.outcomes import CHECKPOINT, begin_trial, outcome_of, read_history, write_history
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +32,38 @@ _CHECKPOINT_SHARE = 0.05
 """The part of a trial's time that its checkpoints may take."""
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what a training has kept to go on, its tensors on the CPU; nothing but tensors and plain values is read.
+
+    Raises:
+        InputError: it is none, or it is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: no checkpoint that can be read ({error}); delete it to train afresh") from error
+    return state
+
+
+class TrialInputs(NamedTuple):
+    """What a study's trials share, in memory or mapped into it."""
+
+    data: FeatureMatrix
+    split: Split
+    optimum: Optimum
+
+
+@lru_cache(maxsize=1)
+def read_inputs(features: str, split: str, optimum: str) -> TrialInputs:
+    """Read what a study's trials share (`write_inputs`); the same objects again for every later trial of this process.
+
+    Features that do not lie on a local disk are copied to this node by its first trial; the others wait for it.
+    """
+    indices = {name: tuple(images) for name, images in read_json(Path(split)).items()}
+    data = FeatureMatrix(local_copy(FeatureSet.read(Path(features))))
+    return TrialInputs(data, Split(**indices), Optimum.load(Path(optimum)))
+
+
 class TrialSession:
     """Trains one trial, from where an earlier process left it on.
 
@@ -134,12 +71,8 @@ class TrialSession:
     retry with less memory and a study that is resumed, and Tune has nothing to copy, register and restore.
 
     Args:
-        config: the trial.
-        paths: what a study's trials share, mapped once a process.
-        directory: has its config.json; takes best_model.safetensors, history.json, and the checkpoint while it trains.
-        cpus: cores reserved for it; torch gets as many threads, at least one.
-        gpus: GPUs reserved for it.
-        reported: the last epoch that the study has heard of; later ones on file are told before any is trained.
+        settings: as `TrialActor` describes them; torch gets as many threads as there are `cpus`, and epochs on file
+            after the `reported` one are told before any is trained.
         world: the processes that train it, each by a session of its own; the first one has its files.
 
     Attributes:
@@ -147,27 +80,17 @@ class TrialSession:
             suffice.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        paths: InputPaths,
-        directory: Path,
-        cpus: float,
-        gpus: float,
-        reported: int = 0,
-        world: World = ALONE,
-    ) -> None:
-        torch.set_num_threads(max(1, int(cpus)))
-        self._config = config
-        self._paths = paths
-        self._directory = directory
-        self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-        self._trainer: Trainer | None = None
-        self._reported = reported
-        self._untold: list[dict[str, float]] | None = None
-        self._on_file: list[dict[str, float]] = []
+    def __init__(self, settings: dict[str, Any], world: World = ALONE) -> None:
+        torch.set_num_threads(max(1, int(settings["cpus"])))
+        self._config = TrialConfig(**settings["trial"])
+        self._inputs = settings["inputs"]
+        self._directory = Path(settings["trials_dir"]) / self._config.trial_id
+        self._device = "cuda" if settings["gpus"] and torch.cuda.is_available() else "cpu"
+        self._reported = settings.get("reported", 0)
         self._world = world
-        self.micro_batch = largest_share(config, world)
+        self._trainer: Trainer | None = None
+        self._untold: list[dict[str, Any]] | None = None
+        self._whole_share = self.micro_batch = largest_share(self._config, world)
         self._kept_epoch = 0
         self._kept_at = time.perf_counter()
         self._keeping_took = 0.0
@@ -176,8 +99,7 @@ class TrialSession:
         """Train one epoch and write what it gave.
 
         Returns:
-            `Trainer.step`'s figures, `trained_seconds` of all epochs so far, and `stopped_by` and `reason`, both empty
-            while the trial may go on. A failure that another process would meet again is told in them.
+            As `train_epoch`. A failure that another process would meet again is told in it.
 
         Raises:
             OSError: this machine cannot reach the files, or the other workers.
@@ -186,7 +108,7 @@ class TrialSession:
         try:
             if self._untold is None:
                 self._untold = self._find_untold()
-            return self._tell(self._untold.pop(0)) if self._untold else self._train_in_memory()
+            return self._untold.pop(0) if self._untold else self._train_in_memory()
         except (OSError, torch.AcceleratorError):
             raise
         except Exception as error:
@@ -198,10 +120,10 @@ class TrialSession:
 
     def _train_in_memory(self) -> dict[str, Any]:
         """Train, and where memory does not suffice once more with less of the batch in it."""
+        less = math.ceil(self._whole_share / _SHRINK)
         try:
             return self._train()
         except Exception as error:
-            less = math.ceil(largest_share(self._config, self._world) / _SHRINK)
             if not is_out_of_memory(error) or self._world.size > 1 or self.micro_batch <= less:
                 raise
             logger.warning("trial %s: %s", self._config.trial_id, error)
@@ -214,34 +136,23 @@ class TrialSession:
 
     def _train(self) -> dict[str, Any]:
         trainer = self._trainer = self._trainer or self._open()
-        metrics = train_epoch(trainer, self._directory)
+        result = train_epoch(trainer, self._directory)
         if time.perf_counter() - self._kept_at >= self._keeping_took / _CHECKPOINT_SHARE:
             self.keep()
-        return metrics
+        return result
 
     def _open(self) -> Trainer:
+        """A trainer that goes on with what an earlier process left of this very trial, or begins."""
         state = self._world.of_first(self._checkpoint() if self._world.first else {})
         self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
-        return self._restored(state)
-
-    def _restored(self, state: dict[str, Any]) -> Trainer:
-        inputs = read_inputs(self._paths)
-        trainer = Trainer(
-            self._config,
-            inputs.data,
-            inputs.split,
-            inputs.optimum,
-            self._device,
-            micro_batch=self.micro_batch,
-            world=self._world,
-        )
+        data, split, optimum = read_inputs(**self._inputs)
+        trainer = Trainer(self._config, data, split, optimum, self._device, self.micro_batch, self._world)
         if state:
             trainer.restore(state["trainer"])
             self._kept_epoch = trainer.epoch
         return trainer
 
     def _checkpoint(self) -> dict[str, Any]:
-        """What an earlier process left of this very trial; empty for nothing that can be used."""
         path = self._directory / CHECKPOINT
         try:
             state = read_checkpoint(path) if path.is_file() else {}
@@ -257,57 +168,39 @@ class TrialSession:
             return
         started = time.perf_counter()
         # A process's share of the batch is no sign that memory is short: the trial may go on with fewer processes.
-        short = self.micro_batch < largest_share(self._config, self._world)
-        micro_batch = self.micro_batch if short else self._config.batch_size
+        micro_batch = self.micro_batch if self.micro_batch < self._whole_share else self._config.batch_size
         state = {"config": asdict(self._config), "micro_batch": micro_batch, "trainer": trainer.state()}
-        write_checkpoint(self._directory / CHECKPOINT, state)
+        write_whole(self._directory / CHECKPOINT, lambda path: torch.save(state, path))
         self._kept_epoch, self._kept_at = trainer.epoch, time.perf_counter()
         self._keeping_took = self._kept_at - started
 
-    def _find_untold(self) -> list[dict[str, float]]:
+    def _find_untold(self) -> list[dict[str, Any]]:
         """The epochs on file that the study has not heard of: its driver, or an earlier process of the trial, died."""
-        rows = self._on_file = self._world.of_first(read_history(self._directory))
-        if rows and self._ends_at(rows[-1]):
-            return [row for row in rows if row["epoch"] > self._reported] or rows[-1:]
-        if not self._world.of_first((self._directory / CHECKPOINT).is_file()):
-            return []
-        self._trainer = self._open()
-        return [row for row in self._trainer.history if row["epoch"] > self._reported]
+        rows = self._world.of_first(read_history(self._directory))
+        if not rows or not self._ends_at(rows[-1]):
+            if not self._world.of_first((self._directory / CHECKPOINT).is_file()):
+                return []
+            self._trainer = self._open()
+            rows = self._trainer.history
+        results = [_result(rows[:count], self._ends_at(rows[count - 1])) for count in range(1, len(rows) + 1)]
+        untold = [result for result in results if result["epoch"] > self._reported]
+        return untold or [result for result in results if result["stopped_by"]]
 
-    def _tell(self, row: dict[str, float]) -> dict[str, Any]:
-        rows = self._trainer.history if self._trainer else self._on_file
-        seconds = sum(earlier["seconds"] for earlier in rows if earlier["epoch"] <= row["epoch"])
-        return {**row, "trained_seconds": seconds, "stopped_by": self._ends_at(row) or "", "reason": ""}
-
-    def _ends_at(self, row: dict[str, float]) -> str | None:
-        return self._config.ends_at(int(row["epoch"]), int(row["best_epoch"]))
+    def _ends_at(self, row: dict[str, float]) -> str:
+        return self._config.ends_at(int(row["epoch"]), int(row["best_epoch"])) or ""
 
     def _failed(self, error: Exception) -> dict[str, Any]:
-        last = self._trainer.history[-1:] if self._trainer else []
-        metrics: dict[str, Any] = dict.fromkeys(FIGURES, math.nan) | {"epoch": 0, "best_epoch": 0, "seconds": 0.0}
-        if last:
-            metrics |= {name: value for name, value in last[0].items() if name == "epoch" or name.startswith("best_")}
-        reason = self._reason(error)
-        seconds = sum(row["seconds"] for row in self._trainer.history) if self._trainer else 0.0
-        return {**metrics, "trained_seconds": seconds, "stopped_by": "error", "reason": reason}
-
-    def _reason(self, error: Exception) -> str:
+        rows = self._trainer.history if self._trainer else []
+        last = rows[-1] if rows else {"epoch": 0, "best_epoch": 0}
+        best = {name: value for name, value in last.items() if name == "epoch" or name.startswith("best_")}
         said = str(error) if isinstance(error, LowrankTuneError) else f"{type(error).__name__}: {error}"
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         if is_out_of_memory(error):
             said = f"out of memory{where} with {self.micro_batch} images in it at a time; lower batch_size ({said})"
         else:
             said += f" ({where.strip()})" * bool(where)
-        return " ".join(redact(said).split())
-
-
-def open_session(settings: dict[str, Any], world: World = ALONE) -> TrialSession:
-    """The session of a trial as its actor's configuration describes it, in one of the processes that train it."""
-    config = TrialConfig(**settings["trial"])
-    directory = Path(settings["trials_dir"]) / config.trial_id
-    paths = InputPaths(**settings["inputs"])
-    reported = settings.get("reported", 0)
-    return TrialSession(config, paths, directory, settings["cpus"], settings["gpus"], reported, world)
+        row = dict.fromkeys(FIGURES, math.nan) | {"seconds": 0.0} | best
+        return _result([*rows, row], "error", " ".join(redact(said).split()))
 
 
 def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
@@ -317,12 +210,18 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
         `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
         the trial may go on.
     """
-    metrics = trainer.step()
+    row = trainer.step()
     if trainer.world.first:
         trainer.save(directory)
         write_history(directory, trainer.history)
-    seconds = sum(row["seconds"] for row in trainer.history if row["epoch"] < metrics["epoch"]) + metrics["seconds"]
-    return {**metrics, "trained_seconds": seconds, "stopped_by": trainer.stopped_by or "", "reason": trainer.reason}
+    earlier = [other for other in trainer.history if other["epoch"] < row["epoch"]]
+    return _result([*earlier, row], trainer.stopped_by or "", trainer.reason)
+
+
+def _result(rows: Sequence[dict[str, float]], stopped_by: str, reason: str = "") -> dict[str, Any]:
+    """What is told of the last of these epochs."""
+    seconds = sum(row["seconds"] for row in rows)
+    return {**rows[-1], "trained_seconds": seconds, "stopped_by": stopped_by, "reason": reason}
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -23,7 +23,6 @@ from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.cluster_share import FairShare, fair_part, trials_at_once
 from lowrank_tune.trials.outcomes import (
-    InputPaths,
     begin_trial,
     outcome_of,
     read_outcomes,
@@ -168,7 +167,7 @@ _ENVIRONMENT = {
 
 def run_on_tune(
     plan: Plan,
-    inputs: InputPaths,
+    inputs: Mapping[str, str],
     watch: WatchTrials,
     name: str,
     *,
@@ -179,7 +178,7 @@ def run_on_tune(
 
     Args:
         plan: the study.
-        inputs: what its trainings share.
+        inputs: where what its trainings share lies.
         watch: told of each; has every outcome afterwards, unless Tune was interrupted.
         name: of Tune's own folder in `tune/`.
         space: `trial`, Tune's choice among several TrialConfigs as dicts, where no searcher suggests it.
@@ -194,7 +193,7 @@ def run_on_tune(
         # No searcher is asked what this study's part is.
         at_once = min(at_once, fair_part(resources))
     shared = {
-        "inputs": asdict(inputs),
+        "inputs": inputs,
         "trials_dir": str((plan.study_dir / "trials").absolute()),
         "cpus": resources.cpus_per_trial,
         "gpus": resources.gpus_per_trial,

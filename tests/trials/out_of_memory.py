@@ -8,6 +8,7 @@ The first does not fit with its whole batch and does with a quarter of it; the s
 import os
 import resource
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,7 +19,7 @@ from tiny_study import World, write_features
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Split, TrialConfig
-from lowrank_tune.trials.outcomes import InputPaths, write_inputs
+from lowrank_tune.trials.outcomes import write_inputs
 from lowrank_tune.trials.trial import TrialSession
 
 TOKENS, DIM, BATCH = 256, 1024, 64
@@ -29,7 +30,7 @@ def config_of(name: str, batch_size: int) -> TrialConfig:
     return TrialConfig(name, 0, 1, "direct", 4, 1e-3, 0.0, batch_size, 3, 3, {"lambda_b": 0.0, "lambda_ortho": 0.0})
 
 
-def make_inputs(folder: Path, images: int) -> InputPaths:
+def make_inputs(folder: Path, images: int) -> dict[str, str]:
     split = Split(tuple(range(images)), (images, images + 1), ())
     features = write_features(folder, torch.randn(images + 2, TOKENS, DIM, generator=torch.Generator().manual_seed(0)))
     world = World(features, folder / "optimum.safetensors", split)
@@ -38,15 +39,20 @@ def make_inputs(folder: Path, images: int) -> InputPaths:
 
 
 def main(folder: Path) -> None:
-    paths = make_inputs(folder, BATCH)
-    TrialSession(config_of("warm", 1), paths, folder / "warm", 1, 0).epoch()
+    inputs = make_inputs(folder, BATCH)
+
+    def session(name: str, batch_size: int) -> TrialSession:
+        trial = asdict(config_of(name, batch_size))
+        return TrialSession({"trial": trial, "inputs": inputs, "trials_dir": str(folder), "cpus": 1, "gpus": 0})
+
+    session("warm", 1).epoch()
     limit(SPARE)
-    session = TrialSession(config_of("large", BATCH), paths, folder / "large", 1, 0)
-    rows = [session.epoch() for _ in range(3)]
+    large = session("large", BATCH)
+    rows = [large.epoch() for _ in range(3)]
     epochs = " ".join(str(row["epoch"]) for row in rows)
-    print(f"epochs {epochs}, {rows[-1]['stopped_by']}, micro-batch {session.micro_batch}")
+    print(f"epochs {epochs}, {rows[-1]['stopped_by']}, micro-batch {large.micro_batch}")
     limit(2**20)
-    row = TrialSession(config_of("none", BATCH), paths, folder / "none", 1, 0).epoch()
+    row = session("none", BATCH).epoch()
     print(f"{row['stopped_by']} after {row['epoch']} epochs: {row['reason']}")
 
 

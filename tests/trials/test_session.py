@@ -6,35 +6,53 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trial_checkpoint import CONFIG, without_seconds
+import torch
 from tiny_study import World
 
+from lowrank_tune.errors import InputError
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
-    InputPaths,
     begin_trial,
     read_history,
     write_history,
     write_inputs,
 )
-from lowrank_tune.trials.trial import TrialSession
+from lowrank_tune.trials.trial import TrialSession, read_checkpoint
 
 SessionOf = Callable[..., TrialSession]
+
+CONFIG = TrialConfig(
+    "r002-direct-0000", 0, 5, "direct", 2, 0.01, 1e-5, 4, 4, 4, {"lambda_b": 1e-4, "lambda_ortho": 0.0}
+)
+
+
+def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in history]
 
 
 @pytest.fixture
 def session_of(world: World, tmp_path: Path) -> SessionOf:
-    paths = write_inputs(tmp_path / "tune", world.features, world.split, world.optimum_path)
+    inputs = write_inputs(tmp_path / "tune", world.features, world.split, world.optimum_path)
 
-    def make(config: TrialConfig = CONFIG, paths: InputPaths = paths, reported: int = 0) -> TrialSession:
+    def make(config: TrialConfig = CONFIG, reported: int = 0) -> TrialSession:
+        config = replace(config, trial_id="trial")
         begin_trial(tmp_path / "trial", config)
-        return TrialSession(config, paths, tmp_path / "trial", 1, 0, reported)
+        return TrialSession(
+            {
+                "trial": asdict(config),
+                "inputs": inputs,
+                "trials_dir": str(tmp_path),
+                "cpus": 1,
+                "gpus": 0,
+                "reported": reported,
+            }
+        )
 
     return make
 
@@ -116,3 +134,14 @@ def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path
     assert trained == "epochs 1 2 3, budget, micro-batch 16"
     assert failed.startswith("error after 0 epochs: out of memory with 16 images in it at a time; lower batch_size (")
     assert "can't allocate memory" in failed
+
+
+def test_a_pickle_is_no_checkpoint_and_runs_nothing(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"model": Payload()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="no checkpoint that can be read"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
