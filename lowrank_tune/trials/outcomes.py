@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import JournalStorage
@@ -19,7 +19,12 @@ from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, Tria
 
 logger = logging.getLogger(__name__)
 
-_BEST = ("val_mse", "val_token_cosine", "val_residual_ratio")
+OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
+    "val_residual_ratio": "minimize",
+    "val_mse": "minimize",
+    "val_token_cosine": "maximize",
+}
+"""What a study file may name as its `objective`, and which way is better: the figures of a trial's best epoch."""
 _STATUS: dict[StoppedBy, TrialStatus] = {
     "budget": "finished",
     "patience": "finished",
@@ -50,7 +55,7 @@ def outcome_of(
     """
     ended: StoppedBy = "error" if crash else stopped_by(last)
     best_epoch = int(last.get("best_epoch", 0))
-    best = {name: float(last.get(f"best_{name}", math.nan)) for name in _BEST} if best_epoch else {}
+    best = {name: float(last.get(f"best_{name}", math.nan)) for name in OBJECTIVES} if best_epoch else {}
     return TrialOutcome(
         config=config,
         status=_STATUS[ended],
@@ -248,7 +253,7 @@ def _from_history(
     last = history[-1] if history else {}
     best_epoch = int(last.get("best_epoch", 0))
     stopped = _stopped_by(config, last, state)
-    names = ("val_mse", "val_token_cosine", "val_residual_ratio") if best_epoch else ()
+    names = OBJECTIVES if best_epoch else ()
     return TrialOutcome(
         config=config,
         status=_STATUS[stopped],

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
@@ -19,22 +19,15 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.trials.search import DIRECTIONS
+from lowrank_tune.trials.outcomes import OBJECTIVES
 
 
-@dataclass(frozen=True, slots=True)
-class PastTrial:
-    """A trial that an earlier process of the study has seen.
-
-    Attributes:
-        config: what was tried.
-        values: the objective after each epoch that was reported.
-        is_over: whether it ended; otherwise it goes on in this process.
-    """
+class PastTrial(NamedTuple):
+    """A trial that an earlier process of the study has seen."""
 
     config: TrialConfig
-    values: Mapping[int, float]
-    is_over: bool
+    values: Mapping[int, float]  # the objective after each epoch that was reported
+    is_over: bool  # otherwise it goes on in this process
 
 
 class FairASHA(FIFOScheduler):
@@ -52,7 +45,7 @@ class FairASHA(FIFOScheduler):
         self._settings = {
             "time_attr": "epoch",
             "metric": spec.objective,
-            "mode": "max" if DIRECTIONS[spec.objective] == "maximize" else "min",
+            "mode": "max" if OBJECTIVES[spec.objective] == "maximize" else "min",
             "max_t": spec.training.epochs,
             "grace_period": min(spec.scheduler.grace_epochs, spec.training.epochs),
             "reduction_factor": spec.scheduler.reduction_factor,
@@ -61,9 +54,8 @@ class FairASHA(FIFOScheduler):
         self._unfinished = {trial.config.trial_id: trial for trial in past if not trial.is_over}
         for trial in past:
             if trial.is_over:
-                self._replay(
-                    SimpleNamespace(trial_id=trial.config.trial_id, config={"trial": asdict(trial.config)}), trial
-                )
+                tunes = SimpleNamespace(trial_id=trial.config.trial_id, config={"trial": asdict(trial.config)})
+                self._replay(tunes, trial)
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """Let a new trial compete in its group; one that goes on is where it was."""
@@ -81,15 +73,14 @@ class FairASHA(FIFOScheduler):
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
         """Let a trial's last epoch count for its group; one that failed does not."""
-        group = self._group(trial)
         if self._is_comparable(result):
-            group.on_trial_complete(tune_controller, trial, result)
+            self._group(trial).on_trial_complete(tune_controller, trial, result)
         else:
-            group.on_trial_remove(tune_controller, trial)
+            self.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         """Forget a trial that crashed."""
-        self._group(trial).on_trial_remove(tune_controller, trial)
+        self.on_trial_remove(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
         """Forget a trial that never ran."""

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -30,21 +30,13 @@ from ray.tune.search import Searcher
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
 from lowrank_tune.config.plan import Plan, trial_config
 from lowrank_tune.records import TrialConfig, TrialOutcome
-from lowrank_tune.trials.outcomes import stopped_by
+from lowrank_tune.trials.outcomes import OBJECTIVES, stopped_by
 
 _SHARED = ("family", "rank", "lr", "weight_decay", "batch_size")
 
 
 def suggest(trial: BaseTrial, space: SpaceSpec) -> dict[str, Any]:
-    """Draw one point.
-
-    Args:
-        trial: an Optuna trial, fresh from `ask`; a family's own parameters are known to it as `family.parameter`.
-        space: the study file's.
-
-    Returns:
-        `family`, `rank`, `lr`, `weight_decay`, `batch_size` and the family's own parameters by their plain names.
-    """
+    """Draw one point: the shared parameters and the family's own, which Optuna knows as `family.parameter`."""
     family = _draw(trial, "family", tuple(space.families.chosen()))
     axes = space.axes(family)
     return {"family": family, **{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}}
@@ -73,25 +65,11 @@ def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> An
             return axis
 
 
-Direction = Literal["minimize", "maximize"]
-
-DIRECTIONS: dict[str, Direction] = {
-    "val_residual_ratio": "minimize",
-    "val_mse": "minimize",
-    "val_token_cosine": "maximize",
-}
-"""The direction of every `objective` that a study file may name."""
-
-
 def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
-    """Open a study's Optuna side, made when missing; it has the study's id as its name.
+    """Open the journal of a study's search, made when missing; Optuna knows the study by its id.
 
-    The storage is a journal file: Optuna's sqlite storage imports SQLAlchemy and migrates tables for seconds before the
-    first trial, and cannot be trusted on a network file system, where a cluster's results lie.
-
-    Args:
-        plan: the study.
-        path: the journal file; its folder is made when missing.
+    Optuna's sqlite storage would import SQLAlchemy and migrate tables for seconds before the first trial, and cannot be
+    trusted on a network file system, where a cluster's results lie.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -99,7 +77,7 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
         storage=JournalStorage(JournalFileBackend(str(path))),
         sampler=_sampler(plan, 0),
         study_name=plan.study_id,
-        direction=DIRECTIONS[plan.spec.objective],
+        direction=OBJECTIVES[plan.spec.objective],
         load_if_exists=True,
     )
 
@@ -200,10 +178,6 @@ def migrate_search(plan: Plan, path: Path) -> None:
     Optuna lets no parameter of a study change its choices, so the trials move into a study of the same name whose
     parameters are the new ones; what they taught the searcher it knows on, also where a list became a range. A trial
     outside the new space keeps its place and its figures, and teaches nothing.
-
-    Args:
-        plan: the study as it is to be.
-        path: its journal.
     """
     old = open_optuna_study(plan, path)
     partial = path.with_name(f"{path.name}.partial")

@@ -93,10 +93,9 @@ class WorkerGroup:
         make = ray.remote(num_cpus=settings["cpus"], num_gpus=settings["gpus"])(TrialWorker)
         self._workers = [make.remote(rank, size, host, self._store.port) for rank in range(size)]
 
-    def epoch(self) -> dict[str, Any]:
+    def epoch(self) -> Any:
         """Train one epoch, as `TrialSession.epoch`."""
-        row: dict[str, Any] = self.ask("epoch")
-        return row
+        return self.ask("epoch")
 
     def keep(self) -> None:
         """Write a checkpoint, as `TrialSession.keep`; workers that have died keep nothing."""
@@ -126,14 +125,7 @@ class WorkerGroup:
 
 
 class TrialWorker:
-    """One of the processes that train a trial together.
-
-    Args:
-        rank: its number, from 0.
-        size: how many there are.
-        host: where the group's store listens.
-        port: likewise.
-    """
+    """One of the processes that train a trial together: number `rank` of `size`, which meet at the group's store."""
 
     def __init__(self, rank: int, size: int, host: str, port: int) -> None:
         import torch
@@ -152,10 +144,9 @@ class TrialWorker:
         self._session = None  # what the last trial held goes before the next one begins
         self._session = TrialSession(settings, World.here())
 
-    def epoch(self) -> dict[str, Any]:
+    def epoch(self) -> Any:
         """Train one epoch."""
-        row: dict[str, Any] = self._session.epoch()
-        return row
+        return self._session.epoch()
 
     def keep(self) -> None:
         """Write a checkpoint."""

@@ -23,6 +23,7 @@ from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.cluster_share import FairShare, fair_part, trials_at_once
 from lowrank_tune.trials.outcomes import (
+    OBJECTIVES,
     begin_trial,
     outcome_of,
     read_outcomes,
@@ -37,21 +38,8 @@ from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)
 
-EPOCH_METRICS = (
-    "epoch",
-    "train_loss",
-    "val_mse",
-    "val_token_cosine",
-    "val_residual_ratio",
-    "lr",
-    "seconds",
-    "best_epoch",
-    "best_val_mse",
-    "best_val_token_cosine",
-    "best_val_residual_ratio",
-)
-
-
+EPOCH_METRICS = ("epoch", "train_loss", *OBJECTIVES, "lr", "seconds", "best_epoch", *(f"best_{x}" for x in OBJECTIVES))
+"""What observers hear of an epoch."""
 _LOW_ON_MEMORY = "the node running low on memory"
 """What Ray says of a process that it has killed before the system would have."""
 
@@ -88,7 +76,7 @@ class WatchTrials(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """An epoch ended."""
-        trial_id = _config(trial).trial_id
+        trial_id = _trial_id(trial)
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
         # Tune's own clock would count the imports of an actor's first trial as training.
         self._seconds[trial_id] = result["trained_seconds"]
@@ -174,7 +162,7 @@ def run_on_tune(
     space: Mapping[str, Any] | None = None,
     **search: Any,
 ) -> None:
-    """Let Tune train, as many at a time as fit; Ray is initialised by the caller.
+    """Let Tune train, as many at a time as fit; InputError where a training asks for more than any node has.
 
     Args:
         plan: the study.
@@ -183,9 +171,6 @@ def run_on_tune(
         name: of Tune's own folder in `tune/`.
         space: `trial`, Tune's choice among several TrialConfigs as dicts, where no searcher suggests it.
         search: of `TuneConfig`: `search_alg`, `scheduler`, `num_samples`.
-
-    Raises:
-        InputError: a training asks for more than any node has.
     """
     resources = plan.spec.resources
     at_once = trials_at_once(resources, ray.nodes())
@@ -269,8 +254,7 @@ def run_trials(
         optimum_path: the validation split's optimum.
         observers: told of every trial that is trained here.
 
-    Returns:
-        One outcome a trial, in the order of their numbers.
+    Returns one outcome a trial, in the order of their numbers.
 
     Raises:
         InputError: a trial asks for more than any node has.
@@ -305,13 +289,8 @@ def run_trials(
         raise KeyboardInterrupt
     outcomes = tuple(sorted(watch.outcomes.values(), key=lambda outcome: outcome.config.number))
     remove_checkpoints(trials_dir, outcomes)
-    _require_one_success(outcomes)
-    return outcomes
-
-
-def _require_one_success(outcomes: tuple[TrialOutcome, ...]) -> None:
     if any(outcome.status != "failed" for outcome in outcomes):
-        return
+        return outcomes
     reasons = Counter(outcome.reason for outcome in outcomes).most_common()
     told = "; ".join(f"{count}x {reason}" for reason, count in reasons)
     raise StudyFailedError(f"all {len(outcomes)} trials failed: {told}")
@@ -331,20 +310,8 @@ def confirm_trials(
     chosen for its figures, so that they are too good on average. A repetition that fails is an outcome like any other,
     and one whose outcome is on file is not trained again.
 
-    Args:
-        plan: the study.
-        winners: trials of its search.
-        features: its features; only their path travels to the actors.
-        split: which images train, validate and judge.
-        optimum_path: the validation split's optimum.
-        observers: told of every repetition.
-
-    Returns:
-        By winner and repetition; the directories are `trials/<trial_id>-s<repetition>`.
-
-    Raises:
-        InputError: a training asks for more than any node has.
-        KeyboardInterrupt: the study was interrupted.
+    The arguments and errors are those of `run_trials`, and `winners` are trials of its search. Returns the outcomes by
+    winner and repetition; their directories are `trials/<trial_id>-s<repetition>`.
     """
     repeats = range(1, plan.spec.report.confirm_seeds + 1)
     configs = [confirmation_config(plan, winner.config, repeat) for winner in winners for repeat in repeats]
