@@ -34,7 +34,7 @@ from lowrank_tune.config.render import render_study, study_schema
 from lowrank_tune.errors import InputError, StudyFileError, redact
 
 # Imported while Ray starts; either takes seconds.
-_WITH_RAY = ("torch", "optuna", "lowrank_tune.comparison.compare", "lowrank_tune.report.report")
+_WITH_RAY = ("torch", "optuna", "lowrank_tune.comparison.compare")
 
 app = typer.Typer(
     help="Hyperparameter studies of low-rank decomposition networks, measured against the truncated SVD.",

@@ -9,12 +9,12 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -39,39 +39,42 @@ class TerminalProgress(StudyProgress):
     def __init__(self, epochs: int = 0, console: Console | None = None, doing: str = "extracting") -> None:
         self._epochs, self._doing, self._started = epochs, doing, time.monotonic()
         self._console = console or Console(stderr=True, highlight=False)
-        self._view = _View(self._console, self._tables)
+        count, what = TextColumn("{task.fields[done]}/{task.total:.0f}"), TextColumn("{task.description}")
+        # Of its speed all is remembered: a trial may take minutes.
+        columns = (TimeElapsedColumn(), what, BarColumn(24), count, _PaceColumn())
+        self._bar = Progress(*columns, console=self._console, speed_estimate_period=3600)
+        self._live = Live(get_renderable=self._view, console=self._console, transient=True, refresh_per_second=4)
         self._best: dict[int, tuple[float, str, int]] = {}
         self._running: dict[str, tuple[int, float]] = {}
         self._ends: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        self._view.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._view.stop()
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def stage(self, text: str) -> None:
         """Begin a part of the story on a line of its own."""
-        self._view.end_work()
+        self._end_work()
         self._running.clear()
         self._say(text)
 
     def images(self, done: int, total: int) -> None:
         """Count the images; what a cache held already says nothing of the rate."""
-        before = self._view.work.fields["done"] if self._view.work else done
-        task = self._view.count(self._doing, done, total, unit="images")
+        before = self._bar.tasks[0].fields["done"] if self._bar.tasks else done
+        task = self._count(self._doing, done, total, unit="images")
         part = max(1, -(-total // _LINES))
         if not self._console.is_terminal and done != before and (done // part != before // part or done == total):
             self._say(", ".join(text for text in (f"{done}/{total} images", _pace(task)) if text))
 
     def trials(self, total: int) -> None:
         """Count the trials, or the repetitions after them."""
-        self._view.end_work()
+        self._end_work()
         self._ends.clear()
-        self._view.count("training", 0, total)
+        self._count("training", 0, total)
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
         """Take note of an epoch."""
@@ -98,63 +101,42 @@ class TerminalProgress(StudyProgress):
 
     def _count_trials(self) -> Task:
         """Those that train count by their epochs."""
-        done, task = self._ends.total(), self._view.work
-        total = max(done, int(task.total or 0) if task else 0)
+        done, total = self._ends.total(), self._bar.tasks[0].total if self._bar.tasks else None
+        most = max(done, int(total or 0))
         begun = sum(min(epoch / self._epochs, 1.0) for epoch, _ in self._running.values() if self._epochs)
-        return self._view.count("training", done, total, completed=min(done + begun, total))
+        return self._count("training", done, most, completed=min(done + begun, most))
 
-    def _tables(self) -> Iterator[RenderableType]:
-        if self._ends:
-            yield Text(", ".join(f"{self._ends[stop]} {text}" for stop, text in STOPPED.items() if self._ends[stop]))
-        if self._best:
+    def _count(self, what: str, done: int, total: int, completed: float | None = None, unit: str = "") -> Task:
+        """So much of it is done; `completed` counts what has begun as well."""
+        completed = done if completed is None else completed
+        if not self._bar.tasks:
+            self._bar.add_task(what, total=total, completed=completed, done=done, unit=unit)  # type: ignore[arg-type]
+        self._bar.update(self._bar.task_ids[0], total=total, completed=completed, done=done)
+        return self._bar.tasks[0]
+
+    def _end_work(self) -> None:
+        for task_id in self._bar.task_ids:
+            self._bar.remove_task(task_id)
+
+    def _view(self) -> Group:
+        """The bar and, while trials are at work, what is known of them below it."""
+        below: list[Text | Table] = []
+        training = any(not task.fields["unit"] for task in self._bar.tasks)
+        if training and self._ends:
+            ends = (f"{self._ends[stop]} {text}" for stop, text in STOPPED.items() if self._ends[stop])
+            below.append(Text(", ".join(ends)))
+        if training and self._best:
             best = [(rank, trial, epoch, ratio) for rank, (ratio, trial, epoch) in sorted(self._best.items())]
-            yield _table(("best at rank", "trial", "epoch", "ρ"), best)
-        if self._running:
+            below.append(_table(("best at rank", "trial", "epoch", "ρ"), best))
+        if training and self._running:
             of = f"/{self._epochs}" if self._epochs else ""
             shown = list(self._running.items())[-_MOST_RUNNING:]
             rows = [(trial_id, f"{epoch}{of}", ratio) for trial_id, (epoch, ratio) in shown]
-            yield _table(("training now", "epoch", "ρ"), rows)
+            below.append(_table(("training now", "epoch", "ρ"), rows))
+        return Group(self._bar, *below)
 
     def _say(self, text: str) -> None:
         self._console.print(f"{time.monotonic() - self._started:6.1f} s  {text}", markup=False, soft_wrap=True)
-
-
-class _View(Progress):
-    """A bar for the part of the story at work, and the tables below it."""
-
-    def __init__(self, console: Console, tables: Callable[[], Iterable[RenderableType]]) -> None:
-        self._below = tables
-        self.work: Task | None = None
-        count, description = TextColumn("{task.fields[done]}/{task.total:.0f}"), TextColumn("{task.description}")
-        super().__init__(
-            *(TimeElapsedColumn(), description, BarColumn(24), count, _PaceColumn()),
-            console=console,
-            transient=True,
-            refresh_per_second=4,
-            speed_estimate_period=3600,  # a trial may take minutes
-            disable=not console.is_terminal,
-        )
-
-    def count(self, what: str, done: int, total: int, completed: float | None = None, unit: str = "") -> Task:
-        """So much of it is done; `completed` counts what has begun as well."""
-        completed = done if completed is None else completed
-        if self.work is None:
-            self.add_task(what, total=total, completed=completed, done=done, unit=unit)  # type: ignore[arg-type]
-            self.work = self.tasks[-1]
-        self.update(self.work.id, total=total, completed=completed, done=done)
-        return self.work
-
-    def end_work(self) -> None:
-        """Take the bar away."""
-        if self.work is not None:
-            self.remove_task(self.work.id)
-            self.work = None
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar and the tables, while something is at work."""
-        yield from super().get_renderables()
-        if self.work is not None and not self.work.fields["unit"]:
-            yield from self._below()
 
 
 class _PaceColumn(ProgressColumn):

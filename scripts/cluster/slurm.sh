@@ -29,16 +29,22 @@ start() {  # NODE ARGUMENT...: Ray on a node, until this script ends
         --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --temp-dir="/tmp/ray-$SLURM_JOB_ID-$1" "${@:2}" &
     started+=("$!")
 }
+wait_a_second() {  # and give up when Ray has ended on a node
+    for process in "${started[@]}"; do
+        kill -0 "$process" 2>/dev/null || { echo "Ray did not start on every node" >&2; exit 1; }
+    done
+    sleep 1
+}
 started=()
 trap 'kill "${started[@]}" 2>/dev/null || true; wait' EXIT
 
 start "$head" --head --port="$port" --include-dashboard=false
 address="$(srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" hostname -i | awk '{print $1}'):$port"
 for node in "${nodes[@]:1}"; do
-    until (exec 3<>"/dev/tcp/${address%:*}/$port") 2>/dev/null; do sleep 1; done
+    until (exec 3<>"/dev/tcp/${address%:*}/$port") 2>/dev/null; do wait_a_second; done
     start "$node" --address="$address"
 done
-until [ "$(ray status --address="$address" 2>/dev/null | grep -c ' node_')" -ge "${#nodes[@]}" ]; do sleep 1; done
+until [ "$(ray status --address="$address" 2>/dev/null | grep -c ' node_')" -ge "${#nodes[@]}" ]; do wait_a_second; done
 
 lowrank-tune "$@" --address "$address" --results "$results" &
 driver="$!"
