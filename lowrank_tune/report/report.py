@@ -86,7 +86,6 @@ def write_report(
     search = search_section(directory / "tune" / "optuna.journal", plan.spec.objective)
     progress("writing the report: the page")
     found = choices(comparison, spectrum.rank_for if spectrum else lambda cosine: None)
-    standing = {row.trial_id for row in comparison.rows}
     html = render_page(
         "report.html.j2",
         title=f"Study {plan.spec.name}",
@@ -106,13 +105,13 @@ def write_report(
         first=first,
         further=[*_learning(trials, repeats), search, *_storage(comparison, spectrum)],
         trials=trials_table(outcomes),
-        loss_curves=[picture for picture in losses if picture.title in standing],
+        loss_curves=[picture for picture in losses if picture.title in {row.trial_id for row in comparison.rows}],
         study_file=_text_of(directory / "study.yaml"),
     )
     page = directory / "report.html"
     write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
-    curves = tuple(picture.path for picture in losses if picture.path is not None)
-    return ReportFiles(page, tuple(path for section in first for path in section.files), curves)
+    plots = tuple(path for section in first for path in section.files)
+    return ReportFiles(page, plots, tuple(picture.path for picture in losses if picture.path is not None))
 
 
 def read_history(directory: Path) -> list[dict[str, float]]:

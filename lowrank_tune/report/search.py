@@ -26,7 +26,7 @@ LEAST_FOR_IMPORTANCE = 10
 
 
 def search_section(journal: Path, objective: str) -> Section:
-    """Let Optuna draw a search from its journal, and say in words why a chart is missing."""
+    """Let Optuna draw a search from its journal, and say why a chart is missing."""
     if not (study := _open(journal)):
         lacking = "No search journal lies with this study, so there is nothing for Optuna to draw."
         return Section("search", "The search", notes=(lacking,))
@@ -46,21 +46,16 @@ def search_section(journal: Path, objective: str) -> Section:
     with warnings.catch_warnings():
         # About charts that Optuna calls experimental, and of scikit-learn about constant targets.
         warnings.simplefilter("ignore")
-        if len(complete) >= 2:
+        if len(complete) < 2:
+            notes.append("Parallel coordinates need 2 complete trials.")
+        else:
             alt = (
                 f"Parallel coordinates of {count(len(complete), 'complete trial')}: a line a trial through its {name} "
             )
-            pictures.append(
-                _optunas(
-                    "coordinates",
-                    "Every complete trial",
-                    draw.plot_parallel_coordinate(study, target=target, target_name=name),
-                    f"{alt}and hyperparameters. The trials table has the same figures.",
-                    "By Optuna: a line a trial through all that was searched; darker is better.",
-                )
-            )
-        else:
-            notes.append("Parallel coordinates need 2 complete trials.")
+            alt += "and hyperparameters. The trials table has the same figures."
+            caption = "By Optuna: a line a trial through all that was searched; darker is better."
+            figure = draw.plot_parallel_coordinate(study, target=target, target_name=name)
+            pictures.append(_optunas("coordinates", "Every complete trial", figure, alt, caption))
         try:
             if len(complete) < LEAST_FOR_IMPORTANCE:
                 raise ValueError(f"it needs {LEAST_FOR_IMPORTANCE} complete trials at least, not {len(complete)}")
@@ -73,9 +68,8 @@ def search_section(journal: Path, objective: str) -> Section:
             alt = f"Bar chart of hyperparameter importances for {name}: {told}."
             caption = "By Optuna: the part of the objective's spread that each hyperparameter explains."
             pictures.append(_optunas("importance", "What mattered", figure, alt, caption))
-            tables.append(
-                Table("Hyperparameter importances", ("hyperparameter", "importance"), rows, texts=("hyperparameter",))
-            )
+            head = ("hyperparameter", "importance")
+            tables.append(Table("Hyperparameter importances", head, rows, texts=head[:1]))
         except (ValueError, RuntimeError) as error:
             notes.append(f"There is no hyperparameter importance: {str(error).rstrip('.')}.")
         if study.trials:

@@ -181,7 +181,7 @@ def test_compared_again_in_small_batches_only_speeds_differ(study, compared, mon
 
 
 @pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 0), ("val_token_cosine", 2)])
-def test_the_objective_picks_the_trial_and_sizes_are_those_of_the_caches_dtype(make_study, find_row, objective, best):
+def test_the_objective_picks_the_trial_of_a_family_and_the_winner_over_families(make_study, find_row, objective, best):
     study = make_study(dtype=torch.float16)
     trials = [
         study.add_trial("sketch", 2, best={"val_residual_ratio": 1.5, "val_mse": 0.1, "val_token_cosine": 0.7}),
@@ -189,13 +189,17 @@ def test_the_objective_picks_the_trial_and_sizes_are_those_of_the_caches_dtype(m
             "sketch", 2, status="pruned", stopped_by="asha",
             best={"val_residual_ratio": 1.2, "val_mse": 0.2, "val_token_cosine": 0.8},
         ),
-        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.3, "val_mse": 0.3, "val_token_cosine": 0.9}),
+        study.add_trial("direct", 2, best={"val_residual_ratio": 1.3, "val_mse": 0.3, "val_token_cosine": 0.9}),
     ]  # fmt: skip
     failed = {"val_residual_ratio": 1.0, "val_mse": 0.0, "val_token_cosine": 1.0}
     study.add_trial("sketch", 2, status="failed", stopped_by="error", best=failed)
-    study.add_trial("sketch", 2, best_epoch=0, best={})
-    row = find_row(study.compare(objective).rows, "sketch", 2)
-    assert (row.trial_id, row.bytes_per_image) == (trials[best], (16 + 24) * 2 * 2)
+    study.add_trial("sketch", 4, best_epoch=0, best={})
+    other = study.add_trial("sketch", 6)
+    assert [outcome.config.trial_id for outcome in winners(study.outcomes, objective)] == [trials[best], other]
+    rows = study.compare(objective).rows
+    row = find_row(rows, "sketch", 2)
+    assert (row.trial_id, row.bytes_per_image) == (trials[{2: 1}.get(best, best)], (16 + 24) * 2 * 2)
+    assert {row.rank: row.trial_id for row in rows if row.chosen} == {2: trials[best], 6: other}
 
 
 def cut(path: Path) -> None:
@@ -332,19 +336,6 @@ def test_repetitions_of_a_model_that_is_lost_are_in_no_row(make_study):
     comparison = study.compare()
     assert {row.seeds for row in comparison.rows} == {0}
     assert f"{lost} was repeated, but its own model is in no row, so neither are its repetitions" in comparison.remarks
-
-
-@pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 2), ("val_token_cosine", 0)])
-def test_the_winner_of_a_rank_is_the_best_over_its_families(make_study, objective, best):
-    study = make_study()
-    trials = [
-        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.5, "val_mse": 0.3, "val_token_cosine": 0.9}),
-        study.add_trial("direct", 2, best={"val_residual_ratio": 1.2, "val_mse": 0.2, "val_token_cosine": 0.8}),
-        study.add_trial("sketch", 2, best={"val_residual_ratio": 1.3, "val_mse": 0.1, "val_token_cosine": 0.7}),
-    ]
-    other = study.add_trial("sketch", 6)
-    study.add_trial("sketch", 4, status="failed", stopped_by="error", best={objective: 0.0})
-    assert [outcome.config.trial_id for outcome in winners(study.outcomes, objective)] == [trials[best], other]
 
 
 def test_trials_that_serve_the_same_nested_ranks_have_one_winner(make_study):

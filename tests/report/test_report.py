@@ -97,6 +97,8 @@ def report(tmp_path_factory):
     x_NTD = FeatureMatrix(study.features).load(study.split.test)
     x_NTD[2:] = 0
     measure_optimum([x_NTD]).save(study.directory / TEST_OPTIMUM)
+    times = '{"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:02:05+00:00"}'
+    (study.directory / "status.json").write_text(times)
     told = []
     given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory, [repetition])
     files = write_report(*given, told.append)
@@ -115,7 +117,7 @@ def test_a_report_writes_its_files_and_no_others(report):
             assert picture.width >= 300
         assert path.stat().st_size < 200_000
     left = {path.name for path in report.directory.rglob("*") if path.is_file()}
-    given = {"study.yaml", "history.json", "best_model.safetensors", TEST_OPTIMUM}
+    given = {"study.yaml", "status.json", "history.json", "best_model.safetensors", TEST_OPTIMUM}
     assert left == given | {"report.html", "loss_curves.png"} | {path.name for path in files.plots}
 
 
