@@ -60,20 +60,16 @@ def write_report(
     confirmations: Sequence[TrialOutcome] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> ReportFiles:
-    """Write everything a person looks at after a study, into its `directory`; `progress` is told what is being written.
-
-    An image that the test split does not have is told in the report's remarks: `check_images` finds it before a study.
-    """
+    """Write everything a person looks at after a study, into its `directory`; `progress` is told what is being written."""
     images = [image for image in plan.spec.report.images if image < len(split.test)]
     try:
         check_images(plan.spec.report.images, len(split.test))
-    except InputError as error:
+    except InputError as error:  # what a study's start refuses is told in an old study's remarks
         comparison = replace(comparison, remarks=(*comparison.remarks, str(error)))
         logger.warning("%s", error)
     progress(f"writing the report: the curves of {count(len(outcomes) + len(confirmations), 'training')}")
-    trials, repeats = (
-        [(outcome, read_history(Path(outcome.directory))) for outcome in each] for each in (outcomes, confirmations)
-    )
+    trials = [(outcome, read_history(Path(outcome.directory))) for outcome in outcomes]
+    repeats = [(outcome, read_history(Path(outcome.directory))) for outcome in confirmations]
     losses = loss_pictures([*trials, *repeats])
     progress(f"writing the report: {count(len(images), 'test image')}, the spectrum and the search")
     batches = FeatureMatrix(features).batches(split.test, 16)
@@ -108,10 +104,10 @@ def write_report(
         loss_curves=[picture for picture in losses if picture.title in {row.trial_id for row in comparison.rows}],
         study_file=_text_of(directory / "study.yaml"),
     )
-    page = directory / "report.html"
-    write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
+    write_whole(directory / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
     plots = tuple(path for section in first for path in section.files)
-    return ReportFiles(page, plots, tuple(picture.path for picture in losses if picture.path is not None))
+    curves = (picture.path for picture in losses if picture.path is not None)
+    return ReportFiles(directory / "report.html", plots, tuple(curves))
 
 
 def read_history(directory: Path) -> list[dict[str, float]]:

@@ -13,27 +13,19 @@ def row(method, ratio, speed, rank=4, trial_id=""):
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("fields", "images", "said"),
     [
-        ("random", ["random weights: these figures show the pipeline, not the science"]),
-        ("unknown", ["unknown weights: what made these features is not recorded, so compare within this study only"]),
-        ("pretrained", []),
+        ({"weights": "random"}, 80, "random weights: these figures show the pipeline, not the science"),
+        ({"weights": "unknown"}, 80, "unknown weights: what made these features is not recorded, so compare within"),
+        ({"quarantined": 3}, 80, "3 of the source's records had no usable image and are not in any figure"),
+        ({}, 1, "one test image only"),
+        ({}, 9, "only 9 test images"),
+        ({}, 10, None),
     ],
 )
-def test_weights(make_study, weights, said):
-    assert about_data(make_study(weights=weights).features, 80) == said
-
-
-@pytest.mark.parametrize(("images", "said"), [(1, "one test image only"), (9, "only 9 test images"), (10, None)])
-def test_few_images(make_study, images, said):
-    remarks = about_data(make_study().features, images)
+def test_what_the_features_are_worth(make_study, fields, images, said):
+    remarks = about_data(make_study(**fields).features, images)
     assert [remark.startswith(said) for remark in remarks] == ([True] if said else [])
-
-
-def test_unusable_records(make_study):
-    assert about_data(make_study(quarantined=3).features, 80) == [
-        "3 of the source's records had no usable image and are not in any figure"
-    ]
 
 
 def test_a_control_that_wins_is_called_out_with_both_figures():
