@@ -60,7 +60,7 @@ def write_report(
     confirmations: Sequence[TrialOutcome] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> ReportFiles:
-    """Write everything a person looks at after a study, into its `directory`; `progress` is told what is being written."""
+    """Write all that a person looks at after a study into its `directory`; `progress` is told what is being written."""
     images = [image for image in plan.spec.report.images if image < len(split.test)]
     try:
         check_images(plan.spec.report.images, len(split.test))
