@@ -218,6 +218,8 @@ def _validated(
         return {}
     optimum: Optimum = measure_optimum(data.batches(split.validation, 16))
     table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
+    if table.empty:
+        return {}
     own = table[table["method"] != "svd"].groupby(["method", "rank"])
     means: Any = own[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
     return dict(means)

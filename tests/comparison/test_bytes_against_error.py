@@ -216,15 +216,7 @@ def test_a_control_is_beaten_by_fewer_bytes_at_its_error_on_every_image(pruned, 
     assert compression_texts([X], pruned, [])[0].endswith(f": {verdict}.")
 
 
-def test_the_words_tell_bytes_error_and_components():
-    assert compression_texts([X], [SVD, LOST], []) == [
-        "int8 of X takes 65 KiB an image at a relative error of 0.728 %; as near on every image, the SVD's factors "
-        "take 50 KiB (int8, 40 components an image); refined's factors, up to rank 64, come as near on 3 of 4 images: "
-        "int8 of X is beaten by the SVD's factors only."
-    ]
-
-
-def test_the_words_tell_what_few_bits_cost_factors_and_models():
+def test_the_sentences_tell_bytes_error_and_components_and_what_few_bits_cost_factors_and_models():
     stored = [
         StoredRow("refined", 64, "float16", 4, 65536, 0.14521, 0.3, 0.98, "t"),
         StoredRow("refined", 64, "int8", 4, 33280, 0.14563, 0.3, 0.98, "t"),
@@ -234,14 +226,14 @@ def test_the_words_tell_what_few_bits_cost_factors_and_models():
         QuantisedRow("sketch", 64, "t", 65536, 17664, 0.1725, 0.1726),
         QuantisedRow("refined", 64, "t", 76808, 76808, 0.145, 0.145),
     ]
-    assert compression_texts(stored, [], models) == [
+    assert compression_texts([X, *stored], [SVD, LOST], models) == [
+        "int8 of X takes 65 KiB an image at a relative error of 0.728 %; as near on every image, the SVD's factors "
+        "take 50 KiB (int8, 40 components an image); refined's factors, up to rank 64, come as near on 3 of 4 images: "
+        "int8 of X is beaten by the SVD's factors only.",
         "Factors of refined at rank 64: float16 64 KiB at 14.5 %, int8 32.5 KiB at 14.6 %.",
         "refined has learned no matrix, so quantising its model has nothing to do (75 KiB at rank 64, most of it "
         "random numbers that a seed draws).",
         "The sketch model of rank 64 in int8 takes 17.2 KiB instead of 64 KiB; the error of its factors goes from "
         "17.2 % to 17.3 %.",
     ]
-
-
-def test_nothing_measured_is_nothing_said():
     assert compression_texts([], [], []) == [] and which_are_beaten([], []) == ""

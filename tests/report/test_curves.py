@@ -111,15 +111,11 @@ def test_loss_curves_show_four_series_their_drop_and_their_best_epoch(outcome, h
     assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (4 epochs), best at epoch 4 (★)"
 
 
-def test_a_failed_trials_curves_say_why_whatever_the_reason_holds(outcome, history_of):
+def test_a_failed_trials_curves_say_why_and_a_panel_without_a_finite_value_says_so(outcome):
     failed = outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _")
-    figure = losses((failed, history_of(1)))
+    figure = losses((failed, [{"epoch": 1.0, "lr": 0.01}]))
     assert figure.get_suptitle() == "r003-sketch-0000: failed (1 epoch)\ncost $5^{ and _"
     assert not any("best epoch" in lines(axes) for axes in figure.axes)
-
-
-def test_a_panel_without_a_finite_value_says_so(outcome):
-    figure = losses((outcome(), [{"epoch": 1.0, "lr": 0.01}]))
     assert [text.get_text() for text in figure.axes[0].texts] == ["no finite values"]
 
 
