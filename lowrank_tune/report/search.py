@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from plotly.graph_objects import Figure
 
@@ -18,8 +15,7 @@ from lowrank_tune.report.page import Picture, Section
 from lowrank_tune.report.style import chart, quiet_layout
 from lowrank_tune.report.tables import Table
 from lowrank_tune.report.text import count
-
-logger = logging.getLogger(__name__)
+from lowrank_tune.trials.outcomes import open_past_search
 
 LEAST_FOR_IMPORTANCE = 10
 """Complete trials below which an importance is an accident."""
@@ -27,7 +23,7 @@ LEAST_FOR_IMPORTANCE = 10
 
 def search_section(journal: Path, objective: str) -> Section:
     """Let Optuna draw a search from its journal, and say why a chart is missing."""
-    if not (study := _open(journal)):
+    if not (study := open_past_search(journal)):
         lacking = "No search journal lies with this study, so there is nothing for Optuna to draw."
         return Section("search", "The search", notes=(lacking,))
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
@@ -77,18 +73,6 @@ def search_section(journal: Path, objective: str) -> Section:
             caption = "By Optuna: when each trial ran, and what became of it."
             pictures.append(_optunas("timeline", "When each trial ran", draw.plot_timeline(study), alt, caption, True))
     return Section("search", "The search", tuple(pictures), tables=tuple(tables), notes=tuple(notes))
-
-
-def _open(journal: Path) -> optuna.Study | None:
-    if not journal.is_file():
-        return None
-    try:
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        names = optuna.get_all_study_names(storage)
-        return optuna.load_study(study_name=names[0], storage=storage) if names else None
-    except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
-        logger.warning("%s cannot be read (%s); the report goes without Optuna's charts", journal, error)
-        return None
 
 
 def _optunas(name: str, title: str, figure: Figure, alt: str, caption: str, legend: bool = False) -> Picture:

@@ -1,4 +1,4 @@
-"""How a trial ended, read off its last epoch: the one place where the searcher, the tracker and the report agree."""
+"""A trial's folder: its configuration, epochs and outcome are written and read here, and how it ended is told here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
-
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json
 from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
 
 logger = logging.getLogger(__name__)
+
+CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"
+CHECKPOINT = "checkpoint.pt"
+"""In a trial's folder while it is not over: all that its training needs to go on."""
+FEATURES = "features.json"
 
 OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     "val_residual_ratio": "minimize",
@@ -32,6 +32,12 @@ _STATUS: dict[StoppedBy, TrialStatus] = {
     "asha": "pruned",
     "interruption": "pruned",
     "error": "failed",
+}
+
+
+_RECOVERED = {
+    "error": "the driver died before it could write the reason down",
+    "interruption": "the study ended before it did",
 }
 
 
@@ -68,11 +74,6 @@ def outcome_of(
         seconds=seconds,
         reason=crash or str(last.get("reason", "")),
     )
-
-
-FEATURES = "features.json"
-CHECKPOINT = "checkpoint.pt"
-"""In a trial's folder while it is not over: all that its training needs to go on."""
 
 
 def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) -> None:
@@ -116,9 +117,6 @@ def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_pa
     features.write(paths["features"])
     write_json(paths["split"], split, indent=None)
     return {name: str(path.absolute()) for name, path in paths.items()}
-
-
-CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"
 
 
 def begin_trial(directory: Path, config: TrialConfig) -> None:
@@ -174,14 +172,14 @@ class TrialRecord:
 
 def read_trial(directory: Path) -> TrialRecord | None:
     """Read a trial's config.json, history.json and outcome.json; None for one that left neither first nor last."""
-    config_path, history_path, outcome_path = (directory / name for name in ("config.json", "history.json", OUTCOME))
+    config_path, history_path, outcome_path = (directory / name for name in (CONFIG, HISTORY, OUTCOME))
     outcome = TrialOutcome.read(outcome_path) if outcome_path.is_file() else None
     if outcome is None and not config_path.is_file():
         return None
     config = outcome.config if outcome else TrialConfig(**read_json(config_path))
-    history = read_json(history_path) if history_path.is_file() else []
-    if outcome is None and history and config.ends_at(history[-1]["epoch"], history[-1]["best_epoch"]):
-        outcome = _from_history(config, history, directory, None)
+    history = read_history(directory)
+    if outcome is None and history and config.ends_at(int(history[-1]["epoch"]), int(history[-1]["best_epoch"])):
+        outcome = recovered_outcome(config, directory, "")
     paths = [path for path in (history_path, config_path, outcome_path) if path.is_file()]
     trained, last = _moment(paths[0]), _moment(outcome_path if outcome_path.is_file() else paths[0])
     return TrialRecord(config, tuple(history), outcome, directory, trained, last)
@@ -209,86 +207,54 @@ def remove_checkpoints(trials_dir: Path, outcomes: Iterable[TrialOutcome]) -> No
         (trials_dir / outcome.config.trial_id / CHECKPOINT).unlink(missing_ok=True)
 
 
-def recovered_outcome(trial: FrozenTrial, trials_dir: Path) -> TrialOutcome:
-    """The outcome of a trial that Optuna was told the end of just before the driver died, from its history.
+def recovered_outcome(config: TrialConfig, directory: Path, state: str) -> TrialOutcome:
+    """How a trial ended of which there is no outcome: its driver, or its study, died before it was written.
 
     Args:
-        trial: Optuna's, over, with the user attribute `config`.
-        trials_dir: `studies/<study_id>/trials`.
+        config: what was tried.
+        directory: where its model and its history lie.
+        state: what Optuna holds of it, the name of a TrialState; empty where that is not known.
     """
-    config = TrialConfig(**trial.user_attrs["config"])
-    directory = trials_dir / config.trial_id
     history = read_history(directory)
     last: dict[str, Any] = dict(history[-1]) if history else {}
-    if trial.state == TrialState.COMPLETE:
-        last["stopped_by"] = "budget" if last.get("epoch") == config.epochs else "patience"
-    crash = "the driver died before it could write the reason down" if trial.state == TrialState.FAIL else ""
-    return outcome_of(config, last, directory, sum(row["seconds"] for row in history), crash)
+    ended: StoppedBy = "interruption" if last else "error"
+    if state == "FAIL":
+        ended = "error"
+    elif last and (by_itself := config.ends_at(int(last["epoch"]), int(last["best_epoch"]))):
+        ended = by_itself
+    elif state == "PRUNED":
+        ended = "asha"
+    reason = _RECOVERED.get(ended, "")
+    seconds = sum(row.get("seconds", 0.0) for row in history)
+    return outcome_of(config, last | {"stopped_by": ended, "reason": reason}, directory, seconds)
 
 
 def past_outcomes(study_dir: Path) -> list[TrialOutcome]:
     """Every training that left a model or a reason, by number, whether its study finished or not."""
-    states = _search_states(study_dir / "tune" / "optuna.journal")
-    found = [_outcome(folder, states) for folder in sorted((study_dir / "trials").glob("*"))]
-    known = [outcome for outcome in found if outcome is not None]
-    return sorted(known, key=lambda outcome: (outcome.config.number, outcome.config.trial_id))
+    search = open_past_search(study_dir / "tune" / "optuna.journal")
+    states = {trial.user_attrs.get("trial_id"): trial.state.name for trial in search.trials} if search else {}
+    found = []
+    for folder in sorted((study_dir / "trials").glob("*")):
+        try:
+            record = read_trial(folder)
+            if record and (record.outcome or record.history):
+                state = states.get(record.config.trial_id, "")
+                found.append(record.outcome or recovered_outcome(record.config, folder, state))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: cannot be read (%s); the study is looked at without this trial", folder, error)
+    return sorted(found, key=lambda outcome: (outcome.config.number, outcome.config.trial_id))
 
 
-def _outcome(folder: Path, states: Mapping[str, TrialState]) -> TrialOutcome | None:
-    """How a trial ended: from its outcome where it is on file, else from its history and the search's journal."""
-    try:
-        if (folder / OUTCOME).is_file():
-            return TrialOutcome.read(folder / OUTCOME)
-        config = TrialConfig(**read_json(folder / CONFIG))
-        return _from_history(config, read_history(folder), folder, states.get(config.trial_id))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: cannot be read (%s); the study is looked at without this trial", folder, error)
-        return None
-
-
-def _from_history(
-    config: TrialConfig, history: list[dict[str, Any]], folder: Path, state: TrialState | None
-) -> TrialOutcome:
-    last = history[-1] if history else {}
-    best_epoch = int(last.get("best_epoch", 0))
-    stopped = _stopped_by(config, last, state)
-    names = OBJECTIVES if best_epoch else ()
-    return TrialOutcome(
-        config=config,
-        status=_STATUS[stopped],
-        stopped_by=stopped,
-        epochs=int(last.get("epoch", 0)),
-        best_epoch=best_epoch,
-        best={name: float(last[f"best_{name}"]) for name in names},
-        directory=str(folder),
-        seconds=sum(float(row.get("seconds", 0.0)) for row in history),
-        reason="the study ended before it did" if stopped == "interruption" else "",
-    )
-
-
-def _stopped_by(config: TrialConfig, last: Mapping[str, Any], state: TrialState | None) -> StoppedBy:
-    if last and (ended := config.ends_at(last["epoch"], last["best_epoch"])):
-        return ended
-    if state == TrialState.PRUNED:
-        return "asha"
-    # Optuna fails what an interruption leaves running; a trial that fails by itself and one that is cut off both leave
-    # a model of the epochs before.
-    return "interruption" if last else "error"
-
-
-def _search_states(journal: Path) -> dict[str, TrialState]:
+def open_past_search(journal: Path) -> Any:
+    """Open the Optuna study that a search has left; None where there is none, or none that can be read."""
     if not journal.is_file():
-        return {}
+        return None
+    import optuna  # which takes a while, and whoever asks for a trial's folder has no need of it
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     try:
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        trials = [
-            trial
-            for name in optuna.get_all_study_names(storage)
-            for trial in optuna.load_study(study_name=name, storage=storage).trials
-        ]
+        return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
     except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
-        logger.warning("%s cannot be read (%s); why trials stopped is told from their histories alone", journal, error)
-        return {}
-    return {str(trial.user_attrs["trial_id"]): trial.state for trial in trials if "trial_id" in trial.user_attrs}
+        logger.warning("%s cannot be read (%s); what Optuna knows of the trials is left out", journal, error)
+        return None

@@ -272,7 +272,7 @@ def run_trials(
             continue
         past.append(PastTrial(config, trial.intermediate_values, trial.state.is_finished()))
         if trial.state.is_finished() and config.trial_id not in ended:
-            ended[config.trial_id] = recovered_outcome(trial, trials_dir)
+            ended[config.trial_id] = recovered_outcome(config, trials_dir / config.trial_id, trial.state.name)
             write_outcome(trials_dir, ended[config.trial_id])
     watch = WatchTrials(trials_dir, observers, ended)
     if len(ended) < plan.n_trials:
