@@ -1,8 +1,5 @@
 """The few pieces of linear algebra that decomposers and controls share.
 
-A graph that `torch.export` traces cannot ask what is in a tensor. While it does, both branches of such a question are
-computed and each image takes its own; the numbers are those of the branch, and the cost that of both.
-
 N images, T tokens, D dim, R rank or any number of columns.
 """
 
@@ -13,7 +10,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import is_exporting
 
 JITTER = 1e-12
 """What `orthonormalise` adds to a correlation matrix, relative to its size: above the rounding of float64 products over
@@ -30,7 +26,7 @@ OVERSAMPLING = 64
 
 def gram(x_NTD: Tensor) -> Tensor:
     """Return G = X Xᵀ of each image [N, T, T]."""
-    plain = x_NTD.device.type == "cpu" and not x_NTD.requires_grad and not is_exporting()
+    plain = x_NTD.device.type == "cpu" and not x_NTD.requires_grad
     if plain and x_NTD.dtype in (torch.float32, torch.float64):
         x = x_NTD.numpy()
         # numpy computes a matrix times its own transpose by half the products (BLAS syrk); torch has no such call.
@@ -82,7 +78,7 @@ def orthonormalise_once(y_NTR: Tensor) -> Tensor:
     # Eigenvalues go down to float32's rounding beside the largest, and columns may hold their squares.
     noise_N1 = torch.finfo(torch.float32).eps ** 4 * squares_NR.sum(-1, keepdim=True)
     void_NR = squares_NR <= noise_N1
-    if is_exporting() or void_NR.any():
+    if void_NR.any():
         y_NTR = y_NTR.masked_fill(void_NR[..., None, :], 0)
         inner_NRR = gram(y_NTR.double().mT) + torch.diag_embed(void_NR.double())
     inner_NRR.diagonal(dim1=-2, dim2=-1).mul_(1 + (y_NTR.shape[-1] + 100) * SMALL_JITTER)
@@ -111,13 +107,10 @@ def orthonormalise_nearly(y_NTR: Tensor) -> Tensor:
     correlation_NRR = inner_NRR * (scale_NR[..., None] * scale_NR[..., None, :])
     upper_NRR, failed_N = torch.linalg.cholesky_ex(correlation_NRR, upper=True)
     nearly_N = (failed_N == 0) & (upper_NRR.diagonal(dim1=-2, dim2=-1) > NEARLY).all(-1)
-    if is_exporting() or nearly_N.all():
+    if nearly_N.all():
         scaled_NRR = upper_NRR / scale_NR[..., None, :]
         basis_NTR: Tensor = torch.linalg.solve_triangular(scaled_NRR, y_NTR, upper=True, left=False)
-        if not is_exporting():
-            return basis_NTR
-        careful_NTR = orthonormalise_once(orthonormalise_once(y_NTR.double())).to(y_NTR.dtype)
-        return torch.where(nearly_N[:, None, None], basis_NTR, careful_NTR)
+        return basis_NTR
     q_NTR = torch.empty_like(y_NTR)
     q_NTR[nearly_N] = orthonormalise_nearly(y_NTR[nearly_N])
     q_NTR[~nearly_N] = orthonormalise_once(orthonormalise_once(y_NTR[~nearly_N].double())).to(y_NTR.dtype)

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.lowrank.decomposers import load_decomposer as load_weights
@@ -188,3 +192,25 @@ def load_decomposer(directory: str | Path) -> Decomposer:
         raise InputError(f"{model.directory / CONFIG}: does not describe the weights beside it; {_REMEDY}")
     decomposer.default_rank = decomposer.check_rank(model.rank)
     return decomposer.eval()
+
+
+class PyfuncDecomposer:
+    """A trained decomposer behind MLflow's `predict`.
+
+    Args:
+        directory: an exported model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._decomposer = load_decomposer(directory)
+
+    @torch.no_grad()
+    def predict(self, x_NTD: NDArray[np.float32], params: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
+        """Decompose images [N, T, D] into `a` [N, T, R] and `b` [N, R, D], all float32; there are no `params`."""
+        factors = self._decomposer(torch.from_numpy(np.ascontiguousarray(x_NTD, dtype=np.float32)))
+        return {"a": factors.a_NTR.numpy(), "b": factors.b_NRD.numpy()}
+
+
+def _load_pyfunc(data_path: str) -> PyfuncDecomposer:
+    """What MLflow calls to load a model whose `loader_module` this is."""
+    return PyfuncDecomposer(Path(data_path))

@@ -1,22 +1,19 @@
-"""The best model of each rank as an MLflow model of two flavours, and as versions in MLflow's model registry.
+"""The best model of each rank as an MLflow model, and as versions in MLflow's model registry.
 
-`python_function` reads `config.json` and safetensors with this package. `pytorch` is the graph that `torch.export`
-traces, which needs neither this package nor unpickling: MLflow makes sure of that where it is told not to unpickle.
-
-N images, T tokens, D dim, R rank.
+Its one flavour, `python_function`, carries the mathematics along: it loads where this package is not installed, from
+`config.json` and safetensors, and nothing in it is unpickled. Imported by the tracker's thread only, with MLflow.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -25,28 +22,17 @@ from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
-from numpy.typing import NDArray
 
-from lowrank_tune.lowrank.graph import write_graph
-from lowrank_tune.lowrank.pretrained import ExportedModel, exported_files, load_decomposer, read_exported
+from lowrank_tune.lowrank.pretrained import exported_files, read_exported
 from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 BEST = "best"
-"""The registry's alias of the version that validation chose of all ranks."""
+"""The registry's alias of the version that validation holds for the best of all ranks, of the study registered last."""
 _TRIAL, _RANK = "lowrank.trial_id", "lowrank.rank"
-# The database forgets the model_id that a version is made with.
-_MODEL = "lowrank.model_id"
-_ALIASED = "lowrank.aliased"
-_GRAPH = "model.pt2"
-"""What MLflow's pytorch flavour looks for in its folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Logged:
-    """A model that MLflow has, and the row that it is of."""
-
-    row: ComparisonRow
-    model: LoggedModel
+_MODEL = "lowrank.model_id"  # the database forgets the model_id that a version is made with
+_CARRIED = ("__init__.py", "errors.py", "files.py", "records.py", "lowrank")
+"""Of this package, what a decomposer needs to be loaded and to compute."""
+_REQUIRED = ("torch", "safetensors", "numpy")
 
 
 def log_models(
@@ -62,7 +48,7 @@ def log_models(
     Args:
         client: the store's.
         parent: the study's run.
-        comparison: what was compared.
+        comparison: what was compared; validation chose its best of each rank.
         trained: the trials' outcomes.
         study_dir: `results/studies/<study_id>`.
         register: the registered model's name; None registers nothing.
@@ -70,33 +56,30 @@ def log_models(
     outcomes = {outcome.config.trial_id: outcome for outcome in trained}
     run = client.get_run(parent)
     there = {(model.name, model.tags.get(_TRIAL)): model for model in _logged_models(client, run)}
-    logged = []
+    logged: list[tuple[ComparisonRow, LoggedModel]] = []
     for row in comparison.best_of_each_rank():
         name = f"rank-{row.rank:03d}-{row.method}"
         model = there.get((name, row.trial_id))
         if model is None and row.trial_id in outcomes:
             model = _log_model(client, run, name, row, outcomes[row.trial_id], study_dir)
         if model is not None:
-            logged.append(_Logged(row, model))
+            logged.append((row, model))
     if register and logged:
+        # The best last: its alias is set when its version is there.
+        logged.sort(key=lambda entry: entry[0].chosen, reverse=True)
         _register(client, register, parent, study_dir.name, logged)
 
 
-def has_models(client: MlflowClient, run: Run, best: tuple[ComparisonRow, ...], register: str | None) -> bool:
+def has_models(client: MlflowClient, run: Run, best: Sequence[ComparisonRow], register: str | None) -> bool:
     """Whether a study's run has the best model of each rank, and the registry its versions."""
-    steps = {output.step for output in run.outputs.model_outputs} if run.outputs else set()
-    if not steps >= {row.rank for row in best}:
-        return False
-    if not register:
-        return True
     wanted = {(row.trial_id, str(row.rank)) for row in best}
-    models = {
-        model.model_id
-        for model in _logged_models(client, run)
-        if (model.tags.get(_TRIAL), model.tags.get(_RANK)) in wanted
-    }
+    models = {(model.tags.get(_TRIAL), model.tags.get(_RANK)): model.model_id for model in _logged_models(client, run)}
+    if not wanted <= models.keys():
+        return False
+    if not register or not wanted:
+        return True
     versions = _registered(client, register)
-    return models <= {model_id for model_id, version in versions.items() if _ALIASED in version.tags}
+    return {models[key] for key in wanted} <= versions.keys() and BEST in client.get_registered_model(register).aliases
 
 
 def _logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
@@ -107,18 +90,18 @@ def _logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
 def _log_model(
     client: MlflowClient, run: Run, name: str, row: ComparisonRow, outcome: TrialOutcome, study_dir: Path
 ) -> LoggedModel:
+    # Not by mlflow.pyfunc.log_model: it works on one global store and run, and ties the model to the run before its
+    # files are there, so that one which is cut off would look whole.
     config, parent = outcome.config, str(run.info.run_id)
     params = {"family": config.family, "rank": row.rank, "lr": config.lr, **config.family_params}
+    features = study_dir / "tune" / "features.json"
     with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder) / "exported"
+        exported, path = Path(folder) / "exported", Path(folder) / "model"
         exported.mkdir()
         weights = Path(outcome.directory) / "best_model.safetensors"
-        files = exported_files(weights, row.rank, study_dir.name, config, _features(study_dir))
-        for file, data in files.items():
+        trained_on = FeatureSet.read(features) if features.is_file() else None
+        for file, data in exported_files(weights, row.rank, study_dir.name, config, trained_on).items():
             (exported / file).write_bytes(data)
-        # Before MLflow hears of it: a trace that fails leaves no half of a model there.
-        graph = Path(folder) / _GRAPH
-        write_graph(load_decomposer(exported), graph)
         entry = client.create_logged_model(
             run.info.experiment_id,
             name=name,
@@ -127,61 +110,65 @@ def _log_model(
             params={key: str(value) for key, value in params.items()},
             model_type="lowrank-decomposer",
         )
-        path = Path(folder) / "model"
-        _save(path, entry, parent, exported, graph)
+        save_model(
+            path,
+            loader_module="lowrank_tune.lowrank.pretrained",
+            data_path=str(exported),
+            code_paths=[str(_carried(Path(folder)))],
+            mlflow_model=Model(
+                artifact_path=entry.artifact_location,
+                model_uuid=entry.model_id,
+                model_id=entry.model_id,
+                run_id=parent,
+                signature=_signature(exported),
+            ),
+            pip_requirements=[f"{each}=={importlib.metadata.version(each).partition('+')[0]}" for each in _REQUIRED],
+        )
         client.log_model_artifacts(entry.model_id, str(path))
     client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
     client.log_outputs(parent, [LoggedModelOutput(entry.model_id, step=row.rank)])
     return entry
 
 
-def _save(path: Path, entry: LoggedModel, parent: str, exported: Path, graph: Path) -> None:
-    model = Model(
-        artifact_path=entry.artifact_location,
-        model_uuid=entry.model_id,
-        model_id=entry.model_id,
-        run_id=parent,
-        signature=_signature(read_exported(exported)),
-    )
-    model.add_flavor("pytorch", model_data="pytorch", pytorch_version=str(torch.__version__), code=None)
-    save_model(
-        path,
-        loader_module="lowrank_tune.tracking.models",
-        data_path=str(exported),
-        mlflow_model=model,
-        pip_requirements=_requirements(),
-    )
-    (path / "pytorch").mkdir()
-    graph.rename(path / "pytorch" / _GRAPH)
+def _carried(folder: Path) -> Path:
+    """The part of this package that goes with a model, copied under the package's own name."""
+    here, package = Path(__file__).parents[1], folder / "lowrank_tune"
+    package.mkdir()
+    for name in _CARRIED:
+        if (here / name).is_dir():
+            shutil.copytree(here / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(here / name, package)
+    return package
 
 
-def _register(client: MlflowClient, name: str, parent: str, study_id: str, logged: list[_Logged]) -> None:
-    """Make each model a version once; the aliases name the study that was registered last."""
+def _register(
+    client: MlflowClient, name: str, parent: str, study_id: str, logged: Sequence[tuple[ComparisonRow, LoggedModel]]
+) -> None:
+    """Make each model a version once; the alias goes to the last one, when it is new or nobody has it."""
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     there = _registered(client, name)
-    best = min(logged, key=lambda entry: entry.row.chosen)
-    for entry in logged:
-        version = there.get(entry.model.model_id)
-        if version is not None and _ALIASED in version.tags:
-            continue
-        tags = {"lowrank.study_id": study_id, _TRIAL: entry.row.trial_id, _RANK: str(entry.row.rank)}
-        tags[_MODEL] = entry.model.model_id
-        version = version or client.create_model_version(
-            name,
-            source=entry.model.artifact_location,
-            run_id=parent,
-            model_id=entry.model.model_id,
-            tags=tags,
-            description=f"{entry.row.method} at rank {entry.row.rank}: ρ {entry.row.residual_ratio_mean:.4g}",
-        )
-        for alias in [f"rank-{entry.row.rank:03d}", *([BEST] if entry is best else [])]:
-            client.set_registered_model_alias(name, alias, version.version)
-        # Last: a version without it is one that an interruption left before it had its aliases.
-        client.set_model_version_tag(name, version.version, _ALIASED, "true")
+    for row, model in logged:
+        if model.model_id not in there:
+            tags = {"lowrank.study_id": study_id, _TRIAL: row.trial_id, _RANK: str(row.rank), _MODEL: model.model_id}
+            version = client.create_model_version(
+                name,
+                source=model.artifact_location,
+                run_id=parent,
+                model_id=model.model_id,
+                tags=tags,
+                description=f"{row.method} at rank {row.rank}: test ρ {row.residual_ratio_mean:.4g}",
+            )
+            best = model is logged[-1][1]
+        else:
+            version = there[model.model_id]
+            best = model is logged[-1][1] and BEST not in client.get_registered_model(name).aliases
+        if best:
+            client.set_registered_model_alias(name, BEST, version.version)
 
 
 def _registered(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
@@ -196,53 +183,11 @@ def _registered(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
             return found
 
 
-def _features(study_dir: Path) -> FeatureSet | None:
-    path = study_dir / "tune" / "features.json"
-    return FeatureSet.read(path) if path.is_file() else None
+def _signature(exported: Path) -> ModelSignature:
+    model, single = read_exported(exported), np.dtype("float32")
 
+    def sized(*shape: int, name: str | None = None) -> Any:
+        return TensorSpec(single, (-1, *shape), name)
 
-def _signature(model: ExportedModel) -> ModelSignature:
-    single = np.dtype("float32")
-    return ModelSignature(
-        inputs=Schema([TensorSpec(single, (-1, model.tokens, model.dim))]),
-        outputs=Schema(
-            [
-                TensorSpec(single, (-1, model.tokens, model.rank), "a"),
-                TensorSpec(single, (-1, model.rank, model.dim), "b"),
-            ]
-        ),
-    )
-
-
-def _requirements() -> list[str]:
-    packages = ("lowrank-tune", "torch", "safetensors", "numpy")
-    return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages]
-
-
-class PyfuncDecomposer:
-    """A trained decomposer behind MLflow's `predict`.
-
-    Args:
-        directory: an exported model, `config.json` and `model.safetensors`.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._decomposer = load_decomposer(directory)
-
-    @torch.no_grad()
-    def predict(self, x_NTD: NDArray[np.float32], params: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
-        """Decompose images.
-
-        Args:
-            x_NTD: their features, float32 [N, T, D].
-            params: taken because MLflow passes it; there are none.
-
-        Returns:
-            `a` [N, T, R] and `b` [N, R, D], float32.
-        """
-        factors = self._decomposer(torch.from_numpy(np.ascontiguousarray(x_NTD, dtype=np.float32)))
-        return {"a": factors.a_NTR.numpy(), "b": factors.b_NRD.numpy()}
-
-
-def _load_pyfunc(data_path: str) -> PyfuncDecomposer:
-    return PyfuncDecomposer(Path(data_path))
+    factors = [sized(model.tokens, model.rank, name="a"), sized(model.rank, model.dim, name="b")]
+    return ModelSignature(inputs=Schema([sized(model.tokens, model.dim)]), outputs=Schema(factors))

@@ -167,11 +167,9 @@ def test_mlflow_holds_the_same_model(ran: Ran, model: Path) -> None:
     x_NTD = open_features(ran.result.features.directory).load(range(3))
     with torch.no_grad():
         ours = load_decomposer(model)(x_NTD)
-        graph = mlflow.pytorch.load_model(location)(x_NTD)
     factors = mlflow.pyfunc.load_model(location).predict(x_NTD.numpy())
-    for name, expected, traced in zip("ab", ours, graph, strict=True):
+    for name, expected in zip("ab", ours, strict=True):
         assert torch.equal(torch.from_numpy(factors[name]), expected)
-        torch.testing.assert_close(traced, expected)
 
 
 def test_a_model_applied_to_the_studys_cache_has_the_error_that_its_card_tells(

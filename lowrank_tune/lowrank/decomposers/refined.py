@@ -29,7 +29,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 from torch.nn import functional
 
 from lowrank_tune.errors import InputError
@@ -88,9 +87,7 @@ class Refined(Decomposer):
             x_NTD = x_NTD.to(self.start_TW.dtype)
             gram_NTT, _, dominated_N, q_NT1 = self._gram(x_NTD)
             a_NTR = self._filter(gram_NTT, dominated_N, *self._ritz(gram_NTT, count))
-            if is_exporting():
-                a_NTR = torch.where(dominated_N[:, None, None], _with_first(q_NT1, a_NTR[..., :-1]), a_NTR)
-            elif len(q_NT1):
+            if len(q_NT1):
                 a_NTR = a_NTR.index_put((dominated_N,), _with_first(q_NT1, a_NTR[dominated_N, :, :-1]))
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
@@ -126,11 +123,7 @@ class Refined(Decomposer):
         flat_NTT = gram_NTT.flatten(1)
         dominated_N = torch.linalg.vecdot(flat_NTT, flat_NTT) > DOMINATED**2
         q_NT1, share_N = x_NTD.new_empty(0), torch.ones_like(energy_N)
-        if is_exporting():
-            q_NT1, others_NTT, others_N = self._deflate(x_NTD)
-            gram_NTT = torch.where(dominated_N[:, None, None], others_NTT, gram_NTT)
-            share_N = torch.where(dominated_N, others_N, share_N)
-        elif dominated_N.any():
+        if dominated_N.any():
             q_NT1, gram_NTT[dominated_N], share_N[dominated_N] = self._deflate(x_NTD[dominated_N])
         return gram_NTT, share_N, dominated_N, q_NT1
 
@@ -184,9 +177,6 @@ def _with_first(q_NT1: Tensor, others_NTR: Tensor) -> Tensor:
 
 
 def _orthonormal(basis_NTR: Tensor, dominated_N: Tensor) -> Tensor:
-    if is_exporting():
-        others_NTR = torch.cat([orthonormalise_nearly(basis_NTR[..., :-1]), torch.zeros_like(basis_NTR[..., -1:])], -1)
-        return torch.where(dominated_N[:, None, None], others_NTR, orthonormalise_nearly(basis_NTR))
     if not dominated_N.any():
         return orthonormalise_nearly(basis_NTR)
     a_NTR = torch.zeros_like(basis_NTR)
