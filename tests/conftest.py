@@ -30,7 +30,7 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-DEAR = {"ran": "study", "cluster": "cluster"}
+DEAR = {"ran": "study", "cluster": "cluster", "world": "trials"}
 """By fixture that is built once, the group of the files that look at it."""
 
 

@@ -4,8 +4,7 @@ import pytest
 
 from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.trials import cluster_share
-from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, taking_part, trials_at_once
+from lowrank_tune.trials.cluster_share import trials_at_once
 from lowrank_tune.trials.trainable import TrialActor
 
 
@@ -59,15 +58,3 @@ def test_ray_reserves_what_a_trial_needs_and_a_part_of_a_gpu_is_no_whole_one(
     asked = TrialActor.default_resource_request({"cpus": 2, "gpus": 0.25, "workers": workers})
     assert asked is not None
     assert asked.bundles == reserved
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_study_makes_room_for_one_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_share, "_LOOK_EVERY_S", 0.0)
-    share = FairShare(ResourcesSpec())
-    assert (studies_at_work(), share()) == (0, 2)  # the Ray of these tests has two CPUs
-    with taking_part("one"):
-        assert (studies_at_work(), share()) == (1, 2)
-        with taking_part("the-other"):
-            assert (studies_at_work(), share()) == (2, 1)
-    assert (studies_at_work(), share()) == (0, 2)

@@ -12,8 +12,11 @@ from optuna.trial import TrialState
 from tiny_study import Interrupter, Listener, World, make_world, optuna_trials, run
 
 from lowrank_tune.config.plan import Plan
+from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.trials import cluster_share
+from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, taking_part
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -78,3 +81,14 @@ def test_a_study_whose_trials_all_fail_fails_with_the_reasons_counted(
         run(plan, world, told)
     assert [outcome.status for outcome in told.ended] == ["failed"] * 3
     assert [trial.state for trial in optuna_trials(plan)] == [TrialState.FAIL] * 3
+
+
+def test_a_study_makes_room_for_one_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_share, "_LOOK_EVERY_S", 0.0)
+    share = FairShare(ResourcesSpec())
+    assert (studies_at_work(), share()) == (0, 2)  # the Ray of these tests has two CPUs
+    with taking_part("one"):
+        assert (studies_at_work(), share()) == (1, 2)
+        with taking_part("the-other"):
+            assert (studies_at_work(), share()) == (2, 1)
+    assert (studies_at_work(), share()) == (0, 2)

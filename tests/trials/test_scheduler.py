@@ -90,17 +90,5 @@ def test_a_failed_trial_counts_for_nobody(plan_of: PlanOf, value: float) -> None
     assert scheduler.on_trial_result(None, next_one, going_on) == TrialScheduler.CONTINUE
 
 
-def test_grace_longer_than_the_training_stops_nobody(plan_of: PlanOf) -> None:
-    plan = plan_of(training={"epochs": 2}, scheduler={"kind": "asha", "grace_epochs": 2}, objective="val_mse")
-    scheduler = FairASHA(
-        plan.spec.model_copy(update={"scheduler": plan.spec.scheduler.model_copy(update={"grace_epochs": 5})})
-    )
-    for name, value in (("good", 0.1), ("poor", 0.9)):
-        trial = trial_of(name, 16)
-        scheduler.on_trial_add(None, trial)
-        said = scheduler.on_trial_result(None, trial, {"epoch": 1, "val_mse": value, "stopped_by": ""})
-        assert said == TrialScheduler.CONTINUE
-
-
 def test_without_asha_trials_run_to_their_end(plan_of: PlanOf) -> None:
     assert type(make_scheduler(plan_of(scheduler={"kind": "none"}).spec)) is FIFOScheduler
