@@ -107,7 +107,7 @@ def _measure(
             x_NTD = x_NTD.to(device)
             measured.begin(x_NTD)
             most = min(x_NTD.shape[-2:])
-            measured.factors("svd", most, ordered(baselines.svd(x_NTD, most)), ranks, pruned=True)
+            measured.factors("svd", most, _svd_factors(x_NTD, most), ranks, pruned=True)
             made = {method.kind: method.decompose(x_NTD) for method in trained}
             for method in best:
                 own = ordered(made[method.kind])
@@ -122,6 +122,18 @@ def _measure(
             models.append(QuantisedRow(method.name, method.rank, method.trial_id, *sizes, before, after))
     stored, pruned = measured.stored_rows(), measured.pruned_rows()
     return Compression(stored, pruned, tuple(models), tuple(compression_texts(stored, pruned, models)))
+
+
+def _svd_factors(x_NTD: Tensor, rank: int) -> Factors:
+    """The truncated SVD with √Σ in either factor; its components are orthogonal already, which spares `ordered`."""
+    a_NTR, b_NRD = baselines.svd(x_NTD, rank)
+    a_N1R, b_NR1 = (
+        torch.linalg.vector_norm(a_NTR, dim=1, keepdim=True),
+        torch.linalg.vector_norm(b_NRD, dim=2)[..., None],
+    )
+    root_NR1 = (a_N1R.mT * b_NR1).sqrt()
+    tiny = torch.finfo(x_NTD.dtype).tiny
+    return Factors(a_NTR * (root_NR1.mT / a_N1R.clamp_min(tiny)), b_NRD * (root_NR1 / b_NR1.clamp_min(tiny)))
 
 
 def _before_and_after(measured: _Measured, factors: Factors, quantised: QuantisedDecomposer) -> Tensor:
