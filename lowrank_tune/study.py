@@ -34,8 +34,8 @@ from lowrank_tune.cluster.study_dir import (
     results_path,
     spec_difference,
 )
+from lowrank_tune.comparison.choice import winners
 from lowrank_tune.comparison.compare import compare, read_comparison
-from lowrank_tune.comparison.methods import winners
 from lowrank_tune.config.loading import load_past_study, load_study
 from lowrank_tune.config.plan import Plan, first_params, make_plan, split_images, trial_config
 from lowrank_tune.config.render import render_study

@@ -20,18 +20,16 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
+from lowrank_tune.comparison.choice import Kind, choose
 from lowrank_tune.comparison.compression import measure_compression
 from lowrank_tune.comparison.methods import (
     BATCH,
-    Kind,
     Method,
     device_name,
     images_per_second,
     score,
-    sign,
     trained,
     untrained,
-    winners,
 )
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
@@ -226,46 +224,6 @@ def _validated(
     own = table[table["method"] != "svd"].groupby(["method", "rank"])
     means: Any = own[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
     return dict(means)
-
-
-def choose(
-    rows: Sequence[ComparisonRow],
-    outcomes: Sequence[TrialOutcome],
-    objective: str,
-    nested: Mapping[Kind, Mapping[str, float]] | None = None,
-) -> list[ComparisonRow]:
-    """Mark the rows of the one best model of each rank, as the validation split tells; the test split has no say.
-
-    Args:
-        rows: the comparison's.
-        outcomes: the trials behind them, and any others.
-        objective: what picks the best, a key of `TrialOutcome.best`.
-        nested: of models that serve several ranks, the validation figures at each, for those on file are means over
-            them.
-    """
-    standing = {row.trial_id for row in rows}
-    trials = {outcome.config.trial_id: outcome for outcome in outcomes if outcome.config.trial_id in standing}
-    best = {outcome.config.trial_id for outcome in winners(trials.values(), objective)}
-    figures: dict[Kind, Mapping[str, float]] = {
-        (row.method, row.rank): trials[row.trial_id].best
-        for row in rows
-        if row.trial_id in trials and not trials[row.trial_id].config.nested_ranks
-    }
-    figures |= nested or {}
-
-    def order(row: ComparisonRow) -> tuple[float, int]:
-        own = figures.get((row.method, row.rank), {})
-        return sign(objective) * own.get(objective, trials[row.trial_id].best[objective]), row.rank
-
-    places = [(row.method, row.rank) for row in sorted((row for row in rows if row.trial_id in best), key=order)]
-    return [
-        replace(
-            row,
-            val_token_cosine=figures.get((row.method, row.rank), {}).get("val_token_cosine"),
-            chosen=places.index((row.method, row.rank)) + 1 if (row.method, row.rank) in places else 0,
-        )
-        for row in rows
-    ]
 
 
 def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lowrank_tune.comparison.methods import Kind, Method, batches
+from lowrank_tune.comparison.choice import Kind
+from lowrank_tune.comparison.methods import Method, batches
 from lowrank_tune.comparison.remarks import compression_texts
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.lowrank import baselines

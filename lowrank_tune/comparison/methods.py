@@ -5,7 +5,6 @@ N images, T tokens, D dim, R rank.
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 import time
@@ -22,6 +21,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from lowrank_tune.comparison.choice import Kind, ranked
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.data import FeatureMatrix
@@ -30,9 +30,6 @@ from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import FeatureSet, TrialOutcome
-
-Kind = tuple[str, int]
-"""A method's name and rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +117,6 @@ def trained(
             name = config.trial_id
             repeats += [Method(name, rank, partial(model, rank=rank), name, config.confirms) for rank in config.ranks]
     return methods, repeats, remarks
-
-
-def winners(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
-    """Choose the best trial of each rank, over all families; of nested ranks, the best of those that serve the same.
-
-    Returns:
-        By rising rank; a rank without a usable trial has none.
-    """
-    best: dict[tuple[int, ...], TrialOutcome] = {}
-    for outcome in ranked(outcomes, objective):
-        best.setdefault(outcome.config.ranks, outcome)
-    return [best[ranks] for ranks in sorted(best)]
-
-
-def ranked(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
-    """Sort the trials that have a model, the best by the objective on the validation images first; equals by number."""
-    with_model = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.best_epoch > 0]
-    usable = [outcome for outcome in with_model if math.isfinite(outcome.best.get(objective, math.nan))]
-    return sorted(usable, key=lambda outcome: (sign(objective) * outcome.best[objective], outcome.config.number))
-
-
-def sign(objective: str) -> float:
-    """Of an objective, what makes less of it better."""
-    return -1.0 if objective == "val_token_cosine" else 1.0
 
 
 BATCH_NUMBERS = 2**23

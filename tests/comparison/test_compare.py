@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
 
+from lowrank_tune.comparison.choice import winners
 from lowrank_tune.comparison.compare import read_comparison
-from lowrank_tune.comparison.methods import winners
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer

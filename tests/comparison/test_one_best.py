@@ -11,8 +11,8 @@ import torch
 
 from lowrank_tune import export_study
 from lowrank_tune.cluster.study_dir import create_study
+from lowrank_tune.comparison.choice import winners
 from lowrank_tune.comparison.compare import read_comparison
-from lowrank_tune.comparison.methods import winners
 from lowrank_tune.config.plan import make_plan
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.files import write_json

@@ -1,0 +1,77 @@
+"""One best model of a rank, chosen by validation: confirmed, starred, pictured, stored, exported and registered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from lowrank_tune.records import ComparisonRow, TrialOutcome
+
+Kind = tuple[str, int]
+"""A method's name and rank."""
+
+
+def winners(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
+    """Choose the best trial of each rank, over all families; of nested ranks, the best of those that serve the same.
+
+    Returns:
+        By rising rank; a rank without a usable trial has none.
+    """
+    best: dict[tuple[int, ...], TrialOutcome] = {}
+    for outcome in ranked(outcomes, objective):
+        best.setdefault(outcome.config.ranks, outcome)
+    return [best[ranks] for ranks in sorted(best)]
+
+
+def ranked(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
+    """Sort the trials that have a model, the best by the objective on the validation images first; equals by number."""
+    with_model = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.best_epoch > 0]
+    usable = [outcome for outcome in with_model if math.isfinite(outcome.best.get(objective, math.nan))]
+    return sorted(usable, key=lambda outcome: (sign(objective) * outcome.best[objective], outcome.config.number))
+
+
+def sign(objective: str) -> float:
+    """Of an objective, what makes less of it better."""
+    return -1.0 if objective == "val_token_cosine" else 1.0
+
+
+def choose(
+    rows: Sequence[ComparisonRow],
+    outcomes: Sequence[TrialOutcome],
+    objective: str,
+    nested: Mapping[Kind, Mapping[str, float]] | None = None,
+) -> list[ComparisonRow]:
+    """Mark the rows of the one best model of each rank, as the validation split tells; the test split has no say.
+
+    Args:
+        rows: the comparison's.
+        outcomes: the trials behind them, and any others.
+        objective: what picks the best, a key of `TrialOutcome.best`.
+        nested: of models that serve several ranks, the validation figures at each, for those on file are means over
+            them.
+    """
+    standing = {row.trial_id for row in rows}
+    trials = {outcome.config.trial_id: outcome for outcome in outcomes if outcome.config.trial_id in standing}
+    best = {outcome.config.trial_id for outcome in winners(trials.values(), objective)}
+    figures: dict[Kind, Mapping[str, float]] = {
+        (row.method, row.rank): trials[row.trial_id].best
+        for row in rows
+        if row.trial_id in trials and not trials[row.trial_id].config.nested_ranks
+    }
+    figures |= nested or {}
+
+    def order(row: ComparisonRow) -> tuple[float, int]:
+        own = figures.get((row.method, row.rank), {})
+        return sign(objective) * own.get(objective, trials[row.trial_id].best[objective]), row.rank
+
+    chosen = sorted((row for row in rows if row.trial_id in best), key=order)
+    places = {(row.method, row.rank): place for place, row in enumerate(chosen, 1)}
+    return [
+        replace(
+            row,
+            val_token_cosine=figures.get((row.method, row.rank), {}).get("val_token_cosine"),
+            chosen=places.get((row.method, row.rank), 0),
+        )
+        for row in rows
+    ]
