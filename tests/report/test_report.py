@@ -159,6 +159,7 @@ def test_what_is_missing_is_told_and_costs_nothing_else(study):
     files = write_report(study.plan, study.features, split, study.outcomes, study.comparison, study.directory)
     assert files.loss_curves == ()
     assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png"]
+    assert (study.directory / TEST_OPTIMUM).is_file(), "measured now, and kept"
     html = files.html.read_text(encoding="utf-8")
     assert "report.images: there is no image 3; the test split has 2 images" in html
     assert "Of 2 test images." in html
