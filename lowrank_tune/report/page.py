@@ -38,7 +38,7 @@ class Section:
     lead: str = ""
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
-    places: str = ""  # the interactive view of test images, from `spatial_json`
+    spatial: str = ""  # the interactive view of test images, from `spatial_json`
     rank: int = 0  # that it shows first
 
     @property

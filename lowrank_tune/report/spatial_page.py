@@ -129,7 +129,7 @@ def spatial_section(
         f"lose{'s' if len(first.reconstructions) == 1 else ''} most. Maps side by side share one colour scale.",
         tables=(_regions_table(shown, seen, regions),) if seen else (),
         notes=tuple(notes),
-        places=spatial_json(views, boxes.note if boxes else ""),
+        spatial=spatial_json(views, boxes.note if boxes else ""),
         rank=shown,
     )
 
@@ -188,7 +188,7 @@ def write_spatial_page(
     section = spatial_section(scene, directory / "plots", images=images, channels=channels, rank=rank)
     title = f"Study {directory.name}: where on the image"
     subtitle = f"{directory.name}: {scene.comparison.data}" if scene.comparison.data else directory.name
-    html = render_page("places.html.j2", title=title, subtitle=subtitle, section=section)
+    html = render_page("spatial.html.j2", title=title, subtitle=subtitle, section=section)
     page = directory / "plots" / "spatial.html"
     write_whole(page, lambda path: path.write_text(html, encoding="utf-8"))
     return (*section.files, page)
