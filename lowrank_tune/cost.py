@@ -38,7 +38,7 @@ from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError
 from lowrank_tune.features.cache import SHARD_ROWS, UnusableError, read_committed, read_sealed
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.extract import plan_extraction
+from lowrank_tune.features.extract import EncodeImages, plan_extraction
 from lowrank_tune.features.sources import Quarantine, check_shape, hash_files, load_tensor, read_records
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
@@ -172,9 +172,9 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
     size, tokens, dim = spec.encoder.image_size, extraction.identity["tokens"], extraction.identity["dim"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = None
-    if encoding := extraction.encoding:
+    if isinstance(extraction, EncodeImages):
         batch = None if spec.batch_size == "auto" else spec.batch_size
-        encoder = Encoder(encoding.config, encoding.tower, encoding.compute_dtype, device, batch)
+        encoder = Encoder(extraction.config, extraction.tower, spec.encoder.compute_dtype, device, batch)
         # A device's first pass finds kernels and memory, and is no measure of the others.
         encoder.encode(np.zeros((1, size, size, 3), np.uint8))
     seconds, findings, sound = [], [], np.zeros((0, size, size, 3), np.uint8)

@@ -34,7 +34,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.features.checkpoint import WEIGHTS_MARK, find_tower, read_checkpoint_config, write_tiny_checkpoint
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.extract import Pool, extract_features, find_pool
+from lowrank_tune.features.extract import extract_features, plan_extraction
+from lowrank_tune.features.shards import Node, Pool
+from lowrank_tune.features.sources import read_records
 
 IMAGE_SIZE = 448
 SHARD = 64
@@ -134,11 +136,12 @@ def _bench_pipeline(tower: Tower, folder: Path, shards: int, seconds: float) -> 
     encoder = {"checkpoint": str(tower.checkpoint), "image_size": IMAGE_SIZE, "compute_dtype": tower.compute_dtype}
     spec = FeaturesSpec.model_validate({"source": {"samples": shards * SHARD}, "encoder": encoder})
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    pool = find_pool(spec, shards)
+    job = plan_extraction(spec, folder, read_records(spec.source, folder, 0))
+    pool = job.pool(shards, [Node.of(node["Resources"]) for node in ray.nodes()])
     bare = [_bare_rate(tower, pool, seconds)]
     steady, first_s = _steady_rate(spec, folder)
     bare.append(_bare_rate(tower, pool, seconds))
-    mean = sum(bare) / len(bare) * pool.actors
+    mean = sum(bare) / len(bare) * pool.most
     ray.shutdown()
     print(f"\n{pool}\n{'extraction':<28}{'images/s':>10}{'ratio':>8}")
     print(f"{'bare forward, before, after':<28}{' / '.join(f'{rate:.2f}' for rate in bare):>18}")
@@ -148,10 +151,10 @@ def _bench_pipeline(tower: Tower, folder: Path, shards: int, seconds: float) -> 
 def _bare_rate(tower: Tower, pool: Pool, seconds: float) -> float:
     """Images/s of one encoder process, shaped as the extraction's, that does nothing but forwards."""
 
-    @ray.remote(num_cpus=pool.cpus_each, num_gpus=pool.gpus_each)
+    @ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)
     def measure() -> float:
         torch.set_num_threads(pool.threads)
-        encoder = tower.load(pool.batch)
+        encoder = tower.load(None)
         pixels_NHWC = _noise(pool.batch or (32 if tower.device == "cuda" else 4)).to(tower.device)
         return _take_turns({"bare": lambda: encoder.forward(pixels_NHWC)}, len(pixels_NHWC), seconds)["bare"]
 

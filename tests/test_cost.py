@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from lowrank_tune.config.plan import make_plan
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.cost import calibrate, diagnose, expected_share, preview_study, survey_features, try_images
-from lowrank_tune.features.cache import ShardPlan, ShardResult, recover, seal
-from lowrank_tune.features.extract import import_shard, plan_extraction
+from lowrank_tune.features.cache import recover, seal
+from lowrank_tune.features.extract import plan_extraction
+from lowrank_tune.features.shards import Pool, ShardPlan, ShardWorker
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.records import Split
 
@@ -52,7 +54,8 @@ def study(tmp_path):
 def commit(extraction, paths):
     keys = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     plan = ShardPlan(f"{keys[0][:16]}.safetensors", keys, tuple(map(str, paths)))
-    assert not ShardResult.load(import_shard({"plan": plan.dump()}, extraction)["result"]).failure
+    (result,) = ShardWorker(extraction, Pool(1, 1))({"plan": [pickle.dumps(plan)]})["result"]
+    assert pickle.loads(result).error is None
 
 
 def test_what_an_extraction_that_was_cut_short_left_counts_as_cached(study, tmp_path):

@@ -23,13 +23,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pyarrow.fs import FileType
 
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import CacheError, redact
-from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
+from lowrank_tune.features.checkpoint import CheckpointConfig
 from lowrank_tune.features.places import Place, join
 from lowrank_tune.files import Readable, parse_header, remove_temporaries, write_durably
 from lowrank_tune.records import FeatureRow, FeatureSet
@@ -529,93 +529,6 @@ def _digest(cache: Place, path: str) -> str | None:
 
 class UnusableError(Exception):
     """This one image or tensor file cannot become features; the message is the reason, for its quarantine row."""
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """A shard that is to be made.
-
-    Attributes:
-        shard: its file name.
-        keys: sha256 of each file.
-        paths: where each file lies.
-    """
-
-    shard: str
-    keys: tuple[str, ...]
-    paths: tuple[str, ...]
-
-    def dump(self) -> str:
-        """As JSON, for a row of a dataset."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def load(cls, text: str) -> ShardPlan:
-        """Read what `dump` wrote."""
-        fields = json.loads(text)
-        return cls(fields["shard"], tuple(fields["keys"]), tuple(fields["paths"]))
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What became of a shard.
-
-    Attributes:
-        shard: its file name.
-        images: how many files it was planned for.
-        quarantined: key and reason of those that could not be used.
-        failure: why the shard was not committed; empty when it was.
-        fault: whose failure it is: the user's `input`, or the `cache`'s place.
-        notes: what the user should know of how it was made.
-    """
-
-    shard: str
-    images: int
-    quarantined: tuple[tuple[str, str], ...] = ()
-    failure: str = ""
-    fault: Literal["input", "cache"] = "cache"
-    notes: tuple[str, ...] = ()
-
-    def dump(self) -> str:
-        """As JSON, for a row of a dataset."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def load(cls, text: str) -> ShardResult:
-        """Read what `dump` wrote."""
-        fields = json.loads(text)
-        fields["quarantined"] = tuple((key, error) for key, error in fields["quarantined"])
-        fields["notes"] = tuple(fields["notes"])
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
-class ImageEncoding:
-    """How images become features."""
-
-    config: CheckpointConfig
-    tower: TowerFiles
-    image_size: int
-    compute_dtype: str
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """All that a worker needs to know, beside its shard.
-
-    Attributes:
-        directory: the cache.
-        identity: what the features depend on; gives tokens, dim and dtype.
-        encoder: what makes the features, for people.
-        weights: `random`, `pretrained` or `unknown`.
-        encoding: None for tensors, which are features already.
-    """
-
-    directory: str
-    identity: Identity
-    encoder: str
-    weights: str
-    encoding: ImageEncoding | None
 
 
 def to_stored(features_TD: Tensor, store_dtype: str) -> Tensor:

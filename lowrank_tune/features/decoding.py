@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lowrank_tune.features.cache import ShardPlan, ShardResult, UnusableError
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.cache import UnusableError
 
 MAX_ASPECT_RATIO = 200
 """Qwen's own limit: beyond it an image resized to a square shows nothing of itself."""
@@ -57,44 +58,35 @@ def decode_image(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def decode_shard(row: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Read and decode the images of one shard.
-
-    Args:
-        row: `plan`, a `ShardPlan` as JSON.
-        image_size: pixels a side.
+    """Read and decode the images of one shard, whose `plan` is a pickled ShardPlan.
 
     Returns:
-        `pixels`, uint8 [N, H, W, 3], of the images that could be decoded, their `keys` as JSON, and `result`, a
-        `ShardResult` as JSON, with the others.
+        The `plan`; `pixels`, uint8 [N, H, W, 3], of the images that could be decoded; and `decoded`, pickled: their
+        keys, key and reason of the others, and an error where a file could not be read.
     """
-    plan = ShardPlan.load(row["plan"])
-    pixels: list[npt.NDArray[np.uint8]] = []
-    usable: list[str] = []
-    quarantined: list[tuple[str, str]] = []
-    failure = ""
-    for path, key in zip(plan.paths, plan.keys, strict=True):
-        try:
-            pixels.append(decode_image(read_unchanged(Path(path), key), image_size))
-            usable.append(key)
-        except UnusableError as error:
-            quarantined.append((key, str(error)))
-        except OSError as error:
-            failure, pixels, usable = f"{error}; run again", [], []
-            break
+    pixels, keys, quarantined, problem = [], [], [], None
+    plan = pickle.loads(row["plan"])
+    try:
+        for path, key in zip(plan.paths, plan.keys, strict=True):
+            try:
+                pixels.append(decode_image(read_unchanged(Path(path), key), image_size))
+                keys.append(key)
+            except UnusableError as error:
+                quarantined.append((key, str(error)))
+    except InputError as error:
+        problem = error
     stacked = np.stack(pixels) if pixels else np.zeros((0, image_size, image_size, 3), np.uint8)
-    result = ShardResult(plan.shard, len(plan.keys), tuple(quarantined), failure, "input")
-    return {"pixels": stacked, "keys": json.dumps(usable), "result": result.dump()}
+    return {"plan": row["plan"], "pixels": stacked, "decoded": pickle.dumps((keys, quarantined, problem))}
 
 
 def read_unchanged(path: Path, key: str) -> bytes:
-    """Read a file whose sha256 is known.
-
-    Raises:
-        OSError: it cannot be read, or has changed.
-    """
-    data = path.read_bytes()
+    """Read a file whose sha256 is known; an InputError where it cannot be read, or has changed."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{error}; run again") from error
     if hashlib.sha256(data).hexdigest() != key:
-        raise OSError(f"{path}: changed while the extraction was running")
+        raise InputError(f"{path}: changed while the extraction was running; run again")
     return data
 
 

@@ -1,56 +1,45 @@
 """A decomposer is applied to features: A and B of every image, in a sealed cache that is continued after any kill.
 
 OUT/  identity.json   which model, rank, features and dtype: written first, so that nothing of another is added
-and what `caches/sealed.py` tells; a shard has the tensors that `pack_factors` makes
+and what `cache.py` tells; a shard has the tensors that `pack_factors` makes
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import numpy.typing as npt
-import ray
-import ray.data
 import torch
 from torch import Tensor
 
 from lowrank_tune.config.schema import TensorSource
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import (
     FACTORS,
     MANIFEST,
     SOURCES,
     Contents,
     Identity,
-    ShardPlan,
-    ShardResult,
     UnusableError,
     canonical,
-    commit_shard,
     differences,
     fingerprint,
     layout,
     open_cache,
     read_manifest,
-    read_sealed,
-    recover,
-    seal,
     stored_as,
 )
 from lowrank_tune.features.decoding import read_unchanged
-from lowrank_tune.features.extract import delivered, only_process, plan_shards, quiet_ray_data
 from lowrank_tune.features.places import Place, is_uri
 from lowrank_tune.features.remote import find_cache, open_local
+from lowrank_tune.features.shards import Made, Node, Notes, Pool, Progress, Row, ShardJob, ShardPlan, fill
 from lowrank_tune.features.sources import (
-    SourceFiles,
+    Quarantine,
     SourceRecords,
     check_shape,
     first_shape,
@@ -65,124 +54,12 @@ from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read
 from lowrank_tune.lowrank.quantization import STORE_DTYPES
 from lowrank_tune.records import FeatureSet
 
-
-@dataclass(frozen=True)
-class Given:
-    """What is to be decomposed.
-
-    Attributes:
-        shown: its place, for messages.
-        tokens: T.
-        dim: D.
-        fingerprint: a cache's; for tensors it says no more than what they are, for their bytes are their keys.
-        encoder: what made the features, for people.
-        weights: `random`, `pretrained` or `unknown`.
-        keys: of every image that can be read, each once, in order.
-        unreadable: for each record that has none, why.
-        place: the cache's; empty for tensors.
-        paths: key -> file, for tensors.
-        records: the user's records: of tensors, or the cache's own table.
-    """
-
-    shown: str
-    tokens: int
-    dim: int
-    fingerprint: str
-    encoder: str
-    weights: str
-    keys: tuple[str, ...]
-    unreadable: tuple[str, ...]
-    place: str
-    paths: Mapping[str, Path]
-    records: tuple[SourceRecords, SourceFiles] | Path | None
-
-    def write_records(self, directory: Path, reasons: Mapping[str, str]) -> None:
-        """Write down which record each image is of, into another cache's `sources/`.
-
-        Args:
-            directory: that cache.
-            reasons: key -> why it is quarantined there.
-
-        Raises:
-            OSError: the directory cannot be written.
-        """
-        if isinstance(self.records, tuple):
-            records, files = self.records
-            errors = [
-                error if key is None else reasons.get(key) for key, error in zip(files.keys, files.errors, strict=True)
-            ]
-            write_record_table(directory, records, files.keys, errors)
-        elif self.records is not None and not (copy := directory / SOURCES / self.records.name).exists():
-            partial = copy.with_name(f".{os.getpid()}-{copy.name}")
-            shutil.copyfile(self.records, partial)
-            os.replace(partial, copy)
-
-
-def find_given(name: str, results: str | Path | None) -> Given:
-    """Find what is to be decomposed.
-
-    Args:
-        name: a cache's fingerprint, the beginning of it, its path or address; or a directory with `features_N.pt`.
-        results: where fingerprints are looked for; as for the commands on caches.
-
-    Raises:
-        InputError: there is nothing of that name, or nothing in it.
-        CacheError: the cache is unsealed or damaged.
-    """
-    directory = Path(name).expanduser()
-    if is_uri(name) or not directory.is_dir():
-        return _of_cache(find_cache(results, name))
-    if any(directory.glob("features_*.pt")):
-        return _of_tensors(directory)
-    return _of_cache(find_cache(results, str(directory.absolute())))
-
-
-def _of_cache(place: str) -> Given:
-    features = open_local(place)
-    table = Path(features.records_path) if features.records_path else None
-    return Given(
-        shown=features.directory,
-        tokens=features.tokens,
-        dim=features.dim,
-        fingerprint=features.fingerprint,
-        encoder=features.encoder,
-        weights=features.weights,
-        keys=tuple(row.key for row in features.rows),
-        unreadable=(),
-        place=place,
-        paths={},
-        records=table if table is not None and table.is_file() else None,
-    )
-
-
-def _of_tensors(directory: Path) -> Given:
-    records = read_records(TensorSource(tensors=str(directory)), directory, 0)
-    files = hash_files(records)
-    tokens, dim = first_shape(path for path in records.paths if path is not None)
-    unreadable = [f"{path}: {error}" for path, error in zip(files.records, files.errors, strict=True) if error]
-    return Given(
-        shown=str(directory),
-        tokens=tokens,
-        dim=dim,
-        fingerprint=fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim}),
-        encoder="imported tensors",
-        weights="unknown",
-        keys=tuple(files.paths),
-        unreadable=tuple(unreadable),
-        place="",
-        paths=files.paths,
-        records=(records, files),
-    )
-
-
 VERSION = 1
 """Counts up with every change of the code that can change a stored factor."""
 IDENTITY = "identity.json"
 REASONS_SHOWN = 3
-
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
+NUMBERS_AT_ONCE = 2**23
+"""Numbers of features in memory at a time: 16 images of [256, 2048]."""
 
 
 def apply_decomposer(
@@ -197,7 +74,7 @@ def apply_decomposer(
     results: str | Path | None = None,
     address: str | None = None,
     on_progress: Progress | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_note: Notes | None = None,
 ) -> FeatureSet:
     """Decompose every image of a cache, or of a directory of tensors, on Ray Data.
 
@@ -236,14 +113,121 @@ def apply_decomposer(
             f"{given.shown}: images of [{given.tokens}, {given.dim}], but {chosen.directory} takes [{chosen.tokens}, "
             f"{chosen.dim}]; apply a model of a study on such features"
         )
-    target = _target(out)
+    if is_uri(str(out)):
+        raise InputError(f"{out}: only local and mounted paths are written to; apply there, then upload it")
+    target = Path(out).expanduser().absolute()
     identity = factors_identity(chosen, identity_rank, given, store_dtype)
-    work = _Work(target, identity, chosen, given, device, max_quarantined, address)
+    encoder = f"{chosen.family} of rank {identity_rank} on {given.encoder}"
+    job = Decompose(str(target), identity, encoder, given.weights, str(chosen.directory), given.place, device)
+
+    def claim(note: Notes) -> None:
+        _check_ours(target, identity)
+        target.mkdir(parents=True, exist_ok=True)
+        write_durably(target / IDENTITY, canonical(identity))
+
     try:
-        work.run(on_progress or (lambda done, total: None), on_note or logger.warning)
+        _check_ours(target, identity)
+        contents = fill(
+            job,
+            given.paths,
+            lambda reasons: given.check(reasons, max_quarantined),
+            doing="applying a decomposer",
+            progress=on_progress,
+            note=on_note,
+            address=address,
+            claim=claim,
+            accept=lambda contents: given.check_keys(target, contents),
+        )
+        given.write_records(target, contents.quarantined)
         return open_cache(target)
     except OSError as error:
         raise InputError(f"{target}: cannot hold the factors ({error}); free it, or choose another folder") from error
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is to be decomposed: a cache, or a directory of tensors.
+
+    Attributes:
+        features: what they are, as of a cache.
+        paths: key -> file, of every image that can be read, in order; None for those of a cache.
+        place: the cache's; empty for tensors.
+        source: the records of tensors, and how many of those may be quarantined.
+    """
+
+    shown: str
+    tokens: int
+    dim: int
+    fingerprint: str
+    encoder: str
+    weights: str
+    paths: Mapping[str, Path | None]
+    place: str = ""
+    table: str = ""
+    source: tuple[SourceRecords, Quarantine] | None = None
+
+    def check(self, reasons: Mapping[str, str], limit: float) -> None:
+        """Compare the images that cannot be used with the fraction that may be; an InputError where they are more."""
+        broken = [f"{self.paths[key] or key[:16]}: {reason}" for key, reason in reasons.items() if key in self.paths]
+        if self.source:
+            files = self.source[1].files
+            broken[:0] = [f"{path}: {error}" for path, error in zip(files.records, files.errors, strict=True) if error]
+        total = len(self.paths) + len(broken) - sum(key in self.paths for key in reasons)
+        if len(broken) <= limit * total and len(broken) < total:
+            return
+        more = f"; and {len(broken) - REASONS_SHOWN} more" if len(broken) > REASONS_SHOWN else ""
+        raise InputError(
+            f"{self.shown}: {len(broken)} of {total} images cannot be decomposed, more than --max-quarantined "
+            f"{limit:g} allows: {'; '.join(broken[:REASONS_SHOWN])}{more}"
+        )
+
+    def check_keys(self, target: Path, contents: Contents) -> None:
+        """Refuse, as an InputError, factors of images that are none of those given."""
+        if strange := sum(key not in self.paths for key in (*contents.rows, *contents.quarantined)):
+            raise InputError(
+                f"{target}: holds {strange} images that {self.shown} has not, so it belongs to other features; name a "
+                "new folder"
+            )
+
+    def write_records(self, target: Path, reasons: Mapping[str, str]) -> None:
+        """Write down which record each image is of: those of the tensors, or the table of the cache."""
+        if self.source:
+            records, quarantine = self.source
+            write_record_table(target, records, quarantine.files.keys, quarantine.errors(reasons))
+        elif self.table and not (copy := target / SOURCES / Path(self.table).name).exists():
+            partial = copy.with_name(f".{os.getpid()}-{copy.name}")
+            shutil.copyfile(self.table, partial)
+            os.replace(partial, copy)
+
+
+def find_given(name: str, results: str | Path | None) -> Given:
+    """Find what is to be decomposed.
+
+    Args:
+        name: a cache's fingerprint, the beginning of it, its path or address; or a directory with `features_N.pt`.
+        results: where fingerprints are looked for; as for the commands on caches.
+
+    Raises:
+        InputError: there is nothing of that name, or nothing in it.
+        CacheError: the cache is unsealed or damaged.
+    """
+    directory = Path(name).expanduser()
+    is_folder = not is_uri(name) and directory.is_dir()
+    if is_folder and any(directory.glob("features_*.pt")):
+        records = read_records(TensorSource(tensors=str(directory)), directory, 0)
+        files = hash_files(records)
+        tokens, dim = first_shape(path for path in records.paths if path is not None)
+        # It says no more than what they are, for their bytes are their keys.
+        mark = fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim})
+        source = records, Quarantine(files, 1)
+        return Given(str(directory), tokens, dim, mark, "imported tensors", "unknown", files.paths, source=source)
+    place = find_cache(results, str(directory.absolute()) if is_folder else name)
+    cache = open_local(place)
+    table = cache.records_path if cache.records_path and Path(cache.records_path).is_file() else ""
+    paths = dict.fromkeys(row.key for row in cache.rows)
+    return Given(
+        cache.directory, cache.tokens, cache.dim, cache.fingerprint, cache.encoder, cache.weights, paths, place, table
+    )
 
 
 def factors_identity(model: ExportedModel, rank: int, given: Given, store_dtype: str) -> Identity:
@@ -263,293 +247,102 @@ def factors_identity(model: ExportedModel, rank: int, given: Given, store_dtype:
     }
 
 
-class _Work:
-    """One application: a target, and what goes into it."""
-
-    def __init__(
-        self,
-        target: Path,
-        identity: Identity,
-        model: ExportedModel,
-        given: Given,
-        device: str,
-        max_quarantined: float,
-        address: str | None,
-    ) -> None:
-        self.target = target
-        self.identity = identity
-        self.model = model
-        self.given = given
-        self.device = device
-        self.max_quarantined = max_quarantined
-        self.address = address
-
-    def run(self, progress: Progress, note: Callable[[str], None]) -> None:
-        """Make what is missing, if anything is."""
-        self.check_ours()
-        self.target.mkdir(parents=True, exist_ok=True)
-        contents = read_sealed(self.target, self.identity)
-        if contents is None or contents.missing(self.given.keys):
-            with only_process(self.target, note, "applying a decomposer"):
-                self.extend(progress)
-        else:
-            self.check_keys(contents)
-            progress(len(self.given.keys), len(self.given.keys))
-
-    def check_ours(self) -> None:
-        """Refuse a folder that holds anything else.
-
-        Raises:
-            InputError: it does.
-            CacheError: its manifest is damaged.
-        """
-        if not self.target.exists():
-            return
-        if not self.target.is_dir():
-            raise InputError(f"{self.target}: is a file; name a folder")
-        found = self._found()
-        if found is None:
-            others = sorted(path.name for path in self.target.iterdir() if not path.name.startswith(".tmp-"))
-            if others:
-                raise InputError(
-                    f"{self.target}: holds something else ({', '.join(others[:3])}), and is left alone; name a new one"
-                )
-        elif differ := differences(self.identity, found):
-            raise InputError(
-                f"{self.target}: belongs to another model, other features or another dtype ({'; '.join(differ[:3])}); "
-                "name a new folder"
-            )
-
-    def check_keys(self, contents: Contents) -> None:
-        """Refuse factors of images that are none of those given.
-
-        Raises:
-            InputError: there are some.
-        """
-        known = set(self.given.keys)
-        if strange := [key for key in (*contents.rows, *contents.quarantined) if key not in known]:
-            raise InputError(
-                f"{self.target}: holds {len(strange)} images that {self.given.shown} has not, so it belongs to other "
-                "features; name a new folder"
-            )
-
-    def extend(self, progress: Progress) -> None:
-        """Make what is missing and seal; only while holding the cache's lock."""
-        self.check_ours()
-        write_durably(self.target / IDENTITY, canonical(self.identity))
-        contents = recover(self.target, self.identity)
-        self.check_keys(contents)
-        missing = contents.missing(self.given.keys)
-        total = len(self.given.keys)
-        reasons, done = dict(contents.quarantined), total - len(missing)
-        self._check(reasons)
-        progress(done, total)
-        if missing:
-            with contextlib.closing(self._make(plan_shards(missing, self.given.paths))) as made:
-                for result in made:
-                    reasons |= dict(result.quarantined)
-                    self._check(reasons)
-                    done += result.images
-                    progress(done, total)
-        self.given.write_records(self.target, reasons)
-        encoder = f"{self.model.family} of rank {self.identity['rank']} on {self.given.encoder}"
-        seal(self.target, self.identity, encoder, self.given.weights)
-
-    def _found(self) -> Identity | None:
-        """What the folder says that it holds."""
-        if (self.target / MANIFEST).exists():
-            manifest: dict[str, Any] = read_manifest(Place(self.target))
-            return dict(manifest["identity"])
+def _check_ours(target: Path, identity: Identity) -> None:
+    """Refuse, as an InputError, a folder that holds anything else."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: is a file; name a folder")
+    if (target / MANIFEST).exists():
+        found = read_manifest(Place(target))["identity"]
+    else:
         try:
-            found = json.loads((self.target / IDENTITY).read_text(encoding="utf-8"))
+            found = json.loads((target / IDENTITY).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return None
+            found = None
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.target / IDENTITY}: cannot be read ({error}); remove the folder") from error
-        return dict(found) if isinstance(found, dict) else None
-
-    def _check(self, reasons: Mapping[str, str]) -> None:
-        """Compare what cannot be used with what may be.
-
-        Raises:
-            InputError: it is more.
-        """
-        broken = [*self.given.unreadable, *(f"{self._name(key)}: {reason}" for key, reason in reasons.items())]
-        total = len(self.given.keys) + len(self.given.unreadable)
-        if len(broken) <= self.max_quarantined * total and len(broken) < total:
-            return
-        more = f"; and {len(broken) - REASONS_SHOWN} more" if len(broken) > REASONS_SHOWN else ""
+            raise InputError(f"{target / IDENTITY}: cannot be read ({error}); remove the folder") from error
+    if not isinstance(found, dict):
+        if others := sorted(path.name for path in target.iterdir() if not path.name.startswith(".tmp-")):
+            raise InputError(
+                f"{target}: holds something else ({', '.join(others[:3])}), and is left alone; name a new one"
+            )
+    elif differ := differences(identity, found):
         raise InputError(
-            f"{self.given.shown}: {len(broken)} of {total} images cannot be decomposed, more than --max-quarantined "
-            f"{self.max_quarantined:g} allows: {'; '.join(broken[:REASONS_SHOWN])}{more}"
+            f"{target}: belongs to another model, other features or another dtype ({'; '.join(differ[:3])}); "
+            "name a new folder"
         )
-
-    def _name(self, key: str) -> str:
-        return str(self.given.paths.get(key, key[:16]))
-
-    def _make(self, plans: Sequence[ShardPlan]) -> Generator[ShardResult, None, None]:
-        # A run that finds everything done spends no time on importing Ray.
-        import ray
-
-        from lowrank_tune.runtime import ray_session
-
-        with ray_session(self.address):
-            has = ray.cluster_resources()
-            device = _device(self.device, has.get("GPU", 0.0))
-            actors = max(1, min(len(plans), int(has.get("GPU" if device == "cuda" else "CPU", 1.0))))
-            job = Decomposition(str(self.target), self.identity, str(self.model.directory), self.given.place, device)
-            yield from delivered(run_decomposition(job, plans, actors), f"the work into {self.target}")
-
-
-def _device(wanted: str, gpus: float) -> str:
-    if wanted == "auto":
-        return "cuda" if gpus >= 1 else "cpu"
-    if wanted == "cuda" and gpus < 1:
-        raise InputError("--device cuda: the Ray cluster has no GPU; start it with one, or use cpu")
-    return wanted
-
-
-def _target(out: str | Path) -> Path:
-    if "://" in str(out):
-        raise InputError(f"{out}: only local and mounted paths are written to; apply there, then upload it")
-    return Path(out).expanduser().absolute()
-
-
-NUMBERS_AT_ONCE = 2**23
-"""Numbers of features in memory at a time: 16 images of [256, 2048]."""
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """All that an actor needs to know, beside its shard.
+class Decompose(ShardJob):
+    """Features -> factors.
 
     Attributes:
-        directory: the cache of factors.
-        identity: what the factors depend on: model, rank, features, dtype.
         model: the exported model's folder.
         place: the cache of features; empty for tensors, whose paths are in the plans.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda`, or `auto`.
     """
 
-    directory: str
-    identity: Identity
+    work: ClassVar[str] = "the work"
+    worker: ClassVar[str] = "decomposer"
     model: str
     place: str
     device: str
 
+    def pool(self, shards: int, nodes: Sequence[Node]) -> Pool:
+        """As many as there are GPUs or CPUs; products over more threads than one would round otherwise."""
+        gpus = sum(int(node.gpus) for node in nodes)
+        if self.device == "cuda" and not gpus:
+            raise InputError("--device cuda: the Ray cluster has no GPU; start it with one, or use cpu")
+        if self.device == "cpu" or not gpus:
+            return super().pool(shards, nodes)
+        return Pool(1, min(shards, gpus), gpus=1)
 
-def run_decomposition(
-    job: Decomposition, plans: Sequence[ShardPlan], actors: int
-) -> Generator[ShardResult, None, None]:
-    """Make and commit shards of factors, in whatever order they are done.
+    def open(self, pool: Pool) -> Callable[[ShardPlan, Row], Made]:
+        """Load the decomposer, and map the features."""
+        device = "cuda" if pool.gpus else "cpu"
+        model = load_decomposer(self.model).to(device)
+        matrix = open_matrix(open_local(self.place)) if self.place else None
+        rows = {row.key: number for number, row in enumerate(matrix.features.rows)} if matrix else {}
+        at_once = max(1, NUMBERS_AT_ONCE // (model.tokens * model.dim))
 
-    Args:
-        job: what to do.
-        plans: the shards.
-        actors: how many processes, each with a CPU and, where that is the device, a GPU.
+        def read(plan: ShardPlan, place: int) -> Tensor:
+            key = plan.keys[place]
+            if matrix is not None:
+                x_TD = matrix.load([rows[key]])[0]
+            else:
+                x_TD = load_tensor(read_unchanged(Path(plan.paths[place]), key)).float()
+                check_shape(x_TD, model.tokens, model.dim)
+            if not torch.isfinite(x_TD).all():
+                raise UnusableError("the features hold NaN or infinite values")
+            return x_TD
 
-    Yields:
-        One result a shard; ending the iteration early stops the actors.
-    """
-    rows = [{"plan": plan.dump()} for plan in plans]
-    with quiet_ray_data():
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            ShardDecomposer,
-            fn_constructor_kwargs={"job": job},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=1,
-            num_gpus=1 if job.device == "cuda" else 0,
-        )
-        for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-            yield from (ShardResult.load(text) for text in batch["result"])
-
-
-class ShardDecomposer:
-    """An actor of the pool: one decomposer, one shard a call.
-
-    Args:
-        job: what to do.
-    """
-
-    def __init__(self, job: Decomposition) -> None:
-        # Products over more threads round otherwise: what is made after a kill must be the same bytes.
-        torch.set_num_threads(1)
-        self.job = job
-        self.problem: str = ""
-        try:
-            self.model = load_decomposer(job.model).to(job.device)
-            self.matrix = open_matrix(open_local(job.place)) if job.place else None
-            rows = self.matrix.features.rows if self.matrix else ()
-            self.rows = {row.key: number for number, row in enumerate(rows)}
-        except Exception as error:
-            # Ray would start an actor that fails here again and again; its first result brings the message home.
-            known = isinstance(error, LowrankTuneError)
-            self.problem = str(error) if known else f"the decomposer did not start: {error!r}"
-
-    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:
-        """Read, decompose, write and commit one shard.
-
-        Args:
-            batch: one row, `plan`, a `ShardPlan` as JSON.
-
-        Returns:
-            One row, `result`.
-        """
-        plan = ShardPlan.load(batch["plan"][0])
-        result = ShardResult(plan.shard, len(plan.keys))
-        if self.problem:
-            return {"result": [replace(result, failure=self.problem, fault="input").dump()]}
-        try:
-            return {"result": [self._make(plan, result).dump()]}
-        except LowrankTuneError as error:
-            fault = "input" if isinstance(error, InputError) else "cache"
-            return {"result": [replace(result, failure=str(error), fault=fault).dump()]}  # type: ignore[arg-type]
-        except OSError as error:
-            failure = f"{self.job.directory}: shard {plan.shard} cannot be made ({error}); make room and run again"
-            return {"result": [replace(result, failure=failure).dump()]}
-
-    def _make(self, plan: ShardPlan, result: ShardResult) -> ShardResult:
-        identity = self.job.identity
-        quarantined: list[tuple[str, str]] = []
-        keys: list[str] = []
-        stored: dict[str, list[Tensor]] = {name: [] for name in layout(identity)}
-        for places in self._pieces(len(plan.keys)):
-            read = [(plan.keys[place], self._read(plan, place)) for place in places]
-            quarantined += [(key, found) for key, found in read if isinstance(found, str)]
-            whole = [(key, found) for key, found in read if isinstance(found, Tensor)]
-            for key, factors in self._factors(whole):
-                try:
-                    packed = pack_factors(*factors, identity["store_dtype"])
-                except InputError as error:
-                    quarantined.append((key, f"its factors cannot be stored: {error}"))
+        @torch.inference_mode()
+        def make(plan: ShardPlan, row: Row) -> Made:
+            keys: list[str] = []
+            stored: dict[str, list[Tensor]] = {name: [] for name in layout(self.identity)}
+            quarantined: list[tuple[str, str]] = []
+            for start in range(0, len(plan.keys), at_once):
+                images: dict[str, Tensor] = {}
+                for place in range(start, min(start + at_once, len(plan.keys))):
+                    try:
+                        images[plan.keys[place]] = read(plan, place)
+                    except UnusableError as error:
+                        quarantined.append((plan.keys[place], str(error)))
+                if not images:
                     continue
-                keys.append(key)
-                for name, part in packed.items():
-                    stored[name].append(part)
-        commit_shard(Path(self.job.directory), plan.shard, keys, stored, quarantined)
-        return replace(result, quarantined=tuple(quarantined))
+                x_NTD = torch.stack([*images.values()]).to(device)
+                a_NTR, b_NRD = (side.cpu() for side in model(x_NTD, rank=self.identity["rank"]))
+                for key, a_TR, b_RD in zip(images, a_NTR, b_NRD, strict=True):
+                    try:
+                        packed = pack_factors(a_TR, b_RD, self.identity["store_dtype"])
+                    except InputError as error:
+                        quarantined.append((key, f"its factors cannot be stored: {error}"))
+                        continue
+                    keys.append(key)
+                    for name, part in packed.items():
+                        stored[name].append(part)
+            return Made(keys, stored, quarantined)
 
-    def _pieces(self, count: int) -> Iterator[range]:
-        size = max(1, NUMBERS_AT_ONCE // (self.model.tokens * self.model.dim))
-        return (range(start, min(start + size, count)) for start in range(0, count, size))
-
-    def _read(self, plan: ShardPlan, place: int) -> Tensor | str:
-        """One image's features, float32 [T, D]; why not, where they cannot be used."""
-        if self.matrix is not None:
-            x_TD = self.matrix.load([self.rows[plan.keys[place]]])[0]
-        else:
-            try:
-                x_TD = load_tensor(read_unchanged(Path(plan.paths[place]), plan.keys[place])).float()
-                check_shape(x_TD, self.model.tokens, self.model.dim)
-            except UnusableError as error:
-                return str(error)
-        return x_TD if torch.isfinite(x_TD).all() else "the features hold NaN or infinite values"
-
-    @torch.inference_mode()
-    def _factors(self, images: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        if not images:
-            return iter(())
-        x_NTD = torch.stack([x_TD for _, x_TD in images]).to(self.job.device)
-        a_NTR, b_NRD = self.model(x_NTD, rank=self.job.identity["rank"])
-        return zip((key for key, _ in images), zip(a_NTR.cpu(), b_NRD.cpu(), strict=True), strict=True)
+        return make

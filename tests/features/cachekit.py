@@ -2,13 +2,16 @@
 
 import hashlib
 import os
+import pickle
 import signal
 from pathlib import Path
 
 import torch
 
 from lowrank_tune.features.cache import TENSOR, Contents, commit_shard, fingerprint, recover, seal, shard_name
+from lowrank_tune.features.extract import ImportTensors
 from lowrank_tune.features.remote import stage_cache
+from lowrank_tune.features.shards import Pool, ShardJob, ShardPlan, ShardResult, ShardWorker
 
 IDENTITY = {"kind": "tensors", "forward": 1, "store_dtype": "float16", "tokens": 3, "dim": 5}
 KEYS = [hashlib.sha256(bytes([number])).hexdigest() for number in range(11)]
@@ -72,6 +75,17 @@ def stage_and_die(place: str, step: int) -> None:
 
     os.fsync = counted
     stage_cache(place)
+
+
+def importing(directory: Path) -> ImportTensors:
+    """The import of tensors into that cache."""
+    return ImportTensors(str(directory), IDENTITY, "imported tensors", "unknown")
+
+
+def made(job: ShardJob, plan: ShardPlan, pool: Pool | None = None, **row: object) -> ShardResult:
+    """What a worker in this process makes of a shard."""
+    batch = {name: [value] for name, value in ({"plan": pickle.dumps(plan)} | row).items()}
+    return pickle.loads(ShardWorker(job, pool or Pool(1, 1))(batch)["result"][0])
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

@@ -7,21 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cachekit import IDENTITY, snapshot
+from cachekit import IDENTITY, importing, made, snapshot
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import (
-    Extraction,
-    ShardPlan,
-    ShardResult,
-    fingerprint,
-    open_cache,
-    recover,
-    seal,
-    shard_name,
-    verify_cache,
-)
-from lowrank_tune.features.extract import import_shard
+from lowrank_tune.features.cache import fingerprint, open_cache, recover, seal, shard_name, verify_cache
+from lowrank_tune.features.shards import ShardPlan, ShardResult
 
 
 def mounted(*arguments: str) -> bool:
@@ -60,8 +50,7 @@ def begin(root: Path) -> Path:
 
 
 def make(directory: Path, plan: ShardPlan) -> ShardResult:
-    extraction = Extraction(str(directory), IDENTITY, "imported tensors", "unknown", None)
-    return ShardResult.load(import_shard({"plan": plan.dump()}, extraction)["result"])
+    return made(importing(directory), plan)
 
 
 def complete(root: Path, plans: list[ShardPlan]) -> dict[str, bytes]:
@@ -70,7 +59,7 @@ def complete(root: Path, plans: list[ShardPlan]) -> dict[str, bytes]:
     missing = recover(directory, IDENTITY).missing(key for plan in plans for key in plan.keys)
     for plan in plans:
         if set(plan.keys) & set(missing):
-            assert not make(directory, plan).failure
+            assert not make(directory, plan).error
     seal(directory, IDENTITY, "imported tensors", "unknown")
     assert verify_cache(directory) == []
     return snapshot(directory)
@@ -79,7 +68,7 @@ def complete(root: Path, plans: list[ShardPlan]) -> dict[str, bytes]:
 @pytest.mark.parametrize(("trouble", "reason"), [("full", "No space left"), ("read-only", "Read-only file system")])
 def test_a_disk_in_trouble_is_named_and_the_next_run_completes_the_same_bytes(disk, tmp_path, plans, trouble, reason):
     directory = begin(disk)
-    assert not make(directory, plans[0]).failure
+    assert not make(directory, plans[0]).error
     if trouble == "full":
         with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match=reason):
             while True:
@@ -87,8 +76,8 @@ def test_a_disk_in_trouble_is_named_and_the_next_run_completes_the_same_bytes(di
     else:
         assert mounted("-o", "remount,ro", str(disk))
     for plan in plans[1:]:
-        result = make(directory, plan)
-        assert (result.fault, reason in result.failure, str(directory) in result.failure) == ("cache", True, True)
+        with pytest.raises(CacheError, match=f"{directory}: shard .* cannot be written .*{reason}"):
+            raise make(directory, plan).error
     assert [path.name for path in (directory / "shards").iterdir()] == [plans[0].shard]
     assert len(list((directory / "commits").iterdir())) == 1
     with pytest.raises(OSError, match=reason):
@@ -104,10 +93,10 @@ def test_a_disk_in_trouble_is_named_and_the_next_run_completes_the_same_bytes(di
 
 def test_a_mount_that_vanishes_is_named_and_nothing_is_sealed(disk, plans):
     directory = begin(disk)
-    assert not make(directory, plans[0]).failure
+    assert not make(directory, plans[0]).error
     subprocess.run(["umount", "-l", str(disk)], check=True)
-    result = make(directory, plans[1])
-    assert str(directory) in result.failure and "No such file or directory" in result.failure
+    with pytest.raises(CacheError, match=f"{directory}: shard .*No such file or directory"):
+        raise make(directory, plans[1]).error
     with pytest.raises(CacheError, match="is no feature cache"):
         open_cache(directory)
     assert not list(disk.iterdir()), "nothing was written below the mount"

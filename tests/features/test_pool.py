@@ -7,22 +7,25 @@ from hypothesis import strategies as st
 
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.extract import DECODE_CPUS, LEAST_CPUS, Node, find_pool, plan_pool, shrink_pool
+from lowrank_tune.features.decompose import Decompose
+from lowrank_tune.features.extract import EncodeImages, ImportTensors
+from lowrank_tune.features.shards import DECODE_CPUS, LEAST_CPUS, Node, Pool, wait_for_room
 
 
-def spec(actors="auto", **keys):
-    return FeaturesSpec.model_validate({"source": {"samples": 4}, "actors": actors, **keys})
+def plan_pool(shards, nodes, actors="auto"):
+    spec = FeaturesSpec.model_validate({"source": {"samples": 4}, "actors": actors})
+    return EncodeImages("", {}, "", "", None, None, spec).pool(shards, nodes)
 
 
 def place(pool, nodes):
     """Put every encoder somewhere, always on the machine with most room; return what is left of each machine's CPUs."""
     left = [[node.cpus, node.gpus] for node in nodes]
-    for _ in range(pool.actors):
-        fitting = [room for room in left if room[0] >= pool.cpus_each - 1e-9 and room[1] >= pool.gpus_each]
+    for _ in range(pool.most):
+        fitting = [room for room in left if room[0] >= pool.cpus - 1e-9 and room[1] >= pool.gpus]
         assert fitting, f"no machine of {nodes} has room for one more of {pool}"
         most = max(fitting)
-        most[0] -= pool.cpus_each
-        most[1] -= pool.gpus_each
+        most[0] -= pool.cpus
+        most[1] -= pool.gpus
     return [cpus for cpus, _ in left]
 
 
@@ -36,19 +39,19 @@ def test_encoders_and_decoding_always_fit_the_cluster(wanted, shards, nodes):
     most = sum(min(node.cpus, node.gpus) if on_gpus else node.cpus for node in nodes)
     if wanted != "auto" and wanted > most:
         with pytest.raises(InputError, match=f"{wanted} encoders .* has room for {most}"):
-            plan_pool(spec(wanted), shards, nodes)
+            plan_pool(shards, nodes, wanted)
         return
-    pool = plan_pool(spec(wanted), shards, nodes)
-    assert 1 <= pool.actors <= shards
-    assert wanted == "auto" or pool.actors == min(shards, wanted)
+    pool = plan_pool(shards, nodes, wanted)
+    assert 1 <= pool.least <= pool.most <= shards
+    assert wanted == "auto" or pool.least == pool.most == min(shards, wanted)
     assert pool.threads >= 1
-    assert pool.gpus_each == on_gpus
-    assert pool.cpus_each != DECODE_CPUS, "Ray Data would fuse decoding into the encoder"
+    assert pool.gpus == on_gpus
+    assert pool.cpus != DECODE_CPUS, "Ray Data would fuse decoding into the encoder"
     assert max(place(pool, nodes)) >= DECODE_CPUS
 
 
 @pytest.mark.parametrize(
-    ("nodes", "actors", "cpus_each", "gpus_each"),
+    ("nodes", "most", "cpus", "gpus"),
     [
         ([Node(2, 0)], 1, 1, 0),
         ([Node(16, 0)], 1, 12, 0),
@@ -59,43 +62,32 @@ def test_encoders_and_decoding_always_fit_the_cluster(wanted, shards, nodes):
         ([Node(1, 1)], 1, LEAST_CPUS, 1),
     ],
 )
-def test_auto_takes_one_encoder_a_gpu_or_one_a_machine(nodes, actors, cpus_each, gpus_each):
-    pool = plan_pool(spec(), 10, nodes)
-    assert (pool.actors, pool.cpus_each, pool.gpus_each) == (actors, cpus_each, gpus_each)
-
-
-def test_batch_size_and_decoders_come_from_the_study_file():
-    assert (plan_pool(spec(), 1, [Node(2, 0)]).batch, plan_pool(spec(), 1, [Node(2, 0)]).decoders) == (None, None)
-    pool = plan_pool(spec(batch_size=6, decoders=3), 1, [Node(2, 0)])
-    assert (pool.batch, pool.decoders) == (6, 3)
+def test_auto_takes_one_encoder_a_gpu_or_one_a_machine(nodes, most, cpus, gpus):
+    pool = plan_pool(10, nodes)
+    assert (pool.most, pool.cpus, pool.gpus) == (most, cpus, gpus)
 
 
 @pytest.mark.parametrize(
     ("wanted", "nodes", "message"),
     [
         ("auto", [], "has no CPU"),
-        (
-            3,
-            [Node(2, 0)],
-            r"3 encoders need a CPU each, the Ray cluster \(2 CPUs, 0 GPUs\) has room for 2; .* at most 2",
-        ),
+        (3, [Node(2, 0)], r"3 encoders need a CPU each, the .* \(2 CPUs, 0 GPUs\) has room for 2; .* at most 2"),
         (2, [Node(8, 1)], r"2 encoders need a GPU and a CPU .* \(8 CPUs, 1 GPUs\) has room for 1"),
         ("auto", [Node(8, 0), Node(0, 2)], "start a machine that has both"),
     ],
 )
 def test_what_the_cluster_lacks_is_an_error_that_names_it(wanted, nodes, message):
     with pytest.raises(InputError, match=message):
-        plan_pool(spec(wanted), 9, nodes)
+        plan_pool(9, nodes, wanted)
 
 
-def test_other_work_leaves_fewer_cpus_and_for_auto_fewer_encoders():
-    nodes = [Node(16, 4)]
-    pool = plan_pool(spec(), 10, nodes)
-    fewer = shrink_pool(pool, Node(2.5, 3), fewer=True)
-    assert (fewer.actors, fewer.cpus_each) == (3, LEAST_CPUS)
-    alone = plan_pool(spec(), 10, [Node(16, 0)])
-    assert shrink_pool(alone, Node(6.5, 0), fewer=True).cpus_each == 6
-    assert shrink_pool(pool, Node(16, 3), fewer=False) is None
+def test_tensors_take_a_cpu_each_and_a_decomposer_a_gpu_where_there_is_one():
+    nodes = [Node(8, 2), Node(4, 1)]
+    assert ImportTensors("", {}, "", "").pool(100, nodes) == Pool(1, 12)
+    assert Decompose("", {}, "", "", "model", "", "auto").pool(100, nodes) == Pool(1, 3, gpus=1)
+    assert Decompose("", {}, "", "", "model", "", "cpu").pool(2, nodes) == Pool(1, 2)
+    with pytest.raises(InputError, match="--device cuda: the Ray cluster has no GPU"):
+        Decompose("", {}, "", "", "model", "", "cuda").pool(2, [Node(8, 0)])
 
 
 def test_a_cluster_that_other_work_holds_is_waited_for_and_the_user_told(ray_cluster):
@@ -106,14 +98,17 @@ def test_a_cluster_that_other_work_holds_is_waited_for_and_the_user_told(ray_clu
 
     other = Other.remote()
     assert ray.get(other.here.remote())
-    notes = []
+    notes, nodes = [], [Node(2, 0)]
 
     def end_the_other(note):
         notes.append(note)
         ray.kill(other)
 
-    assert find_pool(spec(), 3, end_the_other, shrink_after_s=0.1).cpus_each <= 1
+    # Two encoders were wanted where the cluster is free; one with less is enough where it is not.
+    pool = Pool(1, 2, decoding=True)
+    found = wait_for_room(pool, nodes, end_the_other, shrink_after_s=0.1)
+    assert (found.least, found.cpus) in {(1, LEAST_CPUS), (1, 1)}
     (note,) = notes
     assert re.search(r"waiting .* at least 0\.9 CPUs .* has 2 CPUs, 0 GPUs, of which 0\.5 CPUs, 0 GPUs are free", note)
     # Ray tells of a freed CPU a moment later: what is waited for comes.
-    assert find_pool(spec(), 3, notes.append).cpus_each == 1
+    assert wait_for_room(Pool(1, 1, decoding=True), nodes, notes.append).cpus == 1

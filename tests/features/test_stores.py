@@ -129,7 +129,7 @@ def test_a_copy_that_was_spoilt_is_made_again(remote, cache, staging, tmp_path, 
 
 def test_killed_while_copying_the_next_processes_start_over_and_one_of_them_copies(cache, staging):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cachekit"])
+    context.set_forkserver_preload(["torch", "lowrank_tune.features.remote"])
     for step in (0, 3):
         child = context.Process(target=stage_and_die, args=(str(cache), step))
         child.start()

@@ -3,27 +3,27 @@
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from cachekit import IDENTITY, snapshot
-from filelock import FileLock
+from cachekit import IDENTITY, importing, made, snapshot
 from safetensors.torch import load_file, save_file
 
 from lowrank_tune.config.schema import FeaturesSpec
-from lowrank_tune.features.cache import Extraction, ImageEncoding, ShardPlan, ShardResult
+from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.decoding import decode_shard
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.extract import Pool, ShardEncoder, extract_features, import_shard, only_process
+from lowrank_tune.features.extract import EncodeImages, extract_features
+from lowrank_tune.features.shards import Pool, ShardPlan
 
-POOL = Pool(actors=1, gpus_each=0, cpus_each=1, threads=1, batch=4)
+POOL = Pool(least=1, most=1)
 
 
 @pytest.fixture
@@ -33,46 +33,21 @@ def plan(tmp_path):
     return ShardPlan("s.safetensors", (hashlib.sha256(path.read_bytes()).hexdigest(),), (str(path),))
 
 
-def extraction(directory):
-    return Extraction(str(directory), IDENTITY, "imported tensors", "unknown", None)
-
-
-def imported(plan, directory):
-    return ShardResult.load(import_shard({"plan": plan.dump()}, extraction(directory))["result"])
-
-
 @pytest.mark.parametrize("change", ["content", "absence"])
 def test_a_file_that_changed_since_it_was_hashed_fails_its_shard_and_is_not_quarantined(plan, tmp_path, change):
     file = tmp_path / "features_0.pt"
     file.write_bytes(b"other") if change == "content" else file.unlink()
-    decoded = ShardResult.load(decode_shard({"plan": plan.dump()}, 56)["result"])
-    for result in (imported(plan, tmp_path), decoded):
-        assert str(file) in result.failure
-        assert (result.fault, result.quarantined) == ("input", ())
+    result = made(importing(tmp_path), plan)
+    decoded = pickle.loads(decode_shard({"plan": pickle.dumps(plan)}, 56)["decoded"])
+    for error in (result.error, decoded[2]):
+        with pytest.raises(InputError, match=f"{file}.*; run again"):
+            raise error
+    assert (result.quarantined, decoded[1]) == ((), [])
 
 
 def test_a_cache_that_cannot_be_written_fails_the_shard_and_is_named(plan, tmp_path):
-    result = imported(plan, tmp_path / "gone")
-    assert "gone: shard s.safetensors cannot be written" in result.failure
-    assert result.fault == "cache"
-
-
-def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
-    directory = tmp_path / "0123456789abcdef"
-    entered = threading.Event()
-    notes = []
-
-    def enter():
-        with only_process(directory, notes.append, "extracting"):
-            entered.set()
-
-    with FileLock(tmp_path / f".{directory.name}.lock"):
-        other = threading.Thread(target=enter)
-        other.start()
-        assert not entered.wait(0.3)
-    other.join(20)
-    assert entered.is_set()
-    assert notes == [f"another process is extracting into {directory}: waiting for it"]
+    with pytest.raises(CacheError, match="gone: shard s.safetensors cannot be written"):
+        raise made(importing(tmp_path / "gone"), plan).error
 
 
 @pytest.fixture
@@ -86,13 +61,14 @@ def image_extraction(directory, config, tower, dtype="float16"):
     for folder in ("shards", "commits"):
         (directory / folder).mkdir(parents=True)
     identity = {"kind": "images", "store_dtype": dtype, "tokens": 4, "dim": 256}
-    return Extraction(str(directory), identity, "tiny-random", "random", ImageEncoding(config, tower, 56, "float32"))
+    encoder = {"image_size": 56, "compute_dtype": "float32"}
+    spec = FeaturesSpec.model_validate({"source": {"samples": 9}, "batch_size": 4, "encoder": encoder})
+    return EncodeImages(str(directory), identity, "tiny-random", "random", config, tower, spec)
 
 
 def encoded(plan, extraction, pool=POOL):
-    row = decode_shard({"plan": plan.dump()}, 56)
-    answer = ShardEncoder(extraction, pool)({name: np.array([value]) for name, value in row.items()})
-    return ShardResult.load(answer["result"][0])
+    row = decode_shard({"plan": pickle.dumps(plan)}, 56)
+    return made(extraction, plan, pool, pixels=row["pixels"], decoded=row["decoded"])
 
 
 def attend_over(images):
@@ -111,7 +87,7 @@ def test_out_of_gpu_memory_changes_no_byte_of_the_cache(images, tiny_config, tin
     assert encoded(images, image_extraction(tmp_path / "a", tiny_config, tiny_tower)).notes == ()
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_over(1))
     result = encoded(images, image_extraction(tmp_path / "b", tiny_config, tiny_tower))
-    assert not result.failure
+    assert not result.error
     assert [note.split(";")[0] for note in result.notes] == [
         "out of GPU memory with 4 images at once: going on with 2",
         "out of GPU memory with 2 images at once: going on with 1",
@@ -124,15 +100,16 @@ def test_a_gpu_that_holds_no_image_fails_the_shard_with_the_remedy(
 ):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_over(0))
     result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower))
-    assert "out of GPU memory on cpu with a single image; free the GPU" in result.failure
-    assert result.fault == "input"
+    with pytest.raises(InputError, match="out of GPU memory on cpu with a single image; free the GPU"):
+        raise result.error
     assert not list((tmp_path / "commits").iterdir())
 
 
 def test_a_gpu_that_torch_does_not_see_is_named(images, tiny_config, tiny_tower, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower), replace(POOL, gpus_each=1))
-    assert "has a GPU here, but torch" in result.failure
+    result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower), replace(POOL, gpus=1))
+    with pytest.raises(InputError, match="has a GPU here, but torch"):
+        raise result.error
 
 
 @pytest.mark.parametrize(
@@ -153,15 +130,15 @@ def test_an_encoder_that_does_not_start_says_why(
 
     monkeypatch.setattr(torch.nn.Module, "to", fail)
     result = encoded(images, image_extraction(tmp_path, tiny_config, tiny_tower))
-    assert message in result.failure
-    assert result.fault == "input"
+    with pytest.raises(InputError, match=re.escape(message)):
+        raise result.error
 
 
 def test_features_beyond_float16_are_quarantined_one_by_one_and_never_infinite(
     images, tiny_config, tiny_tower, photographs, tmp_path
 ):
     """A checkpoint whose features are as large as float16 goes for half of the images, and larger for the rest."""
-    pixels = decode_shard({"plan": images.dump()}, 56)["pixels"]
+    pixels = decode_shard({"plan": pickle.dumps(images)}, 56)["pixels"]
     largest = Encoder(tiny_config, tiny_tower, "float32").encode(pixels).abs().amax((1, 2))
     spoilt = tmp_path / "checkpoint"
     shutil.copytree(tiny_config.directory, spoilt)
@@ -175,7 +152,7 @@ def test_features_beyond_float16_are_quarantined_one_by_one_and_never_infinite(
     config = read_checkpoint_config(str(spoilt), tmp_path)
     tower = find_tower(config, tmp_path)
     result = encoded(images, image_extraction(tmp_path / "float16", config, tower))
-    assert not result.failure
+    assert not result.error
     assert 3 <= len(result.quarantined) <= 7
     assert all(
         "does not fit float16; set features.store_dtype to bfloat16" in reason for _, reason in result.quarantined
@@ -192,6 +169,7 @@ def test_a_real_extraction_goes_on_with_a_smaller_batch_and_says_so(ray_cluster,
 import logging, pathlib, sys, ray
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.errors import CacheError, InputError
 
 def shrink_memory():
     import torch
