@@ -35,7 +35,8 @@ from lowrank_tune.config.plan import (
 )
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
 from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError
-from lowrank_tune.features.cache import SHARD_ROWS, UnusableError, read_committed, read_sealed
+from lowrank_tune.features.cache import read_committed, read_sealed
+from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.extract import EncodeImages, plan_extraction

@@ -35,16 +35,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from lowrank_tune.features.cache import (
-    SHARD_ROWS,
-    TENSOR,
-    commit_shard,
-    fingerprint,
-    open_cache,
-    recover,
-    seal,
-    shard_name,
-)
+from lowrank_tune.features.cache import fingerprint, open_cache, recover, seal
+from lowrank_tune.features.commits import SHARD_ROWS, TENSOR, commit_shard, shard_name
 from lowrank_tune.lowrank.data import FeatureMatrix, Mapped
 
 CORES = 2

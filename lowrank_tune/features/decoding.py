@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import UnusableError
+from lowrank_tune.features.commits import UnusableError
 
 MAX_ASPECT_RATIO = 200
 """Qwen's own limit: beyond it an image resized to a square shows nothing of itself."""

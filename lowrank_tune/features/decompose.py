@@ -24,16 +24,13 @@ from lowrank_tune.features.cache import (
     MANIFEST,
     SOURCES,
     Contents,
-    Identity,
-    UnusableError,
     canonical,
     differences,
     fingerprint,
-    layout,
     open_cache,
     read_manifest,
-    stored_as,
 )
+from lowrank_tune.features.commits import Identity, UnusableError, layout, stored_as
 from lowrank_tune.features.decoding import read_unchanged
 from lowrank_tune.features.places import Place, is_uri
 from lowrank_tune.features.remote import find_cache, open_local

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lowrank_tune.config.schema import FeaturesSpec, TensorSource
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import TENSOR, UnusableError, fingerprint, image_identity, tensor_identity, to_stored
+from lowrank_tune.features.cache import fingerprint
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, find_tower, read_checkpoint_config
+from lowrank_tune.features.commits import TENSOR, Identity, UnusableError, to_stored
 from lowrank_tune.features.decoding import decode_shard, read_unchanged
 from lowrank_tune.features.remote import nearest_cache
 from lowrank_tune.features.shards import (
@@ -47,6 +48,31 @@ if TYPE_CHECKING:
 FIELDS_SHOWN = 5
 CALLS_AT_ONCE = 3
 """Shards an encoder has in hand: one is encoded while two are written, for writing may take longer than encoding."""
+
+FORWARD_VERSION = 2
+"""Counts up with every change of the forward or decoding code that can change a value.
+
+2: bfloat16, and float32 on a GPU, take steps that round otherwise than transformers' own; 16-bit images are scaled.
+"""
+
+IMPORT_VERSION = 1
+"""Likewise for ready tensors, which no forward touches."""
+
+_VISION_DEFAULTS = {
+    "depth": None,
+    "fullatt_block_indexes": None,
+    "hidden_act": "silu",
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_heads": None,
+    "out_hidden_size": None,
+    "patch_size": None,
+    "rope_parameters": None,
+    "spatial_merge_size": None,
+    "temporal_patch_size": 2,
+    "window_size": None,
+}
+_PREPROCESSOR_KEYS = ("image_mean", "image_std", "rescale_factor")
 
 
 def extract_features(
@@ -187,6 +213,34 @@ def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords
     identity = image_identity(spec, config, tower.digest())
     directory = str(root / fingerprint(identity))
     return EncodeImages(directory, identity, config.name, config.weights, config, tower, spec)
+
+
+def image_identity(spec: FeaturesSpec, config: CheckpointConfig, weights_digest: str) -> Identity:
+    """What the features of an image depend on, beside its bytes."""
+    tokens, dim = config.shape(spec.encoder.image_size)
+    return {
+        "kind": "images",
+        "forward": FORWARD_VERSION,
+        "weights": weights_digest,
+        "vision": {key: config.vision.get(key, default) for key, default in _VISION_DEFAULTS.items()},
+        "preprocessing": {key: config.preprocessor.get(key) for key in _PREPROCESSOR_KEYS},
+        "image_size": spec.encoder.image_size,
+        "compute_dtype": spec.encoder.compute_dtype,
+        "store_dtype": spec.store_dtype,
+        "tokens": tokens,
+        "dim": dim,
+    }
+
+
+def tensor_identity(spec: FeaturesSpec, tokens: int, dim: int) -> Identity:
+    """What imported tensors depend on, beside the bytes of their files."""
+    return {
+        "kind": "tensors",
+        "forward": IMPORT_VERSION,
+        "store_dtype": spec.store_dtype,
+        "tokens": tokens,
+        "dim": dim,
+    }
 
 
 def _first_shape(records: SourceRecords) -> tuple[int, int]:

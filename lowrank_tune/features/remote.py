@@ -25,18 +25,15 @@ from pyarrow.fs import FileType, LocalFileSystem, copy_files
 
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError, redact
 from lowrank_tune.features.cache import (
-    COMMITS,
     MANIFEST,
-    SHARDS,
     SOURCES,
-    Identity,
     canonical,
-    checksum,
     differences,
     open_cache,
     read_manifest,
     verify_cache,
 )
+from lowrank_tune.features.commits import COMMITS, SHARDS, Identity, checksum
 from lowrank_tune.features.places import Place, is_uri, join
 from lowrank_tune.files import remove_temporaries, results_place, sync
 from lowrank_tune.records import FeatureSet

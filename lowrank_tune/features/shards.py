@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from filelock import Timeout
 
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError
-from lowrank_tune.features.cache import (
-    SHARD_ROWS,
-    Contents,
-    Identity,
-    commit_shard,
-    read_sealed,
-    recover,
-    seal,
-    shard_name,
-)
+from lowrank_tune.features.cache import Contents, read_sealed, recover, seal
+from lowrank_tune.features.commits import SHARD_ROWS, Identity, commit_shard, shard_name
 from lowrank_tune.features.remote import only_writer
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from PIL import Image
 
 from lowrank_tune.config.schema import ImageSource, ManifestSource, SampleSource, Source, TensorSource
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import SOURCES, UnusableError, checksum
+from lowrank_tune.features.cache import SOURCES
+from lowrank_tune.features.commits import UnusableError, checksum
 from lowrank_tune.files import write_durably
 
 if TYPE_CHECKING:

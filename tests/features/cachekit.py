@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lowrank_tune.features.cache import TENSOR, Contents, commit_shard, fingerprint, recover, seal, shard_name
+from lowrank_tune.features.cache import Contents, fingerprint, recover, seal
+from lowrank_tune.features.commits import TENSOR, commit_shard, shard_name
 from lowrank_tune.features.extract import ImportTensors
 from lowrank_tune.features.remote import stage_cache
 from lowrank_tune.features.shards import Pool, ShardJob, ShardPlan, ShardResult, ShardWorker

@@ -13,7 +13,8 @@ from cachekit import BROKEN, IDENTITY, KEYS, build, build_and_die, cache_directo
 from safetensors.torch import load_file, save
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import commit_shard, open_cache, read_sealed, seal, shard_name, verify_cache
+from lowrank_tune.features.cache import open_cache, read_sealed, seal, verify_cache
+from lowrank_tune.features.commits import commit_shard, shard_name
 
 
 def a_file(cache, folder):

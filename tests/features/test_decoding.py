@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageCms
 from qwen_vl_utils import fetch_image
 
-from lowrank_tune.features.cache import UnusableError
+from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.decoding import decode_image
 
 

@@ -10,7 +10,8 @@ import torch
 from cachekit import IDENTITY, importing, made, snapshot
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.features.cache import fingerprint, open_cache, recover, seal, shard_name, verify_cache
+from lowrank_tune.features.cache import fingerprint, open_cache, recover, seal, verify_cache
+from lowrank_tune.features.commits import shard_name
 from lowrank_tune.features.shards import ShardPlan, ShardResult
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.cache import UnusableError, to_stored
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
+from lowrank_tune.features.commits import UnusableError, to_stored
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 

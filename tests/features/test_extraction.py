@@ -136,13 +136,6 @@ def test_a_manifest_of_cached_images_starts_nothing_and_keeps_its_columns(extrac
     assert table.boxes[1][1].tolist() == [3, 4]
 
 
-def test_cpus_are_free_after_an_extraction(extracted):
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == 2
-
-
 def test_interrupted_extended_and_uninterrupted_caches_are_the_same_bytes(extracted, root, folder, tmp_path):
     features, _ = extracted
 
@@ -196,17 +189,6 @@ def test_samples_of_the_same_encoder_extend_the_cache(extracted, root):
     assert verify_cache(root / features.fingerprint) == []
 
 
-def test_weights_that_do_not_fit_are_reported_by_name(root, folder, tmp_path):
-    config = read_checkpoint_config("tiny-random", root)
-    spoilt = tmp_path / "spoilt"
-    spoilt.mkdir()
-    for path in config.directory.iterdir():
-        (spoilt / path.name).write_bytes(path.read_bytes().replace(b'"depth": 2', b'"depth": 3'))
-    spec = images_spec({"images": str(folder)}, encoder={"checkpoint": str(spoilt)})
-    with pytest.raises(InputError, match=r"spoilt: \d+ missing keys in the vision tower"):
-        extract_features(spec, tmp_path / "features", seed=0)
-
-
 @pytest.fixture
 def tensor_folder(tmp_path):
     folder = tmp_path / "feature_cache_real"
@@ -221,9 +203,8 @@ def tensors_spec(folder, **keys):
     return FeaturesSpec.model_validate({"source": {"tensors": str(folder)}, **keys})
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_ready_tensors_are_imported_in_numeric_order(tensor_folder, tmp_path, dtype):
-    root = tmp_path / "features"
+def test_ready_tensors_are_imported_in_numeric_order(tensor_folder, tmp_path):
+    root, dtype = tmp_path / "features", "bfloat16"
     spec = tensors_spec(tensor_folder, store_dtype=dtype)
     assert probe_shape(spec, root, 0) == (6, 10)
     features = extract_features(spec, root, seed=0)
@@ -253,6 +234,10 @@ def test_unusable_tensors_are_quarantined_with_their_reasons(tensor_folder, tmp_
     for number, (_, reason) in spoilt.items():
         assert reason in errors[number]
     assert "not a readable .pt file" in errors[7]
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2, "its workers are gone"
 
 
 def test_a_folder_of_tensors_without_a_usable_one_says_why(tmp_path):

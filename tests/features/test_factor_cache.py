@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from lowrank_tune import open_features
 from lowrank_tune.cli import run
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.features.cache import commit_shard, layout, open_cache, recover, seal, shard_name, verify_cache
+from lowrank_tune.features.cache import open_cache, recover, seal, verify_cache
+from lowrank_tune.features.commits import commit_shard, layout, shard_name
 from lowrank_tune.features.decompose import factors_identity, find_given
 from lowrank_tune.features.remote import stage_cache
 from lowrank_tune.lowrank.data import pack_factors, unpack_factors

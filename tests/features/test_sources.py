@@ -14,7 +14,7 @@ from PIL import Image
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features import sources
-from lowrank_tune.features.cache import UnusableError
+from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.sources import SourceRecords, load_tensor, read_records, write_record_table
 

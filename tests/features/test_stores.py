@@ -16,17 +16,10 @@ from cachekit import IDENTITY, KEYS, build, features_of, snapshot, stage_and_die
 from lowrank_tune import open_features
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.features.cache import (
-    checksum,
-    differences,
-    fingerprint,
-    image_identity,
-    open_cache,
-    recover,
-    seal,
-    verify_cache,
-)
+from lowrank_tune.features.cache import differences, fingerprint, open_cache, recover, seal, verify_cache
 from lowrank_tune.features.checkpoint import read_checkpoint_config
+from lowrank_tune.features.commits import checksum
+from lowrank_tune.features.extract import image_identity
 from lowrank_tune.features.remote import (
     cache_row,
     describe_cache,

@@ -134,6 +134,17 @@ def test_an_encoder_that_does_not_start_says_why(
         raise result.error
 
 
+def test_weights_that_do_not_fit_are_reported_by_name(images, tiny_config, tmp_path):
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    for path in tiny_config.directory.iterdir():
+        (spoilt / path.name).write_bytes(path.read_bytes().replace(b'"depth": 2', b'"depth": 3'))
+    config = read_checkpoint_config(str(spoilt), tmp_path)
+    result = encoded(images, image_extraction(tmp_path / "cache", config, find_tower(config, tmp_path)))
+    with pytest.raises(InputError, match=r"spoilt: \d+ missing keys in the vision tower"):
+        raise result.error
+
+
 def test_features_beyond_float16_are_quarantined_one_by_one_and_never_infinite(
     images, tiny_config, tiny_tower, photographs, tmp_path
 ):
