@@ -72,6 +72,16 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
         making.replace(path)
 
 
+def check_database(store: Store) -> None:
+    """Refuse a database that `open_database` would, as far as that is seen without trying, which takes seconds.
+
+    Raises:
+        TrackingError: it is of a newer MLflow or of another program.
+    """
+    if store.database:
+        _usable(store.database)
+
+
 def database_fault(path: Path) -> str:
     """What keeps MLflow from using a database file, in a few words; nothing where it can, or where there is none.
 

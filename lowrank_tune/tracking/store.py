@@ -81,7 +81,7 @@ def local_uri(results: Path) -> str:
 
 def sqlite_uri(path: Path) -> str:
     """The address of a database file, whatever characters its name has."""
-    return _SQLITE + quote(str(path), safe="/ ")
+    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def probe(store: Store) -> None:

@@ -12,6 +12,7 @@ from typing import Self
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
+from lowrank_tune.tracking.database import check_database
 from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
 from lowrank_tune.tracking.sync import Others, RunStatus, StudySync, is_passing, open_sync, reason_of
 from lowrank_tune.trials.outcomes import read_trial
@@ -44,6 +45,7 @@ class Tracker:
         set_mlflow_defaults()
         self.store = resolve_store(plan.spec.tracking.uri, plan.results)
         probe(self.store)
+        check_database(self.store)
         self._plan, self._others = plan, others
         self._sync: StudySync | None = None
         self._lock = threading.Lock()

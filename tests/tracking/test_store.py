@@ -1,4 +1,6 @@
+import contextlib
 import http.server
+import shutil
 import socket
 import sqlite3
 import threading
@@ -7,10 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import alembic.command
 import pytest
+from mlflow import MlflowClient
+from mlflow.store.db import utils
 from tracked_study import build_plan
 
 from lowrank_tune.errors import TrackingError, redact
+from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.store import Store, probe, resolve_store
 from lowrank_tune.tracking.tracker import Tracker
 
@@ -86,6 +92,78 @@ def test_a_server_that_answers_500_is_not() -> None:
 def test_a_database_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="unable to open database file"):
         probe(resolve_store(f"sqlite:///{tmp_path}/missing/mlflow.db", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["100%25", "what?mode=ro", "a b#c"])
+def test_a_database_lies_where_its_results_directory_is_whatever_that_is_called(
+    name: str, tmp_path: Path, migrated: Path
+) -> None:
+    results = tmp_path / name
+    results.mkdir()
+    store = resolve_store(None, results)
+    probe(store)
+    assert list(results.iterdir()) == [], "a probe makes no file"
+    shutil.copy(migrated, results / "mlflow.db")
+    open_database(store)
+    assert store.database == results / "mlflow.db"
+    assert MlflowClient(store.uri).search_experiments()
+    assert [path.name for path in results.iterdir()] == ["mlflow.db"]
+    assert list(tmp_path.iterdir()) == [results]
+
+
+def test_a_database_of_an_older_mlflow_keeps_its_runs_and_is_brought_up_to_date(tmp_path: Path) -> None:
+    store = resolve_store(None, tmp_path)
+    engine = utils.create_sqlalchemy_engine(store.uri)
+    utils.InitialBase.metadata.create_all(engine)
+    with engine.begin() as connection:
+        config = utils._get_alembic_config(store.uri)
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "451aebb31d03")
+        connection.exec_driver_sql(
+            "INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (1, 'old', 'active')"
+        )
+    engine.dispose()
+    assert database_fault(tmp_path / "mlflow.db") == ""
+    open_database(store)
+    assert MlflowClient(store.uri).get_experiment_by_name("old") is not None
+    assert not list(tmp_path.glob("mlflow.db?*"))
+
+
+@pytest.mark.parametrize(
+    ("statements", "said"),
+    [
+        (
+            ["UPDATE alembic_version SET version_num = 'ffffffffffff'"],
+            "a newer MLflow has written it; install that, or move",
+        ),
+        (["DROP TABLE alembic_version", "DROP TABLE experiments"], "the database is another program's; move it away"),
+    ],
+)
+def test_a_database_that_is_not_ours_to_change_is_refused_in_a_sentence_and_left_alone(
+    statements: list[str], said: str, tmp_path: Path, migrated: Path
+) -> None:
+    path = tmp_path / "mlflow.db"
+    shutil.copy(migrated, path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+    before = path.read_bytes()
+    with pytest.raises(TrackingError, match=said):
+        open_database(resolve_store(None, tmp_path))
+    with pytest.raises(TrackingError, match=said):
+        Tracker(build_plan(tmp_path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"no database at all", b"SQLite format 3\0" + 200 * b"torn"])
+def test_a_damaged_database_is_set_aside_only_where_it_is_the_results_own(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "notes.db").write_bytes(content)
+    (tmp_path / "results").mkdir()
+    with pytest.raises(TrackingError, match="notes.db: it was left half made or is damaged; move it away"):
+        open_database(resolve_store(f"sqlite:///{tmp_path}/notes.db", tmp_path / "results"))
+    assert (tmp_path / "notes.db").read_bytes() == content
+    assert "damaged" in database_fault(tmp_path / "notes.db")
 
 
 def test_a_database_that_another_process_holds_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
