@@ -29,6 +29,7 @@ def assert_tracked_once(uri: str, study_dir: Path) -> str:
     assert parent.info.status == "FINISHED"
     for run in children:
         outcome = outcomes[run.data.tags["lowrank.trial_id"]]
+        assert run.info.run_name == run.data.tags["lowrank.trial_id"]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("FAILED" if outcome["status"] == "failed" else "FINISHED")
         assert run.data.tags["lowrank.stopped_by"] == outcome["stopped_by"]

@@ -157,8 +157,7 @@ def record_extension(before: Plan, after: Plan, overrides: Sequence[str]) -> Non
 def spec_difference(old: StudySpec, new: StudySpec) -> dict[str, tuple[Any, Any]]:
     """By key, what two studies have where they differ."""
     before, after = (dict(_leaves(spec.model_dump(mode="json"))) for spec in (old, new))
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return {key: (before.get(key), after.get(key)) for key in keys}
+    return {k: (before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)}
 
 
 def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:

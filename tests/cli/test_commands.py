@@ -29,26 +29,14 @@ def test_commands_about_the_file_load_no_heavy_library() -> None:
     assert loaded_by(["--help"], ["run", "--help"], ["validate", QUICKSTART], ["schema"], ["list"]) == set()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "validate",
-        "plan",
-        "render",
-        "schema",
-        "run",
-        "trial",
-        "extract",
-        "ui",
-        "doctor",
-        "compare",
-        "visualize",
-        "report",
-    ]
-    + ["features ls", "features show", "features verify", "features import", "features rm"]
-    + ["submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile"]
-    + ["export", "apply"],
-)
+COMMANDS = [
+    "validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor", "compare", "visualize", "report",
+    "submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile", "export", "apply",
+]  # fmt: skip
+FEATURES = ("features ls", "features show", "features verify", "features import", "features rm")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *FEATURES])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command.split(), "--help"]) == 0
     assert f"Example: lowrank-tune {command}" in " ".join(capsys.readouterr().out.split())

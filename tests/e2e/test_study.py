@@ -5,12 +5,12 @@ from pathlib import Path
 import optuna
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from lowrank_tune import open_features
 from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.study import run_trial
 from tests.e2e.conftest import Ran, Witness
+from tests.tracked_once import assert_tracked_once
 
 CONTROLS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd"}
 
@@ -95,44 +95,21 @@ def test_best_model_decomposes_the_features_it_was_trained_on(ran: Ran) -> None:
     assert factors.b_NRD.shape == (2, 4, features.dim)
 
 
-def test_mlflow_has_one_parent_and_one_run_a_trial(ran: Ran) -> None:
+def test_mlflow_has_one_run_a_trial_and_the_parent_the_comparison(ran: Ran) -> None:
     assert ran.result.untracked == ()
-    client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("small")
-    runs = client.search_runs([experiment.experiment_id], max_results=100)
-    mine = [run for run in runs if run.data.tags["lowrank.study_id"] == ran.result.study_id]
-    (parent,) = (run for run in mine if run.data.tags["lowrank.kind"] == "study")
-    children = {run.data.tags["lowrank.trial_id"]: run for run in mine if run.data.tags["lowrank.kind"] == "trial"}
-    repeats = {run.info.run_name: run for run in mine if run.data.tags["lowrank.kind"] == "confirmation"}
-    assert repeats.keys() == {outcome.config.trial_id for outcome in ran.result.confirmations}
-    assert len(mine) == 1 + len(children) + len(repeats)
-    assert children.keys() == {outcome.config.trial_id for outcome in ran.result.outcomes}
-    for outcome in ran.result.outcomes:
-        child = children[outcome.config.trial_id]
-        assert child.info.status == "FINISHED"
-        assert child.info.run_name == outcome.config.trial_id
-        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert child.data.tags["lowrank.stopped_by"] == outcome.stopped_by
-        assert child.data.metrics["best_val_residual_ratio"] == pytest.approx(outcome.best["val_residual_ratio"])
-        history = client.get_metric_history(child.info.run_id, "val_residual_ratio")
-        assert [point.step for point in history] == list(range(1, outcome.epochs + 1))
-    _check_parent(client, parent, ran)
-
-
-def _check_parent(client: MlflowClient, parent: Run, ran: Ran) -> None:
-    assert parent.info.status == "FINISHED"
+    uri = f"sqlite:///{ran.results / 'mlflow.db'}"
+    client, parent = MlflowClient(uri), assert_tracked_once(uri, ran.result.directory)
     for row in ran.result.comparison.rows:
-        history = client.get_metric_history(parent.info.run_id, f"test.{row.method}.residual_ratio")
+        history = client.get_metric_history(parent, f"test.{row.method}.residual_ratio")
         values = {point.step: point.value for point in history}
         assert values[row.rank] == pytest.approx(row.residual_ratio_mean)
         assert all(math.isfinite(value) for value in values.values())
-    artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    artifacts = {artifact.path for artifact in client.list_artifacts(parent)}
     assert {
         *("report.html", "comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
         *("plots", "study.yaml"),
     } <= artifacts
-    plots = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "plots")}
-    assert "plots/rank_curve.png" in plots
+    assert "plots/rank_curve.png" in {artifact.path for artifact in client.list_artifacts(parent, "plots")}
 
 
 def test_optuna_opens_the_study(ran: Ran) -> None:
