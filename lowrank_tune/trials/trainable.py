@@ -69,7 +69,7 @@ def _reserved(cpus: float, gpus: float, workers: int) -> PlacementGroupFactory:
     return PlacementGroupFactory([worker] if workers == 1 else [{"memory": 1}, *[worker] * workers])
 
 
-_OTHERS_S = 5.0
+_OTHERS_S = 20.0
 """How long to wait for the error that made a worker lose the others."""
 
 
