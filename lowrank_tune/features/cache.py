@@ -134,11 +134,7 @@ def recover(directory: Path, identity: Identity) -> Contents:
 def seal(directory: Path, identity: Identity, encoder: str, weights: str) -> Contents:
     """Write the quarantine and then the manifest over every committed shard; an earlier seal is replaced.
 
-    Args:
-        directory: the cache.
-        identity: what the features depend on.
-        encoder: its name, for people.
-        weights: `random`, `pretrained` or `unknown`.
+    `encoder` is its name, for people; `weights` is `random`, `pretrained` or `unknown`.
 
     Raises:
         CacheError: a committed shard is not what was committed.

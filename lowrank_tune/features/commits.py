@@ -42,18 +42,7 @@ class UnusableError(Exception):
 
 
 def to_stored(features_TD: Tensor, store_dtype: str) -> Tensor:
-    """Convert to the cache's dtype.
-
-    Args:
-        features_TD: [T, D], of a floating type.
-        store_dtype: `float16`, `bfloat16` or `float32`.
-
-    Returns:
-        [T, D] in that dtype.
-
-    Raises:
-        UnusableError: a value is NaN or infinite, or too large for the dtype.
-    """
+    """Convert floating [T, D] to the cache's dtype; an UnusableError where one is not finite or too large."""
     import torch
 
     if not torch.isfinite(features_TD).all():
@@ -144,16 +133,9 @@ def commit_shard(
 ) -> Commit:
     """Write a shard and then its commit record; safetensors' own writer would copy the values twice.
 
-    Args:
-        directory: the cache; `shards/` and `commits/` are there.
-        shard: file name.
-        keys: one a row.
-        tensors: by name, in the order of the cache's layout, N rows each, in the cache's dtype and on the CPU; N may
-            be 0.
-        quarantined: key and reason of the images without a row.
-
-    Raises:
-        OSError: no space, no permission, no such folder; nothing is committed then.
+    `tensors` has, by name in the order of the cache's layout, a row in the cache's dtype for each of `keys`, which may
+    be none; `quarantined` has key and reason of the other images. An OSError (no space, no permission, no such folder)
+    leaves nothing committed.
     """
     import torch
 
@@ -185,14 +167,7 @@ def stored_as(row: Tensor) -> tuple[str, list[int]]:
 
 
 def shard_problems(cache: Place, commit: Commit, identity: Identity, *, full: bool) -> list[str]:
-    """What is wrong with a committed shard: one text each, none when it is sound.
-
-    Args:
-        cache: the cache's folder.
-        commit: what the shard should be.
-        identity: the cache's; gives tokens, dim and dtype.
-        full: also read every value and compare checksums.
-    """
+    """What is wrong with a committed shard, one text each; `full` also reads every value and compares checksums."""
     if not commit.rows:
         return []
     path = f"{SHARDS}/{commit.shard}"

@@ -52,8 +52,8 @@ class Encoder:
 
     Images whose windows are alike (448 pixels a side and any other multiple of the window's) go through `SquareTower`,
     others through transformers' own forward. `batch` images are encoded at once, what fills the device where it is
-    None, and half as many each time that a GPU's memory does not suffice. Their number does not show in the features on
-    a CPU; on a GPU it may bring other matrix kernels, and with them differences of the compute dtype's rounding.
+    None, and half as many each time that a GPU's memory does not suffice. Another number may
+    bring other matrix kernels, and with them differences of the compute dtype's rounding.
 
     Raises:
         InputError: the files do not hold exactly the tensors that the configuration asks for, or the GPU has no room

@@ -196,7 +196,7 @@ def fill(
     claim: Callable[[Notes], None] = lambda note: None,
     accept: Callable[[Contents], None] = lambda contents: None,
 ) -> Contents:
-    """Make sure that a cache holds these images and is sealed; where nothing is missing, Ray is not even loaded.
+    """Make sure that a cache holds these images and is sealed; where nothing is missing, Ray is not loaded.
 
     A run that is killed at any moment is continued by the next one, to the same bytes.
 

@@ -83,7 +83,9 @@ def attend_over(images):
     return attend_if_it_fits
 
 
-def test_out_of_gpu_memory_changes_no_byte_of_the_cache(images, tiny_config, tiny_tower, tmp_path, monkeypatch):
+def test_out_of_gpu_memory_loses_no_image_and_changes_no_feature_beyond_rounding(
+    images, tiny_config, tiny_tower, tmp_path, monkeypatch
+):
     assert encoded(images, image_extraction(tmp_path / "a", tiny_config, tiny_tower)).notes == ()
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_over(1))
     result = encoded(images, image_extraction(tmp_path / "b", tiny_config, tiny_tower))
@@ -92,7 +94,10 @@ def test_out_of_gpu_memory_changes_no_byte_of_the_cache(images, tiny_config, tin
         "out of GPU memory with 4 images at once: going on with 2",
         "out of GPU memory with 2 images at once: going on with 1",
     ]
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "shards" / "s.safetensors")["features"] for name in "ab")
+    assert len(before) == 10
+    # Some processors multiply few rows by other kernels than many.
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
 def test_a_gpu_that_holds_no_image_fails_the_shard_with_the_remedy(
