@@ -20,7 +20,7 @@ from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_channels, check_images
 from lowrank_tune.study import device_of
-from lowrank_tune.tracking.sync import report_comparison
+from lowrank_tune.tracking.reconcile import report_comparison
 from lowrank_tune.trials.outcomes import past_outcomes
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}

@@ -48,8 +48,8 @@ from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.records import Comparison, FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
+from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
-from lowrank_tune.tracking.sync import reconcile
 from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.cluster_share import taking_part, trials_that_fit
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes

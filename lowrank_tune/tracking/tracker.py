@@ -13,8 +13,9 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.tracking.database import check_database
+from lowrank_tune.tracking.reconcile import Others, open_sync
 from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
-from lowrank_tune.tracking.sync import Others, RunStatus, StudySync, is_passing, open_sync, reason_of
+from lowrank_tune.tracking.sync import RunStatus, StudySync, is_passing, reason_of
 from lowrank_tune.trials.outcomes import read_trial
 
 logger = logging.getLogger(__name__)

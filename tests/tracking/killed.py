@@ -22,8 +22,8 @@ from tracked_study import build_plan, config_of, outcome_of, write_trial
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.tracking import tracker
 from lowrank_tune.tracking.database import open_database
+from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import resolve_store, set_mlflow_defaults, sqlite_uri
-from lowrank_tune.tracking.sync import reconcile
 from lowrank_tune.trials.outcomes import read_trial
 
 TRIALS, EPOCHS = 24, 3

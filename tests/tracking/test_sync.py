@@ -33,8 +33,9 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.records import Comparison
 from lowrank_tune.tracking import tracker as tracker_module
 from lowrank_tune.tracking.database import database_fault
+from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
-from lowrank_tune.tracking.sync import Repairs, reconcile
+from lowrank_tune.tracking.sync import Repairs
 from lowrank_tune.tracking.tracker import Tracker
 
 FINISHED, PRUNED, FAILED, UNHEARD, CUT, DIRECT = (*(config_of(n) for n in range(5)), config_of(5, "direct", 4))

@@ -1,0 +1,93 @@
+"""MLflow is told again what it lacks of studies that no process works on: whole, or their post-study figures alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lowrank_tune.config.plan import Plan
+from lowrank_tune.files import read_json
+from lowrank_tune.records import Comparison, TrialOutcome
+from lowrank_tune.tracking.database import open_database
+from lowrank_tune.tracking.store import Store, probe, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.sync import Repairs, RunStatus, StudySync, reason_of
+from lowrank_tune.trials.outcomes import read_trials
+
+logger = logging.getLogger(__name__)
+
+Others = Callable[[], Iterable[tuple[Plan, Comparison | None]]]
+"""Gives the other studies of the results directory that no process works on, with their figures where they have any."""
+
+
+def open_sync(plan: Plan, store: Store, others: Others = tuple) -> StudySync:
+    """A study's way to MLflow; where its database had to be made anew, the other studies are told to it before.
+
+    Raises:
+        TrackingError: the database cannot be used, and is not the results directory's own.
+    """
+
+    def tell_others(fresh: Store) -> None:
+        for other, comparison in others():
+            try:
+                if resolve_store(other.spec.tracking.uri, other.results) == store:
+                    _repair(StudySync(other, fresh), other, comparison)
+            except Exception as error:
+                logger.warning("study %s: MLflow could not be told of it again (%s)", other.study_id, reason_of(error))
+
+    open_database(store, tell_others)
+    return StudySync(plan, store)
+
+
+def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others = tuple) -> Repairs:
+    """Make MLflow hold what a study's files hold: a run a trial, every epoch once, and no run that runs for ever.
+
+    Nothing is told twice, and a second reconciliation changes nothing. A trial without an outcome on file is KILLED: no
+    process trains it any more. So no other process may be at work on the study: the caller claims it.
+
+    Args:
+        plan: the study.
+        comparison: its post-study figures, when it has any.
+        others: the other studies of the results directory.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    set_mlflow_defaults()
+    store = resolve_store(plan.spec.tracking.uri, plan.results)
+    probe(store)
+    return _repair(open_sync(plan, store, others), plan, comparison)
+
+
+def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
+    """Tell MLflow the post-study figures and files of a study that is over, or runs; returns why that failed, if so."""
+    try:
+        set_mlflow_defaults()
+        store = resolve_store(plan.spec.tracking.uri, plan.results)
+        probe(store)
+        sync = open_sync(plan, store)
+        sync.comparison(comparison, outcomes)
+        _end_study(sync, plan.study_dir, running="RUNNING")
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def _repair(sync: StudySync, plan: Plan, comparison: Comparison | None) -> Repairs:
+    records = read_trials(plan.study_dir / "trials")
+    sync.without_files(record.config.trial_id for record in records)
+    for record in records:
+        sync.trial(record, running=False)
+    if comparison is not None:
+        sync.comparison(comparison, [record.outcome for record in records if record.outcome])
+    # One that still calls itself running, while nobody runs it, was killed.
+    _end_study(sync, plan.study_dir, running="KILLED")
+    return sync.repairs
+
+
+def _end_study(sync: StudySync, directory: Path, running: RunStatus) -> None:
+    path = directory / "status.json"
+    state = read_json(path)["state"] if path.is_file() else ""
+    ended: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED", "running": running}
+    at = (path if path.is_file() else directory).stat().st_mtime_ns // 1_000_000
+    sync.study(ended.get(state, "KILLED"), at)
