@@ -1,7 +1,7 @@
 """Decompositions without training: what a trained decomposer must beat.
 
-Each takes features X [N, T, D] and a rank R of at most min(T, D); a generator, on the CPU, draws one Ω for the whole
-batch. N images, T tokens, D dim, R rank, W columns of a widened basis.
+Each takes X [N, T, D] and a rank R ≤ min(T, D); a CPU generator draws one Ω for the batch. N images, T tokens, D dim, W
+columns of a widened basis.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OVERSAMPLING = 1.25
 
 
 def random_sketch(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
-    """Return A = orth(XΩ) with gaussian Ω, and B = AᵀX (Halko, Martinsson & Tropp, 2011, without a power step)."""
+    """Return A = orth(XΩ) with gaussian Ω, and B = AᵀX (Halko, Martinsson & Tropp, 2011)."""
     return project(x_NTD, orthonormalise(x_NTD @ _gaussian(x_NTD, rank, generator)))
 
 
@@ -37,8 +37,7 @@ def power_1(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
 def randomized_svd(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
     """Return the randomized SVD of Halko, Martinsson & Tropp (2011, algorithms 4.4 and 5.1) by way of G = XXᵀ.
 
-    A basis of width R + 25%, two steps of subspace iteration, then Rayleigh–Ritz: the eigenvectors of QᵀGQ choose the R
-    columns that are kept.
+    A basis of width 1.25 R, two steps of subspace iteration, then the R leading eigenvectors of QᵀGQ (Rayleigh–Ritz).
     """
     width = min(math.ceil(OVERSAMPLING * rank), *x_NTD.shape[-2:])
     gram_NTT = gram(x_NTD)
@@ -50,9 +49,9 @@ def randomized_svd(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Fact
 
 
 def svd(x_NTD: Tensor, rank: int) -> Factors:
-    """Return the truncated SVD, the optimum, from a float64 eigendecomposition of the smaller Gram matrix.
+    """Return the truncated SVD, from a float64 eigendecomposition of the smaller Gram matrix.
 
-    A has orthonormal columns and B = AᵀX; for T > D it is their mirror image, B with orthonormal rows and A = XBᵀ.
+    A has orthonormal columns and B = AᵀX; for T > D, B has orthonormal rows and A = XBᵀ.
     """
     x = x_NTD.double()
     if x.shape[-2] <= x.shape[-1]:
@@ -62,9 +61,9 @@ def svd(x_NTD: Tensor, rank: int) -> Factors:
 
 
 def svd_rows(x_NTD: Tensor, rank: int) -> Factors:
-    """Return the truncated SVD of X with rows of length one, each row of A brought back to its token's length.
+    """Return the truncated SVD of X with rows of length one, A's rows brought back to their tokens' lengths.
 
-    It maximises the mean squared token cosine, as `svd` maximises the flat cosine.
+    It maximises the mean squared token cosine, as `svd` does the flat cosine.
     """
     lengths_NT1 = torch.linalg.vector_norm(x_NTD, dim=-1, keepdim=True)
     a_NTR, b_NRD = svd(torch.where(lengths_NT1 > 0, x_NTD / lengths_NT1, x_NTD), rank)

@@ -27,10 +27,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class FeatureMatrix:
-    """The features of a study's images, in the order that indices count, read where they lie.
+    """The features of a study's images, read where they lie.
 
-    The first row asked for maps all shards, and they stay mapped: their pages belong to the system's page cache, which
-    all processes share, so a process needs memory for the batches that it holds and for nothing else.
+    All shards are mapped at the first `load`; their pages are the system's, so a process holds its batches alone.
     """
 
     def __init__(self, features: FeatureSet) -> None:
@@ -44,19 +43,15 @@ class FeatureMatrix:
         return len(self.features.rows)
 
     def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """Copy the features of some images.
+        """Copy the features of some images to [n, T, D].
 
         Args:
-            indices: Positions in `features.rows`, in any order; repetitions are allowed.
-            dtype: What the copy is converted to; `self.dtype` converts nothing.
-            out: Where to put them, [n, T, D] on the CPU, in any dtype; new memory when None. Memory that is used again
-                is several times as fast: the system hands out new memory page by page.
-
-        Returns:
-            A tensor [n, T, D] that belongs to the caller: `out`, when it is given.
+            indices: Positions in `features.rows`, in any order, repeated or not.
+            dtype: Of the copy.
+            out: Where to put them, on the CPU, in any dtype; memory used again is several times as fast as new.
 
         Raises:
-            CacheError: A shard is missing, is not a safetensors file, or does not hold what the cache says.
+            CacheError: A shard is missing, or does not hold what the cache says.
         """
         if not self._shards:
             # All at once: what mapping allocates for good, one shard at a time between batches, would split the heap
@@ -73,10 +68,7 @@ class FeatureMatrix:
         return x_NTD
 
     def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-        """Yield the features of some images in order, [size, T, D] at a time, the last perhaps fewer; errors as `load`.
-
-        A batch belongs to the caller.
-        """
+        """Yield some images in order, [size, T, D] at a time, the last perhaps fewer; errors as `load`."""
         for start in range(0, len(indices), size):
             yield self.load(indices[start : start + size], dtype)
 
@@ -103,7 +95,7 @@ class MiniBatches(ABC):
 
     @abstractmethod
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Return the features of some images, float32 [n, T, D]; the tensor belongs to the caller."""
+        """Return some images, float32 [n, T, D], for the caller to keep."""
 
     def lend(self, indices: Sequence[int]) -> Tensor:
         """As `load`, but the tensor may be overwritten by the next call."""
@@ -112,10 +104,7 @@ class MiniBatches(ABC):
 
 @lru_cache(maxsize=1)
 def batches_on(data: FeatureMatrix, device: str) -> MiniBatches:
-    """The mini-batches for a device; the same object again for the next trial of this process.
-
-    On a GPU the features are held as a whole when they take no more than `RESIDENT_FRACTION` of its free memory.
-    """
+    """The mini-batches for a device, the same object for the next trial of this process."""
     if torch.device(device).type != "cuda":
         return Mapped(data)
     size = len(data) * data.tokens * data.dim * data.dtype.itemsize
@@ -128,12 +117,12 @@ def batches_on(data: FeatureMatrix, device: str) -> MiniBatches:
 
 
 def fits(size: int, free: int) -> bool:
-    """Whether features of `size` bytes are held on a device with `free` bytes."""
+    """Whether a device with `free` bytes holds features of `size` bytes."""
     return size <= RESIDENT_FRACTION * free
 
 
 class Mapped(MiniBatches):
-    """Batches on the CPU, copied out of the mapped cache; those lent use the same memory again."""
+    """Batches on the CPU, copied out of the mapped cache."""
 
     def __init__(self, data: FeatureMatrix) -> None:
         self._data = data
@@ -151,7 +140,7 @@ class Mapped(MiniBatches):
 
 
 class Resident(MiniBatches):
-    """Batches of features that a device holds as a whole, in the dtype of the cache."""
+    """Batches of features that a device holds whole, in the cache's dtype."""
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
         self._all_NTD = torch.empty(len(data), data.tokens, data.dim, dtype=data.dtype, device=device)
@@ -166,10 +155,7 @@ class Resident(MiniBatches):
 
 
 class Streamed(MiniBatches):
-    """Batches that are copied to a device through two page-locked buffers, one filled while the other is on its way.
-
-    They travel in the cache's dtype and are converted on the device: half the bytes.
-    """
+    """Batches copied to a device, in the cache's dtype, through two page-locked buffers that take turns."""
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
         self._data = data
@@ -195,7 +181,7 @@ class Streamed(MiniBatches):
 
 
 def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Store one image's factors, A [T, R] and B [R, D]: what `pack` makes of each, by name, `a.values`, `b.codes`.
+    """Store one image's A [T, R] and B [R, D]: what `pack` makes of each, by name, `a.values`, `b.codes`.
 
     Raises:
         InputError: a number is not finite, or does not fit the dtype.
@@ -212,11 +198,7 @@ def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:
 
 
 def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Restore what `pack_factors` stored: A [T, R] and B [R, D], float32.
-
-    Raises:
-        InputError: the parts are not what it makes of this dtype and these sizes.
-    """
+    """Restore A [T, R] and B [R, D], float32; an InputError where the parts are not `pack_factors`' for these sizes."""
     sides: dict[str, dict[str, Tensor]] = {"a": {}, "b": {}}
     for name, part in parts.items():
         sides[name[0]][name[2:]] = part
@@ -224,12 +206,12 @@ def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: in
 
 
 def open_matrix(features: FeatureSet) -> FeatureMatrix:
-    """The features of a cache of either kind: as they are stored, or A·B where it holds factors."""
+    """The features of a cache of either kind: as stored, or A·B where it holds factors."""
     return FactorMatrix(features) if features.rank else FeatureMatrix(features)
 
 
 class FactorMatrix(FeatureMatrix):
-    """Features that are stored as factors: `load` gives A·B, `factors` gives A and B themselves, both in float32."""
+    """Features stored as factors: `load` gives A·B, `factors` A and B."""
 
     def __init__(self, features: FeatureSet) -> None:
         super().__init__(replace(features, dtype="float32"))
@@ -238,7 +220,7 @@ class FactorMatrix(FeatureMatrix):
         self._parts: dict[str, dict[str, Tensor]] = {}
 
     def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """Reconstruct some images; arguments, result and errors are those of `FeatureMatrix.load`."""
+        """Reconstruct some images; otherwise as `FeatureMatrix.load`."""
         x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype) if out is None else out
         for x_TD, index in zip(x_NTD, indices, strict=True):
             a_TR, b_RD = self._image(index)
@@ -246,7 +228,7 @@ class FactorMatrix(FeatureMatrix):
         return x_NTD
 
     def factors(self, indices: Sequence[int]) -> Factors:
-        """Read the factors of some images, A [n, T, R] and B [n, R, D], float32; errors as `load`."""
+        """Read A [n, T, R] and B [n, R, D] of some images, float32; errors as `load`."""
         images = [self._image(index) for index in indices]
         a_NTR = torch.stack([a_TR for a_TR, _ in images]) if images else torch.empty(0, self.tokens, self.rank)
         b_NRD = torch.stack([b_RD for _, b_RD in images]) if images else torch.empty(0, self.rank, self.dim)

@@ -1,6 +1,6 @@
-"""The processes that train one decomposer together, each on its share of every batch: data parallel by one all-reduce.
+"""The processes that train one decomposer together, data parallel over torch.distributed's default group.
 
-They exchange over torch.distributed's default group: NCCL between GPUs, Gloo for all that lies on a CPU.
+NCCL between GPUs, Gloo for all that lies on a CPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One worker's view of the processes that train together, all of which make the same calls in the same order.
+    """One worker's view of the processes that train together; all make the same calls in the same order.
 
-    An error on one of them is raised there alone: the others wait for it until whoever started them ends them.
+    An error on one is raised there alone: the others wait until whoever started them ends them.
     """
 
     rank: int = 0
@@ -28,7 +28,7 @@ class World:
 
     @classmethod
     def here(cls) -> World:
-        """All that were brought together with `torch.distributed.init_process_group`; else this process alone."""
+        """All in torch.distributed's process group; without one this process alone."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     @property
@@ -37,11 +37,11 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` things in order are this worker's; none where there are too few."""
+        """Which of `count` things are this worker's, perhaps none."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Add up a tensor over the workers, in place; on every one it is the same to the last bit.
+        """Add up a tensor over the workers, in place, to the same bits on each.
 
         Raises:
             ConnectionError: another worker has ended.
@@ -52,7 +52,7 @@ class World:
         return x
 
     def of_first(self, value: Any) -> Any:
-        """Return the first worker's value, which can be pickled, on all of them; errors as `sum`."""
+        """Return the first worker's picklable value on all of them; errors as `sum`."""
         box = [value]
         if self.size > 1:
             with self._exchange():

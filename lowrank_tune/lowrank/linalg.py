@@ -1,4 +1,4 @@
-"""The few pieces of linear algebra that decomposers and controls share.
+"""The linear algebra that decomposers and controls share.
 
 N images, T tokens, D dim, R rank or any number of columns.
 """
@@ -35,23 +35,15 @@ def gram(x_NTD: Tensor) -> Tensor:
 
 
 def orthonormalise(y_NTR: Tensor) -> Tensor:
-    """Return an orthonormal basis of each matrix's columns by CholeskyQR2.
+    """Return an orthonormal basis [N, T, R] of each matrix's columns, R ≤ T, in the dtype of Y, by CholeskyQR2.
 
-    Two passes of Y (chol(YᵀY))⁻ᵀ (Fukaya, Nakatsukasa, Yanagisawa & Yamamoto, 2014, "CholeskyQR2: a simple and
-    communication-avoiding algorithm for computing a tall-skinny QR factorization"): matrix products and a Cholesky of
-    [R, R], no Householder loop over the batch. YᵀY squares the condition of Y, which float32 does not survive on images
-    with a giant token or equal tokens; on [T, R] float64 costs about as much as the extra passes that float32 would
-    need. Columns are first brought to length one, and each pass adds R·`JITTER` to the diagonal of what is then a
-    correlation matrix, so that it is factorised whatever Y is.
+    Two passes of Y (chol(YᵀY))⁻ᵀ (Fukaya, Nakatsukasa, Yanagisawa & Yamamoto, 2014): matrix products and a Cholesky of
+    [R, R], no Householder loop. YᵀY squares the condition of Y, which float32 does not survive on images with a giant
+    token or equal tokens. Columns are first brought to length one, and each pass adds R·`JITTER` to the diagonal, so
+    that anything finite is factorised; what is not gives NaN.
 
-    The first r columns span the first r columns of Y. Where those have fewer than r dimensions (equal columns, zeros),
-    the surplus columns come out shorter than one, down to zero, and gradients through them stay finite.
-
-    Args:
-        y_NTR: Matrices [N, T, R], R ≤ T.
-
-    Returns:
-        Bases Q [N, T, R] in the dtype of Y, QᵀQ = I up to its precision; NaN for a matrix that is not finite.
+    The first r columns span those of Y. Where these have fewer than r dimensions the surplus columns come out shorter
+    than one, down to zero, and gradients through them stay finite.
     """
     precision = torch.finfo(y_NTR.dtype)
     lengths_N1R = torch.linalg.vector_norm(y_NTR, dim=-2, keepdim=True)
@@ -61,17 +53,10 @@ def orthonormalise(y_NTR: Tensor) -> Tensor:
 
 
 def orthonormalise_once(y_NTR: Tensor) -> Tensor:
-    """Return a basis of each matrix's columns by one pass of CholeskyQR, at half the cost of two or less.
+    """As `orthonormalise`, by one pass at half the cost or less.
 
-    YᵀY and its Cholesky factor are in float64, the solution with it in the dtype of Y. The basis is orthonormal up to
-    κ times that dtype's rounding, and to κ² · 1e-16, with κ the condition of Y with columns of length one: good for
-    columns near eigenvectors; and, in float64, before another product, where a nearly orthonormal basis does no harm.
-
-    Args:
-        y_NTR: Matrices [N, T, R], R ≤ T.
-
-    Returns:
-        As `orthonormalise`.
+    The basis is orthonormal up to κ times Y's rounding, and to κ² · 1e-16, with κ the condition of Y with columns of
+    length one: good for columns near eigenvectors and, in float64, before another product.
     """
     inner_NRR = gram(y_NTR.double().mT)
     squares_NR = inner_NRR.detach().diagonal(dim1=-2, dim2=-1)
@@ -89,17 +74,10 @@ def orthonormalise_once(y_NTR: Tensor) -> Tensor:
 
 
 def orthonormalise_nearly(y_NTR: Tensor) -> Tensor:
-    """Return a basis of each matrix's columns, quickest where they are nearly orthogonal already, as Ritz vectors are.
+    """As `orthonormalise`, quickest where columns are nearly orthogonal, as Ritz vectors are: one pass in Y's dtype.
 
-    There it is one pass of CholeskyQR in the dtype of Y. The Cholesky factor's diagonal holds the sines of the angles
-    between columns and those before them; an image with one below `NEARLY` goes through two passes of
-    `orthonormalise_once` in float64 instead, by itself.
-
-    Args:
-        y_NTR: Matrices [N, T, R], R ≤ T.
-
-    Returns:
-        As `orthonormalise`.
+    The Cholesky factor's diagonal holds the sines of the angles between columns and those before them; an image with
+    one below `NEARLY` goes through two passes of `orthonormalise_once` in float64 instead.
     """
     inner_NRR = y_NTR.mT @ y_NTR
     # Any scale gives the same basis, so it needs no gradient; that of a small one would leave float32's range.
@@ -133,20 +111,16 @@ def _upper_factor(positive_NRR: Tensor) -> Tensor:
 
 
 def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """Return the leading eigenvectors of the images' uncentred second moment, each image counting alike.
+    """Return the leading `count` eigenvectors of C = Σ XᵀX / ‖X‖² over images: [D, count], float64, the largest first.
 
-    The second moment is C = Σ XᵀX / ‖X‖² over images. It is formed where that is cheaper than sketching it; otherwise
-    one pass gives its Nyström approximation (CΩ)(ΩᵀCΩ)⁺(CΩ)ᵀ with random orthonormal Ω [D, K] (Tropp, Yurtsever,
-    Udell & Cevher, 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data").
+    C is formed where that is cheaper than sketching it; otherwise one pass gives its Nyström approximation
+    (CΩ)(ΩᵀCΩ)⁺(CΩ)ᵀ with random orthonormal Ω [D, K] (Tropp, Yurtsever, Udell & Cevher, 2017). Where the images span
+    fewer dimensions, the last columns are arbitrary.
 
     Args:
-        x_batches: Features, batches [n, T, D], at least one; one batch is in memory at a time.
-        count: How many eigenvectors, at most D.
+        x_batches: [n, T, D], at least one; one is in memory at a time.
+        count: At most D.
         generator: Draws Ω; on the CPU.
-
-    Returns:
-        Orthonormal columns [D, count], float64, the largest eigenvalue first. Where the images span fewer dimensions,
-        the last columns are arbitrary.
 
     Raises:
         torch.linalg.LinAlgError: The features are not finite.
@@ -181,6 +155,6 @@ def _weigh(x_NTD: Tensor, test_DK: Tensor | None) -> Tensor:
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
-    """Return a generator on the CPU for one purpose of one seed; other purposes' numbers are independent of its."""
+    """Return a CPU generator for one purpose of one seed, independent of other purposes'."""
     words = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]) >> 1)

@@ -1,4 +1,4 @@
-"""How far A B is from X: the figures of every method, measured in one place.
+"""How far A B is from X, the same for every method.
 
 N images, T tokens, D dim, R rank.
 """
@@ -16,13 +16,13 @@ EXACT = 1e-8
 
 
 class Figures(NamedTuple):
-    """One method's figures, float64, one number an image.
+    """One method's figures, float64 [N].
 
     Attributes:
-        token_cosine_N: mean over tokens of the cosine between the rows of X and AB; a row of zeros counts as 0.
+        token_cosine_N: cosine between the rows of X and AB, mean over tokens; a row of zeros counts as 0.
         flat_cosine_N: cosine between the flattened matrices; 0 when either is all zeros.
         mse_N: mean squared error of an element.
-        residual_N: ‖X − AB‖², squared Frobenius norm.
+        residual_N: ‖X − AB‖².
     """
 
     token_cosine_N: Tensor
@@ -32,16 +32,15 @@ class Figures(NamedTuple):
 
 
 def measure(x_NTD: Tensor, a_NTR: Tensor, b_NRD: Tensor) -> Figures:
-    """Measure factors against the matrices that they stand for.
+    """Measure A [N, T, R] and B [N, R, D] against X [N, T, D]; not finite where the factors are not.
 
-    All of it is in float64, whatever the dtype of X [N, T, D], A [N, T, R] and B [N, R, D]: A B then has exactly rank
-    R, so no residual can come out below the optimum by rounding. The figures are not finite where the factors are not.
+    In float64, whatever the dtypes: A B then has exactly rank R, and no residual falls below the optimum by rounding.
     """
     return measure_matrix(x_NTD, a_NTR.double() @ b_NRD.double())
 
 
 def measure_matrix(x_NTD: Tensor, y_NTD: Tensor) -> Figures:
-    """Measure matrices Y [N, T, D], overwritten when they are float64, against the X [N, T, D] that they stand for."""
+    """Measure Y [N, T, D], overwritten when it is float64, against X [N, T, D]."""
     x, y = x_NTD.double(), y_NTD.double()
     x_energy_NT, y_energy_NT = _row_energy(x), _row_energy(y)
     residual_NT = _row_energy(y.sub_(x))
@@ -57,18 +56,15 @@ def measure_matrix(x_NTD: Tensor, y_NTD: Tensor) -> Figures:
 
 
 def residual_ratio(residual_N: Tensor, optimum_N: Tensor, energy_N: Tensor) -> Tensor:
-    """ρ = ‖X − AB‖² / ‖X − X_r‖², the distance to the truncated SVD: 1.0 is perfect, and nothing is below it.
+    """ρ = ‖X − AB‖² / ‖X − X_r‖² [N]: 1.0 is the truncated SVD, and nothing is below it.
 
-    Where X has no more than the rank, or nearly so, both residuals are rounding noise: each counts as at least `EXACT`
-    of the image's energy, so that an exact method gets 1.0 there and a bad one still a large number.
+    Each residual counts as at least `EXACT` of the image's energy: where X has no more than the rank both are rounding
+    noise. An image of zeros gets 1.0 where it was reproduced, else infinity.
 
     Args:
-        residual_N: ‖X − AB‖² of each image [N].
-        optimum_N: ‖X − X_r‖² of each image [N], `Optimum.residual_NR` at the rank.
-        energy_N: ‖X‖² of each image [N], `Optimum.energy_N`.
-
-    Returns:
-        ρ of each image [N]; 1.0 for an image of zeros that was reproduced, infinite for one that was not.
+        residual_N: ‖X − AB‖².
+        optimum_N: ‖X − X_r‖², `Optimum.residual_NR` at the rank.
+        energy_N: ‖X‖².
     """
     floor_N = EXACT * energy_N
     ratio_N = torch.maximum(residual_N, floor_N) / torch.maximum(optimum_N, floor_N)

@@ -4,12 +4,12 @@
     family, family_params   which decomposer, and what its family alone has
     tokens, dim             T and D of the features that it takes
     rank                    R that it gives when not asked for another
-    ranks, max_rank         those that it was trained for, and the one that its weights were made for
+    ranks, max_rank         those that it was trained for, rising, and the one that its weights were made for
     dtype                   the weights'
-    weights_sha256          the digest of model.safetensors: damaged or exchanged weights are refused
-    features, training      what it was trained on and how, for people and for comparison
+    weights_sha256          the digest of model.safetensors
+    features, training      what it was trained on and how
 
-Needs torch alone: neither Ray nor MLflow.
+Needs neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -40,19 +40,7 @@ _REMEDY = "export it again with `lowrank-tune export`"
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """What an exported folder says of itself.
-
-    Attributes:
-        directory: the folder.
-        family: the decomposer's.
-        tokens: T of the features that it takes.
-        dim: D of them.
-        rank: what it gives when not asked for another.
-        ranks: those that it was trained for, rising.
-        max_rank: the one that its weights were made for.
-        weights_sha256: the digest of its weights.
-        about: the whole of config.json.
-    """
+    """What an exported folder says of itself: keys of its config.json, the whole of which is `about`."""
 
     directory: Path
     family: str
@@ -66,15 +54,11 @@ class ExportedModel:
 
     @property
     def fingerprint(self) -> str:
-        """The beginning of the weights' digest, which covers family, sizes and parameters: 16 hex digits."""
+        """16 hex digits of the weights' digest, which covers family, sizes and parameters."""
         return self.weights_sha256[:16]
 
     def check_rank(self, rank: int | None) -> int:
-        """Return the rank to compute, the model's own when None.
-
-        Raises:
-            InputError: it was not trained for that one.
-        """
+        """Return the rank to compute, the model's own when None; an InputError where it was not trained for it."""
         if rank is None:
             return self.rank
         if rank not in self.ranks:
@@ -87,17 +71,14 @@ class ExportedModel:
 def exported_files(
     weights: Path, rank: int, study_id: str, trained: TrialConfig, features: FeatureSet | None
 ) -> dict[str, bytes]:
-    """Make the contents of a model's folder.
+    """Make the contents of a model's folder, name -> bytes.
 
     Args:
-        weights: a trial's `best_model.safetensors`, which is taken as it is.
-        rank: what the model shall give when not asked for another.
+        weights: a trial's `best_model.safetensors`, taken as it is.
+        rank: what the model gives when not asked for another.
         study_id: the study that it comes from.
         trained: the trial's configuration.
-        features: what it was trained on; None where that is not known any more.
-
-    Returns:
-        Name and bytes of each file.
+        features: what it was trained on, where that is still known.
 
     Raises:
         InputError: the weights are missing, or are no decomposer's.
@@ -127,10 +108,10 @@ def exported_files(
 
 
 def read_exported(directory: str | Path) -> ExportedModel:
-    """Read what an exported folder says of itself; the weights are not looked at.
+    """Read what an exported folder says of itself, without its weights.
 
     Raises:
-        InputError: there is none, or it is not one of this program's models.
+        InputError: it is not one of this program's models.
     """
     path = Path(directory).expanduser().absolute() / CONFIG
     try:
@@ -162,17 +143,12 @@ def read_exported(directory: str | Path) -> ExportedModel:
 
 
 def load_decomposer(directory: str | Path) -> Decomposer:
-    """Load an exported decomposer.
+    """Load what `lowrank-tune export` wrote, on the CPU, in evaluation mode.
 
         model = load_decomposer(DIR)
         a, b = model(x)  # float32 [N, T, D] to [N, T, R] and [N, R, D], X ≈ a @ b
 
-    Args:
-        directory: what `lowrank-tune export` wrote.
-
-    Returns:
-        The decomposer on the CPU, in evaluation mode; `.to("cuda")` moves it, and `model(x, rank=16)` asks for another
-        rank where it was trained for several.
+    `model(x, rank=16)` asks for another rank where it was trained for several.
 
     Raises:
         InputError: the folder is no exported model, or its weights are damaged or another model's.
@@ -195,11 +171,7 @@ def load_decomposer(directory: str | Path) -> Decomposer:
 
 
 class PyfuncDecomposer:
-    """A trained decomposer behind MLflow's `predict`.
-
-    Args:
-        directory: an exported model.
-    """
+    """An exported model behind MLflow's `predict`."""
 
     def __init__(self, directory: Path) -> None:
         self._decomposer = load_decomposer(directory)

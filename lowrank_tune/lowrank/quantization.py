@@ -1,11 +1,9 @@
-"""Matrices in few bits, and back: each row has one scale, and codes −L..L that are multiples of it.
+"""Matrices in few bits, and back: a row has one scale and codes −L..L, L = 127, 15, 7 for int8, int5, int4.
 
     scale = max|x| / L       code = round(x / scale)       x ≈ code · scale, off by half a scale at most
 
-L is 127, 15 or 7 for int8, int5 and int4. Codes of b < 8 bits follow one another without gaps, lowest bit first: a row
-of K codes is ⌈K b / 8⌉ bytes. Rows stay apart, so that leading rows can be read by themselves.
-
-N images, T tokens, D dim, R rank, K numbers of a row.
+Codes of b < 8 bits follow one another without gaps, lowest bit first: a row of K codes is ⌈K b / 8⌉ bytes, so that
+leading rows can be read by themselves. N images, T tokens, D dim, R rank, K numbers of a row.
 """
 
 from __future__ import annotations
@@ -34,11 +32,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def pack(x: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Store finite numbers [..., K], K at least 1, in fewer bytes.
+    """Store finite numbers [..., K], K at least 1, in fewer bytes, contiguous tensors of their own.
 
     Returns:
-        `values` [..., K] for a float dtype. Else `codes`, int8 [..., K] or packed into uint8 [..., ⌈K bits / 8⌉], and
-        `scales`, float32 [...], one a row. Each is contiguous and owns its memory, as safetensors wants it.
+        `values` [..., K] for a float dtype; else `codes`, int8 [..., K] or uint8 [..., ⌈K bits / 8⌉], and `scales`,
+        float32 [...].
 
     Raises:
         InputError: the dtype is none of `STORE_DTYPES`, there is no row, or a number is not finite or too large for it.
@@ -53,11 +51,7 @@ def pack(x: Tensor, dtype: str) -> dict[str, Tensor]:
 
 
 def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Tensor:
-    """Restore what `pack` made of [..., K], float32.
-
-    Raises:
-        InputError: the parts are not what `pack` makes of this dtype and shape.
-    """
+    """Restore [..., K], float32; an InputError where the parts are not what `pack` makes of this dtype and shape."""
     wanted = _layout(shape, dtype)
     found = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
     if found != wanted:
@@ -71,13 +65,13 @@ def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Ten
 
 
 def restored(x: Tensor, dtype: str) -> Tensor:
-    """Return what `unpack` gives of `pack(x, dtype)`, float32 [..., K], without making the bytes; errors as `pack`."""
+    """Return `unpack(pack(x, dtype))`, float32 [..., K], without making the bytes; errors as `pack`."""
     _check(dtype)
     return _as_float(x, dtype).float() if dtype in _FLOATS else _dequantise(*_quantise(x, dtype))
 
 
 def packed_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Count the bytes of all that `pack` returns for [..., K], scales included."""
+    """Count the bytes that `pack` makes of [..., K], scales included."""
     return sum(math.prod(part) * kind.itemsize for part, kind in _layout(shape, dtype).values())
 
 
@@ -134,7 +128,7 @@ def _dequantise(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _to_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes [..., K] into uint8 [..., ⌈K bits / 8⌉], unsigned; those of 8 bits are int8 as they are."""
+    """Pack codes [..., K] into uint8 [..., ⌈K bits / 8⌉]."""
     if bits == 8:
         return codes.to(torch.int8)
     unsigned = (codes.cpu().numpy() + (2 ** (bits - 1) - 1)).astype(np.uint8)[..., None]
@@ -158,7 +152,7 @@ class QuantisedDecomposer:
 
     Attributes:
         model: the copy.
-        matrices: the names of what is int8 in it; none where the family has learned no matrix.
+        matrices: names of what is int8 in it, perhaps none.
     """
 
     def __init__(self, model: Decomposer) -> None:
@@ -181,7 +175,7 @@ class QuantisedDecomposer:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Count the bytes of all that a model holds: weights, scales and buffers."""
+    """Count the bytes of a model's weights, scales and buffers."""
     return sum(_bytes(tensor) for tensor in model.state_dict().values())
 
 
@@ -195,8 +189,8 @@ def _bytes(tensor: Tensor) -> int:
 def ordered(factors: Factors) -> Factors:
     """Return the same products as their SVD, √Σ in either factor, components by falling Σ.
 
-    A [N, T, R] and B [N, R, D], R at most min(T, D), give float32 factors of the same shapes; components that are
-    nothing but rounding are zeros or nearly so.
+    A [N, T, R] and B [N, R, D], R ≤ min(T, D), give float32 factors of the same shapes; components that are nothing but
+    rounding are nearly zero.
     """
     q_NTR, left_NRR = torch.linalg.qr(factors.a_NTR.float())
     p_NDR, right_NRR = torch.linalg.qr(factors.b_NRD.float().mT)
@@ -206,17 +200,17 @@ def ordered(factors: Factors) -> Factors:
 
 
 def restored_factors(factors: Factors, dtype: str) -> Factors:
-    """Return what comes back of factors, as `ordered` returns them, when A and B are packed; errors as `pack`."""
+    """Return what comes back of factors, `ordered` and packed; errors as `pack`."""
     return Factors(restored(factors.a_NTR, dtype), restored(factors.b_NRD, dtype))
 
 
 def factor_bytes(tokens: int, dim: int, rank: int, dtype: str) -> int:
-    """Count the bytes of an image's packed A [tokens, rank] and B [rank, dim]; none for no rank."""
+    """Count the bytes of an image's packed A [tokens, rank] and B [rank, dim]."""
     return packed_bytes((tokens, rank), dtype) + packed_bytes((rank, dim), dtype) if rank else 0
 
 
 def residual_by_rank(x_NTD: Tensor, factors: Factors) -> Tensor:
-    """Measure ‖X − A_r B_r‖² for the leading r components, for every r from none to all: float64 [N, R + 1].
+    """Measure ‖X − A_r B_r‖² for the leading r components, r from none to all: float64 [N, R + 1].
 
     With a_j, b_j the components it is ‖X‖² − 2 Σ_j a_jᵀXb_j + Σ_ij (a_i·a_j)(b_i·b_j), one product with X for all r.
     """
@@ -230,15 +224,7 @@ def residual_by_rank(x_NTD: Tensor, factors: Factors) -> Tensor:
 
 
 def prune(residual_NR: Tensor, allowed_N: Tensor) -> Tensor:
-    """Choose for each image the least rank whose residual is within what is allowed.
-
-    Args:
-        residual_NR: from `residual_by_rank`, [N, R + 1].
-        allowed_N: ‖X − A_r B_r‖² at most, [N].
-
-    Returns:
-        int64 [N], from 0 to R; -1 for an image whose residual is within it at no rank.
-    """
+    """Return the least rank, int64 [N], whose residual [N, R + 1] is within what is allowed [N]; -1 where none is."""
     within_NR = residual_NR <= allowed_N[:, None]
     first_N: Tensor = within_NR.int().argmax(-1)
     return torch.where(within_NR.any(-1), first_N, -1)

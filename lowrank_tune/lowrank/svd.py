@@ -1,7 +1,6 @@
-"""The best that is mathematically possible: the truncated SVD's figures at every rank.
+"""The truncated SVD's figures at every rank: the best that is mathematically possible.
 
-The truncated SVD X_r is the closest matrix of rank r (Eckart & Young, 1936, "The approximation of one matrix by another
-of lower rank", Psychometrika 1). With G = X Xᵀ = Σ_j λ_j u_j u_jᵀ its figures follow without an SVD and without X_r:
+X_r is the closest matrix of rank r (Eckart & Young, 1936). With G = X Xᵀ = Σ_j λ_j u_j u_jᵀ, without an SVD:
 
     ‖X − X_r‖² = Σ_{j>r} λ_j       flat_cosine² = Σ_{j≤r} λ_j / Σ_j λ_j       token_cosine_i² = Σ_{j≤r} λ_j u_ij² / G_ii
 
@@ -33,14 +32,14 @@ cost that token's cosine more than 1e-6."""
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """The truncated SVD's figures of some images, at every rank, in float64.
+    """The truncated SVD's figures of some images at every rank, float64.
 
     Attributes:
         energy_N: ‖X‖² [N].
         residual_NR: ‖X − X_r‖² [N, T].
-        token_cosine_NR: mean over tokens of the cosine between the rows of X and X_r [N, T].
+        token_cosine_NR: cosine between the rows of X and X_r, mean over tokens [N, T].
         flat_cosine_NR: cosine between X and X_r, flattened [N, T].
-        elements: T · D, numbers in one image.
+        elements: T · D.
     """
 
     energy_N: Tensor
@@ -63,7 +62,7 @@ class Optimum:
         )
 
     def save(self, path: Path) -> None:
-        """Write the figures as a safetensors file, whole or not at all."""
+        """Write the figures as a safetensors file."""
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self) if f.name != "elements"}
         tensors["elements"] = torch.tensor(self.elements)
         write_whole(path, lambda temporary: save_file(tensors, temporary))
@@ -76,12 +75,10 @@ class Optimum:
 
 
 def measure_optimum(x_batches: Iterable[Tensor]) -> Optimum:
-    """Measure the truncated SVD of each image at every rank, from one eigendecomposition an image.
-
-    The images come in batches [n, T, D] of any floating dtype; the figures are in their order.
+    """Measure the truncated SVD of each image in batches [n, T, D], one eigendecomposition an image.
 
     Raises:
-        CacheError: An image holds a number that is not finite.
+        CacheError: An image is not finite.
         InputError: There is no image.
     """
     energies: list[float] = []
@@ -100,12 +97,7 @@ def measure_optimum(x_batches: Iterable[Tensor]) -> Optimum:
 
 
 def kept_optimum(path: Path, images: int, x_batches: Iterable[Tensor]) -> Optimum:
-    """Read the optimum of so many images that lies at `path`; where none does, measure it and keep it there.
-
-    Raises:
-        CacheError: An image holds a number that is not finite.
-        InputError: There is no image.
-    """
+    """Read the optimum of so many images at `path`; where there is none, measure it and keep it. Errors as `measure_optimum`."""
     if path.is_file():
         found = Optimum.load(path)
         if len(found.energy_N) == images:
@@ -155,12 +147,12 @@ def _cosine(explained: Matrix, total: Matrix | np.float64) -> Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Singular values of some images, each image's over its own first, and what the SVD keeps of them at every rank.
+    """Singular values of some images, and what the SVD keeps of them at every rank.
 
     Attributes:
         values_NK: σ_j / σ_1, falling [N, K].
-        cosine_K: the truncated SVD's token cosine at ranks 1..K, mean over images.
-        left_K: the share of ‖X‖² that it leaves at those ranks, mean over images.
+        cosine_K: the SVD's token cosine at ranks 1..K, mean over images.
+        left_K: the share of ‖X‖² that it leaves, likewise.
         test_images: how many the split has; N are of them.
     """
 
@@ -175,6 +167,6 @@ class Spectrum:
         return np.arange(1, self.values_NK.shape[1] + 1)
 
     def rank_for(self, cosine: float) -> int | None:
-        """The least rank at which the SVD keeps this mean token cosine; None when rounding keeps it from any."""
+        """The least rank with this mean token cosine; None where rounding keeps it from any."""
         enough = np.flatnonzero(self.cosine_K >= cosine)
         return int(enough[0]) + 1 if len(enough) else None

@@ -46,22 +46,20 @@ LR_PATIENCE = 3
 class Trainer:
     """Trains one decomposer: AdamW, the learning rate halved on plateaus, early stopping, the best weights kept.
 
-    On the CPU the same arguments give the same numbers, and a restored trainer goes on as if it had never stopped.
-    Several processes may train one decomposer: each makes the same calls, takes its share of every batch and of the
-    validation split, and has the same weights and the same figures, those of one process but for rounding.
+    On the CPU equal arguments give equal numbers, and a restored trainer goes on as if it had never stopped. Several
+    processes may train one decomposer, each on its share of every batch, with the numbers of one but for rounding.
 
     Args:
         optimum: of `split.validation`, in its order.
-        micro_batch: images in memory at a time, where a batch, or this process's share of one, is too many: gradients
-            add up over so many parts, and the numbers are the same but for rounding. All of them by default.
+        micro_batch: images in memory at a time; gradients add up over the parts of a batch. All by default.
         world: the processes that train it.
 
     Attributes:
         model: the decomposer as of the last epoch.
-        best_model: the decomposer of the epoch with the lowest validation MSE.
-        history: one row an epoch, as `step` returned it; an epoch that failed has none.
+        best_model: that of the epoch with the lowest validation MSE.
+        history: what `step` returned, but for an epoch that failed.
         stopped_by: None while it may go on, then `budget`, `patience` or `error`.
-        reason: why it failed, one line; empty otherwise.
+        reason: why it failed, one line.
 
     Raises:
         InputError: The configuration does not fit the features, a split is empty, or the optimum is another split's.
@@ -123,10 +121,9 @@ class Trainer:
         """Train one epoch and validate.
 
         Returns:
-            `epoch` (from 1), the `FIGURES` (means over images), `lr` (that the epoch trained with), `seconds` (of this
-            epoch), and `best_epoch`, `best_val_mse`, `best_val_token_cosine`, `best_val_residual_ratio`, those of the
-            epoch with the lowest `val_mse`. When the epoch fails (`stopped_by` is then `error`) the figures that are
-            not finite say so, and the best ones are still those of the epochs before.
+            `epoch` (from 1), the `FIGURES` (means over images), `lr`, `seconds`, and `best_epoch`, `best_val_mse`,
+            `best_val_token_cosine`, `best_val_residual_ratio` of the epoch with the lowest `val_mse`. When the epoch
+            fails (`stopped_by` is then `error`) its figures are not finite.
 
         Raises:
             RuntimeError: The training has stopped already.
@@ -150,14 +147,14 @@ class Trainer:
         return row
 
     def save(self, directory: Path) -> None:
-        """Write best_model.safetensors, as a whole, when it improved since the last call."""
+        """Write best_model.safetensors when it improved since the last call."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.best_epoch > self._saved_epoch:
             save_decomposer(self.best_model, directory / "best_model.safetensors")
             self._saved_epoch = self.best_epoch
 
     def state(self) -> dict[str, Any]:
-        """Return all that `restore` needs: tensors, numbers and text only, independent of what training does next."""
+        """Return all that `restore` needs: tensors, numbers and text, independent of what training does next."""
         return copy.deepcopy(
             {
                 "model": self.model.state_dict(),
@@ -210,7 +207,7 @@ class Trainer:
         return self.world.sum(total).item() / len(train)
 
     def _precompute(self) -> None:
-        """Keep what the loss needs of all training images, unless that is X itself or too much to keep."""
+        """Keep what the loss needs of all training images, unless that is X itself or too much."""
         train, size = self.split.train, self.config.batch_size
         short = self.micro_batch < self._own_batch
         # Where memory is short, what is kept would be the largest part of it.
@@ -228,7 +225,7 @@ class Trainer:
         self._precomputed = [self.world.sum(whole) for whole in kept]
 
     def _backward(self, batch: list[int]) -> Tensor:
-        """Add up a batch's gradients, and return its loss: of both, the part that this worker's images have in them."""
+        """Add up a batch's gradients, and return its loss: this worker's part of both."""
         total = torch.zeros((), device=self.device)
         own = self.world.share(len(batch))
         for start in own[:: self.micro_batch]:
@@ -244,7 +241,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Return the validation figures, each the mean over images and over the ranks that the training serves."""
+        """Return the validation figures, means over images and ranks."""
         self.model.eval()
         images, ranks = self.split.validation, self.config.ranks
         figures_NKF = torch.zeros(len(images), len(ranks), len(Figures._fields), dtype=torch.float64)

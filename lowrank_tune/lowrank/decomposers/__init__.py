@@ -32,7 +32,7 @@ def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
 
 
 def save_decomposer(model: Decomposer, path: Path) -> None:
-    """Write a decomposer as a safetensors file, whole or not at all; family, sizes and parameters are its metadata."""
+    """Write a decomposer as a safetensors file; family, sizes and parameters are its metadata."""
     metadata = {
         "family": model.family,
         "tokens": str(model.tokens),
@@ -45,11 +45,7 @@ def save_decomposer(model: Decomposer, path: Path) -> None:
 
 
 def load_decomposer(path: Path) -> Decomposer:
-    """Read what `save_decomposer` wrote, onto the CPU.
-
-    Raises:
-        InputError: The file is missing, or is not a decomposer's.
-    """
+    """Read what `save_decomposer` wrote, onto the CPU; an InputError where it is missing or no decomposer's."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

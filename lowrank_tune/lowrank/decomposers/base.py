@@ -17,12 +17,7 @@ from lowrank_tune.lowrank.metrics import EXACT
 
 
 class Factors(NamedTuple):
-    """X ≈ A B.
-
-    Attributes:
-        a_NTR: left factors [N, T, R].
-        b_NRD: right factors [N, R, D].
-    """
+    """X ≈ A B, left factors [N, T, R] and right factors [N, R, D]."""
 
     a_NTR: Tensor
     b_NRD: Tensor
@@ -38,7 +33,7 @@ class Decomposer(nn.Module, ABC):
         tokens: T, rows of each X.
         dim: D, its columns.
         rank: R, the columns of A at most.
-        params: What this family alone has; every name in the class's `params`, and no other.
+        params: One for every name in the class's `params`.
         generator: Draws the weights; on the CPU.
 
     Raises:
@@ -74,37 +69,31 @@ class Decomposer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
-        """Decompose images, each independently of the others in the batch.
+        """Decompose images [N, T, D] in the weights' dtype, each independently of the others.
 
-        Args:
-            x_NTD: Features [N, T, D] in the weights' dtype.
-            rank: How many columns A gets, `self.default_rank` when None. Fewer are the leading ones of an ordered
-                basis, for families that have one.
+        A smaller `rank` than `self.default_rank` gives the leading columns of an ordered basis.
 
         Raises:
             InputError: This family, or this model, has no factors of that rank.
         """
 
     def loss(self, x_NTD: Tensor) -> Tensor:
-        """Return the scalar that training lowers, averaged over images [N, T, D]."""
+        """Return the scalar that training lowers, the mean over images [N, T, D]."""
         return self.precomputed_loss(*self.precompute(x_NTD))
 
     def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Return all that the loss needs of images [N, T, D], one entry an image; by default X itself.
-
-        It depends on no weight that training changes, so that training may keep it from epoch to epoch.
-        """
+        """Return what the loss needs of images [N, T, D], one entry an image, free of trained weights; by default X itself."""
         return (x_NTD,)
 
     @abstractmethod
     def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
-        """Return `loss` from what `precompute` returned, the mean over its images."""
+        """Return `loss` from what `precompute` returned."""
 
     def nest(self, optima: Mapping[int, float]) -> None:
         """Let `loss` be the mean ρ over several ranks, so that one training serves them all.
 
         Args:
-            optima: Each rank, at most `self.rank`, with the share of ‖X‖² that the optimum leaves at it.
+            optima: Each rank, with the share of ‖X‖² that the optimum leaves at it.
 
         Raises:
             InputError: The family's basis is not ordered, or a rank exceeds the model's.
@@ -114,15 +103,15 @@ class Decomposer(nn.Module, ABC):
         self._loss_weights = {self.check_rank(rank): 1 / max(share, EXACT) for rank, share in optima.items()}
 
     def weigh_ranks(self, residual_R: Tensor) -> Tensor:
-        """Return the scalar to lower from the mean share of ‖X‖² that is left at each rank 1..R, [R].
+        """Return the scalar to lower from the mean share of ‖X‖² that is left at ranks 1..R, [R].
 
-        Nested ranks weigh by one over their optimum, so that a percent counts alike at every rank.
+        Nested ranks weigh by one over their optimum: a percent counts alike at every rank.
         """
         chosen = residual_R[[rank - 1 for rank in self._loss_weights]]
         return (chosen * chosen.new_tensor(list(self._loss_weights.values()))).mean()
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
-        """Set the weights from training images [n, T, D], read once, before the first epoch; by default they stay."""
+        """Set the weights from training images [n, T, D] before the first epoch; by default they stay."""
 
     def check_rank(self, rank: int | None) -> int:
         """Return the rank to compute; InputError where it is not in 1..`self.rank`."""

@@ -16,7 +16,7 @@ from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
 
 
 def three_term_loss(x_NTD: Tensor, a_NTR: Tensor, b_NRD: Tensor, lambda_b: float, lambda_ortho: float) -> Tensor:
-    """Return MSE(X, AB) + lambda_b · mean(B²) + lambda_ortho · ‖AᵀA − I‖² / R², averaged over images: a scalar.
+    """Return MSE(X, AB) + lambda_b · mean(B²) + lambda_ortho · ‖AᵀA − I‖² / R², the mean over images.
 
     X is [N, T, D], A [N, T, R], B [N, R, D].
     """
@@ -33,8 +33,7 @@ HIDDEN = 512
 class Direct(Decomposer):
     """Each token gives its row of A by a two-layer network; the pooled tokens and a learned vector a component give B.
 
-    X is brought to root mean square 1 for the network, and B takes the scale back, so that A is free of the features'
-    unit and scaling X scales AB.
+    The network sees X at root mean square 1, and B takes the scale back: scaling X scales AB.
     """
 
     family = "direct"
@@ -51,7 +50,7 @@ class Direct(Decomposer):
         self.component_out = _linear(HIDDEN, dim, generator)
 
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
-        """Decompose images [N, T, D]; the rank is the model's own."""
+        """Decompose images [N, T, D] at the model's own rank."""
         if self.check_rank(rank) != self.rank:
             raise InputError(f"rank {rank}: a direct model has factors of its own rank {self.rank} only")
         scale_N11 = x_NTD.square().mean((-2, -1), keepdim=True).sqrt()

@@ -6,20 +6,17 @@
     A = orth(Π (G − c_k θ) QV)   the filter: its zeros lie at learned shares c_k of θ, the image's own W-th Ritz value
     B = AᵀX                      the least-squares B for this A
 
-It is randomized subspace iteration (Halko, Martinsson & Tropp, 2011, "Finding structure with randomness", SIAM Review
-53) with the polynomial filter of Zhou, Saad, Tiago & Chelikowsky (2006, "Self-consistent-field calculations using
-Chebyshev-filtered subspace iteration", J. Comput. Phys. 219). A filter fixed for a data set fails where spectra differ
-between images. This one takes its scale from each image, and wanted eigenvalues lie above all its zeros, so that it
-grows with them whatever training does. θ never lies above the W-th eigenvalue, for Ritz values never do.
+Randomized subspace iteration (Halko, Martinsson & Tropp, 2011) with the polynomial filter of Zhou, Saad, Tiago &
+Chelikowsky (2006, J. Comput. Phys. 219). A filter fixed for a data set fails where spectra differ between images: this
+one takes its scale from each. θ never lies above the W-th eigenvalue, so wanted eigenvalues lie above all zeros and the
+filter grows with them.
 
-In an image whose tokens are nearly equal, or one of them a giant, one direction q holds most of the energy; squared in
-G, it would bury the others in rounding. There q is taken out first: G is that of X − qqᵀX, q itself A's first column,
-and the filter gives the others.
+Where tokens are nearly equal, or one is a giant, one direction q holds most of the energy; squared in G, it would bury
+the others in rounding. It is taken out first: G is that of X − qqᵀX, q itself A's first column, and the filter gives
+the others.
 
-What is learned is the zeros. A start P fitted to the training images' mean G was measured to be no better than a random
-one, which forgets no direction; and GP costs T / D of a learned sketch XΩ.
-
-N images, T tokens, D dim, R rank, W width.
+Only the zeros are learned: a start P fitted to the training images' mean G was measured to be no better than a random
+one. N images, T tokens, D dim, R rank, W width.
 """
 
 from __future__ import annotations
@@ -57,7 +54,7 @@ eigenvalues span six decades."""
 
 
 class Refined(Decomposer):
-    """Its basis is ordered: `forward` at a smaller rank gives the leading columns, near the best of that rank.
+    """Its basis is ordered: `forward` at a smaller rank is near the best of that rank.
 
     One parameter: `steps`, the degree of the filter, each step a product G Y.
     """
@@ -93,13 +90,13 @@ class Refined(Decomposer):
 
     @torch.no_grad()
     def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Return G [N, T, T], its energy and what the filter starts from: no learned weight has a part in them."""
+        """Return G [N, T, T], its energy and what the filter starts from."""
         with torch.autocast(x_NTD.device.type, enabled=False):
             gram_NTT, share_N, dominated_N, _ = self._gram(x_NTD.to(self.start_TW.dtype))
             return gram_NTT, share_N, dominated_N, *self._ritz(gram_NTT, self.rank)
 
     def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
-        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy, from what `precompute` returned.
+        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy.
 
         Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
         """
@@ -114,8 +111,7 @@ class Refined(Decomposer):
     def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return G over its trace [N, T, T], that over ‖X‖² [N], which images are dominated [N], and their q [n, T, 1].
 
-        The trace is a trillionth of ‖X‖² or less where q was taken out of equal tokens: powers of a G over ‖X‖² would
-        leave float32's range.
+        The trace may be a trillionth of ‖X‖² where q was taken out: powers of G over ‖X‖² would leave float32's range.
         """
         gram_NTT = gram(x_NTD)
         energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(x_NTD.dtype).tiny)
@@ -160,7 +156,7 @@ class Refined(Decomposer):
         leading_NWR: Tensor,
         theta_N11: Tensor,
     ) -> Tensor:
-        """Return the filtered basis [N, T, R]; where q was taken out the last column is zeros, to make room for it."""
+        """Return the filtered basis [N, T, R], its last column zeros where q was taken out."""
         shifts_KN11 = -torch.sigmoid(PACE * self.zeros_K)[:, None, None, None] * theta_N11
         basis_NTR = torch.addcmul(product_NTW, q_NTW, shifts_KN11[0]) @ leading_NWR
         for step, shift_N11 in enumerate(shifts_KN11[1:], start=1):

@@ -1,10 +1,7 @@
 """`sketch`: A spans a learned sketch of the columns, B in closed form.
 
-A = orth(XΩ), B = AᵀX: the range finder of Halko, Martinsson & Tropp (2011, "Finding structure with randomness", SIAM
-Review 53) with Ω [D, R] learned instead of drawn. Given A, this B is the least-squares one, and no choice of either
-beats the truncated SVD (Eckart & Young, 1936).
-
-N images, T tokens, D dim, R rank.
+A = orth(XΩ), B = AᵀX: the range finder of Halko, Martinsson & Tropp (2011) with Ω [D, R] learned instead of drawn; this
+B is the least-squares one for its A. N images, T tokens, D dim, R rank.
 """
 
 from __future__ import annotations
@@ -19,10 +16,7 @@ from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
 
 
 class Sketch(Decomposer):
-    """Starts at the training images' principal axes and learns from there.
-
-    Its basis is ordered: `forward` at a smaller rank uses Ω's leading columns.
-    """
+    """Starts at the training images' principal axes; its basis is ordered, by Ω's leading columns."""
 
     family = "sketch"
     ordered = True
