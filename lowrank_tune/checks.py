@@ -1,4 +1,4 @@
-"""What refuses a study before it leaves a trace: its data, and whether they still are what it began with."""
+"""What refuses a study before it leaves a trace."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from lowrank_tune.trials.outcomes import check_same_images
 
 
 def check_data(spec: StudySpec, *, trains: bool = True) -> None:
-    """Refuse what a study's data cannot give: a source, ranks, a split, images to draw; nothing is read but its list.
-
-    Some of the images may prove broken or equal later, so that those that are left are too few after all.
-    """
+    """Refuse what a source's list cannot give; broken or equal images may leave too few later."""
     source = spec.features.source
     nowhere = Path()  # only samples, and features themselves, are written into a cache
     listed = source.samples if isinstance(source, SampleSource) else len(read_records(source, nowhere, 0).paths)
@@ -31,7 +28,7 @@ def check_data(spec: StudySpec, *, trains: bool = True) -> None:
 
 
 def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
-    """Refuse a study that asks for a rank that no matrix [tokens, dim] has."""
+    """Refuse a rank that no matrix [tokens, dim] has."""
     highest = max_rank(spec)
     if highest > min(tokens, dim):
         raise InputError(
@@ -41,7 +38,7 @@ def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
 
 
 def check_begun(plan: Plan) -> None:
-    """Refuse to go on with a study whose images are gone, or are others than it began with."""
+    """Refuse a study whose images are gone, or are not those it began with."""
     with paths_explained(plan.study_id, plan.spec):
         check_data(plan.spec)
         fingerprint, keys = known_images(plan.spec.features, plan.features_root, plan.spec.seed)
@@ -50,7 +47,7 @@ def check_begun(plan: Plan) -> None:
 
 @contextmanager
 def paths_explained(study_id: str, spec: StudySpec) -> Iterator[None]:
-    """Say of a study whose file still holds relative paths where they are looked for."""
+    """Say of a study file with relative paths where they are looked for."""
     try:
         yield
     except InputError as error:

@@ -1,7 +1,4 @@
-"""Looks at a study and a machine without running anything.
-
-`plan` reckons what a study takes from a few measured steps; `doctor` checks what is at hand.
-"""
+"""What a study would take, from a few measured steps, and what a machine has at hand; nothing is run."""
 
 from __future__ import annotations
 
@@ -63,9 +60,7 @@ PACKAGES = ("torch", "transformers", "ray", "optuna", "mlflow")
 
 
 def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]:
-    """What a study will do and need, fit for JSON; sizes in bytes, times in seconds.
-
-    `seconds` is about what `run` takes on this machine, `seconds_at_most` the same if nothing is stopped early.
+    """What a study will do and need, fit for JSON: bytes, and seconds, `seconds_at_most` if nothing is stopped early.
 
     Raises:
         InputError: the study's data, encoder or ranks cannot be used.
@@ -94,7 +89,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that `doctor` looked at, and what was found; for a failure, with the remedy."""
+    """One thing that `doctor` looked at, and what was found, or the remedy."""
 
     name: str
     passed: bool
@@ -132,11 +127,7 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
 
 
 def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str, Any]:
-    """Count a source's images and those of them that are cached, sealed or left by an extraction that was cut short.
-
-    A source or checkpoint that cannot be used, and too many broken files, are an InputError, a damaged cache a
-    CacheError.
-    """
+    """Count a source's images and those of them that are cached, sealed or left by an extraction that was cut short."""
     records = read_records(spec.source, cache_root, seed)
     files = hash_files(records)
     extraction = plan_extraction(spec, cache_root, records)
@@ -165,8 +156,8 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
 def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, list[str], bool]:
     """Turn the first images of a source into features, in this process, and keep nothing.
 
-    Returns what an image takes one encoder, once it runs (on a GPU in a whole shard, else as the quickest one did; 0
-    where none was usable), a sentence on each of the images, and whether all were usable.
+    Returns what an image takes one encoder (on a GPU in a whole shard, else as the quickest one did; 0 where none was
+    usable), a sentence on each of the images, and whether all were usable.
     """
     records = read_records(spec.source, cache_root, seed)
     extraction = plan_extraction(spec, cache_root, records)
@@ -206,11 +197,10 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
 
 
 def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_seconds: float) -> dict[str, Any]:
-    """Time a study's largest and smallest trainings, a few steps each, and reckon the whole from them.
+    """Time a few steps of a study's largest and smallest trainings, and reckon the whole from them.
 
-    Of a training by several workers one's share is timed; what they exchange is not. The memory is that of the largest
-    training, or of each of its workers: on a GPU what it allocated at most, else weights, gradients, moments and a
-    batch.
+    Of a training by several workers one's share is timed, without what they exchange. The memory is that of the largest
+    training, or of each of its workers: on a GPU what it allocated, else weights, gradients, moments and a batch.
     """
     resources, epochs = plan.spec.resources, plan.spec.training.epochs
     torch.set_num_threads(max(1, int(resources.cpus_per_trial)))
@@ -260,10 +250,10 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_second
 
 
 def expected_share(scheduler: SchedulerSpec, epochs: int) -> float:
-    """The part of all epochs that a scheduler may be expected to leave to train.
+    """The part of all epochs that a scheduler is expected to leave to train.
 
-    Halfway between halving that waits for everybody, where one in `reduction_factor` passes each rung, and no stopping:
-    the asynchronous kind lets every early trial pass.
+    Halfway between synchronous halving, where one in `reduction_factor` passes each rung, and no stopping: the
+    asynchronous kind lets every early trial pass.
     """
     if scheduler.kind == "none":
         return 1.0
@@ -288,7 +278,7 @@ class _Noise(FeatureMatrix):
 
 
 def _measure(config: TrialConfig, data: FeatureMatrix, split: Split, device: str) -> tuple[float, int]:
-    """Seconds of a whole training and bytes that it holds, from its first epochs on a few images."""
+    """Seconds of a whole training and bytes that it holds, from a few images' first epochs."""
     train = min(len(split.train), STEPS * config.batch_size)
     validation = range(min(len(split.validation), VALIDATION_BATCH))
     few = Split(tuple(range(train)), tuple(validation), ())
@@ -334,7 +324,7 @@ def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:
 
 
 def _describe_images(spec: StudySpec, cache_root: Path, left: Sequence[int]) -> str:
-    """What the first images become, and how long those that are left to extract take; an error if one is broken."""
+    """What the first images become, and how long those left to extract take; an error if one is broken."""
     each, lines, sound = try_images(spec.features, cache_root, spec.seed)
     if not sound:
         raise InputError("; ".join(lines))

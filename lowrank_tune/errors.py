@@ -16,10 +16,7 @@ import re
 
 
 class LowrankTuneError(Exception):
-    """The base of every deliberate error; the command line prints its message and exits with `exit_code`.
-
-    Whatever a message quotes, an address in it shows no credentials.
-    """
+    """The base of every deliberate error; an address in its message shows no credentials."""
 
     exit_code = 1
 
@@ -28,26 +25,21 @@ class LowrankTuneError(Exception):
 
 
 class InputError(LowrankTuneError):
-    """The user's input is wrong: fix what the message names and run again."""
+    """The user's input is wrong: fix what the message names."""
 
     exit_code = 2
 
 
 class StudyFileError(InputError):
-    """The study file does not describe a study: fix every listed line.
-
-    Args:
-        problems: One text a problem, each beginning with `file:line`.
-    """
+    """The study file does not describe a study: fix every listed line, each `file:line: …`."""
 
     def __init__(self, problems: list[str]) -> None:
-        """Keep the problems, one a line."""
         self.problems = [redact(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 
 class CacheError(LowrankTuneError):
-    """A feature cache cannot be trusted: the message says what differs and which command repairs it."""
+    """A feature cache cannot be trusted: repair it by the command in the message."""
 
 
 class TrackingError(LowrankTuneError):
@@ -55,9 +47,9 @@ class TrackingError(LowrankTuneError):
 
 
 class StudyFailedError(LowrankTuneError):
-    """No trial of the study gave a model: the message holds the reasons, most frequent first."""
+    """No trial gave a model: the message holds the reasons, most frequent first."""
 
 
 def redact(text: str) -> str:
-    """Take user names, passwords and query strings out of every address in a text, for messages and files."""
+    """Take user names, passwords and query strings out of every address in a text."""
     return re.sub(r"(://[^\s?]*)\?[^\s\"']+", r"\1", re.sub(r"://[^\s\"']*@", "://", text))

@@ -1,4 +1,4 @@
-"""A trained decomposer leaves its study: a folder in the hub's own form, written whole or not at all."""
+"""A trained decomposer leaves its study: a folder in the hub's own form."""
 
 from __future__ import annotations
 
@@ -37,21 +37,15 @@ def model_card(
     device: str,
     remarks: tuple[str, ...],
 ) -> str:
-    """Write the card.
+    """Write the card in Markdown, front matter first.
 
     Args:
         name: the model's.
         config: its `config.json`.
         features: what it was trained on.
-        summary: its own figures at its rank, the SVD's and the best control's.
+        summary: the figures at its rank; a ValueError where they lack a trained row.
         device: what the speeds were measured on.
         remarks: what a reader of the study's figures must not miss.
-
-    Returns:
-        Markdown, the front matter first.
-
-    Raises:
-        ValueError: the summary has no trained row.
     """
     row = summary.trained
     if row is None:
@@ -188,18 +182,13 @@ CARD = "README.md"
 def export_study(
     name: str, directory: str | Path, *, rank: int | None = None, results: str | Path | None = None
 ) -> ExportedModel:
-    """Write the best model of a rank to a folder that needs nothing of its study.
-
-    The best is the trained model with the lowest mean ρ on the test split, the one that MLflow holds for that rank.
+    """Write the trained model with a rank's lowest mean ρ on the test split to a folder of its own.
 
     Args:
         name: the study's id, or the beginning of it.
-        directory: where to; a new folder, an empty one, or an earlier export, which is replaced.
-        rank: R; may be left out where the study has one.
+        directory: a new folder, an empty one, or an earlier export, which is replaced.
+        rank: may be left out where the study has one.
         results: the results directory; `LOWRANK_TUNE_RESULTS`, else `./results`, when None.
-
-    Returns:
-        What was written.
 
     Raises:
         InputError: there is no such study or rank, it has not finished, its model is missing, or the folder holds

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: one atomic write and one JSON reader for the package."""
+"""Files that are either whole or absent, and JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def results_place(results: str | Path | None) -> str:
-    """The results directory's name: what is given, else LOWRANK_TUNE_RESULTS, else `results`."""
+    """The results directory's name: the given one, else LOWRANK_TUNE_RESULTS, else `results`."""
     return str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
     """Give `path` its content in one step: a reader sees the old file or the new one, never a part.
 
-    `write` gets the path of a temporary neighbour with the same suffix; nothing is left of it after an error. A
-    `durable` file outlives the machine's own death, too, which costs an fsync of the file and one of its folder. The
-    folder must be there: one that is made here would hide that its mount has gone.
+    `write` gets a temporary neighbour's path. A `durable` file outlives the machine's own death, at the cost of two
+    fsyncs. The folder must be there: one made here would hide that its mount has gone.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     try:
@@ -42,7 +41,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = 
 
 
 def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
-    """Write a file of these bytes, one piece after the other, whole and durable."""
+    """Write these bytes one after the other, whole and durable."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -53,7 +52,7 @@ def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
 
 
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
-    """Write a value as JSON, whole; records become objects, and NaN, which is no JSON, is a ValueError."""
+    """Write a value or record as JSON, whole; NaN is a ValueError."""
     text = json.dumps(value, indent=indent, allow_nan=False, default=asdict) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -64,10 +63,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder with these files in one step; where it exists already, leave it.
-
-    Two processes may do so at once: the first rename wins and the other's copy is dropped.
-    """
+    """Make a folder with these files in one step, unless it, or another process's copy, is there."""
     if directory.exists():
         return
     temporary = directory.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{directory.name}")
@@ -91,7 +87,7 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to this file or folder."""
+    """Have the disk hold this file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,12 +110,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def parse_header(file: Readable, size: int) -> tuple[bytes, dict[str, Any]]:
-    """The bytes before the first value of a safetensors file of `size` bytes, open at its start, and its tensors.
-
-    Raises:
-        ValueError: it is no safetensors file, or a truncated one.
-        OSError: it cannot be read.
-    """
+    """The bytes before a safetensors file's first value, and its tensors; a ValueError where it is none or truncated."""
     start = file.read(8)
     if len(start) < 8:
         raise ValueError("shorter than a header")

@@ -1,7 +1,6 @@
-"""Looks at a study that has finished, or was stopped: its comparison, its pictures and its report, again.
+"""A study that has finished, or was stopped: its comparison, pictures and report, again.
 
-Only the study's folder and its feature cache are read, wherever they lie now: a results directory may have been copied
-or mounted elsewhere since. No Ray is started.
+Only its folder and its feature cache are read, wherever they lie now; no Ray is started.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 
 @dataclass(frozen=True, slots=True)
 class PastStudy:
-    """A study as its folder tells it; its features where they lie now."""
+    """A study as its folder tells it."""
 
     directory: Path
     plan: Plan
@@ -40,7 +39,7 @@ class PastStudy:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What must be said of figures from a study that is not finished."""
+        """What must be said of an unfinished study's figures."""
         if self.state == "finished":
             return ()
         trials = f"{len(self.outcomes)} of {self.plan.n_trials} trials"
@@ -49,7 +48,7 @@ class PastStudy:
 
 
 def open_study(results: str | Path | None, name: str) -> PastStudy:
-    """Open a study of a results directory by its id, or the beginning of it.
+    """Open a study by its id, or the beginning of it.
 
     Raises:
         InputError: there is no such study, it never began to train, or its files are damaged.
@@ -58,7 +57,7 @@ def open_study(results: str | Path | None, name: str) -> PastStudy:
 
 
 def read_study(directory: Path) -> PastStudy:
-    """Read a study's folder; what `open_study` refuses is refused here."""
+    """Read a study's folder; errors as `open_study`."""
     try:
         plan = read_plan(directory)
         state = str(read_json(directory / "status.json")["state"])
@@ -78,10 +77,10 @@ def read_study(directory: Path) -> PastStudy:
 
 
 def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
-    """The study's figures on the test split: those on file; where there are none, or `again`, measured now.
+    """The study's figures on the test split: those on file, or measured now where there are none, or `again`.
 
     Raises:
-        InputError: no trial left anything to compare, or the features have no usable test image.
+        InputError: there is nothing to compare.
         CacheError: features cannot be read.
     """
     if again or not (study.directory / "comparison.json").is_file():
@@ -125,16 +124,13 @@ def report_of(
 def visualize(
     study: PastStudy, images: Sequence[int], *, rank: int | None = None, channels: Sequence[int] | int = 8
 ) -> tuple[Path, ...]:
-    """Write the spatial pictures of some test images, and a page with choosers of image, rank and channel.
+    """Write the spatial pictures of some test images, PNG files, and a page with choosers, the last path.
 
     Args:
         study: from `open_study`.
         images: positions in the test split, from 0.
-        rank: R; by default that of the best trained model.
+        rank: by default that of the best trained model.
         channels: which channels, or how many of the first ones.
-
-    Returns:
-        The PNG files, then the page.
 
     Raises:
         InputError: there is no such image, rank or channel, or nothing to compare.
@@ -153,14 +149,14 @@ def visualize(
 
 
 def check_rank_compared(studies: Sequence[PastStudy], rank: int | None) -> None:
-    """Refuse a rank that no study has compared or would compare, before anything is measured."""
+    """Refuse a rank that no study compares."""
     ranks = sorted({each for study in studies for outcome in study.outcomes for each in outcome.config.ranks})
     if rank is not None and rank not in ranks:
         raise InputError(f"rank {rank}: compared were {', '.join(map(str, ranks)) or 'none'}; choose among them")
 
 
 def comparability(studies: Sequence[PastStudy]) -> list[str]:
-    """Say what keeps the figures of several studies from being held against each other; nothing when all is equal."""
+    """Say what keeps the figures of several studies from being held against each other."""
     first = studies[0]
     said = []
     if len({study.features.fingerprint for study in studies}) > 1:
@@ -177,7 +173,7 @@ def comparability(studies: Sequence[PastStudy]) -> list[str]:
 
 
 def _moved(features: FeatureSet, results: Path) -> FeatureSet:
-    """The features where they lie now: beside the study, when they are not where they were."""
+    """The features beside the study, when they are not where they were."""
     here = results / "features" / features.fingerprint
     if Path(features.directory).is_dir() or not here.is_dir():
         return features

@@ -1,7 +1,4 @@
-"""The frozen value objects that pass between rooms.
-
-Only numbers, text and paths live here, so that any of them can travel to a Ray actor or into a JSON file as it is.
-"""
+"""The frozen value objects that pass between rooms: numbers, text and paths alone, fit for a Ray actor or JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 
 @dataclass(frozen=True, slots=True)
 class FeatureRow:
-    """Where one image's features lie in a cache: tensor `features` of `shard`, at index `row`."""
+    """Where one image's features lie in a cache."""
 
     key: str  # sha256 of the image file's bytes (of the `.pt` file's for imported tensors), 64 hex digits
     shard: str  # file name under the cache's `shards/`
@@ -34,8 +31,8 @@ class FeatureRow:
 class FeatureSet:
     """The features of one study's images, inside a sealed cache.
 
-    `records_path` is a parquet with one row a record of the user's source (`record`, `key`, `path`, `error` and all of
-    the user's own columns); records that share an image share a key.
+    `records_path` is a parquet, one row a record of the user's source (`record`, `key`, `path`, `error`, and the user's
+    own columns); records that share an image share a key.
     """
 
     directory: str  # the cache, `features/<fingerprint>`
@@ -65,7 +62,7 @@ class FeatureSet:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which images train, steer and judge: indices into `FeatureSet.rows`, disjoint, each sorted."""
+    """Which images train, steer and judge: sorted, disjoint indices into `FeatureSet.rows`."""
 
     train: tuple[int, ...]
     validation: tuple[int, ...]
@@ -100,7 +97,7 @@ class TrialConfig:
         return self.nested_ranks or (self.rank,)
 
     def ends_at(self, epoch: int, best_epoch: int) -> Literal["budget", "patience"] | None:
-        """What ends this training after so many epochs, given the one with the lowest validation MSE; None: nothing."""
+        """What ends this training after so many epochs, if anything, given the one with the lowest validation MSE."""
         if epoch >= self.epochs:
             return "budget"
         return "patience" if epoch - best_epoch >= self.patience else None
@@ -122,18 +119,17 @@ class TrialOutcome:
 
     @classmethod
     def read(cls, path: Path) -> TrialOutcome:
-        """Read a trial's outcome.json; its directory is the one where the file lies now, for results may be moved."""
+        """Read a trial's outcome.json; its directory is where the file lies now."""
         fields: dict[str, Any] = read_json(path)
         return cls(**fields | {"config": TrialConfig(**fields["config"]), "directory": str(path.parent)})
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One method at one rank on the test split, a row of `comparison.json`: means over images of an image's figures.
+    """One method at one rank on the test split: means over images of an image's figures.
 
-    The four `_seed_` figures are of further trainings of the trial's configuration, each with a fresh seed;
-    `_minus_svd` is this method's token cosine minus the SVD's on the same image, `_low` and `_high` the ends of its
-    95 % confidence interval.
+    The four `_seed_` figures are of repetitions with fresh seeds; `_minus_svd` is the token cosine minus the SVD's on
+    the same image, `_low` and `_high` the ends of its 95 % confidence interval.
     """
 
     method: str  # `svd`, a control's name, or a trained family
@@ -202,7 +198,7 @@ class StoredRow:
 class PrunedRow:
     """Factors pruned by energy: each image keeps the fewest leading components that meet a target.
 
-    The figures from `rank_mean` on are there only where all images meet it.
+    From `rank_mean` on there are figures only where all images meet it.
     """
 
     method: str  # `svd`, of which every rank is at hand, or the best trained family of the highest rank
@@ -261,7 +257,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class ReportFiles:
-    """What a report wrote: the page, the files of `plots/`, and a `loss_curves.png` in the folder of each trial."""
+    """What a report wrote: the page, `plots/`, and a `loss_curves.png` a trial."""
 
     html: Path
     plots: tuple[Path, ...]
@@ -269,7 +265,7 @@ class ReportFiles:
 
 
 class TrialTracker(Protocol):
-    """What the trials room tells a tracker, from the driver only; none of these may raise."""
+    """What a tracker is told of trials, in the driver; none of these may raise."""
 
     def trial_started(self, config: TrialConfig) -> None:
         """A trial begins."""
@@ -282,7 +278,7 @@ class TrialTracker(Protocol):
 
 
 class StudyProgress:
-    """What a study tells while it runs; each method may be overridden, and none needs to be."""
+    """What a study tells while it runs; any method may be overridden."""
 
     def stage(self, text: str) -> None:
         """A new part of the story begins."""

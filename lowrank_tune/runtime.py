@@ -1,7 +1,4 @@
-"""The Ray that a study works in.
-
-This module loads nothing but Ray, so that Ray can be on its way up while the rest is imported.
-"""
+"""The Ray that a study works in; nothing else is imported, so that Ray can start meanwhile."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ _KNOCK_TIMEOUT_S = 5.0
 
 @contextmanager
 def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> Iterator[None]:
-    """A Ray to work in: the caller's, when there is one already; else the cluster at `address`, else a local one.
+    """A Ray to work in: the caller's, if there is one; else the cluster at `address` or RAY_ADDRESS, else a local one.
 
     Args:
-        address: `ray://host:port` or `host:port`; RAY_ADDRESS when None.
-        meanwhile: modules to import on a thread while Ray starts, which takes seconds, too; none of Ray's own. Ray
-            must start on this thread: its processes end with the thread that started them.
+        address: `ray://host:port` or `host:port`.
+        meanwhile: modules, none of Ray's, to import on a thread while Ray starts on this one, for its processes end
+            with the thread that started them.
 
     Raises:
         LowrankTuneError: the cluster does not answer.
@@ -53,7 +50,7 @@ def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> It
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which `kill` and schedulers send, ends a study as Ctrl-C does; Ray's own handler would abort."""
+    """SIGTERM ends a study as Ctrl-C does; Ray's own handler would abort."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -95,7 +92,7 @@ def _start(address: str | None) -> None:
 
 
 def _carry_token() -> None:
-    """Show the cluster this user's token, if there is one: Ray 2.60 does so for clusters that it finds itself."""
+    """Show the cluster this user's token; Ray 2.60 does so only for clusters that it finds itself."""
     with suppress(ImportError):
         from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -103,11 +100,7 @@ def _carry_token() -> None:
 
 
 def _knock(address: str) -> None:
-    """Find out within seconds whether anything listens at `host:port`; Ray itself would wait for minutes.
-
-    Raises:
-        OSError: nothing does.
-    """
+    """Find out in seconds whether anything listens at `host:port`, where Ray would wait for minutes; an OSError if not."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()

@@ -1,6 +1,6 @@
 """The story of a study, from its file to its report, and the ways into it from a program.
 
-A command that is refused changes nothing: data, Ray, results directory and MLflow are looked at before the first trace.
+A command that is refused changes nothing: data, Ray, results directory and MLflow are looked at first.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def run_study(
         overrides: `key.path=value` texts laid over the file.
         address: a Ray cluster; by default RAY_ADDRESS, else a Ray of this process's own.
         progress: told what happens.
-        study_id: its id, where one was promised already; by default one that follows from the file and the time.
-        file: where a spec was read from, with these overrides; the study's folder keeps its text.
+        study_id: its id, where one was promised already.
+        file: where a spec was read from; the study's folder keeps its text.
 
     Raises:
         InputError: something in the study file, the data or the results directory must be changed.
@@ -113,10 +113,9 @@ def resume_study(
     address: str | None = None,
     progress: StudyProgress | None = None,
 ) -> StudyResult:
-    """Go on with a study that was stopped, or that failed: its features, trials and repetitions are not made again.
+    """Go on with a study that was stopped, or that failed; one whose trials are all over is compared and reported anew.
 
-    Trials that are over stay over; those that were being trained go on from their last checkpoint; the search goes on
-    as it would have. A study whose trials are all over is compared and reported anew.
+    Trials that are over stay over; those that were being trained go on from their last checkpoint.
     """
     directory = find_study(results_path(results), study_id)
     with claimed(directory):
@@ -135,10 +134,7 @@ def extend_study(
     address: str | None = None,
     progress: StudyProgress | None = None,
 ) -> StudyResult:
-    """Add trials to a finished study; searcher and scheduler know the old ones, and all are compared anew.
-
-    A grid grows with a wider `search.space` in `overrides`; random and tpe by `trials`.
-    """
+    """Add trials to a finished study, a grid's by a wider `search.space` in `overrides`; all are compared anew."""
     directory = find_study(results_path(results), study_id)
     with claimed(directory):
         state = read_status(directory, ours=True)["state"]
@@ -191,10 +187,9 @@ def run_trial(
     progress: StudyProgress | None = None,
     file: Path | None = None,
 ) -> TrialOutcome:
-    """Train one trial in this very process, where a debugger's breakpoint works: the first point of the search space.
+    """Train the first point of the search space in this process, where a debugger's breakpoint works.
 
-    Ray is started only when features are missing from the cache, and is gone before the training begins. The trial's
-    files lie in a study directory of its own; MLflow is told nothing.
+    Ray is started only when features are missing, and is gone before the training begins; MLflow is told nothing.
     """
     progress = progress or StudyProgress()
     plan = plan_study(_spec_of(study, overrides), results)
@@ -225,15 +220,10 @@ def extract_study(
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
-    """Open a sealed feature cache, `results/features/<fingerprint>`, or one of factors that `apply` wrote.
+    """Open all images of a sealed feature cache, `results/features/<fingerprint>`, or of factors that `apply` wrote.
 
-    Args:
-        directory: the cache's folder, or its address on an object store, which is copied to this node first, once
-            (LOWRANK_TUNE_STAGING says where to).
-
-    Returns:
-        All its images: `len(features)`, `features.load([0, 1])` -> float32 tensor [2, tokens, dim],
-        `features.features.rows[0].key`. Of factors, `load` gives X ≈ A·B, and `features.factors([0, 1])` A and B.
+    `load([0, 1])` gives float32 [2, tokens, dim], of factors A·B, and `factors([0, 1])` A and B. A cache on an object
+    store is copied to this node first, once (LOWRANK_TUNE_STAGING says where to).
 
     Raises:
         CacheError: it is unsealed or damaged.
@@ -243,12 +233,12 @@ def open_features(directory: str | Path) -> FeatureMatrix:
 
 
 def validation_optimum(features: FeatureSet, split: Split) -> Optimum:
-    """The SVD's figures of the validation images at every rank, in the order of `split.validation`."""
+    """The SVD's figures of the validation images, in the order of `split.validation`."""
     return measure_optimum(FeatureMatrix(features).batches(split.validation, 16))
 
 
 def device_of(spec: StudySpec) -> str:
-    """Where this process computes what the trials compute: on a GPU when they ask for one and it is here."""
+    """Where this process computes: on a GPU when trials ask for one and it is here."""
     return "cuda" if spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
 
 
@@ -304,7 +294,7 @@ def _comparison_on_file(plan: Plan) -> Comparison | None:
 
 
 def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:
-    """Do all of a study that is not done yet; the caller has claimed it."""
+    """Do all of a claimed study that is not done yet."""
     progress = progress or StudyProgress()
     known = read_outcomes(plan.study_dir / "trials").values()
     with Status(plan.study_dir, plan.n_trials, known) as status:

@@ -82,7 +82,7 @@ class Decomposer(nn.Module, ABC):
         return self.precomputed_loss(*self.precompute(x_NTD))
 
     def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Return what the loss needs of images [N, T, D], one entry an image, free of trained weights; by default X itself."""
+        """Return what the loss needs of images [N, T, D], one entry an image, and no training changes; by default X."""
         return (x_NTD,)
 
     @abstractmethod
