@@ -110,7 +110,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def parse_header(file: Readable, size: int) -> tuple[bytes, dict[str, Any]]:
-    """The bytes before a safetensors file's first value, and its tensors; a ValueError where it is none or truncated."""
+    """The bytes before a safetensors file's first value, and its tensors; a ValueError where it is damaged."""
     start = file.read(8)
     if len(start) < 8:
         raise ValueError("shorter than a header")

@@ -100,7 +100,7 @@ def _carry_token() -> None:
 
 
 def _knock(address: str) -> None:
-    """Find out in seconds whether anything listens at `host:port`, where Ray would wait for minutes; an OSError if not."""
+    """Find out in seconds whether anything listens at `host:port`, where Ray would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()

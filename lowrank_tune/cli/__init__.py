@@ -1,4 +1,4 @@
-"""The command line: argv becomes one call of the library, and an error becomes one message and an exit code."""
+"""The command line: argv becomes one call of the library, and an error one message and an exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TELL_THEMSELVES = {"run", "resume", "extend", "clone", "wait"}
 
 
 def main() -> NoReturn:
-    """Run the command in `sys.argv` and exit: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted."""
+    """Run `sys.argv` and exit: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted."""
     # `--debug` is wanted after a command has failed, so it may stand anywhere on the line.
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
@@ -32,7 +32,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
-    """Run one command, argv without the program's name; returns its exit code. With `debug`, tracebacks are shown."""
+    """Run argv without the program's name; returns its exit code."""
     from lowrank_tune.cli.app import app
 
     try:

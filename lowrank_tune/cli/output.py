@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # these load torch
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Print names and values in two columns."""
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         # Not a rich table: a path that wraps cannot be copied.
@@ -31,7 +30,6 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line a row, under the names of the columns."""
     texts = [[name.replace("_", " ") for name in rows[0]], *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for row in texts:
@@ -39,7 +37,6 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show(found: Any, as_json: bool, text: Callable[[Any], object] = print_facts) -> None:
-    """Print what a command found: as JSON, or by the function that puts it into words."""
     print(json.dumps(found, indent=2, default=_plain)) if as_json else text(found)
 
 
@@ -48,12 +45,10 @@ def _plain(value: Any) -> Any:
 
 
 def print_state(status: Mapping[str, Any]) -> None:
-    """Print a study's state in a line, and its reason where there is one."""
     print(f"{status['study_id']}: {status['state']}" + (f" ({status['reason']})" if status["reason"] else ""))
 
 
 def print_studies(statuses: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line a study."""
     if not statuses:
         print("no studies here yet; `lowrank-tune run STUDY.yaml` makes one")
         return
@@ -73,7 +68,6 @@ def print_studies(statuses: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_status(status: Mapping[str, Any]) -> None:
-    """Print all of a study's status."""
     progress, running = status["progress"], status["state"] == "running"
     facts = {"study": status["study_id"], "state": status["state"], "reason": status["reason"]}
     facts |= {"started": _time(status["started"]), "ended": _time(status["ended"]), "comes from": _lineage(status)}
@@ -104,7 +98,6 @@ def _lineage(status: Mapping[str, Any]) -> str:
 
 
 def show_study(result: StudyResult, as_json: bool) -> None:
-    """Print what a study found, where it lies and what to type next."""
     if as_json:
         facts = {"study_id": result.study_id, "directory": result.directory, "comparison": result.comparison.rows}
         facts |= {"remarks": result.comparison.remarks, "trials": result.outcomes}
@@ -133,7 +126,6 @@ def show_study(result: StudyResult, as_json: bool) -> None:
 def show_comparisons(
     comparisons: Mapping[str, Comparison], rank: int | None, caveats: Sequence[str], as_json: bool
 ) -> None:
-    """Print the figures of one study, or of several side by side, and what must be said of them."""
     from lowrank_tune.report.tables import comparison_tables, studies_table
     from lowrank_tune.report.text import at_rank
 
@@ -154,7 +146,6 @@ def _print_points(sentences: Sequence[str]) -> None:
 
 
 def print_trial(outcome: TrialOutcome) -> None:
-    """Print how one trial ended."""
     facts: dict[str, Any] = {"trial": outcome.config.trial_id, "status": outcome.status}
     facts |= {"stopped by": outcome.stopped_by, "epochs": outcome.epochs, "best epoch": outcome.best_epoch}
     facts |= {name: f"{value:.6g}" for name, value in outcome.best.items()}
@@ -180,7 +171,6 @@ def factors_facts(factors: FeatureSet) -> dict[str, Any]:
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print a line a check."""
     console = Console(highlight=False)
     for check in checks:
         mark = "[green]ok[/green]    " if check.passed else "[red]failed[/red]"

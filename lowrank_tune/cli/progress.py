@@ -28,13 +28,7 @@ _LINES = 4  # about the images, where there is no terminal
 
 
 class TerminalProgress(StudyProgress):
-    """A bar with rate and ETA, the best of each rank and what trains; without a terminal a line now and then.
-
-    Args:
-        epochs: of a trial at most; tells how far one that trains is.
-        console: where to show it; stderr by default.
-        doing: what is done with images.
-    """
+    """A bar with rate and ETA, the best of each rank and what trains; without a terminal a line now and then."""
 
     def __init__(self, epochs: int = 0, console: Console | None = None, doing: str = "extracting") -> None:
         self._epochs, self._doing, self._started = epochs, doing, time.monotonic()
@@ -57,7 +51,6 @@ class TerminalProgress(StudyProgress):
         self._live.stop()
 
     def stage(self, text: str) -> None:
-        """Begin a part of the story on a line of its own."""
         self._end_work()
         self._running.clear()
         self._say(text)
@@ -71,13 +64,11 @@ class TerminalProgress(StudyProgress):
             self._say(", ".join(text for text in (f"{done}/{total} images", _pace(task)) if text))
 
     def trials(self, total: int) -> None:
-        """Count the trials, or the repetitions after them."""
         self._end_work()
         self._ends.clear()
         self._count("training", 0, total)
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
-        """Take note of an epoch."""
         ratio = float(metrics.get("val_residual_ratio", math.nan))
         self._running[trial_id] = (epoch, ratio)
         rank = re.match(r"r(\d+)-", trial_id)
@@ -87,7 +78,6 @@ class TerminalProgress(StudyProgress):
         self._count_trials()
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
-        """Count a trial; where there is no terminal, and where it failed, it gets a line."""
         trial_id = outcome.config.trial_id
         self._running.pop(trial_id, None)
         self._ends[outcome.stopped_by] += 1
@@ -107,7 +97,6 @@ class TerminalProgress(StudyProgress):
         return self._count("training", done, most, completed=min(done + begun, most))
 
     def _count(self, what: str, done: int, total: int, completed: float | None = None, unit: str = "") -> Task:
-        """So much of it is done; `completed` counts what has begun as well."""
         completed = done if completed is None else completed
         if not self._bar.tasks:
             self._bar.add_task(what, total=total, completed=completed, done=done, unit=unit)  # type: ignore[arg-type]
@@ -119,7 +108,6 @@ class TerminalProgress(StudyProgress):
             self._bar.remove_task(task_id)
 
     def _view(self) -> Group:
-        """The bar and, while trials are at work, what is known of them below it."""
         below: list[Text | Table] = []
         training = any(not task.fields["unit"] for task in self._bar.tasks)
         if training and self._ends:
@@ -163,7 +151,6 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Table:
 
 @contextmanager
 def shown_progress(epochs: int = 0, quiet: bool = False, doing: str = "extracting") -> Iterator[StudyProgress]:
-    """What a command shows while it works."""
     with _pythons_stderr_only():
         if quiet:
             yield StudyProgress()
@@ -174,7 +161,7 @@ def shown_progress(epochs: int = 0, quiet: bool = False, doing: str = "extractin
 
 @contextmanager
 def _pythons_stderr_only() -> Iterator[None]:
-    """Keep what Ray's C++ core writes to file descriptor 2, past every logger, off the terminal; not with --debug."""
+    """Keep what Ray's C++ core writes to file descriptor 2, past every logger, off the terminal."""
     try:
         silent = sys.stderr.fileno() == _STDERR and logging.getLogger().level >= logging.ERROR
     except (OSError, ValueError, AttributeError):

@@ -1,6 +1,6 @@
 """A Ray cluster: its job server, which starts `lowrank-tune` there, and whether its nodes share a results directory.
 
-Ray is imported where a cluster is talked to: `list` and `status` of a results directory answer at once.
+Ray is imported only where a cluster is talked to: `list` and `status` answer at once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
         return self.status in {"STOPPED", "SUCCEEDED", "FAILED"}
 
 
@@ -78,20 +77,10 @@ class Cluster:
             self._client = JobSubmissionClient(self.address, headers=headers)
 
     def submit(self, study_id: str, arguments: Sequence[str], results: Path, study: Path | None = None) -> Job:
-        """Let the cluster run `lowrank-tune` on a study; returns when its driver found everything sound.
+        """Let the cluster run `lowrank-tune`, `study.yaml` its study file; returns once the driver found all sound.
 
-        Args:
-            study_id: the study that it works on.
-            arguments: the command line; `study.yaml` is the study file.
-            results: the results directory, absolute.
-            study: the study file to take along.
-
-        Returns:
-            The job; still `PENDING` where the cluster has no place for it yet.
-
-        Raises:
-            InputError: the driver found something that the user must change; told in its words.
-            LowrankTuneError: it ended for another reason; likewise.
+        The job is `PENDING` where the cluster has no place for it yet. An InputError or LowrankTuneError in the
+        driver's own words where it found something wrong.
         """
         known = {job.job_id for job in self.jobs()}
         job_id = study_id if study_id not in known and study else f"{study_id}.{time.time_ns() // 1_000_000:x}"
@@ -109,7 +98,7 @@ class Cluster:
             time.sleep(_POLL_S)
 
     def read(self, arguments: Sequence[str], results: Path) -> Any:
-        """What `lowrank-tune … --json` prints on the cluster, for what this machine does not see; takes seconds."""
+        """What `lowrank-tune … --json` prints on the cluster; takes seconds."""
         with self._refusals_told():
             for details in self._client.list_jobs():
                 # Ray may bring back a job that is deleted as soon as it ends.
@@ -126,23 +115,18 @@ class Cluster:
         return json.loads("\n".join(lines[start:]))
 
     def jobs(self) -> list[Job]:
-        """Every job that works or worked on a study, oldest first."""
+        """Every job on a study, oldest first."""
         with self._refusals_told():
             found = self._client.list_jobs()
         jobs = [_job(details) for details in found if _STUDY in (details.metadata or {})]
         return sorted(jobs, key=lambda job: job.started)
 
     def job(self, job_id: str) -> Job:
-        """One job as it stands now."""
         with self._refusals_told():
             return _job(self._client.get_job_info(job_id))
 
     def latest(self, name: str) -> Job | None:
-        """The last job of the one study whose id is, or begins with, `name`; None where no job is of such a study.
-
-        Raises:
-            InputError: it is no id, or several studies' ids begin so.
-        """
+        """The last job, if any, of the one study whose id begins with `name`; several studies are an InputError."""
         check_id(name)
         jobs = self.jobs()
         found = {job.study_id for job in jobs if job.study_id.startswith(name)}
@@ -152,12 +136,10 @@ class Cluster:
         return next((job for job in reversed(jobs) if job.study_id == wanted), None)
 
     def logs(self, job_id: str) -> str:
-        """All that a job has printed."""
         with self._refusals_told():
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What a job prints, piece by piece, until it ends."""
         shown, over = 0, False
         while not over:
             over = self.job(job_id).is_over
@@ -168,13 +150,12 @@ class Cluster:
                 time.sleep(_POLL_S)
 
     def stop(self, job_id: str) -> None:
-        """End a job by SIGTERM, and wait until it has ended: it gets a minute."""
+        """End a job by SIGTERM within a minute."""
         with self._refusals_told():
             self._client.stop_job(job_id)
         self.wait_over(job_id, STOP_TIMEOUT_S)
 
     def wait_over(self, job_id: str, timeout_s: float = math.inf) -> Job:
-        """Wait until a job has ended, or until the time is over."""
         return wait_until(lambda: self.job(job_id), lambda job: job.is_over, timeout_s)
 
     def _send(self, job_id: str, arguments: Sequence[str], study: Path | None = None, **settings: Any) -> None:
@@ -233,11 +214,7 @@ class Cluster:
 
 
 def find_token() -> tuple[str, str]:
-    """This user's token for Ray clusters and where it is, as Ray itself looks for it; both empty without one.
-
-    Raises:
-        InputError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
-    """
+    """This user's token for Ray clusters and where it is, as Ray itself looks for it; both empty without one."""
     if token := os.environ.get("RAY_AUTH_TOKEN", ""):
         return token.strip(), "RAY_AUTH_TOKEN"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -251,7 +228,7 @@ def find_token() -> tuple[str, str]:
 
 
 def _tracking_variables() -> dict[str, str]:
-    """MLFLOW_TRACKING_URI, where this machine sets it; one with a password, which a list of jobs shows, is refused."""
+    """MLFLOW_TRACKING_URI, refused with a password, which a list of jobs would show."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if redact(uri) != uri:
         raise InputError(
@@ -294,11 +271,7 @@ def wait_until(look: Callable[[], _Seen], is_over: Callable[[_Seen], bool], time
 
 
 def check_shared(results: Path) -> None:
-    """Check that every node of the Ray at work sees what this process writes, and it what every node writes.
-
-    Raises:
-        InputError: a node does not share the directory, cannot write to it, or does not answer.
-    """
+    """Refuse a results directory where a node of the Ray at work and this process do not see what the other writes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -337,7 +310,7 @@ def check_shared(results: Path) -> None:
 
 
 def _look(folder: str, node: str) -> str:
-    """On a node: read what the driver wrote, and write a file named like the node; what is wrong, if anything is."""
+    """On a node: read what the driver wrote, and write a file named like the node; what is wrong, if anything."""
     if not Path(folder, _DRIVERS).exists():
         return "does not see what the driver wrote there"
     try:

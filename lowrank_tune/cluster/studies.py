@@ -32,11 +32,7 @@ from lowrank_tune.errors import InputError, LowrankTuneError
 def submit_study(address: str, study: Path, *, overrides: Sequence[str] = (), results: str | Path | None = None) -> Job:
     """Check a study file, submit it, and wait until its driver found cluster, results and tracking sound.
 
-    Args:
-        address: the cluster's job server.
-        study: the study file; its relative paths are taken as paths from this working directory.
-        overrides: `key.path=value` texts laid over it.
-        results: the results directory, at a path that every node has.
+    Relative paths in the file are from this working directory; the results directory is a path that every node has.
 
     Raises:
         InputError: something in the study file, the data, the results directory or the address must be changed.
@@ -65,15 +61,7 @@ def submit_again(
     overrides: Sequence[str] = (),
     results: str | Path | None = None,
 ) -> Job:
-    """Let a cluster `resume`, `extend` or `clone` a study.
-
-    Args:
-        address: the cluster's job server.
-        command: which of the three.
-        name: the study's id, or the beginning of it.
-        trials: how many `extend` adds.
-        overrides: `key.path=value` texts for `extend` and `clone`.
-        results: the results directory; by default that of the study's last job, where the cluster knows it.
+    """Let a cluster `resume`, `extend` or `clone` a study, by default in the results directory of its last job.
 
     Raises:
         InputError: there is no such study, it is at work, or something must be changed.
@@ -93,17 +81,7 @@ def submit_again(
 
 
 def study_status(name: str, *, address: str | None = None, results: str | Path | None = None) -> dict[str, Any]:
-    """Where one study stands: what status.json holds, corrected by what is known of its process or job.
-
-    Args:
-        name: its id, or the beginning of it.
-        address: the cluster's job server; None for a study whose results directory this machine sees.
-        results: the results directory.
-
-    Raises:
-        InputError: there is no such study.
-        LowrankTuneError: the cluster does not answer.
-    """
+    """Where one study stands: what status.json holds, corrected by what is known of its process or job."""
     check_id(name)
     if address is None:
         return read_status(find_study(results_path(results), name))
@@ -113,15 +91,7 @@ def study_status(name: str, *, address: str | None = None, results: str | Path |
 
 
 def list_studies(*, address: str | None = None, results: str | Path | None = None) -> list[dict[str, Any]]:
-    """Where every study stands, by its start.
-
-    Args:
-        address: a cluster's job server: its studies, and those in their results directories; None for one directory.
-        results: the results directory; with an address, by default those that its jobs have.
-
-    Raises:
-        LowrankTuneError: the cluster does not answer.
-    """
+    """Where every study stands, by its start: those of one results directory, or of a cluster's jobs."""
     if address is None:
         return _by_start(_known_in(results_path(results)))
     cluster = Cluster(address)
@@ -138,7 +108,7 @@ def list_studies(*, address: str | None = None, results: str | Path | None = Non
 
 
 def study_logs(name: str, *, address: str | None, follow: bool = False) -> Iterator[str]:
-    """What a submitted study has printed, piece by piece, and goes on to print until its job ends."""
+    """What a submitted study prints, piece by piece, until its job ends."""
     check_id(name)
     if address is None:
         raise InputError("logs: --address is missing; a study that `run` started prints where it was started")
@@ -197,7 +167,7 @@ def _last_job(cluster: Cluster, name: str, results: str | Path | None) -> tuple[
 
 
 def _status(cluster: Cluster, name: str, home: Path, job: Job | None) -> dict[str, Any]:
-    """A study's own word, where this machine sees it or not, corrected by its last job."""
+    """A study's own word, corrected by its last job."""
     if (home / "studies" / name / "status.json").exists() or (job is None and _sees(home)):
         status = read_status(find_study(home, name))
     elif job is not None and (_sees(home) or job.status == "PENDING"):
@@ -234,7 +204,6 @@ def _by_start(statuses: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _terminate(status: dict[str, Any]) -> None:
-    """Send SIGTERM to a study's own process on this machine."""
     if status.get("host") != socket.gethostname():
         raise InputError(
             f"study {status['study_id']}: it runs on {status.get('host')}; stop it there, or pass --address"

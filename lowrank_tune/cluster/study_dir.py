@@ -1,4 +1,4 @@
-"""A study's folder: what is written at its start, its status, and what a later process reads back to go on with it."""
+"""A study's folder: what is written at its start, its status, and what a later process reads back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SQLITE = "sqlite:///"
 
 
 def results_directory(results: str | Path | None) -> Path:
-    """The results directory (`LOWRANK_TUNE_RESULTS`, else `./results`, when None), made when missing, and writable."""
+    """The results directory, made when missing, and writable."""
     path = results_path(results)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def check_id(name: str) -> str:
 
 
 def find_study(results: Path, name: str) -> Path:
-    """The folder of the one study whose id is, or begins with, `name`; none and several are refused."""
+    """The folder of the one study whose id is, or begins with, `name`."""
     check_id(name)
     root = results / "studies"
     known = sorted(path.parent.name for path in root.glob("*/plan.json"))
@@ -82,7 +82,7 @@ def find_study(results: Path, name: str) -> Path:
 
 
 def absolute_paths(spec: StudySpec) -> dict[str, str]:
-    """By key of the study file, its relative paths, made absolute from the working directory."""
+    """A study file's relative paths, by key, made absolute."""
     source: Any = spec.features.source
     named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
     if not isinstance(source, TensorSource) and Path(spec.features.encoder.checkpoint).expanduser().is_dir():
@@ -96,7 +96,7 @@ def absolute_paths(spec: StudySpec) -> dict[str, str]:
 
 
 def anchored(spec: StudySpec) -> StudySpec:
-    """The same study with absolute paths: whoever goes on with it may do so from any working directory."""
+    """The same study with absolute paths, to go on with from any working directory."""
     overrides = [f"{key}={json.dumps(path)}" for key, path in absolute_paths(spec).items()]
     return parse_study(render_study(spec), spec.name, overrides) if overrides else spec
 
@@ -109,7 +109,7 @@ def create_study(
     parent: str = "",
     difference: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> None:
-    """Make a study's folder: its file's text, what was laid over it and, for a clone, what the parent had otherwise.
+    """Make a study's folder: its file, what was laid over it and, for a clone, what the parent had otherwise.
 
     Raises:
         InputError: there is a study of this id already.
@@ -137,17 +137,12 @@ def read_plan(directory: Path) -> Plan:
 
 
 def extended_plan(plan: Plan, trials: int, overrides: Sequence[str]) -> Plan:
-    """A study with more trials, or a wider grid; nothing is written.
-
-    Raises:
-        InputError: nothing would be added, or trials would not be comparable any more.
-    """
+    """A study with more trials, or a wider grid; errors as `extend_plan`."""
     wanted = [*overrides, *([f"search.trials={plan.n_trials + trials}"] if trials else [])]
     return extend_plan(plan, load_past_study(plan.study_dir / "study.resolved.yaml", wanted))
 
 
 def record_extension(before: Plan, after: Plan, overrides: Sequence[str]) -> None:
-    """Write down that trials were added to a study, and which."""
     record = _read_record(after.study_dir)
     extension = {"at": _now(), "trials_before": before.n_trials, "trials": after.n_trials, "overrides": [*overrides]}
     kept: dict[str, Any] = {key: record[key] for key in ("overrides", "parent", "difference") if key in record}
@@ -198,9 +193,9 @@ _DIED = "its driver died without a word; go on with `lowrank-tune resume {study_
 
 
 class Status:
-    """status.json of a study that this process has claimed and works on: its state, stage and, as an observer, trials.
+    """status.json of a claimed study, written once a second: its state, stage and, as an observer, trials.
 
-    As a context manager it tells how the block ended. It is written once a second, and at both ends.
+    As a context manager it tells how the block ended.
     """
 
     def __init__(self, directory: Path, trials: int, known: Iterable[TrialOutcome] = ()) -> None:
@@ -247,7 +242,6 @@ class Status:
 
     @property
     def trials_left(self) -> int:
-        """Trials that are not over."""
         return self._trials - sum(not outcome.config.confirms for outcome in self._ended.values())
 
     def update(self, **fields: Any) -> None:
@@ -256,24 +250,21 @@ class Status:
             self._fields |= fields
 
     def expect_confirmations(self, winners: Collection[str], total: int) -> None:
-        """So many repetitions of these trials follow, those included that earlier processes made."""
+        """So many repetitions of these trials follow, or were made by earlier processes."""
         with self._lock:
             self._repeats, self._repeated = total, frozenset(winners)
 
     def trial_started(self, config: TrialConfig) -> None:
-        """Count it as running."""
         with self._lock:
             self._began = self._began or time.monotonic()
             self._running[config.trial_id] = config
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Look whether it is the best of its rank."""
         with self._lock:
             if trial_id in self._running:
                 self._see(self._running[trial_id], metrics.get("best_val_residual_ratio"))
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
-        """Count how it ended."""
         with self._lock:
             self._running.pop(outcome.config.trial_id, None)
             self._count(outcome)
@@ -324,11 +315,7 @@ def _counts(outcomes: Iterable[TrialOutcome], repeated: Collection[str] = ()) ->
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Keep every other process from working on a study; the claim ends with this process, whichever way that ends.
-
-    Raises:
-        InputError: another process works on it.
-    """
+    """Keep every other process from working on a study; the claim ends with this process, whichever way that ends."""
     try:
         claim = FileLock(directory / _LOCK).acquire(timeout=_CLAIM_PATIENCE_S)
     except Timeout:
@@ -359,7 +346,6 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
 
 
 def unbegun(study_id: str) -> dict[str, Any]:
-    """The status of a study that no driver has begun yet."""
     empty: dict[str, Any] = {"started": None, "ended": None, "reason": "", "job": "", "stage": "", "progress": {}}
     return {"study_id": study_id, "state": "pending", **empty, "untracked": [], "parent": "", "extensions": []}
 

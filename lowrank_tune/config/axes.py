@@ -44,17 +44,11 @@ class Section(BaseModel):
 
 
 def rejected(reason: str, *places: tuple[str, ...]) -> PydanticCustomError:
-    """An error for a validator to raise, with its reason as it is.
-
-    Args:
-        reason: what is wrong and what to do.
-        places: the keys that lead from the validated value to each wrong one; the value itself when there are none.
-    """
+    """An error for a validator to raise, at the keys that lead from the validated value to each wrong one."""
     return PydanticCustomError("study", "{reason}", {"reason": reason, "places": places or ((),)})
 
 
 def distinct(values: tuple[Item, ...]) -> tuple[Item, ...]:
-    """Refuse a list that holds a value twice."""
     for position, value in enumerate(values):
         if value in values[:position]:
             raise rejected(f"{value} is in the list twice: remove one")
@@ -87,9 +81,9 @@ _BOUNDS: dict[Kind, Any] = {
 
 @dataclass(frozen=True)
 class _Axis:
-    """How pydantic reads an axis: by its form, for one wrong number would else be an error of every form.
+    """How pydantic reads an axis: by its form, else one wrong number would be an error of every form.
 
-    A form's tag stands between `<` and `>`, so that an error's path can be told from the keys of the file.
+    A form's tag stands between `<` and `>`, so that an error's path can be told from the file's keys.
     """
 
     item: Any
@@ -145,7 +139,7 @@ def _few_steps(axis: Whole) -> Whole:
 
 
 def combinations(axes: Iterable[Axis]) -> int | None:
-    """How many combinations a grid over these axes has; None with a range among them."""
+    """How many combinations a grid over these axes has; None with a range."""
     total = 1
     for axis in axes:
         if isinstance(axis, Range):
@@ -155,7 +149,7 @@ def combinations(axes: Iterable[Axis]) -> int | None:
 
 
 def first_value(axis: Axis) -> float:
-    """A value to begin with: the constant, the list's first, or the middle of a range on its own scale."""
+    """The constant, the list's first, or the middle of a range on its own scale."""
     match axis:
         case Range(kind="uniform", values=(low, high)):
             return (low + high) / 2
@@ -170,7 +164,7 @@ def first_value(axis: Axis) -> float:
 
 
 def whole_values(axis: Whole) -> tuple[int, ...]:
-    """The whole numbers that an axis names, the two bounds of a range among them."""
+    """The whole numbers that an axis names, a range's bounds among them."""
     if isinstance(axis, Range):
         return tuple(int(value) for value in axis.values)
     return axis if isinstance(axis, tuple) else (axis,)
@@ -197,7 +191,7 @@ class RefinedSpace(Section):
 
 
 def _absent_is_not_null(schema: dict[str, Any]) -> None:
-    """In a file a family with nothing after it is tried with its defaults; None here is one that is not named."""
+    """In a file a family with nothing after it is tried with its defaults; None here is one not named."""
     schema["minProperties"] = 1
     for family in schema["properties"].values():
         family.pop("default")
@@ -222,7 +216,7 @@ class FamiliesSpec(Section):
         return self
 
     def chosen(self) -> dict[str, Section]:
-        """The families to try, each with its own space, in the schema's order."""
+        """The families to try, in the schema's order."""
         named = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: own for name, own in named if own is not None}
 
@@ -252,15 +246,12 @@ class SpaceSpec(Section):
 
     @property
     def nested_ranks(self) -> tuple[int, ...]:
-        """The ranks that each training serves, rising; empty where each serves the one that it was given."""
+        """The ranks that each training serves, rising; empty where each serves its own."""
         nested = isinstance(self.rank, Range) and self.rank.kind == "nested"
         return tuple(sorted(whole_values(self.rank))) if nested else ()
 
     def axes(self, family: str) -> dict[str, Axis]:
-        """What a trial of a family chooses: first what every family has, then what it alone has.
-
-        Nested ranks leave nothing to choose: the rank is the highest of them.
-        """
+        """What a trial of a family chooses, what every family has first; of nested ranks the highest is the rank."""
         own = self.families.chosen()[family]
         shared = {name: getattr(self, name) for name in type(self).model_fields if name != "families"}
         if self.nested_ranks:
@@ -268,7 +259,6 @@ class SpaceSpec(Section):
         return {**shared, **{name: getattr(own, name) for name in type(own).model_fields}}
 
     def ranges(self) -> list[tuple[str, ...]]:
-        """The keys that lead to each range, of whatever family."""
         places: dict[tuple[str, ...], None] = {}
         for family in self.families.chosen():
             for name, axis in self.axes(family).items():

@@ -1,7 +1,7 @@
 """A study file's text and the `--set` values laid over it -> their content, and where each value was given.
 
-YAML is read node by node: ruamel's round trip keeps lines, too, but stops at the first key given twice, loses the tags
-of lists, and makes dates, merges and aliases of what a study file means as words.
+YAML is read node by node: ruamel's round trip stops at the first key given twice, loses the tags of lists, and makes
+dates, merges and aliases of what a study file means as words.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ _NUMBERS = YAML(typ="safe", pure=True).constructor
 
 
 def key_text(path: KeyPath) -> str:
-    """A path as people write it, `search.space.rank[1]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def one_line(text: str) -> str:
-    """A text that a terminal shows on one line, whatever a user has put into it."""
+    """A text that a terminal shows on one line, whatever it holds."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Place:
-    """Where a value was given: a line of the file, or the `--set` with this number; sorts in the order of reading."""
+    """Where a value was given: a line of the file, or the `--set` with this number."""
 
     override: int
     line: int
@@ -53,7 +52,7 @@ class Place:
 
 @dataclass(slots=True)
 class Document:
-    """A study file's content: where each value was given, what is wrong, and which values cannot be read at all."""
+    """A study file's content, where each value was given, what is wrong, and which values cannot be read at all."""
 
     value: Any = None
     places: dict[KeyPath, Place] = field(default_factory=dict)
@@ -68,7 +67,7 @@ class Document:
         self.problems.append((place or self.places[where], f"{key_text(path)}: {reason}" if path else reason))
 
     def read(self, node: Node | None, path: KeyPath, place_of: Callable[[int], Place]) -> Any:
-        """The value of a node, mappings, lists and scalars, with its places and problems noted."""
+        """The value of a node, with its places and problems noted."""
         place = place_of(node.start_mark.line + 1 if node else 1)
         self.places.setdefault(path, place)
         if node is None:
@@ -105,7 +104,6 @@ class Document:
         return values
 
     def lay_over(self, place: Place, override: str) -> None:
-        """Put one override's value into the document, or its problem into the problems."""
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
@@ -132,7 +130,7 @@ class Document:
         mapping[path[-1]] = self.read(node, path, lambda _: place)
 
     def fill_empty_families(self) -> None:
-        """Give a family that is named with nothing after it an empty mapping: it is meant with its defaults."""
+        """Give a family with nothing after it an empty mapping: it is meant with its defaults."""
         families: Any = self.value
         for key in ("search", "space", "families"):
             families = families.get(key) if isinstance(families, dict) else None
@@ -141,7 +139,6 @@ class Document:
 
 
 def _scalar(node: Node) -> tuple[Any, str | None]:
-    """A scalar's value, or what is wrong with it."""
     text, kind = str(node.value), str(node.tag).removeprefix(_STANDARD_TAG)
     if kind == "null":
         return None, None
@@ -160,7 +157,7 @@ def _scalar(node: Node) -> tuple[Any, str | None]:
 
 
 class NotYamlError(Exception):
-    """A text is not YAML, or uses what study files do without: lines, from 1, each with the reason."""
+    """A text is not YAML, or uses what study files do without: lines, from 1, each with its reason."""
 
     def __init__(self, *found: tuple[int, str]) -> None:
         super().__init__(found)
@@ -168,7 +165,7 @@ class NotYamlError(Exception):
 
 
 def compose(text: str) -> Node | None:
-    """The nodes of one YAML document, without anchors, aliases, other YAML versions and endless nesting."""
+    """The nodes of one YAML document without anchors, aliases, other YAML versions and endless nesting."""
     found, depth = [], 0
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
@@ -192,7 +189,7 @@ def compose(text: str) -> Node | None:
 
 
 def _syntax_reason(error: YAMLError, text: str) -> tuple[int, str]:
-    """The line of a syntax error, and what it means to someone who does not know YAML's grammar."""
+    """A syntax error's line, and what it means to someone who does not know YAML's grammar."""
     if isinstance(error, ReaderError):
         character = text[error.position : error.position + 1]
         return text.count("\n", 0, error.position) + 1, f"character {character!a} cannot stand in YAML: remove it"

@@ -28,11 +28,7 @@ _LET_GO = (("resources", "fuse"),)
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
-    """Read a study file.
-
-    Args:
-        path: the file, YAML 1.2 in UTF-8.
-        overrides: `key.path=value` texts with values in YAML, laid over the file in their order.
+    """Read a study file, YAML 1.2 in UTF-8, with `key.path=value` texts laid over it in their order.
 
     Raises:
         StudyFileError: with every problem found, in the order of the file, then of the overrides.
@@ -41,14 +37,14 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
 
 
 def load_past_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
-    """Read the resolved file of a study that has begun; keys that older versions wrote into it are passed over."""
+    """Read a begun study's resolved file; keys that older versions wrote are passed over."""
     return parse_study(_read_text(path), str(path), overrides, passed_over=_LET_GO)
 
 
 def parse_study(
     text: str, name: str, overrides: Sequence[str] = (), passed_over: Iterable[tuple[str, str]] = ()
 ) -> StudySpec:
-    """Read a study file's text, YAML 1.2, which problems call `name`; keys to be passed over are no problem in it."""
+    """Read a study file's text, which problems call `name`; keys to be passed over are no problem in it."""
     document = Document()
     try:
         document.value = document.read(compose(text), (), lambda line: Place(0, line, f"{name}:{line}"))
@@ -96,7 +92,6 @@ def _read_text(path: Path) -> str:
 
 
 def _explain(details: ErrorDetails, document: Document) -> None:
-    """Note one problem that pydantic found, at the place where its value was given."""
     unknown = details["type"] == "extra_forbidden"
     tagged = details["loc"]
     # An unknown key is the user's own, and may look like a tag.
@@ -135,7 +130,6 @@ def _is_tag(part: str | int) -> bool:
 
 
 def _reason(details: ErrorDetails) -> str:
-    """What is wrong with a value, and what to write instead."""
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "missing":
         return f"required, but not given{_needed_keys(details['loc'])}"
@@ -182,7 +176,6 @@ def _reason(details: ErrorDetails) -> str:
 
 
 def _number_reason(kind: str, value: Any, loc: tuple[str | int, ...]) -> str:
-    """What kind of number is expected, and how to write what was meant."""
     whole = kind != "float_type"
     expected = "a whole number" if whole else "a number"
     if loc[0] == "split":

@@ -1,7 +1,4 @@
-"""What a study will do, worked out from its file alone: identity, folders, trials, seeds, split and cost.
-
-Everything here is a pure function: nothing is read, written or started.
-"""
+"""What a study will do, worked out by pure functions from its file alone."""
 
 from __future__ import annotations
 
@@ -29,11 +26,7 @@ _ID_STEP_S = 512
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A study about to start.
-
-    `grid` is for method grid every combination, in order: `family`, `rank`, `lr`, `weight_decay`, `batch_size` and the
-    family's own parameters; for the other methods it is empty.
-    """
+    """A study about to start; for method grid, `grid` is every combination in the order of `grid_points`."""
 
     spec: StudySpec  # the study file, every default filled in
     study_id: str  # `<name>-<8 hex>`, see `make_study_id`
@@ -48,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PlanCost:
-    """What can be said of a study's cost before its images are seen."""
+    """What a study costs, as far as it is known before its images are seen."""
 
     n_trials: int  # at most
     max_epochs: int  # of all trials together when none is stopped early
@@ -57,7 +50,7 @@ class PlanCost:
 
 
 def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
-    """Work out a study; its start makes the id unique, and the results directory is not touched."""
+    """Work out a study; its start makes the id unique."""
     started = started.astimezone(UTC)
     identity = spec_hash(spec)
     study_id = make_study_id(spec.name, identity, started)
@@ -77,8 +70,6 @@ def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
 
 def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
     """The same study with more trials, by a larger `search.trials` or another `search.space`.
-
-    Those that it had keep their numbers, and its grid grows at the end.
 
     Raises:
         InputError: nothing is added, or what changes would make old and new trials incomparable.
@@ -103,16 +94,15 @@ def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
 
 
 def spec_hash(spec: StudySpec) -> str:
-    """The identity of a study's content, 16 hex digits: equal for equal specs, whatever file they were written in."""
+    """The identity of a study's content, however its file was written: 16 hex digits."""
     return _digest(json.dumps(spec.model_dump(mode="json"), sort_keys=True))[:16]
 
 
 def make_study_id(name: str, identity: str, started: datetime) -> str:
     """Name one start of a study: `<name>-<8 hex>`.
 
-    The first five digits count steps of 512 s (8.5 minutes) since 2026, so that lists of one name sort by time; the
-    last three are a hash of the spec and of the start's microsecond, so that starts within one step differ, but for one
-    pair in 4096. A caller that finds the folder taken plans again with a later start.
+    The first five digits count steps of 512 s since 2026, so that lists of one name sort by time; the last three are a
+    hash of the spec and of the start's microsecond: within one step one pair in 4096 is equal, and planned again.
     """
     step = int((started - _ID_EPOCH).total_seconds()) // _ID_STEP_S
     return f"{name}-{step % 16**5:05x}{_digest(f'{identity}:{started.isoformat()}')[:3]}"
@@ -127,22 +117,18 @@ def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
 
 
 def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
-    """One point to try a study file with: each list's first value, each range's middle; by default the first family."""
+    """One point to try a study file with: each list's first value, each range's middle."""
     family = family or next(iter(spec.search.space.families.chosen()))
     axes: dict[str, Axis] = spec.search.space.axes(family)
     return {"family": family, **{name: first_value(axis) for name, axis in axes.items()}}
 
 
 def max_rank(spec: StudySpec) -> int:
-    """The highest rank that a study may try."""
     return max(whole_values(spec.search.space.rank))
 
 
 def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialConfig:
-    """All that one training depends on: a trial's position in the search, from 0, and a point as in `Plan.grid`.
-
-    Its seed is derived from the study's seed and its number.
-    """
+    """What the trial at this position of the search, from 0, trains at a point as in `Plan.grid`."""
     family, rank = str(params["family"]), int(params["rank"])
     return TrialConfig(
         trial_id=f"r{rank:03d}-{family}-{number:04d}",
@@ -161,11 +147,7 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
 
 
 def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialConfig:
-    """A trial's configuration with a fresh seed, to see how much of its figures was luck.
-
-    Its id is `<trial_id>-s<repeat>`, repetitions counted from 1, its seed derived from the study's, the trial's number
-    and the repetition.
-    """
+    """A trial's configuration with a fresh seed, to see how much of its figures was luck; repetitions count from 1."""
     return replace(
         config,
         trial_id=f"{config.trial_id}-s{repeat}",
@@ -177,9 +159,8 @@ def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialCo
 def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
     """Divide images by a hash of their keys, so that adding images moves few of the others.
 
-    The images in order of `sha256("<seed>:<key>")`: the first ones test, the last ones validate, those between train.
-    With validation and test at opposite ends, an image that stops testing goes on to train, never to validate. Keys are
-    distinct; the split holds indices into them. An InputError where none would be left to train.
+    In order of `sha256("<seed>:<key>")` the first ones test, the last ones validate: an image that stops testing goes
+    on to train, never to validate. An InputError where none would be left to train.
     """
     n_validation, n_test = split.counts(len(keys))
     n_train = len(keys) - n_validation - n_test
@@ -194,7 +175,6 @@ def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
 
 
 def plan_cost(plan: Plan) -> PlanCost:
-    """The part of a study's cost that needs no look at its images."""
     space = plan.spec.search.space
     axes = {family: space.axes(family) for family in space.families.chosen()}
     ranks = combinations([next(iter(axes.values()))["rank"]]) or plan.n_trials
@@ -207,12 +187,12 @@ def plan_cost(plan: Plan) -> PlanCost:
 
 
 def cache_bytes(n_images: int, tokens: int, dim: int, dtype: str) -> int:
-    """How many bytes the features of images [tokens, dim] take in a cache, its few kilobytes of records aside."""
+    """How many bytes of values the features of images [tokens, dim] take in a cache."""
     return n_images * tokens * dim * _BYTES_PER_ELEMENT[dtype]
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON can hold it: what `plan.json` and `plan --json` show."""
+    """What `plan.json` and `plan --json` show."""
     return {
         "study_id": plan.study_id,
         "name": plan.spec.name,

@@ -1,4 +1,4 @@
-"""StudySpec -> a study file with every default filled in; and the JSON schema that editors check study files with."""
+"""StudySpec -> a study file with every default filled in; and the JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def render_study(spec: StudySpec) -> str:
 
 
 def study_schema() -> dict[str, Any]:
-    """JSON Schema, draft 2020-12, of a study file; checks across keys are `load_study`'s alone."""
+    """JSON Schema, draft 2020-12; checks across keys are `load_study`'s alone."""
     return {"$schema": _SCHEMA_DIALECT, **StudySpec.model_json_schema()}
 
 
@@ -56,7 +56,7 @@ def _mapping(section: Section, depth: int) -> CommentedMap:
 
 
 def _is_absent(section: Section, name: str) -> bool:
-    """Whether a key must be left out to mean what it means: a family not tried, an encoder with nothing to encode."""
+    """Whether a key must be left out: a family not tried, an encoder with nothing to encode."""
     if isinstance(section, FeaturesSpec):
         return name == "encoder" and isinstance(section.source, TensorSource)
     return isinstance(section, FamiliesSpec) and getattr(section, name) is None

@@ -1,7 +1,7 @@
 """The study file's schema: what each key means, its unit and its default.
 
-A check that concerns several keys stands in the smallest section that holds them all, and runs though other sections
-are wrong, so that one look at a file finds everything.
+A check of several keys stands in the smallest section that holds them, and runs though other sections are wrong, so
+that one look at a file finds everything.
 """
 
 from __future__ import annotations
@@ -166,11 +166,7 @@ class SplitSpec(Section):
         return self
 
     def counts(self, n_images: int) -> tuple[int, int]:
-        """How many of so many images validate and test; a fraction is rounded down, and is one image at least.
-
-        Returns:
-            (validation, test); their sum may exceed `n_images`.
-        """
+        """How many of so many images validate and test, at least one each; their sum may exceed `n_images`."""
         # 0.29 of 100 is 28.999999999999996 in binary, and 29 to whoever wrote it.
         validation, test = (
             share if isinstance(share, int) else max(1, int(share * n_images + 1e-9))

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL checkpoints as files: where they lie, what their configuration says, which files hold the vision tower."""
+"""Qwen2.5-VL checkpoints as files."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TowerFiles:
-    """The vision tower's tensors on disk, in files that hold some of it: file -> {name in it -> name in the tower}."""
+    """The vision tower's tensors on disk: file -> {name in it -> name in the tower}."""
 
     files: dict[Path, dict[str, str]]
 
     def digest(self) -> str:
-        """Sha256 of the tower's names, types, shapes and values; how they are divided into files does not matter."""
+        """Sha256 of the tower's names, types, shapes and values, however they are divided into files."""
         # By the files' own bytes: torch takes seconds to import, and a run that finds its features needs none here.
         parts = {}
         for path, names in self.files.items():
@@ -175,7 +175,7 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
 
 
 def write_tiny_checkpoint(parent: Path) -> Path:
-    """Make sure that `tiny-random` lies below `parent`, the same weights everywhere, and return its folder."""
+    """Make sure that `tiny-random`, the same weights everywhere, lies below `parent`."""
     directory = _tiny_directory(parent)
     if directory.exists():
         return directory

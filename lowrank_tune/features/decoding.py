@@ -22,19 +22,11 @@ MAX_ASPECT_RATIO = 200
 
 
 def decode_image(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
-    """Decode an image file, upright, in RGB, resized to a square without keeping its aspect ratio.
+    """Decode an image file, upright, in RGB, resized to a square of so many pixels, uint8 [H, W, 3].
 
-    The result is what `qwen_vl_utils.fetch_image` gives for the upright image with `resized_height` and
-    `resized_width`, without its limits of 56 and 3584 pixels a side, and without loading torch. As there, transparency
-    shows white in RGBA and is ignored in palettes and in grey with alpha, and an animation is its first frame. Unlike
-    there, 16-bit grey is scaled to 8 bits, not cut off at 255, which would leave a white image.
-
-    Args:
-        data: the file's bytes.
-        image_size: pixels a side of the result.
-
-    Returns:
-        uint8 [H, W, 3].
+    As `qwen_vl_utils.fetch_image` does with `resized_height` and `resized_width`, but for its limits of 56 and 3584
+    pixels. As there, transparency shows white in RGBA and is ignored in palettes and in grey with alpha, and an
+    animation is its first frame. Unlike there, 16-bit grey is scaled to 8 bits, not cut off at 255.
 
     Raises:
         UnusableError: the bytes are no image, a truncated one, one that is far too long and thin, or one whose pixels
@@ -60,9 +52,8 @@ def decode_image(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
 def decode_shard(row: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Read and decode the images of one shard, whose `plan` is a pickled ShardPlan.
 
-    Returns:
-        The `plan`; `pixels`, uint8 [N, H, W, 3], of the images that could be decoded; and `decoded`, pickled: their
-        keys, key and reason of the others, and an error where a file could not be read.
+    `pixels`, uint8 [N, H, W, 3], are of the images that could be decoded; `decoded`, pickled, has their keys, the
+    others' reasons, and an error where a file could not be read.
     """
     pixels, keys, quarantined, problem = [], [], [], None
     plan = pickle.loads(row["plan"])

@@ -1,7 +1,4 @@
-"""The Qwen2.5-VL vision tower on a device: pixels -> features. N images, H = W pixels, T tokens, D dim.
-
-Needs torch and transformers, no ray.
-"""
+"""The Qwen2.5-VL vision tower on a device: pixels -> features, without ray. N images, H = W pixels, T tokens, D dim."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoding:
-    """Features that are on their way from the device: nothing of them is to be read before `wait`."""
+    """Features on their way from the device, not to be read before `wait`."""
 
     features_NTD: Tensor  # in the dtype asked for, on the CPU
     largest_N: Tensor  # each image's largest magnitude in the compute dtype, NaN where it has one
@@ -41,23 +38,21 @@ class Encoding:
     arrived: torch.cuda.Event | None  # told by the device once it has copied everything; None where it has already
 
     def wait(self) -> Encoding:
-        """Return when both tensors are there."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self
 
 
 class Encoder:
-    """A vision tower on a device; threads may share it, and take turns at giving it work.
+    """A vision tower on a device; threads may share it.
 
-    Images whose windows are alike (448 pixels a side and any other multiple of the window's) go through `SquareTower`,
+    Images whose windows are alike (sides of 448 pixels and other multiples of the window's) go through `SquareTower`,
     others through transformers' own forward. `batch` images are encoded at once, what fills the device where it is
-    None, and half as many each time that a GPU's memory does not suffice. Another number may
-    bring other matrix kernels, and with them differences of the compute dtype's rounding.
+    None, and half as many each time that a GPU's memory does not suffice; another number may bring other matrix kernels,
+    and their rounding.
 
     Raises:
-        InputError: the files do not hold exactly the tensors that the configuration asks for, or the GPU has no room
-            for them.
+        InputError: the files do not hold exactly the tower's tensors, or the GPU has no room for them.
     """
 
     def __init__(
@@ -98,10 +93,10 @@ class Encoder:
         self._turn = threading.Lock()
 
     def encode(self, pixels_NHWC: npt.NDArray[np.uint8]) -> Tensor:
-        """Encode images of one size, [N, H, W, 3] as `decode_image` gives them, to [N, T, D] on the CPU.
+        """Encode images [N, H, W, 3] to [N, T, D] on the CPU, in the compute dtype, tokens row by row of the grid.
 
-        The features are in the compute dtype, tokens in row-major order of the image's grid. An InputError where the
-        GPU's memory does not hold a single image.
+        Raises:
+            InputError: the GPU's memory does not hold a single image.
         """
         return self.start(pixels_NHWC, self.model.dtype).wait().features_NTD
 
@@ -147,7 +142,7 @@ class Encoder:
         return square(self.normalised_patches(pixels_NHWC, square))
 
     def forward_as_stock(self, pixels_NHWC: Tensor) -> Tensor:
-        """The same by transformers' own preprocessor and forward, which take images of any size."""
+        """The same by transformers' own preprocessor and forward, for images of any size."""
         images = list(pixels_NHWC.permute(0, 3, 1, 2))
         batch = self.processor(images=images, do_resize=False, return_tensors="pt", device=self.device)
         grids = batch["image_grid_thw"].to(self.device)

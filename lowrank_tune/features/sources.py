@@ -1,4 +1,4 @@
-"""What a study's images are: the `features.source` of a study file -> a list of files with the user's columns."""
+"""The `features.source` of a study file -> a list of files with the user's columns."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class SourceRecords:
 
 
 def read_records(source: Source, cache_root: Path, seed: int) -> SourceRecords:
-    """List the files of a source, relative to the working directory; none is opened but the manifest.
-
-    Sample crops, those of the seed, are written below `cache_root`.
+    """List a source's files, the seed's sample crops below `cache_root`; none is opened but the manifest.
 
     Raises:
         InputError: the directory, glob or manifest gives no files.
@@ -110,7 +108,6 @@ def _find_images(pattern: str) -> list[Path]:
 
 
 def _read_manifest(path: Path, image_column: str) -> pa.Table:
-    """A table of records from JSON, JSON lines, CSV or parquet; nested values stay nested."""
     if not path.is_file():
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"{path}: no such file; correct features.source.manifest{_near(path.name, siblings)}")
@@ -182,10 +179,9 @@ def _column(values: list[Any]) -> pa.Array:
 
 
 def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Make sure that the first `count` crops of a seed lie below `parent`; none is like another.
+    """Make sure that the first `count` crops of a seed, none like another, lie below `parent`.
 
-    Returns each crop's file and where it was cut, `photograph`, `left`, `top`, `size` in pixels; errors as of
-    `photograph_paths`.
+    Returns each crop's file and where it was cut, `photograph`, `left`, `top`, `size` in pixels.
     """
     photographs: list[tuple[str, Image.Image]] = []
     for path in photograph_paths():
@@ -213,7 +209,6 @@ def write_samples(count: int, seed: int, parent: Path) -> list[tuple[Path, dict[
 
 
 def photograph_paths() -> list[Path]:
-    """The photographs that the field's packages ship; an InputError where one is not there."""
     paths = []
     for distribution, (folder, names) in PHOTOGRAPHS.items():
         package, _, below = folder.partition("/")
@@ -269,12 +264,12 @@ class Quarantine:
         self.files, self.limit = files, limit
 
     def errors(self, reasons: Mapping[str, str]) -> list[str | None]:
-        """Why each record has no features, None for those that have or may have; `reasons` has those of keys."""
+        """Why each record has no features, with what is known of keys; None for those that have or may have."""
         files = self.files
         return [error if key is None else reasons.get(key) for key, error in zip(files.keys, files.errors, strict=True)]
 
     def check(self, reasons: Mapping[str, str]) -> None:
-        """Raise an InputError with the first reasons where the limit is exceeded, or no record is left."""
+        """Refuse where the limit is exceeded, or no record is left."""
         errors = self.errors(reasons)
         broken = [(path, error) for path, error in zip(self.files.records, errors, strict=True) if error]
         if len(broken) <= self.limit * len(errors) and len(broken) < len(errors):
@@ -292,9 +287,9 @@ class Quarantine:
 def write_record_table(
     directory: Path, records: SourceRecords, keys: Sequence[str | None], errors: Sequence[str | None]
 ) -> Path:
-    """Write one row a record into a cache, in a file named by its content's digest.
+    """Write a parquet named by its content's digest, one row a record: number, key, path, error and the user's columns.
 
-    It has the record's number, key, path and error, and the user's columns, as `source_<name>` where a name is taken.
+    A user's column whose name is taken becomes `source_<name>`.
     """
     columns = {
         "record": pa.array(range(len(keys)), pa.int64()),
@@ -317,7 +312,7 @@ def write_record_table(
 
 
 def load_tensor(data: bytes) -> torch.Tensor:
-    """Load one tensor, floating [T, D] on the CPU, from a file's bytes; nothing in them is executed.
+    """Load one floating tensor [T, D] from a file's bytes, nothing of which is executed.
 
     Raises:
         UnusableError: the file holds anything else, or would have to be unpickled.
@@ -342,13 +337,12 @@ def load_tensor(data: bytes) -> torch.Tensor:
 
 
 def check_shape(tensor: torch.Tensor, tokens: int, dim: int) -> None:
-    """Refuse, as an UnusableError, a tensor of another shape than the cache has."""
     if tuple(tensor.shape) != (tokens, dim):
         raise UnusableError(f"holds {_describe(tensor)}; the first usable file has [{tokens}, {dim}]")
 
 
 def first_shape(paths: Iterable[Path]) -> tuple[int, int]:
-    """Tokens and dim of the first file that holds finite features; an InputError with reasons where none does."""
+    """Tokens and dim of the first file that holds finite features; an InputError where none does."""
     reasons = []
     for path in paths:
         try:

@@ -1,11 +1,10 @@
 """The vision tower's forward for square images of one size: the numbers of transformers' own, in far fewer steps.
 
-transformers takes images of any sizes at once, so it cuts the tokens into windows in a Python loop, in every layer.
-Where all images are equal squares that windows tile exactly, a window is a reshape and attention one call a layer. Such
-an image comes in already in the order of its windows; what depends on the size alone is computed once.
+transformers cuts the tokens into windows in a Python loop, in every layer. Where windows tile equal squares exactly, a
+window is a reshape and attention one call a layer; what depends on the size alone is computed once.
 
-Shapes: N images, L patches of an image in window order, T tokens (L / merge²), C channels of the tower, H heads of E
-channels, D dim of a feature, P values of a patch. Needs torch and transformers, no ray.
+N images, L patches of an image in window order, T tokens (L / merge²), C channels of the tower, H heads of E channels,
+D dim of a feature, P values of a patch.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """How one square image falls into windows: patches a side of the image, of a window, and of a token."""
+    """How a square image falls into windows: patches a side of the image, of a window, and of a token."""
 
     side: int
     window: int
@@ -42,9 +41,8 @@ def window_grid(config: Any, image_size: int) -> WindowGrid | None:
 class SquareTower:
     """The forward of a loaded tower for square images of one size.
 
-    On the CPU in float32 every step is one that transformers takes too, and the features are the same bits. Elsewhere
-    three steps are replaced by equals up to rounding: the patches' convolution by a matrix product, the norms by
-    torch's fused one, and `align_mlp` may have padded the MLPs.
+    On the CPU in float32 the features are transformers' own to the bit. Elsewhere three steps are replaced by equals up
+    to rounding: the patches' convolution, the norms, and MLPs that `align_mlp` has padded.
     """
 
     def __init__(self, model: Qwen2_5_VisionTransformerPretrainedModel, grid: WindowGrid) -> None:
@@ -65,10 +63,7 @@ class SquareTower:
         self.cos_LE, self.sin_LE = (turn * rotary.attention_scaling for turn in (angles_LE.cos(), angles_LE.sin()))
 
     def __call__(self, patches_NLP: Tensor) -> Tensor:
-        """Normalised patches, as `cut_patches` orders them, to features [N, T, D] in the tower's dtype.
-
-        Tokens come in row-major order of the image's grid.
-        """
+        """Normalised patches, as `cut_patches` orders them, to features [N, T, D], tokens row by row of the grid."""
         embed, merger = self.model.patch_embed, self.model.merger
         patches = patches_NLP.to(embed.proj.weight.dtype)
         embedded = embed(patches) if self.exact else F.linear(patches, embed.proj.weight.flatten(1))
@@ -101,12 +96,12 @@ class SquareTower:
 
 
 def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the forward takes no step that transformers does not take, rather than the quicker equal ones."""
+    """Whether every step is one that transformers takes."""
     return device.type == "cpu" and dtype == torch.float32
 
 
 def cut_patches(pixels_NHWC: Tensor, grid: WindowGrid, temporal: int) -> Tensor:
-    """Cut images into patches [N, L, P], in the order of their windows; a patch is `temporal` equal frames.
+    """Cut images into patches [N, L, P] in the order of their windows; a patch is `temporal` equal frames.
 
     P is as the tower's convolution sees a patch: channel, frame, row, column.
     """
@@ -120,7 +115,7 @@ def cut_patches(pixels_NHWC: Tensor, grid: WindowGrid, temporal: int) -> Tensor:
 
 @torch.no_grad()
 def align_mlp(model: Qwen2_5_VisionTransformerPretrainedModel) -> None:
-    """Widen the MLPs with zeros, so that a GPU multiplies their matrices at full speed; they compute what they did."""
+    """Widen the MLPs with zeros, so that a GPU multiplies their matrices at full speed."""
     for block in model.blocks:
         mlp = block.mlp
         missing = -mlp.gate_proj.out_features % ALIGNMENT

@@ -97,7 +97,7 @@ def measure_optimum(x_batches: Iterable[Tensor]) -> Optimum:
 
 
 def kept_optimum(path: Path, images: int, x_batches: Iterable[Tensor]) -> Optimum:
-    """Read the optimum of so many images at `path`; where none is, measure it and keep it. Errors as `measure_optimum`."""
+    """Read the optimum of so many images at `path`, or measure it and keep it there; errors as `measure_optimum`."""
     if path.is_file():
         found = Optimum.load(path)
         if len(found.energy_N) == images:
