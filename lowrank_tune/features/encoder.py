@@ -48,8 +48,8 @@ class Encoder:
 
     Images whose windows are alike (sides of 448 pixels and other multiples of the window's) go through `SquareTower`,
     others through transformers' own forward. `batch` images are encoded at once, what fills the device where it is
-    None, and half as many each time that a GPU's memory does not suffice; another number may bring other matrix kernels,
-    and their rounding.
+    None, and half as many each time that a GPU's memory does not suffice; another number may bring other matrix
+    kernels, and their rounding.
 
     Raises:
         InputError: the files do not hold exactly the tower's tensors, or the GPU has no room for them.
