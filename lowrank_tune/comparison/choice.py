@@ -13,11 +13,7 @@ Kind = tuple[str, int]
 
 
 def winners(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
-    """Choose the best trial of each rank, over all families; of nested ranks, the best of those that serve the same.
-
-    Returns:
-        By rising rank; a rank without a usable trial has none.
-    """
+    """Choose the best trial of each rank, over all families; of nested ranks, the best that serves the same ones."""
     best: dict[tuple[int, ...], TrialOutcome] = {}
     for outcome in ranked(outcomes, objective):
         best.setdefault(outcome.config.ranks, outcome)
@@ -44,12 +40,7 @@ def choose(
 ) -> list[ComparisonRow]:
     """Mark the rows of the one best model of each rank, as the validation split tells; the test split has no say.
 
-    Args:
-        rows: the comparison's.
-        outcomes: the trials behind them, and any others.
-        objective: what picks the best, a key of `TrialOutcome.best`.
-        nested: of models that serve several ranks, the validation figures at each, for those on file are means over
-            them.
+    Of models that serve several ranks the figures on file are means over them: `nested` has those of each.
     """
     standing = {row.trial_id for row in rows}
     trials = {outcome.config.trial_id: outcome for outcome in outcomes if outcome.config.trial_id in standing}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,26 +16,19 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import TypeAdapter
 from scipy.special import stdtrit
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
 from lowrank_tune.comparison.choice import Kind, choose
 from lowrank_tune.comparison.compression import measure_compression
-from lowrank_tune.comparison.methods import (
-    BATCH,
-    Method,
-    device_name,
-    images_per_second,
-    score,
-    trained,
-    untrained,
-)
+from lowrank_tune.comparison.methods import BATCH, Method, device_name, images_per_second, score, trained, untrained
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
-from lowrank_tune.lowrank.svd import Optimum, kept_optimum, measure_optimum
+from lowrank_tune.lowrank.svd import kept_optimum, measure_optimum
 from lowrank_tune.records import (
     TEST_OPTIMUM,
     Comparison,
@@ -44,10 +37,7 @@ from lowrank_tune.records import (
     FeatureSet,
     Front,
     FrontPoint,
-    PrunedRow,
-    QuantisedRow,
     Split,
-    StoredRow,
     TrialOutcome,
 )
 
@@ -80,9 +70,9 @@ def compare(
         outcomes: every trial of the study.
         objective: what picks the best trial, a key of `TrialOutcome.best`.
         seed: the study's; draws the controls' random starts.
-        directory: where the files of `write_comparison` and `test_optimum.safetensors` go.
+        directory: where the files go.
         confirmations: further trainings of the best configurations, with fresh seeds.
-        device: where methods run and are timed; a GPU when the study trained on one.
+        device: where methods run and are timed.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -149,40 +139,21 @@ def make_rows(
     repeats: Sequence[Method],
     speeds: Mapping[Kind, float],
 ) -> list[ComparisonRow]:
-    """Make a row of each method at each rank, by rank.
-
-    Args:
-        data: the features.
-        per_image: `score`'s table of the methods, their repetitions and the SVD.
-        methods: what the rows are of, beside the SVD.
-        repeats: the repetitions of trained ones; those that the table lacks are passed over.
-        speeds: images a second of each method and of the SVD.
-    """
+    """Make a row of each method and of the SVD at each rank, by rank, from `score`'s table of them and the repeats."""
     table = over_images(per_image)
-    again = [
-        (method.confirms, method.rank, *table.loc[method.kind, ["residual_ratio_mean", "token_cosine_mean"]])
-        for method in repeats
-        if method.kind in table.index
-    ]
-    seeds = pd.DataFrame(again, columns=["trial_id", "rank", "ratio", "cosine"]).groupby(["trial_id", "rank"])
-    seed_table = seeds.agg(
-        seeds=("ratio", "size"),
-        residual_ratio_seed_mean=("ratio", "mean"),
-        residual_ratio_seed_sd=("ratio", "std"),
-        token_cosine_seed_mean=("cosine", "mean"),
-        token_cosine_seed_sd=("cosine", "std"),
-    )
+    figures: Any = table.astype(object).to_dict("index")
     trials = {method.kind: method.trial_id for method in methods}
-    known: Any = table.astype(object).to_dict("index")
-    over_seeds: Any = seed_table.astype(object).to_dict("index")
     rows = []
     for kind in sorted(speeds, key=lambda kind: kind[1]):
-        name, rank = kind
-        trial_id, size = trials.get(kind, ""), (data.tokens + data.dim) * rank * data.dtype.itemsize
-        both = known[kind] | over_seeds.get((trial_id, rank), {})
-        figures: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in both.items()}
-        figures |= {"bytes_per_image": size, "images_per_second": speeds[kind], "trial_id": trial_id}
-        rows.append(ComparisonRow(method=name, rank=rank, **figures))
+        trial_id, size = trials.get(kind, ""), (data.tokens + data.dim) * kind[1] * data.dtype.itemsize
+        again = [each.kind for each in repeats if (each.confirms, each.rank) == (trial_id, kind[1])]
+        seeds = table[table.index.isin(again)]
+        known: dict[str, Any] = dict(figures[kind])
+        for name in ("residual_ratio", "token_cosine"):
+            known |= {f"{name}_seed_mean": seeds[f"{name}_mean"].mean(), f"{name}_seed_sd": seeds[f"{name}_mean"].std()}
+        known = {name: None if pd.isna(value) else value for name, value in known.items()}
+        known |= {"bytes_per_image": size, "images_per_second": speeds[kind], "trial_id": trial_id, "seeds": len(seeds)}
+        rows.append(ComparisonRow(*kind, **known))
     return rows
 
 
@@ -217,12 +188,12 @@ def _validated(
     nested = [model for model in models if model.trial_id in several]
     if not nested:
         return {}
-    optimum: Optimum = measure_optimum(data.batches(split.validation, 16))
+    optimum = measure_optimum(data.batches(split.validation, 16))
     table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
     if table.empty:
         return {}
-    own = table[table["method"] != "svd"].groupby(["method", "rank"])
-    means: Any = own[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
+    images = table[table["method"] != "svd"].groupby(["method", "rank"])
+    means: Any = images[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
     return dict(means)
 
 
@@ -271,17 +242,13 @@ def write_comparison(directory: Path, comparison: Comparison, per_image: pd.Data
     notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
     write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
-    write_json(directory / "comparison.json", [asdict(row) for row in comparison.rows])
-    write_json(directory / "pareto.json", [asdict(front) for front in comparison.fronts])
-    write_json(directory / "compression.json", asdict(comparison.compression))
+    write_json(directory / "comparison.json", comparison.rows)
+    write_json(directory / "pareto.json", comparison.fronts)
+    write_json(directory / "compression.json", comparison.compression)
 
 
 def read_comparison(directory: Path, objective: str) -> Comparison:
-    """Read what `write_comparison` wrote.
-
-    Args:
-        directory: the study's.
-        objective: the study's, by which an older comparison's best models are chosen now.
+    """Read what `write_comparison` wrote; by the objective an older comparison's best models are chosen now.
 
     Raises:
         InputError: the study has no comparison, or its files are damaged.
@@ -292,18 +259,10 @@ def read_comparison(directory: Path, objective: str) -> Comparison:
         if not any(row.chosen for row in rows):
             files = [directory / "trials" / row.trial_id / "outcome.json" for row in rows if row.trial_id]
             rows = choose(rows, [TrialOutcome.read(file) for file in files if file.is_file()], objective)
-        fronts = [
-            Front(**front | {"points": tuple(FrontPoint(**point) for point in front["points"])})
-            for front in read_json(directory / "pareto.json")
-        ]
+        fronts = TypeAdapter(tuple[Front, ...]).validate_json((directory / "pareto.json").read_bytes())
         # A study that was compared before there was one has none.
-        held = read_json(compression_path) if compression_path.exists() else {}
-        compression = Compression(
-            tuple(StoredRow(**row) for row in held.get("stored", ())),
-            tuple(PrunedRow(**row) for row in held.get("pruned", ())),
-            tuple(QuantisedRow(**row) for row in held.get("models", ())),
-            tuple(held.get("words", ())),
-        )
+        held = compression_path.read_bytes() if compression_path.exists() else b"{}"
+        compression = TypeAdapter(Compression).validate_json(held)
         notes = pq.read_schema(per_image_path).metadata or {}
         remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -312,4 +271,4 @@ def read_comparison(directory: Path, objective: str) -> Comparison:
             f"`lowrank-tune compare {directory.name} --again`"
         ) from error
     device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
-    return Comparison(tuple(rows), str(per_image_path), device, remarks, data, tuple(fronts), compression)
+    return Comparison(tuple(rows), str(per_image_path), device, remarks, data, fronts, compression)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,10 +51,8 @@ class Method:
 def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
     """List the methods without training at a rank; the SVD's own figures come from the optimum.
 
-    Args:
-        rank: R.
-        axes_DR: the training split's principal axes, at least R columns.
-        seed: the study's; it draws each random start, the same one for every batch.
+    `axes_DR` are the training split's principal axes, at least `rank` of them; the seed draws each random start, the
+    same one for every batch.
     """
 
     def random_start(name: str) -> Method:
@@ -140,15 +137,7 @@ def score(
     methods: Sequence[Method],
     device: str,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Measure every method, in float64, beside the SVD at each rank.
-
-    Args:
-        data: the features.
-        images: indices of those that judge.
-        optimum: theirs.
-        ranks: at which ranks.
-        methods: beside the SVD, each at one of the ranks; one a (name, rank).
-        device: where the methods run.
+    """Measure every method on `images`, in float64, beside the SVD, whose figures `optimum` has, at each of the ranks.
 
     Returns:
         A row a (method, rank, image): `method`, `rank`, `key`, `index` (the position in `images`), `token_cosine`,
@@ -158,13 +147,15 @@ def score(
     Raises:
         CacheError: features cannot be read.
     """
-    parts: dict[Kind, list[Figures]] = defaultdict(list)
+    parts: list[pd.DataFrame] = []
     broken: dict[Kind, str] = {}
-    seen: list[int] = []
     for places, x_NTD in batches(data, images, optimum):
-        seen += places
         x_NTD = x_NTD.to(device)
         exact_NTD = x_NTD.double()
+        which = pd.DataFrame({"key": [data.features.rows[images[place]].key for place in places], "index": places})
+        best = {rank: Figures(*(figure_N[places] for figure_N in optimum.at(rank))) for rank in ranks}
+        energy_N = optimum.energy_N[places]
+        parts += [_table("svd", rank, which, best[rank], best[rank], energy_N) for rank in ranks]
         for method in methods:
             if method.kind in broken:
                 continue
@@ -173,41 +164,28 @@ def score(
                     figures = Figures(*(part_N.cpu() for part_N in measure(exact_NTD, *method.decompose(x_NTD))))
                 if not all(bool(part_N.isfinite().all()) for part_N in figures):
                     raise RuntimeError("its factors are not finite on every test image")
-                parts[method.kind].append(figures)
+                parts.append(_table(*method.kind, which, figures, best[method.rank], energy_N))
             except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
                 broken[method.kind] = (str(error).strip() or type(error).__name__).splitlines()[0]
     remarks = [f"{name} at rank {rank} is left out: {reason}" for (name, rank), reason in broken.items()]
-    if len(seen) < len(images):
-        remarks.append(
-            f"{len(images) - len(seen)} of {len(images)} test images hold nothing but zeros and are left out"
-        )
-    whole = {
-        kind: Figures(*map(torch.cat, zip(*found, strict=True))) for kind, found in parts.items() if kind not in broken
-    }
-    keys = [data.features.rows[images[place]].key for place in seen]
-    return _table(pd.DataFrame({"key": keys, "index": seen}), whole, optimum, ranks), remarks
+    zeros = int((optimum.energy_N == 0).sum())
+    if zeros:
+        remarks.append(f"{zeros} of {len(images)} test images hold nothing but zeros and are left out")
+    if not parts:
+        return pd.DataFrame(), remarks
+    table = pd.concat(parts, ignore_index=True)
+    left_out = pd.MultiIndex.from_frame(table[["method", "rank"]]).isin(list(broken))
+    return table[~left_out].reset_index(drop=True), remarks
 
 
-def _table(images: pd.DataFrame, figures: dict[Kind, Figures], optimum: Optimum, ranks: Sequence[int]) -> pd.DataFrame:
-    """Join the figures of every method, the SVD's first, and each image's distance to the optimum."""
-    if images.empty:
-        return images
-    seen = images["index"].tolist()
-    best = {rank: Figures(*(figure_N[seen] for figure_N in optimum.at(rank))) for rank in ranks}
-    frames = []
-    for (name, rank), own in ({("svd", rank): best[rank] for rank in ranks} | figures).items():
-        numbers = {
-            "token_cosine": own.token_cosine_N,
-            "flat_cosine": own.flat_cosine_N,
-            "mse": own.mse_N,
-            "residual": own.residual_N,
-            "residual_ratio": residual_ratio(own.residual_N, best[rank].residual_N, optimum.energy_N[seen]),
-        }
-        columns = {column: values_N.numpy() for column, values_N in numbers.items()}
-        frames.append(images.assign(method=name, rank=rank, **columns)[["method", "rank", "key", "index", *columns]])
-    return pd.concat(frames, ignore_index=True)
+def _table(name: str, rank: int, which: pd.DataFrame, own: Figures, best: Figures, energy_N: Tensor) -> pd.DataFrame:
+    ratio_N = residual_ratio(own.residual_N, best.residual_N, energy_N)
+    numbers = dict(zip(FIGURES, (figure_N.numpy() for figure_N in (*own, ratio_N)), strict=True))
+    return which.assign(method=name, rank=rank, **numbers)[["method", "rank", "key", "index", *FIGURES]]
 
 
+FIGURES = ("token_cosine", "flat_cosine", "mse", "residual", "residual_ratio")
+"""What `score` tells of an image."""
 BATCH = {"cpu": 8, "cuda": 64}
 """Images in the batch that is timed; a GPU needs many to be busy."""
 SECONDS = 0.3
@@ -217,11 +195,7 @@ REPEATS = 9
 
 
 def images_per_second(decompose: Callable[[Tensor], object], x_NTD: Tensor) -> float:
-    """Time a method on a batch [N, T, D], on the batch's device; on the CPU, with one thread.
-
-    Returns:
-        N over the median run's seconds, after a warm-up on one image.
-    """
+    """N over the median run's seconds on a batch [N, T, D], on its device, after one image; on the CPU, one thread."""
 
     def run(batch_NTD: Tensor) -> float:
         start = time.perf_counter()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from lowrank_tune.records import (
     CONTROLS,
@@ -37,13 +39,12 @@ def about_study(
     compression: Compression,
 ) -> list[str]:
     """Say everything that a study's records give cause to say; there is at least one row."""
-    beaten = which_are_beaten(compression.stored, compression.pruned)
     return [
         *about_data(features, rows[0].n_images),
         *about_rivals(rows),
         *about_trials(outcomes, rows),
         *about_confirmations(confirmations, rows),
-        *([beaten] if beaten else []),
+        *filter(None, [which_are_beaten(compression.stored, compression.pruned)]),
     ]
 
 
@@ -138,24 +139,37 @@ def compression_texts(
     stored: Sequence[StoredRow], pruned: Sequence[PrunedRow], models: Sequence[QuantisedRow]
 ) -> list[str]:
     """Say what factors take at the error of X in few bits, and what few bits cost factors and models."""
-    texts = [_against(control, pruned) for control in controls_of(stored)]
+    texts = []
+    for control, smallest in _controls(stored, pruned):
+        size, error = kib(control.bytes_per_image), percent(control.relative_error_mean)
+        said = [f"{control.dtype} of X takes {size} an image at a relative error of {error}"]
+        for method, row in smallest.items():
+            if row.bytes_per_image is not None:
+                kept = f"{row.dtype}, {row.rank_mean:.0f} components an image"
+                said.append(f"as near on every image, {_whose(method)} take {kib(row.bytes_per_image)} ({kept})")
+            else:
+                met = f"{row.n_met} of {row.n_images} images"
+                said.append(f"{_whose(method)}, up to rank {row.rank}, come as near on {met}")
+        texts.append(f"{'; '.join(said)}: {control.dtype} of X is {_beaten_by(control, smallest)}.")
     # Of the best trained factors of the highest rank, or of the SVD's where nothing was trained.
     own = [row for row in stored if row.trial_id] or [row for row in stored if row.method == "svd"]
     last = [row for row in own if row.rank == max(row.rank for row in own)]
     if last:
         costs = [f"{row.dtype} {kib(row.bytes_per_image)} at {percent(row.relative_error_mean)}" for row in last]
         texts.append(f"Factors of {last[0].method} at rank {last[0].rank}: {', '.join(costs)}.")
-    for row in {row.method: row for row in sorted(models, key=lambda row: (row.method, row.rank))}.values():
-        if row.quantised_bytes == row.model_bytes:
+    for model in {
+        model.method: model for model in sorted(models, key=lambda model: (model.method, model.rank))
+    }.values():
+        if model.quantised_bytes == model.model_bytes:
             texts.append(
-                f"{row.method} has learned no matrix, so quantising its model has nothing to do "
-                f"({kib(row.model_bytes)} at rank {row.rank}, most of it random numbers that a seed draws)."
+                f"{model.method} has learned no matrix, so quantising its model has nothing to do "
+                f"({kib(model.model_bytes)} at rank {model.rank}, most of it random numbers that a seed draws)."
             )
         else:
             texts.append(
-                f"The {row.method} model of rank {row.rank} in int8 takes {kib(row.quantised_bytes)} instead of "
-                f"{kib(row.model_bytes)}; the error of its factors goes from {percent(row.relative_error_mean)} to "
-                f"{percent(row.quantised_relative_error_mean)}."
+                f"The {model.method} model of rank {model.rank} in int8 takes {kib(model.quantised_bytes)} instead of "
+                f"{kib(model.model_bytes)}; the error of its factors goes from {percent(model.relative_error_mean)} to "
+                f"{percent(model.quantised_relative_error_mean)}."
             )
     return texts
 
@@ -163,8 +177,8 @@ def compression_texts(
 def which_are_beaten(stored: Sequence[StoredRow], pruned: Sequence[PrunedRow]) -> str:
     """Say in one sentence which of the controls are beaten; empty where there is none."""
     by: dict[str, list[str]] = {}
-    for control in controls_of(stored):
-        by.setdefault(_beaten_by(control, pruned), []).append(control.dtype)
+    for control, smallest in _controls(stored, pruned):
+        by.setdefault(_beaten_by(control, smallest), []).append(control.dtype)
     parts = []
     for beaten, dtypes in by.items():
         listed = " and ".join(filter(None, [", ".join(dtypes[:-1]), dtypes[-1]]))
@@ -172,53 +186,29 @@ def which_are_beaten(stored: Sequence[StoredRow], pruned: Sequence[PrunedRow]) -
     return "bytes against error: " + "; ".join(parts) if parts else ""
 
 
-def controls_of(stored: Sequence[StoredRow]) -> list[StoredRow]:
-    """The features themselves in few bits, by rising error."""
-    return [row for row in stored if row.method == "x" and row.dtype != "float16"]
+def _controls(
+    stored: Sequence[StoredRow], pruned: Sequence[PrunedRow]
+) -> Iterator[tuple[StoredRow, dict[str, PrunedRow]]]:
+    """X itself in few bits, by rising error, each with the factors of every method, the SVD's first, that rival it.
+
+    Those are the ones that are as near on every image in the fewest bytes; where none is, that are so on most images.
+    """
+    for control in (row for row in stored if row.method == "x" and row.dtype != "float16"):
+        own = sorted(
+            (row for row in pruned if row.target == control.dtype),
+            key=lambda row: (row.method != "svd", row.method, row.bytes_per_image or math.inf, -row.n_met),
+        )
+        yield control, {method: next(rows) for method, rows in groupby(own, key=lambda row: row.method)}
 
 
-def _against(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
-    said = [
-        f"{control.dtype} of X takes {kib(control.bytes_per_image)} an image at a relative error of "
-        f"{percent(control.relative_error_mean)}"
-    ]
-    for whose, own in _by_method(pruned, control.dtype).items():
-        if row := _smallest(own):
-            said.append(
-                f"as near on every image, {whose} take {kib(row.bytes_per_image or 0.0)} ({row.dtype}, "
-                f"{row.rank_mean:.0f} components an image)"
-            )
-        else:
-            nearest = max(own, key=lambda other: other.n_met)
-            said.append(
-                f"{whose}, up to rank {nearest.rank}, come as near on {nearest.n_met} of {nearest.n_images} images"
-            )
-    return f"{'; '.join(said)}: {control.dtype} of X is {_beaten_by(control, pruned)}."
+def _beaten_by(control: StoredRow, smallest: Mapping[str, PrunedRow]) -> str:
+    beating = [name for name, row in smallest.items() if (row.bytes_per_image or math.inf) < control.bytes_per_image]
+    only = " only" if beating == ["svd"] and len(smallest) > 1 else ""
+    return f"beaten by {' and '.join(map(_whose, beating))}{only}" if beating else "not beaten by factors"
 
 
-def _beaten_by(control: StoredRow, pruned: Sequence[PrunedRow]) -> str:
-    smallest = {whose: _smallest(own) for whose, own in _by_method(pruned, control.dtype).items()}
-    beating = [whose for whose, row in smallest.items() if row and (row.bytes_per_image or 0) < control.bytes_per_image]
-    if not beating:
-        return "not beaten by factors"
-    only = " only" if beating == ["the SVD's factors"] and len({row.method for row in pruned}) > 1 else ""
-    return f"beaten by {' and '.join(beating)}{only}"
-
-
-def _by_method(pruned: Sequence[PrunedRow], target: str) -> dict[str, list[PrunedRow]]:
-    """The rows of a target: the SVD's, then those of what was trained."""
-    own = [row for row in pruned if row.target == target]
-    methods = sorted({row.method for row in own}, key=lambda method: (method != "svd", method))
-    return {
-        "the SVD's factors" if method == "svd" else f"{method}'s factors": [row for row in own if row.method == method]
-        for method in methods
-    }
-
-
-def _smallest(rows: Sequence[PrunedRow]) -> PrunedRow | None:
-    """The factors that meet a target on every image in the fewest bytes; None where none do."""
-    met = [row for row in rows if row.bytes_per_image is not None]
-    return min(met, key=lambda row: row.bytes_per_image or 0.0, default=None)
+def _whose(method: str) -> str:
+    return "the SVD's factors" if method == "svd" else f"{method}'s factors"
 
 
 def kib(size: float) -> str:
