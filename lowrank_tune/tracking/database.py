@@ -1,4 +1,4 @@
-"""The database file that MLflow keeps its runs in: made whole or not at all, and replaced when it cannot be used.
+"""The database file that MLflow keeps its runs in, made whole or not at all.
 
 MLflow makes its forty tables one after the other; killed meanwhile, it leaves a file that no MLflow can use. So a new
 database is made beside, as `mlflow.db.<pid>.making`, and moved in when it is at its newest version.
@@ -33,14 +33,10 @@ _REMEDY = "move it away, or name another store in tracking.uri"
 
 
 def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: None) -> None:
-    """Make a store's database ready for MLflow: it is made, brought to the newest version, or made anew.
+    """Make a store's database ready for MLflow: it is made, brought to the newest version, or made anew and filled.
 
     One that was left half made, or is damaged, is set aside as `mlflow.db.unusable-<time>` where it is the results
-    directory's own; any other is refused.
-
-    Args:
-        store: a server's is left alone.
-        fill: tells the database that takes the place of an unusable one all that studies have on file.
+    directory's own.
 
     Raises:
         TrackingError: it is of a newer MLflow, or of another program, or not the results directory's own and unusable.
@@ -73,21 +69,13 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
 
 
 def check_database(store: Store) -> None:
-    """Refuse a database that `open_database` would, as far as that is seen without trying, which takes seconds.
-
-    Raises:
-        TrackingError: it is of a newer MLflow or of another program.
-    """
+    """Refuse a database that `open_database` would, as far as that is seen without trying, which takes seconds."""
     if store.database:
         _usable(store.database)
 
 
 def database_fault(path: Path) -> str:
-    """What keeps MLflow from using a database file, in a few words; nothing where it can, or where there is none.
-
-    Raises:
-        TrackingError: it is of a newer MLflow or of another program.
-    """
+    """What keeps MLflow from using a database file, in a few words, if anything; errors as `check_database`."""
     if _usable(path) not in ("older", "damaged"):
         return ""
     copy = path.with_name(f"{path.name}.{os.getpid()}.making")

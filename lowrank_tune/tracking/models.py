@@ -1,7 +1,7 @@
 """The best model of each rank as an MLflow model, and as versions in MLflow's model registry.
 
 Its one flavour, `python_function`, carries the mathematics along: it loads where this package is not installed, from
-`config.json` and safetensors, and nothing in it is unpickled. Imported by the tracker's thread only, with MLflow.
+`config.json` and safetensors, and nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -43,16 +43,7 @@ def log_models(
     study_dir: Path,
     register: str | None,
 ) -> None:
-    """Log the best model of each rank, and register it; what is there already stays as it is.
-
-    Args:
-        client: the store's.
-        parent: the study's run.
-        comparison: what was compared; validation chose its best of each rank.
-        trained: the trials' outcomes.
-        study_dir: `results/studies/<study_id>`.
-        register: the registered model's name; None registers nothing.
-    """
+    """Log the best model of each rank, and register it under a name, if there is one; what is there already stays."""
     outcomes = {outcome.config.trial_id: outcome for outcome in trained}
     run = client.get_run(parent)
     there = {(model.name, model.tags.get(_TRIAL)): model for model in _logged_models(client, run)}

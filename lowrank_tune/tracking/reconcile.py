@@ -21,11 +21,7 @@ Others = Callable[[], Iterable[tuple[Plan, Comparison | None]]]
 
 
 def open_sync(plan: Plan, store: Store, others: Others = tuple) -> StudySync:
-    """A study's way to MLflow; where its database had to be made anew, the other studies are told to it before.
-
-    Raises:
-        TrackingError: the database cannot be used, and is not the results directory's own.
-    """
+    """A study's way to MLflow; where its database had to be made anew, the other studies are told to it before."""
 
     def tell_others(fresh: Store) -> None:
         for other, comparison in others():
@@ -42,16 +38,8 @@ def open_sync(plan: Plan, store: Store, others: Others = tuple) -> StudySync:
 def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others = tuple) -> Repairs:
     """Make MLflow hold what a study's files hold: a run a trial, every epoch once, and no run that runs for ever.
 
-    Nothing is told twice, and a second reconciliation changes nothing. A trial without an outcome on file is KILLED: no
-    process trains it any more. So no other process may be at work on the study: the caller claims it.
-
-    Args:
-        plan: the study.
-        comparison: its post-study figures, when it has any.
-        others: the other studies of the results directory.
-
-    Raises:
-        TrackingError: the store does not answer.
+    A second reconciliation changes nothing. A trial without an outcome on file is KILLED, so the caller claims the
+    study.
     """
     set_mlflow_defaults()
     store = resolve_store(plan.spec.tracking.uri, plan.results)
@@ -60,7 +48,7 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
 
 
 def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
-    """Tell MLflow the post-study figures and files of a study that is over, or runs; returns why that failed, if so."""
+    """Tell MLflow an ended study's post-study figures and files; returns why that failed, if so."""
     try:
         set_mlflow_defaults()
         store = resolve_store(plan.spec.tracking.uri, plan.results)

@@ -33,11 +33,9 @@ _DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """An MLflow tracking store.
+    """An MLflow tracking store; `uri` may hold credentials, so show `shown` instead.
 
-    Attributes:
-        uri: what MLflow is given; may hold credentials, so show `shown` instead.
-        artifacts: where a local store's artifacts go; None leaves it to the server.
+    A local store's artifacts go to `artifacts`; None leaves it to the server.
     """
 
     uri: str
@@ -45,17 +43,14 @@ class Store:
 
     @property
     def shown(self) -> str:
-        """The address without credentials."""
         return redact(self.uri)
 
     @property
     def database(self) -> Path | None:
-        """The database file of a local store."""
         return Path(unquote(self.uri.removeprefix(_SQLITE).partition("?")[0])) if self.is_local else None
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a database file, which needs no server."""
         return self.uri.startswith(_SQLITE)
 
 
@@ -85,11 +80,7 @@ def sqlite_uri(path: Path) -> str:
 
 
 def probe(store: Store) -> None:
-    """Check within seconds that the store answers.
-
-    Raises:
-        TrackingError: it does not; the message names the address without credentials, and the remedy.
-    """
+    """Check within seconds that the store answers; a TrackingError where it does not."""
     if store.database:
         _probe_database(store, store.database)
     elif store.uri.startswith(("http://", "https://")):
@@ -126,7 +117,6 @@ def _probe_database(store: Store, path: Path) -> None:
 
 
 def open_sqlite(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:
-    """Open a database file that is there."""
     return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout_s, isolation_level=None)
 
 

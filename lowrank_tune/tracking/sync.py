@@ -1,7 +1,7 @@
 """MLflow is made to hold what a study's files hold.
 
-Every epoch is on disk before anybody hears of it. So the code that tells MLflow of a live run looks up what it has and
-tells what it lacks, and is the code that heals an outage, a killed driver and a lost database.
+Every epoch is on disk before anybody hears of it. So the code that tells MLflow of a live run tells what it lacks, and
+also heals an outage, a killed driver and a lost database.
 """
 
 from __future__ import annotations
@@ -75,15 +75,7 @@ class _Run:
 
 
 class StudySync:
-    """Tells MLflow what it lacks of a study; each method may be called again and again, and after an error must be.
-
-    Args:
-        plan: the study.
-        store: where it is tracked.
-
-    Attributes:
-        repairs: all that was told.
-    """
+    """Tells MLflow what it lacks of a study; each method may be called again and again, and after an error must be."""
 
     def __init__(self, plan: Plan, store: Store) -> None:
         from mlflow import MlflowClient
@@ -132,12 +124,7 @@ class StudySync:
                 self._set_status(run, "KILLED", _now())
 
     def comparison(self, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
-        """Tell the rank curves, the table, the files and the best model of each rank, as far as they are not there.
-
-        Args:
-            comparison: the figures.
-            outcomes: every trial's and repetition's; each one's run gets its loss curves.
-        """
+        """Tell the rank curves, the table, the files, each run's loss curves and the best model of each rank."""
         from lowrank_tune.tracking.models import has_models, log_models
 
         study, register = self._study_run(), self._plan.spec.tracking.register_as
@@ -154,7 +141,6 @@ class StudySync:
         self.repairs.comparison_added = True
 
     def _look(self) -> None:
-        """Find the experiment, made when missing, and the runs that the study has."""
         if self._experiment:
             return
         experiment = _open_experiment(
@@ -182,7 +168,6 @@ class StudySync:
             self._second.append(run.run_id)
 
     def _study_run(self) -> _Run:
-        """The study's own run, made when missing."""
         self._look()
         if self._parent is None:
             plan, spec = self._plan, self._plan.spec
@@ -223,7 +208,6 @@ class StudySync:
         return _Run(str(entity.info.run_id), tags=tags)
 
     def _tell_figures(self, run: _Run, record: TrialRecord, tags: Mapping[str, str]) -> None:
-        """Log the epochs that a run lacks, its parameters and its best figures."""
         from mlflow.entities import Metric, RunTag
 
         if run.epochs is None:

@@ -31,12 +31,8 @@ class Tracker:
     """Tracks one study in MLflow: a parent run, and a child a trial.
 
     As a context manager it ends every run with the status that the block ended with. A server is asked for the study's
-    run at once, so that a refusal costs no training. A local database needs no such question: MLflow is then imported
-    on the thread when the first trial starts, for importing it takes longer than starting that trial.
-
-    Args:
-        plan: the study.
-        others: the other studies of the results directory, to be told again where its database must be made anew.
+    run at once, so that a refusal costs no training; for a local database MLflow is imported on the thread, which takes
+    longer than starting a trial.
 
     Raises:
         TrackingError: the store does not answer, or refuses; raised by the constructor or on entering the block.
@@ -85,7 +81,7 @@ class Tracker:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What MLflow was not told and why, for people; empty when it knows everything."""
+        """What MLflow was not told and why."""
         if not self._failed:
             return ()
         n, reasons = len(self._failed), list(dict.fromkeys(self._failed.values()))[:10]
@@ -93,26 +89,18 @@ class Tracker:
         return (f"{n} record{'s' * (n > 1)} could not be delivered", *reasons, remedy)
 
     def trial_started(self, config: TrialConfig) -> None:
-        """A trial begins; its run is found again, or made."""
         self._running.add(config.trial_id)
         self._mark(config.trial_id)
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        """An epoch ended, and is on file."""
         self._mark(trial_id)
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
-        """A trial is over, whichever way, and its outcome is on file."""
         self._running.discard(outcome.config.trial_id)
         self._mark(outcome.config.trial_id)
 
     def compared(self, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
-        """The post-study work is done; it is told before the block ends.
-
-        Args:
-            comparison: the figures; plots, report and tables lie in the study's folder.
-            outcomes: every trial's and every repetition's.
-        """
+        """Tell of the comparison before the block ends."""
         self._compared = comparison, outcomes
         self._mark(_COMPARISON)
 

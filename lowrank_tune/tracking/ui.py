@@ -20,15 +20,7 @@ _GRACE_S = 5.0
 
 
 def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Serve the UI until it is interrupted or terminated; the server's helper processes end with it.
-
-    Args:
-        results: the results directory.
-        host: the interface to listen on; anyone who reaches it can change the runs.
-        port: the port to listen on.
-
-    Returns:
-        The exit code: 0 when it was asked to end.
+    """Serve the UI until it is interrupted or terminated; anyone who reaches `host` can change the runs.
 
     Raises:
         InputError: there is nothing to show yet, or the port is taken.
@@ -55,14 +47,9 @@ def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int
 
 
 def first_page(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> str:
-    """The address of the newest study's runs, as model training.
+    """The address of the newest study's runs, as model training, or of the list of experiments.
 
     MLflow 3.17 opens an experiment as GenAI, whatever its kind is tagged as, unless the address says otherwise.
-
-    Args:
-        results: the results directory; without a run in it, the address is that of the list of experiments.
-        host: as for `serve_ui`.
-        port: as for `serve_ui`.
     """
     store = f"file:{quote(str(results / 'mlflow.db'))}?mode=ro"
     newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"

@@ -1,4 +1,4 @@
-"""A study's share of a Ray cluster: how many of its trials fit, and how many of them while other studies work there."""
+"""How many of a study's trials fit a Ray cluster, and how many of them while other studies work there."""
 
 from __future__ import annotations
 
@@ -18,21 +18,16 @@ _SLACK = 1e-9  # 4 trials of 0.25 GPUs fit on one, whatever floating point says
 
 
 def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many trials run at a time: as many as fit (`trials_that_fit`), or fewer where the study file says so."""
+    """As many as fit, or fewer where the study file says so."""
     fit = trials_that_fit(spec, nodes)
     return min(fit, spec.max_concurrent or fit)
 
 
 def trials_that_fit(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many trials the cluster has room for.
-
-    Args:
-        spec: what one trial needs; each of its workers must fit on one node.
-        nodes: as `ray.nodes()` describes them.
+    """How many trials the nodes, as of `ray.nodes()`, have room for; each worker must fit on one.
 
     Raises:
-        InputError: no node can hold a trial's worker, or all of them together not all of its workers; the message says
-            what there is.
+        InputError: no node can hold a trial's worker, or all together not all of its workers.
     """
     needs = {"CPU": ("cpus_per_trial", spec.cpus_per_trial), "GPU": ("gpus_per_trial", spec.gpus_per_trial)}
     owned = [node["Resources"] for node in nodes if node["Alive"]]
@@ -76,25 +71,23 @@ def taking_part(study_id: str) -> Iterator[None]:
 
 
 def studies_at_work() -> int:
-    """How many studies of this cluster extract features or train now."""
     groups = placement_group_table().values()
     return sum(group["name"].startswith(_NAME) and group["state"] != "REMOVED" for group in groups)
 
 
 def fair_part(resources: ResourcesSpec) -> int:
-    """A study's part of as many trials as fit, whatever others leave unused; at least one, and InputError for none."""
+    """A study's part of as many trials as fit, at least one, whatever others leave unused."""
     return math.ceil(trials_that_fit(resources, ray.nodes()) / max(1, studies_at_work()))
 
 
 class FairShare:
-    """How many trials a study may have at work while it runs: its part, or fewer where the study file says so."""
+    """How many trials a study may have at work while it runs; looked up at most every two seconds."""
 
     def __init__(self, resources: ResourcesSpec) -> None:
         self._resources = resources
         self._share, self._looked_at = 1, -math.inf
 
     def __call__(self) -> int:
-        """At least one; looked up at most every two seconds."""
         now = time.monotonic()
         if now - self._looked_at > _LOOK_EVERY_S:
             self._looked_at = now

@@ -42,7 +42,7 @@ _RECOVERED = {
 
 
 def stopped_by(last: Mapping[str, Any]) -> StoppedBy:
-    """What ended a trial whose last epoch was `last`: what the trainer says, else the scheduler."""
+    """What ended a trial: what the trainer said at its last epoch, else the scheduler."""
     said = last.get("stopped_by", "")
     return next((word for word in _STATUS if word == said), "asha")
 
@@ -50,16 +50,7 @@ def stopped_by(last: Mapping[str, Any]) -> StoppedBy:
 def outcome_of(
     config: TrialConfig, last: Mapping[str, Any], directory: Path, seconds: float, crash: str = ""
 ) -> TrialOutcome:
-    """Say how a trial ended.
-
-    Args:
-        config: what was tried.
-        last: the last epoch's figures as `Trainer.step` gives them, with `stopped_by` and `reason`; empty when there
-            was none.
-        directory: where its model lies.
-        seconds: wall time of its training.
-        crash: why it died without saying so itself; empty when it did not.
-    """
+    """How a trial ended, from its last epoch's figures as `train_epoch` gives them, or why it died without a word."""
     ended: StoppedBy = "error" if crash else stopped_by(last)
     best_epoch = int(last.get("best_epoch", 0))
     best = {name: float(last.get(f"best_{name}", math.nan)) for name in OBJECTIVES} if best_epoch else {}
@@ -77,16 +68,7 @@ def outcome_of(
 
 
 def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) -> None:
-    """Refuse to go on with a study on other images than it began with: its trials would not be comparable.
-
-    Args:
-        directory: where `write_inputs` wrote; a study that has not got so far has nothing there.
-        fingerprint: the cache of what the study file gives today.
-        keys: its images; as many may be broken ones as were when the study began.
-
-    Raises:
-        InputError: they are others.
-    """
+    """Refuse to go on with a study on other images than it began with, but for as many as were broken then."""
     path = directory / FEATURES
     if not path.exists():
         return
@@ -104,14 +86,7 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
 
 
 def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> dict[str, str]:
-    """Write what a study's trials share, references and never the features, for `read_inputs`; returns where it lies.
-
-    Args:
-        directory: where to write; made when missing.
-        features: the study's features.
-        split: which images train, validate and judge.
-        optimum_path: the validation split's optimum, already saved.
-    """
+    """Write what a study's trials share, references and never the features, for `read_inputs`; returns its places."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = {"features": directory / FEATURES, "split": directory / "split.json", "optimum": optimum_path}
     features.write(paths["features"])
@@ -133,7 +108,7 @@ def begin_trial(directory: Path, config: TrialConfig) -> None:
 
 
 def write_history(directory: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write what each epoch of a trial gave; JSON has no NaN, so a figure that is not finite is null there."""
+    """Write what each epoch of a trial gave; a figure that is not finite is null."""
     write_json(directory / HISTORY, [{key: _finite(value) for key, value in row.items()} for row in rows])
 
 
@@ -142,7 +117,6 @@ def _finite(value: float) -> float | None:
 
 
 def read_history(directory: Path) -> list[dict[str, float]]:
-    """Read what each epoch of a trial gave; nothing where none has ended."""
     try:
         rows = read_json(directory / HISTORY)
     except FileNotFoundError:
@@ -151,7 +125,7 @@ def read_history(directory: Path) -> list[dict[str, float]]:
 
 
 def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
-    """Write `trials/<trial_id>/outcome.json`; what the trial would have needed to go on is removed."""
+    """Write a trial's outcome.json; what it would have needed to go on is removed."""
     directory = trials_dir / outcome.config.trial_id
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / OUTCOME, outcome)
@@ -186,7 +160,6 @@ def read_trial(directory: Path) -> TrialRecord | None:
 
 
 def read_trials(trials_dir: Path) -> list[TrialRecord]:
-    """Every trial and repetition that left a file."""
     found = (read_trial(directory) for directory in sorted(trials_dir.glob("*")))
     return [record for record in found if record is not None]
 
@@ -208,13 +181,7 @@ def remove_checkpoints(trials_dir: Path, outcomes: Iterable[TrialOutcome]) -> No
 
 
 def recovered_outcome(config: TrialConfig, directory: Path, state: str) -> TrialOutcome:
-    """How a trial ended of which there is no outcome: its driver, or its study, died before it was written.
-
-    Args:
-        config: what was tried.
-        directory: where its model and its history lie.
-        state: what Optuna holds of it, the name of a TrialState; empty where that is not known.
-    """
+    """How a trial ended whose driver died before it wrote an outcome; `state`, if known, names Optuna's TrialState."""
     history = read_history(directory)
     last: dict[str, Any] = dict(history[-1]) if history else {}
     ended: StoppedBy = "interruption" if last else "error"
@@ -246,7 +213,7 @@ def past_outcomes(study_dir: Path) -> list[TrialOutcome]:
 
 
 def open_past_search(journal: Path) -> Any:
-    """Open the Optuna study that a search has left; None where there is none, or none that can be read."""
+    """The Optuna study that a search has left, if it can be read."""
     if not journal.is_file():
         return None
     import optuna  # which takes a while, and whoever asks for a trial's folder has no need of it

@@ -1,8 +1,7 @@
 """Successive halving that is fair: a trial competes for survival only with trials of its own group.
 
-A rank-16 trial cannot reach the error of a rank-256 trial, whatever its learning rate. In one pool, asynchronous
-successive halving (Li et al., https://arxiv.org/abs/1810.05934) would therefore stop the low ranks and keep the high
-ones.
+In one pool, asynchronous successive halving (Li et al., https://arxiv.org/abs/1810.05934) would stop the low ranks,
+which cannot reach the high ones' error.
 """
 
 from __future__ import annotations
@@ -31,11 +30,9 @@ class PastTrial(NamedTuple):
 
 
 class FairASHA(FIFOScheduler):
-    """One asynchronous successive halving a group, where a group is the trials that agree in `compete_within`.
+    """One asynchronous successive halving for each group of trials that agree in `compete_within`.
 
-    Args:
-        spec: the study: its objective, epochs and scheduler.
-        past: trials of earlier processes; later ones compete with them as if all had run in one.
+    Trials compete with those of earlier processes as if all had run in one.
     """
 
     def __init__(self, spec: StudySpec, past: Sequence[PastTrial] = ()) -> None:
@@ -58,7 +55,7 @@ class FairASHA(FIFOScheduler):
                 self._replay(tunes, trial)
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Let a new trial compete in its group; one that goes on is where it was."""
+        """A trial that goes on is where it was."""
         past = self._unfinished.pop(trial.config["trial"].get("trial_id", ""), None)
         if past is None:
             self._group(trial).on_trial_add(tune_controller, trial)
@@ -66,7 +63,6 @@ class FairASHA(FIFOScheduler):
             self._replay(trial, past)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
-        """Stop a trial that its group has left behind."""
         if not self._is_comparable(result):
             return str(TrialScheduler.CONTINUE)
         return str(self._group(trial).on_trial_result(tune_controller, trial, result))
@@ -79,15 +75,12 @@ class FairASHA(FIFOScheduler):
             self.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Forget a trial that crashed."""
         self.on_trial_remove(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Forget a trial that never ran."""
         self._group(trial).on_trial_remove(tune_controller, trial)
 
     def debug_string(self) -> str:
-        """How many groups there are, for Tune's logs."""
         return f"FairASHA: {len(self._groups)} groups by {', '.join(self._within) or 'nothing'}"
 
     def _replay(self, trial: Any, past: PastTrial) -> None:
@@ -110,5 +103,4 @@ class FairASHA(FIFOScheduler):
 
 
 def make_scheduler(spec: StudySpec, past: Sequence[PastTrial] = ()) -> TrialScheduler:
-    """Make the scheduler that a study file asks for, knowing the trials of earlier processes."""
     return FairASHA(spec, past) if spec.scheduler.kind == "asha" else FIFOScheduler()

@@ -1,11 +1,11 @@
 """Tune's searcher: an Optuna study that is asked for points and told the truth about them.
 
-A trial that the scheduler stopped is PRUNED there with every epoch's value, one that failed is FAIL, and only a trial
-that used its budget or its patience is COMPLETE; in a study that was stopped, one that is to go on is RUNNING. Optuna's
-own tools open the file: `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
+A trial that the scheduler stopped is PRUNED there, one that failed is FAIL, only one that used its budget or its
+patience is COMPLETE, and one that is to go on is RUNNING. Optuna's own tools open the file:
+`JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
 
-What is drawn for a trial follows from the study's seed, the trial's number and what Optuna knows then, not from how
-many were drawn by this process: a study that is resumed goes on as it would have.
+What is drawn follows from the study's seed, the trial's number and what Optuna knows then: a study that is resumed goes
+on as it would have.
 """
 
 from __future__ import annotations
@@ -66,10 +66,9 @@ def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> An
 
 
 def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
-    """Open the journal of a study's search, made when missing; Optuna knows the study by its id.
+    """Open the journal of a study's search, made when missing.
 
-    Optuna's sqlite storage would import SQLAlchemy and migrate tables for seconds before the first trial, and cannot be
-    trusted on a network file system, where a cluster's results lie.
+    Optuna's sqlite storage would take seconds to migrate tables, and cannot be trusted on a network file system.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -83,15 +82,10 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
 
 
 class StudySearcher(Searcher):
-    """Suggests a study's points, each as `{"trial": TrialConfig as a dict}`, and tells Optuna how they went.
+    """Suggests a study's points, each as `{"trial": TrialConfig as a dict}`, while its share allows.
 
-    Trials that Optuna holds as RUNNING are suggested first, with the last epoch that it heard of as `reported`: this
-    study was stopped or killed while they were trained.
-
-    Args:
-        plan: the study; with the method `grid` its points are suggested in their order.
-        study: where Optuna keeps them.
-        share: how many trials may be at work now.
+    Trials that Optuna holds as RUNNING, as the study was stopped or killed, are suggested first, with the last epoch
+    that it heard of as `reported`.
     """
 
     def __init__(self, plan: Plan, study: optuna.Study, share: Callable[[], float] = lambda: math.inf) -> None:
@@ -125,14 +119,12 @@ class StudySearcher(Searcher):
         return {"trial": asdict(config), "reported": reported}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report an epoch's value."""
         epoch, value = result.get("epoch", 0), result.get(self._plan.spec.objective, math.nan)
         if epoch > self._reported.get(trial_id, 0) and math.isfinite(value):
             self._live[trial_id].report(value, step=epoch)
             self._reported[trial_id] = epoch
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Tell how a trial ended."""
         result = dict(result or {})
         self.on_trial_result(trial_id, result)
         trial = self._live.pop(trial_id)
@@ -161,10 +153,7 @@ class StudySearcher(Searcher):
 
 
 def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
-    """Tell Optuna of the trials that ended in an outcome which it missed, as the driver died in between.
-
-    Returns every trial that Optuna knows afterwards, but for a point that waits.
-    """
+    """Tell Optuna of outcomes that it missed, as the driver died; returns every trial but a point that waits."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
         if outcome is not None:
@@ -175,9 +164,8 @@ def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOut
 def migrate_search(plan: Plan, path: Path) -> None:
     """Write a study's journal anew for its plan's search space, in one step.
 
-    Optuna lets no parameter of a study change its choices, so the trials move into a study of the same name whose
-    parameters are the new ones; what they taught the searcher it knows on, also where a list became a range. A trial
-    outside the new space keeps its place and its figures, and teaches nothing.
+    Optuna lets no parameter change its choices, so the trials move into a study of the same name; a trial outside the
+    new space keeps its place and its figures, and teaches nothing.
     """
     old = open_optuna_study(plan, path)
     partial = path.with_name(f"{path.name}.partial")

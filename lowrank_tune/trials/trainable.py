@@ -1,7 +1,6 @@
 """What Tune runs: one actor that trains trial after trial, an epoch a step, alone or at the head of several workers.
 
-Ray pickles the class by its name, so a worker imports this module. torch, and all that needs it, is imported by the
-first step: an actor is up seconds before it would be otherwise, and nothing of the driver's side is ever loaded.
+A worker imports this module; torch is imported by the first step, so that an actor is up seconds earlier.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ class TrialActor(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """What Ray reserves for a trial, all of it at once; this actor itself needs nothing beside its workers."""
+        """What Ray reserves for a trial; this actor itself needs nothing beside its workers."""
         return _reserved(config["cpus"], config["gpus"], config["workers"])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the first trial."""
         self._workers: WorkerGroup | None = None
         self.reset_config(config)
 
@@ -76,9 +74,6 @@ _OTHERS_S = 20.0
 class WorkerGroup:
     """The workers of an actor's trials, in the places that Tune has reserved; to the actor, its session.
 
-    Args:
-        settings: of the actor; `workers` of them with `cpus` and `gpus` (whole ones) each.
-
     Raises:
         RuntimeError: a worker has died or raised; all have been ended.
     """
@@ -94,11 +89,10 @@ class WorkerGroup:
         self._workers = [make.remote(rank, size, host, self._store.port) for rank in range(size)]
 
     def epoch(self) -> Any:
-        """Train one epoch, as `TrialSession.epoch`."""
         return self.ask("epoch")
 
     def keep(self) -> None:
-        """Write a checkpoint, as `TrialSession.keep`; workers that have died keep nothing."""
+        """Write a checkpoint; workers that have died keep nothing."""
         if self._workers:
             self.ask("keep")
 
@@ -137,7 +131,6 @@ class TrialWorker:
         self._session: Any = None
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Take a trial."""
         from lowrank_tune.lowrank.distributed import World
         from lowrank_tune.trials.trial import TrialSession
 
@@ -145,16 +138,14 @@ class TrialWorker:
         self._session = TrialSession(settings, World.here())
 
     def epoch(self) -> Any:
-        """Train one epoch."""
         return self._session.epoch()
 
     def keep(self) -> None:
-        """Write a checkpoint."""
         self._session.keep()
 
 
 def _first_cause(errors: dict[int, Exception]) -> str:
-    """Why a group of workers has ended, on one line: the first cause, not that the others then lost a worker."""
+    """Why a group of workers has ended: the first cause, not that the others then lost a worker."""
     from lowrank_tune.trials.trial import is_out_of_memory
 
     rank = next((rank for rank, error in sorted(errors.items()) if not isinstance(error, ConnectionError)), min(errors))

@@ -33,11 +33,7 @@ _CHECKPOINT_SHARE = 0.05
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what a training has kept to go on, its tensors on the CPU; nothing but tensors and plain values is read.
-
-    Raises:
-        InputError: it is none, or it is damaged.
-    """
+    """Read what a training has kept, tensors and plain values alone, on the CPU; an InputError if it is damaged."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -55,7 +51,7 @@ class TrialInputs(NamedTuple):
 
 @lru_cache(maxsize=1)
 def read_inputs(features: str, split: str, optimum: str) -> TrialInputs:
-    """Read what a study's trials share (`write_inputs`); the same objects again for every later trial of this process.
+    """Read what `write_inputs` wrote; the same objects again for every later trial of this process.
 
     Features that do not lie on a local disk are copied to this node by its first trial; the others wait for it.
     """
@@ -65,19 +61,11 @@ def read_inputs(features: str, split: str, optimum: str) -> TrialInputs:
 
 
 class TrialSession:
-    """Trains one trial, from where an earlier process left it on.
+    """Trains one trial, its settings those of `TrialActor`, from where an earlier process left it on.
 
-    Its checkpoint lies beside its other files and is none of Tune's: the same file serves a retry after a crash, a
-    retry with less memory and a study that is resumed, and Tune has nothing to copy, register and restore.
-
-    Args:
-        settings: as `TrialActor` describes them; torch gets as many threads as there are `cpus`, and epochs on file
-            after the `reported` one are told before any is trained.
-        world: the processes that train it, each by a session of its own; the first one has its files.
-
-    Attributes:
-        micro_batch: images in memory at a time: this process's share of the batch, or a part of it once memory did not
-            suffice.
+    Its checkpoint is none of Tune's: the same file serves a retry after a crash, a retry with less memory and a study
+    that is resumed. Epochs on file after the `reported` one are told before any is trained. Of several processes, each
+    has a session, and the first one the files.
     """
 
     def __init__(self, settings: dict[str, Any], world: World = ALONE) -> None:
@@ -96,10 +84,7 @@ class TrialSession:
         self._keeping_took = 0.0
 
     def epoch(self) -> dict[str, Any]:
-        """Train one epoch and write what it gave.
-
-        Returns:
-            As `train_epoch`. A failure that another process would meet again is told in it.
+        """Train one epoch, as `train_epoch`; a failure that another process would meet again is told in it.
 
         Raises:
             OSError: this machine cannot reach the files, or the other workers.
@@ -142,7 +127,6 @@ class TrialSession:
         return result
 
     def _open(self) -> Trainer:
-        """A trainer that goes on with what an earlier process left of this very trial, or begins."""
         state = self._world.of_first(self._checkpoint() if self._world.first else {})
         self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
         data, split, optimum = read_inputs(**self._inputs)
@@ -206,9 +190,8 @@ class TrialSession:
 def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
     """Train one epoch and write what it gave.
 
-    Returns:
-        `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
-        the trial may go on.
+    Returns `Trainer.step`'s figures, `trained_seconds` of all epochs, and `stopped_by` and `reason`, both empty while
+    the trial may go on.
     """
     row = trainer.step()
     if trainer.world.first:
@@ -219,7 +202,6 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
 
 
 def _result(rows: Sequence[dict[str, float]], stopped_by: str, reason: str = "") -> dict[str, Any]:
-    """What is told of the last of these epochs."""
     seconds = sum(row["seconds"] for row in rows)
     return {**rows[-1], "trained_seconds": seconds, "stopped_by": stopped_by, "reason": reason}
 
@@ -239,21 +221,7 @@ def run_one_trial(
     on_epoch: Callable[[str, int, dict[str, Any]], None] | None = None,
     device: str = "cpu",
 ) -> TrialOutcome:
-    """Train one trial to its end, with the numbers that the same trial has inside a study.
-
-    Args:
-        config: what to train.
-        features: the images' features.
-        split: which of them train and validate.
-        optimum: the validation split's.
-        directory: takes best_model.safetensors, config.json and history.json.
-        on_epoch: told of each epoch: the `trial_id`, its number from 1 and its figures.
-        device: where to train.
-
-    Raises:
-        InputError: the configuration does not fit the features.
-        CacheError: the features cannot be read.
-    """
+    """Train one trial to its end, with the numbers that it has inside a study."""
     trainer = Trainer(config, FeatureMatrix(features), split, optimum, device)
     begin_trial(directory, config)
     started = time.perf_counter()

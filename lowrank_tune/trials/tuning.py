@@ -1,4 +1,4 @@
-"""A study's trainings on Ray Tune: its actors, who is told of them, and no output of its own."""
+"""A study's trainings on Ray Tune, without its output."""
 
 from __future__ import annotations
 
@@ -45,12 +45,9 @@ _LOW_ON_MEMORY = "the node running low on memory"
 
 
 class WatchTrials(Callback):
-    """Keeps how a study's trials ended, and tells its observers of every start, epoch and end.
+    """Keeps how a study's trials ended, by id, and tells its observers, in order, of every start, epoch and end.
 
-    Args:
-        trials_dir: `studies/<study_id>/trials`.
-        observers: told side by side, in this order, of an end once its outcome is on file.
-        outcomes: of the trials that are over, by trial id; those that end here join them.
+    An end is told once its outcome is on file.
     """
 
     def __init__(self, trials_dir: Path, observers: Sequence[TrialTracker], outcomes: dict[str, TrialOutcome]) -> None:
@@ -61,11 +58,10 @@ class WatchTrials(Callback):
         self._epochs: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune keeps a copy of what it was given to restore a study from, which is not its task here."""
+        """Nothing: Tune's copy to restore a study from is not used."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial has an actor to run on."""
         config = _config(trial)
         # Before its actor trains, so that what it leaves has a name whatever happens to this driver.
         _tell(begin_trial, self._trials_dir / config.trial_id, config)
@@ -75,7 +71,6 @@ class WatchTrials(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """An epoch ended."""
         trial_id = _trial_id(trial)
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
         # Tune's own clock would count the imports of an actor's first trial as training.
@@ -88,11 +83,9 @@ class WatchTrials(Callback):
             _tell(observer.trial_epoch, trial_id, int(result["epoch"]), metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial is over by its own word or the scheduler's."""
         self._end(trial, crash="")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial's process raised or died."""
         self._end(trial, crash=_crash(trial))
 
     def _end(self, trial: Trial, crash: str) -> None:
@@ -164,13 +157,8 @@ def run_on_tune(
 ) -> None:
     """Let Tune train, as many at a time as fit; InputError where a training asks for more than any node has.
 
-    Args:
-        plan: the study.
-        inputs: where what its trainings share lies.
-        watch: told of each; has every outcome afterwards, unless Tune was interrupted.
-        name: of Tune's own folder in `tune/`.
-        space: `trial`, Tune's choice among several TrialConfigs as dicts, where no searcher suggests it.
-        search: of `TuneConfig`: `search_alg`, `scheduler`, `num_samples`.
+    Each training is told to `watch`. `space` is `trial`, Tune's choice among several TrialConfigs as dicts, where no
+    searcher suggests it; `search` is `TuneConfig`'s `search_alg`, `scheduler`, `num_samples`.
     """
     resources = plan.spec.resources
     at_once = trials_at_once(resources, ray.nodes())
@@ -241,20 +229,11 @@ def run_trials(
     optimum_path: Path,
     observers: Sequence[TrialTracker],
 ) -> tuple[TrialOutcome, ...]:
-    """Run the trials of a study that are not over yet; Ray is initialised by the caller.
+    """Run the trials of a study that are not over yet; returns one outcome a trial, by number.
 
-    A trial with an outcome on file is not trained again. One that was being trained goes on from its checkpoint, and
-    searcher and scheduler know all that they knew: Optuna's journal holds it. Tune itself starts afresh: its own
-    `restore` can neither extend a search nor trust refs that a killed cluster took along.
-
-    Args:
-        plan: the study.
-        features: its features; only their path travels to the actors.
-        split: which images train, validate and judge.
-        optimum_path: the validation split's optimum.
-        observers: told of every trial that is trained here.
-
-    Returns one outcome a trial, in the order of their numbers.
+    One that was being trained goes on from its checkpoint, and Optuna's journal holds all that searcher and scheduler
+    knew. Tune itself starts afresh: its `restore` can neither extend a search nor trust refs that a killed cluster took
+    along.
 
     Raises:
         InputError: a trial asks for more than any node has.
@@ -304,14 +283,10 @@ def confirm_trials(
     optimum_path: Path,
     observers: Sequence[TrialTracker],
 ) -> tuple[TrialOutcome, ...]:
-    """Train each winner's configuration `report.confirm_seeds` times, to its budget or its patience.
+    """Train each winner's configuration `report.confirm_seeds` times, without a scheduler; errors as `run_trials`.
 
-    No scheduler stops a repetition, no searcher learns of it, and the winner's own training is not one of them: it was
-    chosen for its figures, so that they are too good on average. A repetition that fails is an outcome like any other,
-    and one whose outcome is on file is not trained again.
-
-    The arguments and errors are those of `run_trials`, and `winners` are trials of its search. Returns the outcomes by
-    winner and repetition; their directories are `trials/<trial_id>-s<repetition>`.
+    The winner's own training is not one of them: it was chosen for its figures, so that they are too good on average. A
+    repetition that fails is an outcome like any other; one whose outcome is on file is not trained again.
     """
     repeats = range(1, plan.spec.report.confirm_seeds + 1)
     configs = [confirmation_config(plan, winner.config, repeat) for winner in winners for repeat in repeats]
