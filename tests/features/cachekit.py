@@ -64,8 +64,9 @@ def build_and_die(root: Path, step: int) -> None:
     build(root)
 
 
-def stage_and_die(place: str, step: int) -> None:
+def stage_and_die(place: Path, staging: Path, step: int) -> None:
     """Stage a cache, killed at the given fsync."""
+    os.environ["LOWRANK_TUNE_STAGING"] = str(staging)
     fsync, calls = os.fsync, []
 
     def counted(descriptor):

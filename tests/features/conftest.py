@@ -1,9 +1,13 @@
 """What the tests of features, caches and factors share: photographs, a tiny checkpoint, a sealed cache, an S3."""
 
 import logging
+import multiprocessing.forkserver
+import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -54,6 +58,17 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, sealed: Path) -> Path:
     """A sealed cache that may be spoilt, in a results directory of its own."""
     return shutil.copytree(sealed, tmp_path / "results" / "features" / sealed.name)
+
+
+@pytest.fixture(scope="session")
+def forks() -> ForkServerContext:
+    """Of processes that begin with what `cachekit` loads, which would take seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "cachekit"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture

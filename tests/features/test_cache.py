@@ -1,20 +1,22 @@
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import signal
 import tempfile
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cachekit import BROKEN, IDENTITY, KEYS, build, build_and_die, cache_directory, features_of, snapshot
+from cachekit import BROKEN, IDENTITY, KEYS, build, build_and_die, cache_directory, features_of, importing, snapshot
 from safetensors.torch import load_file, save
 
 from lowrank_tune.errors import CacheError
 from lowrank_tune.features.cache import open_cache, read_sealed, seal, verify_cache
 from lowrank_tune.features.commits import commit_shard, shard_name
+from lowrank_tune.features.remote import only_writer
+from lowrank_tune.features.shards import fill
 
 
 def a_file(cache, folder):
@@ -40,15 +42,12 @@ def memory(tmp_path):
         yield Path(folder)
 
 
-def test_killed_at_any_step_the_next_run_completes_the_same_bytes(memory, sealed):
-    """SIGKILL before and after each fsync and rename of three shards, their commits and the seal."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lowrank_tune.features.remote"])
-    expected = snapshot(sealed)
-    unsealed = 0
-    for step in count():
+def test_killed_at_any_step_the_next_run_completes_the_same_bytes(memory, sealed, forks):
+    """SIGKILL before and after each fsync and rename of the first shard, its commit and the seal."""
+    expected, unsealed = snapshot(sealed), 0
+    for step in chain(range(12), count(36)):
         root = memory / str(step)
-        child = context.Process(target=build_and_die, args=(root, step))
+        child = forks.Process(target=build_and_die, args=(root, step))
         child.start()
         child.join(60)
         if child.exitcode == 0:
@@ -63,8 +62,28 @@ def test_killed_at_any_step_the_next_run_completes_the_same_bytes(memory, sealed
                 open_cache(directory)
         build(root)
         assert snapshot(directory) == expected
-    assert step == 2 * 3 * 8, "three calls for each of three shards, three commits, the quarantine and the manifest"
-    assert unsealed >= step - 4
+    assert step == 4 * 12, "three calls for each of three shards, three commits, the quarantine and the manifest"
+    assert unsealed >= 24 - 4
+
+
+def test_a_second_process_of_the_same_work_waits_for_the_first_and_says_so(cache):
+    """The first ends when the second has said so; all is committed then, and no Ray is needed."""
+    (cache / "manifest.json").unlink()
+    paths, told, progress = dict.fromkeys(KEYS), [], []
+
+    def waiting(note):
+        told.append(note)
+        first.close()
+
+    with contextlib.ExitStack() as first:
+        first.enter_context(only_writer(cache))
+        contents = fill(
+            importing(cache), paths, lambda reasons: None, doing="extracting", address=None, note=waiting,
+            progress=lambda done, total: progress.append((done, total)),
+        )  # fmt: skip
+    assert told == [f"another process is extracting into {cache}: waiting for it"]
+    assert progress == [(len(KEYS), len(KEYS))] and contents.missing(KEYS) == []
+    assert verify_cache(cache) == []
 
 
 def test_what_is_committed_is_not_made_again(tmp_path, sealed, monkeypatch):

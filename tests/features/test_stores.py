@@ -1,7 +1,6 @@
 """Caches on a disk, on S3 and on a store that only fsspec knows: listed, found, removed, and copied to a node."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -120,16 +119,14 @@ def test_a_copy_that_was_spoilt_is_made_again(remote, cache, staging, tmp_path, 
     assert snapshot(copy) == snapshot(cache)
 
 
-def test_killed_while_copying_the_next_processes_start_over_and_one_of_them_copies(cache, staging):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lowrank_tune.features.remote"])
+def test_killed_while_copying_the_next_processes_start_over_and_one_of_them_copies(cache, staging, forks):
     for step in (0, 3):
-        child = context.Process(target=stage_and_die, args=(str(cache), step))
+        child = forks.Process(target=stage_and_die, args=(cache, staging, step))
         child.start()
         child.join(60)
         assert child.exitcode == -signal.SIGKILL
         assert list(staging.glob("*/.tmp-*")) and not list(staging.glob("*/[0-9a-f]*")), "no half has the cache's name"
-    children = [context.Process(target=stage_cache, args=(str(cache),)) for _ in range(3)]
+    children = [forks.Process(target=stage_and_die, args=(cache, staging, 1000)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
