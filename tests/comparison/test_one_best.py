@@ -8,6 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lowrank_tune import export_study
 from lowrank_tune.cluster.study_dir import create_study
@@ -25,7 +26,7 @@ from lowrank_tune.trials.outcomes import write_inputs, write_outcome
 TEXT = """\
 name: disagreement
 features: {source: {samples: 20}}
-search: {method: grid, space: {rank: [2, 6], families: {sketch: , direct: }}}
+search: {method: grid, space: {rank: [2, 6], families: {sketch: {}, direct: {}}}}
 objective: val_residual_ratio
 tracking: {register_as: decomposer}
 report: {images: [0], channels: 1}
@@ -35,15 +36,7 @@ report: {images: [0], channels: 1}
 @pytest.fixture
 def disagreeing(make_study, tmp_path):
     """A study whose test images like `sketch` at either rank, and whose validation says `direct`."""
-    spec = StudySpec.model_validate(
-        {
-            "name": "disagreement",
-            "features": {"source": {"samples": 20}},
-            "search": {"method": "grid", "space": {"rank": [2, 6], "families": {"sketch": {}, "direct": {}}}},
-            "tracking": {"register_as": "decomposer"},
-            "report": {"images": [0], "channels": 1},
-        }
-    )
+    spec = StudySpec.model_validate(yaml.safe_load(TEXT))
     plan = make_plan(spec, tmp_path / "results", datetime(2026, 1, 1, tzinfo=UTC))
     create_study(plan, TEXT)
     study = make_study()
@@ -103,15 +96,16 @@ def test_a_comparison_from_before_the_choice_was_kept_is_chosen_from_by_the_tria
     assert [row.method for row in by_mse.best_of_each_rank()] == ["sketch", "sketch"]
 
 
-def test_a_model_that_serves_several_ranks_is_measured_at_each_on_the_validation_images(make_study):
+def test_of_models_that_serve_several_ranks_one_wins_and_is_measured_at_each_on_the_validation_images(make_study):
     study = make_study()
-    trial_id = study.add_trial("sketch", 6)
-    nested = replace(study.outcomes[0], config=replace(study.outcomes[0].config, nested_ranks=(2, 6)))
-    study.outcomes = [nested]
-    comparison = study.compare()
-    low, high = comparison.best_of_each_rank()
-    assert (low.rank, low.trial_id, high.rank, high.trial_id) == (2, trial_id, 6, trial_id)
-    model = load_decomposer(study.directory / "trials" / trial_id / "best_model.safetensors")
+    trial_ids = [study.add_trial("sketch", 6, best={"val_residual_ratio": ratio}) for ratio in (1.3, 1.1)]
+    study.outcomes = [
+        replace(outcome, config=replace(outcome.config, nested_ranks=(2, 6))) for outcome in study.outcomes
+    ]
+    assert winners(study.outcomes, "val_residual_ratio") == [study.outcomes[1]]
+    low, high = study.compare().best_of_each_rank()
+    assert [(row.rank, row.trial_id) for row in (low, high)] == [(2, trial_ids[1]), (6, trial_ids[1])]
+    model = load_decomposer(study.directory / "trials" / trial_ids[1] / "best_model.safetensors")
     x_NTD = study.x_NTD[list(study.split.validation)]
     for row in (low, high):
         with torch.inference_mode():

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,9 +30,11 @@ few = st.integers(1, 5)  # so that ties are common
 def test_the_front_is_what_nothing_dominates(pairs, storage):
     if storage:
         (front,) = pareto_fronts([], [row(str(n), 1, size, -y / 10) for n, (size, y) in enumerate(pairs)])
+        assert (front.x, front.y, front.better) == ("bytes_per_image", "token_cosine_mean", "higher")
     else:
         (front,) = pareto_fronts([trial(n, rank, y / 10) for n, (rank, y) in enumerate(pairs)], [])
-    assert len(front.points) == len(pairs)
+        assert (front.x, front.y, front.better) == ("rank", "val_mse", "lower")
+    assert front.name == ("storage" if storage else "search") and len(front.points) == len(pairs)
     costs = [(point.x, abs(point.y)) for point in front.points]
     assert [x for x, _ in costs] == sorted(x for x, _ in costs)
     for point, cost in zip(front.points, costs, strict=True):
@@ -41,38 +42,15 @@ def test_the_front_is_what_nothing_dominates(pairs, storage):
         assert point.on_front is not dominated
 
 
-def test_the_search_weighs_rank_against_error_over_every_trial_with_a_model():
+def test_every_trial_with_a_model_of_one_rank_is_a_candidate_of_the_search():
     trials = [
         trial(0, 4, 0.3),
         trial(1, 4, 0.2, status="pruned", stopped_by="asha"),
-        trial(2, 8, 0.25),
-        trial(3, 16, 0.1),
-        trial(4, 2, 0.0, status="failed", stopped_by="error"),
-        trial(5, 2, 0.0, best={}),
+        trial(2, 2, 0.0, status="failed", stopped_by="error"),
+        trial(3, 2, 0.0, best={}),
     ]
-    nested = trial(6, 16, 0.05)
+    nested = trial(4, 16, 0.05)
     trials.append(replace(nested, config=replace(nested.config, nested_ranks=(4, 16))))
     (front,) = pareto_fronts(trials, [])
-    assert (front.name, front.x, front.y, front.better) == ("search", "rank", "val_mse", "lower")
-    assert [(point.trial_id[-1], point.on_front) for point in front.points] == [
-        ("1", True), ("0", False), ("2", False), ("3", True)
-    ]  # fmt: skip
-
-
-def test_storage_weighs_bytes_against_cosine_over_every_method():
-    rows = [
-        row("svd", 4, 400, 0.95), row("sketch", 4, 400, 0.94, "r004-sketch-0000"), row("direct", 8, 800, 0.9),
-        row("svd", 8, 800, 0.99),
-    ]  # fmt: skip
-    (front,) = pareto_fronts([], rows)
-    assert (front.name, front.x, front.y, front.better) == (
-        "storage", "bytes_per_image", "token_cosine_mean", "higher"
-    )  # fmt: skip
-    assert [(point.method, point.rank, point.on_front) for point in front.points] == [
-        ("svd", 4, True), ("sketch", 4, False), ("svd", 8, True), ("direct", 8, False)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("trials", [[], [trial(0, 2, 0.1, best={})]])
-def test_no_candidate_is_no_front(trials):
-    assert pareto_fronts(trials, []) == ()
+    assert [(point.trial_id[-1], point.on_front) for point in front.points] == [("1", True), ("0", False)]
+    assert pareto_fronts(trials[2:], []) == ()
