@@ -50,6 +50,12 @@ def model_card(
     row = summary.trained
     if row is None:
         raise ValueError(f"rank {summary.rank} has no trained model")
+    others, serves = [rank for rank in config["ranks"] if rank != config["rank"]], ""
+    if others:
+        serves = f"\nOne training serves every rank of {config['ranks']}: `model(x, rank={others[0]})` gives another.\n"
+    made_by = features.encoder
+    if features.weights == "random":
+        made_by += ", **random weights: its figures show a pipeline, not the science**"
     text = _BODY.format(
         name=name,
         note=METHOD_NOTES.get(row.method, row.method),
@@ -57,11 +63,12 @@ def model_card(
         tokens=config["tokens"],
         dim=config["dim"],
         rank=config["rank"],
-        serves=_serves(config),
+        serves=serves,
         table=_table(summary),
         n_images=row.n_images,
         device=device,
-        features=_features(features),
+        features=f"{made_by}; fingerprint `{features.fingerprint}`, {len(features.rows)} images of "
+        f"[{features.tokens}, {features.dim}] in {features.dtype}",
         training="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in config["training"].items()),
         remarks="".join(f"- {remark}\n" for remark in remarks) or "- none\n",
         kept=config["tokens"] * config["dim"] / ((config["tokens"] + config["dim"]) * config["rank"]),
@@ -96,21 +103,6 @@ def _front_matter(name: str, features: FeatureSet, row: ComparisonRow) -> str:
         eval_results=results,
     )
     return card.to_yaml()
-
-
-def _serves(config: Mapping[str, Any]) -> str:
-    others = [rank for rank in config["ranks"] if rank != config["rank"]]
-    if not others:
-        return ""
-    return f"\nOne training serves every rank of {config['ranks']}: `model(x, rank={others[0]})` gives another.\n"
-
-
-def _features(features: FeatureSet) -> str:
-    weights = {"random": ", **random weights: its figures show a pipeline, not the science**"}.get(features.weights, "")
-    return (
-        f"{features.encoder}{weights}; fingerprint `{features.fingerprint}`, {len(features.rows)} images of "
-        f"[{features.tokens}, {features.dim}] in {features.dtype}"
-    )
 
 
 def _table(summary: RankSummary) -> str:
