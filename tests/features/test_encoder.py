@@ -128,7 +128,7 @@ def small_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas", "driver"])
-def test_out_of_memory_halves_the_batch_and_changes_no_number(
+def test_out_of_memory_halves_the_batch_and_changes_nothing_but_rounding(
     tiny_config, tiny_tower, encoder, photographs, small_memory, error, caplog
 ):
     image = pixels(photographs, 56, 21)
@@ -136,7 +136,8 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(
     small = Encoder(tiny_config, tiny_tower, "float32", batch=16)
     tried = small_memory(3, error)
     encoding = small.start(image, torch.float32).wait()
-    assert torch.equal(encoding.features_NTD, expected)
+    # Some processors multiply few rows by other kernels than many.
+    torch.testing.assert_close(encoding.features_NTD, expected, rtol=1e-4, atol=1e-4)
     assert [text.split(":")[0] for text in encoding.notes] == [
         f"out of GPU memory with {images} images at once" for images in (16, 8, 4)
     ]
