@@ -1,13 +1,13 @@
 """What an extraction and an application survive: SIGKILL of their actor, their driver and their raylet, on real Ray.
 
-What is killed runs in a process of its own with a Ray of its own, so that killing it harms nobody else; what goes on
-with it runs here, in the Ray of all tests.
+The driver is this file in a process of its own: in the Ray of all tests, or, where its raylet is killed, in its own.
 """
 
+import json
+import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from cachekit import snapshot
 from factorkit import IMAGES
 from PIL import Image
@@ -23,67 +24,41 @@ from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.features.cache import open_cache, verify_cache
 from lowrank_tune.features.decompose import apply_decomposer
 from lowrank_tune.features.extract import extract_features
-
-PROGRAM = """
-import sys, pathlib, ray
-from lowrank_tune.cli import run
-from lowrank_tune.features.decompose import apply_decomposer
-from lowrank_tune.features.extract import extract_features
-from lowrank_tune.config.schema import FeaturesSpec
-ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,
-         log_to_driver=False, configure_logging=False)
-if sys.argv[1] == "extract":
-    extract_features(FeaturesSpec.model_validate_json(sys.argv[2]), pathlib.Path(sys.argv[3]), seed=0)
-else:
-    apply_decomposer(*sys.argv[2:], store_dtype="int8")
-"""
+from lowrank_tune.features.shards import Progress
 
 
-class Extracting:
+def extract(root: Path, told: Progress | None, folder: str) -> None:
     """Six shards of small images become features."""
-
-    def __init__(self, tmp_path_factory: pytest.TempPathFactory, photographs: list[Path]) -> None:
-        folder = tmp_path_factory.mktemp("photos")
-        for number in range(IMAGES):
-            with Image.open(photographs[number % len(photographs)]) as image:
-                image.convert("RGB").resize((60 + number, 60)).save(folder / f"photo-{number:03}.jpg")
-        encoder = {"checkpoint": "tiny-random", "image_size": 56, "compute_dtype": "float32"}
-        self.spec = FeaturesSpec.model_validate({"source": {"images": str(folder)}, "encoder": encoder})
-
-    def arguments(self, root: Path) -> list[str]:
-        return ["extract", self.spec.model_dump_json(), str(root)]
-
-    def finish(self, root: Path) -> None:
-        extract_features(self.spec, root, seed=0)
+    encoder = {"checkpoint": "tiny-random", "image_size": 56, "compute_dtype": "float32"}
+    spec = FeaturesSpec.model_validate({"source": {"images": folder}, "encoder": encoder})
+    extract_features(spec, root, seed=0, on_progress=told)
 
 
-class Applying:
+def apply(root: Path, told: Progress | None, model: str, tensors: str) -> None:
     """Six shards of tensors become factors."""
-
-    def __init__(self, model: Path, tensors: Path) -> None:
-        self.model, self.tensors = model, tensors
-
-    def arguments(self, root: Path) -> list[str]:
-        return ["apply", str(self.model), str(self.tensors), str(root / "factors")]
-
-    def finish(self, root: Path) -> None:
-        apply_decomposer(self.model, self.tensors, root / "factors", store_dtype="int8")
+    apply_decomposer(model, tensors, root / "factors", store_dtype="int8", on_progress=told)
 
 
-Work = Extracting | Applying
+WORKS: dict[str, Callable[..., None]] = {"extract": extract, "apply": apply}
 
 
 @pytest.fixture(scope="module")
-def works(tmp_path_factory, photographs, model, tensors, ray_cluster) -> dict[str, tuple[Work, dict[str, bytes]]]:
-    """Each kind of work, and what it makes when nothing kills it."""
-    found: dict[str, tuple[Work, dict[str, bytes]]] = {}
-    for name, work in (
-        ("extract", Extracting(tmp_path_factory, photographs)),
-        ("apply", Applying(model, tensors)),
-    ):
+def sources(tmp_path_factory, photographs, model, tensors) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(IMAGES):
+        with Image.open(photographs[number % len(photographs)]) as image:
+            image.convert("RGB").resize((60 + number, 60)).save(folder / f"photo-{number:03}.jpg")
+    return {"extract": [str(folder)], "apply": [str(model), str(tensors)]}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, sources, ray_cluster) -> dict[str, dict[str, bytes]]:
+    """What each kind of work makes when nothing kills it."""
+    found = {}
+    for name, work in WORKS.items():
         root = tmp_path_factory.mktemp("uninterrupted")
-        work.finish(root)
-        found[name] = work, caches(root)
+        work(root, None, *sources[name])
+        found[name] = caches(root)
     return found
 
 
@@ -93,83 +68,79 @@ def caches(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith(("checkpoints", ".", "tiny"))}
 
 
-class Driver:
-    """Work in a process of its own, and all processes that it started."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `close` closes it
-        command = [sys.executable, "-c", PROGRAM, *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._told)
-        self.family: dict[int, psutil.Process] = {}
-
-    def look(self) -> list[psutil.Process]:
-        """Remember which processes there are: those of a killed driver can no more be found by their parent."""
-        with suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            self.family |= {child.pid: child for child in children}
-        return list(self.family.values())
-
-    def member(self, role: str) -> psutil.Process | None:
-        """The driver, the actor that makes shards, or the raylet."""
-        if role == "driver":
-            return psutil.Process(self.process.pid)
-        for process in self.look():
-            with suppress(psutil.Error):
-                line = " ".join(process.cmdline())
-                if role == "actor" and line.startswith("ray::") and "ShardWorker" in line:
-                    return process
-                if role == "raylet" and line.split(" ")[0].endswith("/raylet"):
-                    return process
-        return None
-
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 600
-        while not condition():
-            if self.process.poll() is not None:
-                self._told.seek(0)
-                pytest.fail(f"the work ended too early: {self._told.read()}")
-            assert time.monotonic() < deadline, "nothing happened for ten minutes"
-            self.look()
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """Kill whatever is left."""
-        left = self.look()
-        self.process.kill()
-        self.process.wait()
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=30)
-        self._told.close()
+def processes(of: psutil.Process, name: str) -> list[psutil.Process]:
+    """Those that a process started, directly or not, whose command line has this name."""
+    found = []
+    for process in of.children(recursive=True):
+        with suppress(psutil.Error):
+            if name in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize(
     ("name", "role", "commits"),
-    [("extract", role, commits) for role in ("actor", "driver", "raylet") for commits in (0, 1)]
-    + [("apply", "driver", 1)],
+    [
+        ("extract", "actor", 1),
+        ("extract", "driver", 0),
+        ("extract", "driver", 1),
+        ("extract", "raylet", 1),
+        ("apply", "driver", 1),
+    ],
 )
-def test_killed_at_any_moment_the_next_run_completes_the_same_bytes(tmp_path, works, name, role, commits):
-    work, uninterrupted = works[name]
-    driver = Driver(work.arguments(tmp_path))
-    try:
-        # Before the first commit, and after it: in between, at whatever moment the machine is then.
-        driver.wait_for(
-            lambda: driver.member("actor") and len([*tmp_path.glob("*/commits/[!.]*.json")]) >= commits,
+def test_killed_at_any_moment_the_next_run_completes_the_same_bytes(
+    tmp_path, sources, uninterrupted, name, role, commits
+):
+    root, gate, here = tmp_path / "root", tmp_path / "gate", psutil.Process()
+    cluster = {"address": ray.get_runtime_context().gcs_address}
+    if role == "raylet":
+        cluster = {"address": "local", "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000}
+    earlier = processes(here, "ShardWorker")
+    command = [sys.executable, __file__, name, str(root), str(gate), json.dumps(cluster), *sources[name]]
+    with (tmp_path / "told").open("w+") as told:
+        driver = subprocess.Popen(
+            command, stdout=told, stderr=told, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
         )
-        victim = driver.member(role)
-        assert victim is not None
-        victim.send_signal(signal.SIGKILL)
-        code = driver.process.wait(timeout=600)
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 300
+        # Before the first commit, and after it: in between, at whatever moment the machine is then.
+        while not (actors := [found for found in processes(here, "ShardWorker") if found not in earlier]) or (
+            len([*root.glob("*/commits/[!.]*.json")]) < commits
+        ):
+            assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "told").read_text()
+            time.sleep(0.01)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        victims = {"actor": actors, "driver": [driver], "raylet": processes(psutil.Process(driver.pid), "/raylet")}
+        victims[role][0].send_signal(signal.SIGKILL)
+        gate.touch()
+        code = driver.wait(timeout=300)
     finally:
-        driver.close()
+        driver.kill()
+        driver.wait()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=30)
     if role == "driver":
         assert code == -signal.SIGKILL
     # Ray starts a killed actor again; a cache without its end is never taken for one.
-    assert bool(list(tmp_path.glob("*/manifest.json"))) == (code == 0)
-    work.finish(tmp_path)
-    assert caches(tmp_path) == uninterrupted
-    (directory,) = (path.parent for path in tmp_path.glob("*/manifest.json"))
+    assert bool(list(root.glob("*/manifest.json"))) == (code == 0)
+    WORKS[name](root, None, *sources[name])
+    assert caches(root) == uninterrupted[name]
+    (directory,) = (path.parent for path in root.glob("*/manifest.json"))
     assert verify_cache(directory) == []
     rows = open_cache(directory).rows
     assert len({row.key for row in rows}) == len(rows) == IMAGES
+
+
+if __name__ == "__main__":
+    name, root, gate, cluster, *given = sys.argv[1:]
+    ray.init(**json.loads(cluster), log_to_driver=False, configure_logging=False)
+
+    def wait(done: int, total: int) -> None:
+        """Go on after the first shards when what is to be killed has been."""
+        while done and not Path(gate).exists():
+            time.sleep(0.01)
+
+    WORKS[name](Path(root), wait, *given)
