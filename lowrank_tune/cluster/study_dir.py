@@ -315,7 +315,11 @@ def _counts(outcomes: Iterable[TrialOutcome], repeated: Collection[str] = ()) ->
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Keep every other process from working on a study; the claim ends with this process, whichever way that ends."""
+    """Keep every other process from working on a study; the claim ends with this process, whichever way that ends.
+
+    Raises:
+        InputError: another process works on it.
+    """
     try:
         claim = FileLock(directory / _LOCK).acquire(timeout=_CLAIM_PATIENCE_S)
     except Timeout:

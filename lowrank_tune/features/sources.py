@@ -337,6 +337,7 @@ def load_tensor(data: bytes) -> torch.Tensor:
 
 
 def check_shape(tensor: torch.Tensor, tokens: int, dim: int) -> None:
+    """Refuse, as an UnusableError, a tensor of another shape than the cache has."""
     if tuple(tensor.shape) != (tokens, dim):
         raise UnusableError(f"holds {_describe(tensor)}; the first usable file has [{tokens}, {dim}]")
 

@@ -76,7 +76,7 @@ def studies_at_work() -> int:
 
 
 def fair_part(resources: ResourcesSpec) -> int:
-    """A study's part of as many trials as fit, at least one, whatever others leave unused."""
+    """A study's part of as many trials as fit, at least one, whatever others leave unused; InputError for none."""
     return math.ceil(trials_that_fit(resources, ray.nodes()) / max(1, studies_at_work()))
 
 
