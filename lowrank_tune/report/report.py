@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
@@ -46,6 +43,7 @@ from lowrank_tune.report.text import (
     study_cost,
     training_sentence,
 )
+from lowrank_tune.trials.outcomes import HISTORY, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +66,7 @@ def write_report(
         comparison = replace(comparison, remarks=(*comparison.remarks, str(error)))
         logger.warning("%s", error)
     progress(f"writing the report: the curves of {count(len(outcomes) + len(confirmations), 'training')}")
-    trials = [(outcome, read_history(Path(outcome.directory))) for outcome in outcomes]
-    repeats = [(outcome, read_history(Path(outcome.directory))) for outcome in confirmations]
+    trials, repeats = (list(map(_with_history, trainings)) for trainings in (outcomes, confirmations))
     losses = loss_pictures([*trials, *repeats])
     progress(f"writing the report: {count(len(images), 'test image')}, the spectrum and the search")
     batches = FeatureMatrix(features).batches(split.test, 16)
@@ -110,20 +107,13 @@ def write_report(
     return ReportFiles(directory / "report.html", plots, tuple(curves))
 
 
-def read_history(directory: Path) -> list[dict[str, float]]:
-    """The finite numbers of each epoch in a trial's `history.json`; none when it left no history or a damaged one."""
-    path = directory / "history.json"
+def _with_history(outcome: TrialOutcome) -> Trial:
+    """A trial and its epochs; none of them when it left no history or a damaged one."""
     try:
-        epochs: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            {key: float(value) for key, value in epoch.items() if type(value) in (int, float) and math.isfinite(value)}
-            for epoch in epochs
-        ]
-    except FileNotFoundError:
-        return []
+        return outcome, read_history(Path(outcome.directory))
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        logger.warning("%s cannot be read (%s); the report goes without this trial's curves", path, error)
-        return []
+        logger.warning("%s: %s; the report goes without this trial's curves", Path(outcome.directory) / HISTORY, error)
+        return outcome, []
 
 
 def _learning(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Section]:

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,21 +134,17 @@ def spatial_section(
 
 
 def _regions_table(rank: int, images: int, regions: Mapping[str, Regions]) -> Table:
-    rows = [
-        (
-            method,
-            f"{own.error_inside:.4g}",
-            f"{own.error_outside:.4g}",
-            f"{own.error_inside / own.error_outside if own.error_outside else math.nan:.2f}",
-            cosine_text(own.cosine_inside),
-            cosine_text(own.cosine_outside),
-        )
-        for method, own in regions.items()
-    ]
-    return Table(
+    return Table.of(
         "Inside the boxes and outside",
-        ("method", "error inside", "error outside", "ratio", "token cosine inside", "token cosine outside"),
-        tuple(rows),
+        regions.items(),
+        {
+            "method": lambda pair: pair[0],
+            "error inside": lambda pair: f"{pair[1].error_inside:.4g}",
+            "error outside": lambda pair: f"{pair[1].error_outside:.4g}",
+            "ratio": lambda pair: f"{np.divide(pair[1].error_inside, pair[1].error_outside or np.nan):.2f}",
+            "token cosine inside": lambda pair: cosine_text(pair[1].cosine_inside),
+            "token cosine outside": lambda pair: cosine_text(pair[1].cosine_outside),
+        },
         f"Inside the boxes and outside them, at rank {rank}: root mean squared error and token cosine, means over "
         f"{count(images, 'test image')} with boxes.",
         texts=("method",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 from lowrank_tune.records import TrialOutcome
 
 Trial = tuple[TrialOutcome, list[dict[str, float]]]
-"""A trial and its epochs, from `read_history`."""
+"""A trial and its epochs."""
 
 
 def series(history: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """The epochs at which a figure is known, and its values there."""
-    points = [(epoch["epoch"], epoch[name]) for epoch in history if "epoch" in epoch and name in epoch]
+    """The epochs at which a figure is a finite number, and its values there."""
+    points = [(epoch["epoch"], epoch[name]) for epoch in history if math.isfinite(epoch.get(name, math.nan))]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, TypeVar
 
 import rich.box
 import rich.table
 from rich.console import Group
 from rich.text import Text
 
-from lowrank_tune.records import Comparison, Compression, FeatureSet, TrialOutcome
+from lowrank_tune.records import Comparison, ComparisonRow, Compression, FeatureSet, TrialOutcome
 from lowrank_tune.report.text import (
     ABSENT,
     STOPPED,
     Choice,
+    RankSummary,
     cosine_text,
     difference_text,
     duration_text,
@@ -27,6 +29,8 @@ from lowrank_tune.report.text import (
     ratio_text,
     seed_texts,
 )
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,14 @@ class Table:
     prose: tuple[str, ...] = ()  # those of them whose texts may wrap
     terminal: tuple[str, ...] = ()  # the columns that a terminal has room for; all when empty
     grouped: bool = False  # rows whose first texts are equal stand under one heading
+
+    @classmethod
+    def of(
+        cls, label: str, rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]], caption: str, **more: Any
+    ) -> Table:
+        """Make a table of what its columns say of each row."""
+        cells = tuple(tuple(column(row) for column in columns.values()) for row in rows)
+        return cls(label, tuple(columns), cells, caption, **more)
 
     @property
     def groups(self) -> list[list[tuple[str, ...]]]:
@@ -70,32 +82,33 @@ class Table:
 
 def summary_table(comparison: Comparison) -> Table:
     """The chosen model of each rank beside the SVD and the best method without training."""
-    rows = []
-    for summary in rank_summaries(comparison):
-        trained, control, svd = summary.trained, summary.control, summary.svd
-        rows.append(
-            (
-                str(summary.rank),
-                trained.method if trained else ABSENT,
-                cosine_text(trained.token_cosine_mean) if trained else ABSENT,
-                cosine_text(svd.token_cosine_mean) if svd else ABSENT,
-                ratio_text(trained.residual_ratio_mean) if trained else ABSENT,
-                seed_texts(trained)[0] if trained else ABSENT,
-                f"{control.method} {ratio_text(control.residual_ratio_mean)}" if control else ABSENT,
-                summary.text,
-            )
-        )
-    head = ("rank", "trained", "cosine", "SVD's", "ρ", "ρ over seeds", "untrained", "so")
-    return Table(
+
+    def of(row: ComparisonRow | None, told: Callable[[ComparisonRow], str]) -> str:
+        return told(row) if row else ABSENT
+
+    def without_training(row: ComparisonRow) -> str:
+        return f"{row.method} {ratio_text(row.residual_ratio_mean)}"
+
+    columns: dict[str, Callable[[RankSummary], str]] = {
+        "rank": lambda summary: str(summary.rank),
+        "trained": lambda summary: of(summary.trained, lambda row: row.method),
+        "cosine": lambda summary: of(summary.trained, lambda row: cosine_text(row.token_cosine_mean)),
+        "SVD's": lambda summary: of(summary.svd, lambda row: cosine_text(row.token_cosine_mean)),
+        "ρ": lambda summary: of(summary.trained, lambda row: ratio_text(row.residual_ratio_mean)),
+        "ρ over seeds": lambda summary: of(summary.trained, lambda row: seed_texts(row)[0]),
+        "untrained": lambda summary: of(summary.control, without_training),
+        "so": lambda summary: summary.text,
+    }
+    return Table.of(
         f"The best of each rank: {comparison.data}" if comparison.data else "The best of each rank",
-        head,
-        tuple(rows),
+        rank_summaries(comparison),
+        columns,
         "trained: what validation chose, on the test images · cosine: mean token cosine, beside the SVD's · ρ: "
         "squared error over the least possible at that rank, the SVD's: 1 is perfect · over seeds: the same "
         "configuration trained again · untrained: the best control and its ρ",
         texts=("trained", "untrained", "so"),
         prose=("so",),
-        terminal=head[:-1],
+        terminal=tuple(columns)[:-1],
     )
 
 
@@ -122,56 +135,55 @@ def choices_table(found: Sequence[Choice], features: FeatureSet) -> Table:
 
 def methods_table(comparison: Comparison) -> Table:
     """Every method at every rank, each group in one order: bounds, trained families, controls."""
-    methods, chosen = in_order(row.method for row in comparison.rows), comparison.best_of_each_rank()
     measured = {(row.rank, row.method): row for row in comparison.rows}
+    columns: dict[str, Callable[[ComparisonRow], str]] = {
+        "token cosine": lambda row: f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
+        "ρ": lambda row: ratio_text(row.residual_ratio_mean),
+        "worst ρ": lambda row: ratio_text(row.residual_ratio_max),
+        "images/s": lambda row: rate_text(row.images_per_second),
+        "cosine − SVD": difference_text,
+        "flat cosine": lambda row: cosine_text(row.flat_cosine_mean),
+        "KiB an image": lambda row: _kib(row.bytes_per_image),
+        "trial": lambda row: row.trial_id,
+    }
     rows = []
     for rank in sorted({row.rank for row in comparison.rows}):
-        for method in methods:
+        for method in in_order(row.method for row in comparison.rows):
             row = measured.get((rank, method))
-            texts: tuple[str, ...] = (ABSENT,) * 7 + ("",)
-            if row is not None:
-                texts = (
-                    f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
-                    ratio_text(row.residual_ratio_mean),
-                    ratio_text(row.residual_ratio_max),
-                    rate_text(row.images_per_second),
-                    difference_text(row),
-                    cosine_text(row.flat_cosine_mean),
-                    f"{row.bytes_per_image / 1024:,.1f}",
-                    row.trial_id,
-                )
-            rows.append((str(rank), f"{method} ★" if row in chosen else method, *texts))
-    first = ("rank", "method", "token cosine", "ρ", "worst ρ", "images/s")
+            texts = [column(row) for column in columns.values()] if row else [*[ABSENT] * (len(columns) - 1), ""]
+            rows.append((str(rank), starred(row) if row else method, *texts))
+    head = ("rank", "method", *columns)
     return Table(
         f"Rank x method: {comparison.data or 'test images'}",
-        (*first, "cosine − SVD", "flat cosine", "KiB an image", "trial"),
+        head,
         tuple(rows),
         "Means ± sd over the test images · ρ: residual over the SVD's, 1 is the optimum · ★ the trained model of its "
         f"rank that validation chose · images/s: A and B, on {comparison.device}",
         texts=("method", "trial"),
-        terminal=first,
+        terminal=head[:6],
         grouped=True,
     )
 
 
+def starred(row: ComparisonRow) -> str:
+    """A method's name, with a star where it is the chosen one of its rank."""
+    return f"{row.method} ★" if row.chosen else row.method
+
+
 def trained_table(comparison: Comparison) -> Table:
     """What is known of the trained methods alone."""
-    chosen = comparison.best_of_each_rank()
-    rows = [
-        (
-            str(row.rank),
-            f"{row.method} ★" if row in chosen else row.method,
-            difference_text(row),
-            str(row.seeds or ABSENT),
-            *seed_texts(row),
-        )
-        for row in sorted(comparison.rows, key=lambda row: (row.rank, row.method))
-        if is_trained(row.method)
-    ]
-    return Table(
+    trained = (row for row in comparison.rows if is_trained(row.method))
+    return Table.of(
         "Trained: beside the SVD, and over seeds",
-        ("rank", "method", "token cosine\n− SVD", "seeds", "ρ\nover seeds", "token cosine\nover seeds"),
-        tuple(rows),
+        sorted(trained, key=lambda row: (row.rank, row.method)),
+        {
+            "rank": lambda row: str(row.rank),
+            "method": starred,
+            "token cosine\n− SVD": difference_text,
+            "seeds": lambda row: str(row.seeds or ABSENT),
+            "ρ\nover seeds": lambda row: seed_texts(row)[0],
+            "token cosine\nover seeds": lambda row: seed_texts(row)[1],
+        },
         "− SVD: difference on the same test image, mean ± 95 % interval · over seeds: the same configuration trained "
         "again, mean ± sd, which is what it gives; the trial's own training was chosen for its validation figures",
         texts=("method",),
@@ -188,23 +200,17 @@ def comparison_tables(comparison: Comparison) -> Group:
 def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
     """Several studies side by side: at each rank every method of each, by ρ."""
     found = [(name, row) for name, comparison in comparisons.items() for row in comparison.rows]
-    chosen = {name: comparison.best_of_each_rank() for name, comparison in comparisons.items()}
-    found.sort(key=lambda pair: (pair[1].rank, pair[1].residual_ratio_mean))
-    rows = [
-        (
-            str(row.rank),
-            name,
-            f"{row.method} ★" if row in chosen[name] else row.method,
-            cosine_text(row.token_cosine_mean),
-            ratio_text(row.residual_ratio_mean),
-            ratio_text(row.residual_ratio_max),
-        )
-        for name, row in found
-    ]
-    return Table(
+    return Table.of(
         "Studies side by side, by rank and ρ",
-        ("rank", "study", "method", "token cosine", "ρ", "worst ρ"),
-        tuple(rows),
+        sorted(found, key=lambda pair: (pair[1].rank, pair[1].residual_ratio_mean)),
+        {
+            "rank": lambda pair: str(pair[1].rank),
+            "study": lambda pair: pair[0],
+            "method": lambda pair: starred(pair[1]),
+            "token cosine": lambda pair: cosine_text(pair[1].token_cosine_mean),
+            "ρ": lambda pair: ratio_text(pair[1].residual_ratio_mean),
+            "worst ρ": lambda pair: ratio_text(pair[1].residual_ratio_max),
+        },
         "ρ: residual over the SVD's, 1 is the optimum · ★ the trained model that its study's validation chose",
         texts=("study", "method"),
         prose=("study",),
@@ -214,27 +220,26 @@ def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
 
 def trials_table(outcomes: Sequence[TrialOutcome]) -> Table:
     """How every trial ended, with its validation figures."""
-    rows = []
-    for trial in sorted(outcomes, key=lambda trial: (trial.config.rank, trial.config.family, trial.config.number)):
-        config, best, ending = trial.config, trial.best, STOPPED[trial.stopped_by]
-        settings = {"lr": config.lr, "weight decay": config.weight_decay, "batch": config.batch_size}
-        rows.append(
-            (
-                config.trial_id,
-                ratio_text(best.get("val_residual_ratio", math.nan)),
-                cosine_text(best.get("val_token_cosine", math.nan)),
-                str(trial.best_epoch or ABSENT),
-                str(trial.epochs),
-                duration_text(trial.seconds),
-                f"{ending}: {trial.reason}" if trial.reason else ending,
-                # A name and its value stay on one line.
-                ", ".join(f"{name}\u00a0{value:.4g}" for name, value in (settings | config.family_params).items()),
-            )
-        )
-    return Table(
+
+    def settings(trial: TrialOutcome) -> str:
+        config = trial.config
+        known = {"lr": config.lr, "weight decay": config.weight_decay, "batch": config.batch_size}
+        # A name and its value stay on one line.
+        return ", ".join(f"{name}\u00a0{value:.4g}" for name, value in (known | config.family_params).items())
+
+    return Table.of(
         "Trials",
-        ("trial", "ρ", "token cosine", "best epoch", "epochs", "time", "how it ended", "settings"),
-        tuple(rows),
+        sorted(outcomes, key=lambda trial: (trial.config.rank, trial.config.family, trial.config.number)),
+        {
+            "trial": lambda trial: trial.config.trial_id,
+            "ρ": lambda trial: ratio_text(trial.best.get("val_residual_ratio", math.nan)),
+            "token cosine": lambda trial: cosine_text(trial.best.get("val_token_cosine", math.nan)),
+            "best epoch": lambda trial: str(trial.best_epoch or ABSENT),
+            "epochs": lambda trial: str(trial.epochs),
+            "time": lambda trial: duration_text(trial.seconds),
+            "how it ended": lambda trial: ": ".join(filter(None, (STOPPED[trial.stopped_by], trial.reason))),
+            "settings": settings,
+        },
         "Validation figures at each trial's best epoch.",
         texts=("trial", "how it ended", "settings"),
         prose=("how it ended", "settings"),
@@ -246,47 +251,37 @@ def compression_tables(compression: Compression) -> tuple[Table, ...]:
     stored = compression.stored
     whole = next((row.bytes_per_image for row in stored if (row.method, row.dtype) == ("x", "float16")), None)
     trained = any(row.trial_id for row in stored)
-    factors = [
-        (
-            "X itself" if row.method == "x" else f"{row.method}, rank {row.rank}",
-            row.dtype,
-            _kib(row.bytes_per_image),
-            f"{row.bytes_per_image / whole:.1%}" if whole else ABSENT,
-            _percent(row.relative_error_mean),
-            _percent(row.relative_error_max),
-            cosine_text(row.token_cosine_mean),
-        )
-        for row in stored
-        if row.method == "x" or bool(row.trial_id) is trained
-    ]
-    models = [
-        (
-            f"{row.method}, rank {row.rank}",
-            _kib(row.model_bytes),
-            _kib(row.quantised_bytes) if row.quantised_bytes != row.model_bytes else "no learned matrix",
-            _percent(row.relative_error_mean),
-            _percent(row.quantised_relative_error_mean),
-        )
-        for row in compression.models
-    ]
-    tables = (
-        _targets_table(compression),
-        Table(
-            "Factors at each rank and dtype",
-            ("stored", "as", "KiB an image", "of X in float16", "relative error", "worst image", "token cosine"),
-            tuple(factors),
-            "Every image at the same rank, scales included; compression.json has the SVD's, too.",
-            texts=("stored",),
-        ),
-        Table(
-            "The trained models with int8 matrices",
-            ("model", "float32, KiB", "int8, KiB", "relative error", "in int8"),
-            tuple(models),
-            "Weights only, a scale a row, by torchao. Relative error: of the factors that the model makes.",
-            texts=("model",),
-        ),
+    factors = Table.of(
+        "Factors at each rank and dtype",
+        (row for row in stored if row.method == "x" or bool(row.trial_id) is trained),
+        {
+            "stored": lambda row: "X itself" if row.method == "x" else f"{row.method}, rank {row.rank}",
+            "as": lambda row: row.dtype,
+            "KiB an image": lambda row: _kib(row.bytes_per_image),
+            "of X in float16": lambda row: f"{row.bytes_per_image / whole:.1%}" if whole else ABSENT,
+            "relative error": lambda row: _percent(row.relative_error_mean),
+            "worst image": lambda row: _percent(row.relative_error_max),
+            "token cosine": lambda row: cosine_text(row.token_cosine_mean),
+        },
+        "Every image at the same rank, scales included; compression.json has the SVD's, too.",
+        texts=("stored",),
     )
-    return tables if models else tables[:2]
+    models = Table.of(
+        "The trained models with int8 matrices",
+        compression.models,
+        {
+            "model": lambda row: f"{row.method}, rank {row.rank}",
+            "float32, KiB": lambda row: _kib(row.model_bytes),
+            "int8, KiB": lambda row: (
+                _kib(row.quantised_bytes) if row.quantised_bytes != row.model_bytes else "no learned matrix"
+            ),
+            "relative error": lambda row: _percent(row.relative_error_mean),
+            "in int8": lambda row: _percent(row.quantised_relative_error_mean),
+        },
+        "Weights only, a scale a row, by torchao. Relative error: of the factors that the model makes.",
+        texts=("model",),
+    )
+    return (_targets_table(compression), factors, *([models] if models.rows else []))
 
 
 def _targets_table(compression: Compression) -> Table:

@@ -30,10 +30,11 @@ def lines(axes):
     return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_the_rank_curve_draws_every_methods_two_figures(row):
+def test_the_rank_curve_draws_every_methods_two_figures_and_the_svds_cosine_between_the_ranks(row):
     rows = [row("svd", rank, 1.0, 1 - 0.4 / rank) for rank in (4, 16)]
     rows += [row("sketch", rank, 1 + 1 / rank, 1 - 0.5 / rank, trial_id="t") for rank in (16, 4)]
-    figure = rank_curve(rows)
+    cosines = np.linspace(0.5, 0.9, 20)
+    figure = rank_curve(rows, Spectrum(np.ones((1, 20)), cosines, np.zeros(20), 1))
     drawn(figure)
     cosine, ratio = figure.axes
     assert cosine.get_xlabel() == ratio.get_xlabel() == "rank"
@@ -43,30 +44,27 @@ def test_the_rank_curve_draws_every_methods_two_figures(row):
     assert list(lines(cosine)["sketch"].get_ydata()) == pytest.approx([1 - 0.5 / 4, 1 - 0.5 / 16])
     assert list(lines(ratio)["sketch"].get_ydata()) == pytest.approx([1.25, 1.0625])
     assert list(lines(ratio)["svd"].get_ydata()) == [1, 1]
+    between = cosine.get_lines()[-1]
+    assert list(between.get_xdata()) == list(range(4, 17))
+    assert list(between.get_ydata()) == pytest.approx(cosines[3:16])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["svd", "sketch"]
     assert [text.get_text() for text in cosine.get_xticklabels()] == ["4", "16"]
 
 
-def test_the_ratios_axis_tells_one_percent_from_two_beside_a_hundred(row):
-    rows = [row("svd", 4, 1.0), row("randomized_svd", 4, 1.01), row("sketch", 4, 1.02), row("direct", 4, 100.0)]
-    figure = rank_curve(rows)
+def test_the_axes_are_finer_towards_one_and_hold_an_exact_method_beside_a_bad_one(row):
+    rows = [row("svd", 4, 1.0, 1.0), row("randomized_svd", 4, 1.01), row("sketch", 4, 1.02, 0.99)]
+    figure = rank_curve([*rows, row("direct", 4, 100.0, -0.2)])
     drawn(figure)
-    axes = figure.axes[1]
-    heights = axes.transAxes.inverted().transform(axes.transData.transform([(4, rho) for rho in (1, 1.01, 1.02, 100)]))
-    assert np.diff(heights[:, 1]).min() > 0.03
-    assert 0 <= heights[0, 1] < heights[-1, 1] <= 1
 
+    def heights(axes, *values):
+        return axes.transAxes.inverted().transform(axes.transData.transform([(4, value) for value in values]))[:, 1]
 
-def test_the_cosine_axis_is_finer_towards_one_and_holds_an_exact_method(row):
-    figure = rank_curve([row("svd", 4, 1.0, 1.0), row("sketch", 4, 1.1, 0.99), row("direct", 4, 9.0, -0.2)])
-    drawn(figure)
-    axes = figure.axes[0]
-    low, high = axes.get_ylim()
-    assert low < -0.2 and high > 0.999
-    at = dict(
-        zip((0.9, 0.99, 0.999), axes.transData.transform([(4, y) for y in (0.9, 0.99, 0.999)])[:, 1], strict=True)
-    )
-    assert at[0.99] - at[0.9] == pytest.approx(at[0.999] - at[0.99], rel=1e-3)
+    cosine, ratio = figure.axes
+    ratios = heights(ratio, 1, 1.01, 1.02, 100)
+    assert np.diff(ratios).min() > 0.03 and 0 <= ratios[0] < ratios[-1] <= 1
+    cosines = heights(cosine, -0.2, 0.9, 0.99, 0.999, 1 - 1e-7)
+    assert 0 <= cosines[0] < cosines[-1] <= 1
+    assert cosines[2] - cosines[1] == pytest.approx(cosines[3] - cosines[2], rel=1e-3)
 
 
 @pytest.mark.parametrize("spread", [(1.0, 1.0), (1.0, 1.004), (1.0, 3.0), (1.0, 1e9)])
@@ -136,14 +134,6 @@ def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds(row):
         [pytest.approx([1.0, 1.3, 1.8]), pytest.approx([1.2] * 3)],
     ]
     assert "mean ± sd over fresh seeds" in [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-def test_the_svds_cosine_is_drawn_between_the_ranks(row):
-    cosines = np.linspace(0.5, 0.9, 9)
-    figure = rank_curve([row("svd", 2, 1.0), row("svd", 6, 1.0)], Spectrum(np.ones((1, 9)), cosines, np.zeros(9), 1))
-    between = figure.axes[0].get_lines()[-1]
-    assert list(between.get_xdata()) == [2, 3, 4, 5, 6]
-    assert list(between.get_ydata()) == pytest.approx(cosines[1:6])
 
 
 def test_a_trials_curves_are_drawn_again_only_when_its_history_is_newer(study, history_of):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -14,7 +13,7 @@ from PIL import Image
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint, ReportFiles
-from lowrank_tune.report.report import read_history, write_report
+from lowrank_tune.report.report import write_report
 from tests.report.conftest import make_features, make_study
 from tests.report.test_tables import FOUND
 
@@ -107,6 +106,7 @@ def report(tmp_path_factory):
 
 def test_a_report_writes_its_files_and_no_others(report):
     files = report.files
+    assert [text.partition(": ")[0] for text in report.told] == ["writing the report"] * 3
     assert files.html == report.directory / "report.html"
     assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"]
     trials = ["r003-sketch-0000", "r003-sketch-0001", "r003-sketch-0000-s1"]
@@ -142,41 +142,23 @@ def test_the_page_says_what_matters_word_for_word(report):
 
 
 def test_what_users_write_is_never_markup(report):
-    assert {"ranks", "places", "tradeoffs", "compression", "learning", "spectrum", "search"} <= set(report.page.ids)
     html = report.files.html.read_text(encoding="utf-8")
     assert "<script>alert" not in html and "loss is &lt;nan&gt; in epoch 1" in html
 
 
-def test_what_is_being_written_is_told(report):
-    assert [text.partition(": ")[0] for text in report.told] == ["writing the report"] * 3
-
-
-def test_what_is_missing_is_told_and_costs_nothing_else(study):
+@pytest.mark.parametrize("history", ["", "{", '["epoch"]', "3"])
+def test_what_is_missing_or_damaged_is_told_and_costs_nothing_else(study, caplog, history):
     for outcome in study.outcomes[:2]:
         (Path(outcome.directory) / "best_model.safetensors").write_bytes(b"damaged")
-        (Path(outcome.directory) / "history.json").unlink()
+        (Path(outcome.directory) / "history.json").write_text(history)
+    (Path(study.outcomes[1].directory) / "history.json").unlink()
     split = replace(study.split, test=study.split.test[:2])
     files = write_report(study.plan, study.features, split, study.outcomes, study.comparison, study.directory)
     assert files.loss_curves == ()
+    assert str(Path(study.outcomes[0].directory) / "history.json") in caplog.text
     assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png"]
     assert (study.directory / TEST_OPTIMUM).is_file(), "measured now, and kept"
     html = files.html.read_text(encoding="utf-8")
     assert "report.images: there is no image 3; the test split has 2 images" in html
     assert "Of 2 test images." in html
     assert 'id="compression"' not in html and 'id="learning"' not in html
-
-
-def test_epochs_come_in_order_with_their_finite_numbers(tmp_path):
-    (tmp_path / "history.json").write_text(
-        '[{"epoch": 1, "val_mse": NaN, "lr": 0.1}, {"epoch": 2, "val_mse": 0.5, "lr": 0.1, "note": "x", "on": true}]'
-    )
-    assert read_history(tmp_path) == [{"epoch": 1, "lr": 0.1}, {"epoch": 2, "val_mse": 0.5, "lr": 0.1}]
-    assert read_history(tmp_path / "absent") == []
-
-
-@pytest.mark.parametrize("text", ["{", '["epoch"]', "3"])
-def test_a_damaged_history_is_told_and_skipped(tmp_path, caplog, text):
-    (tmp_path / "history.json").write_text(text)
-    with caplog.at_level(logging.WARNING):
-        assert read_history(tmp_path) == []
-    assert str(tmp_path) in caplog.text

@@ -106,36 +106,33 @@ def test_maps_that_are_compared_share_a_scale(view):
         assert [image.get_extent()[0] for image in row] == sorted(image.get_extent()[0] for image in row)
 
 
-def test_the_photograph_is_shown_where_it_is_at_hand(study, view):
+def test_the_photograph_is_shown_upright_where_it_is_at_hand(study, view, tmp_path):
     assert view.photograph.size == (448, 448)
     assert set(np.unique(view.photograph)) == {150}
     without = spatial_view(FeatureMatrix(study.features), study.split, 3, rank=3, channels=range(1), network=None)
     assert without.photograph is None
     assert "photograph" not in {text.get_text() for text in spatial_figure(without).axes[0].texts}
-
-
-def test_a_photograph_stands_upright(features, tmp_path):
-    picture = Image.new("RGB", (40, 20))
+    picture, exif = Image.new("RGB", (40, 20)), Image.Exif()
     picture.paste((255, 0, 0), (0, 0, 20, 20))
-    exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "cache" / "0.png", exif=exif)
-    shown = photograph(features, features.rows[0].key)
+    (tmp_path / "cache" / "1.png").write_text("not a picture")
+    shown, damaged = (photograph(study.features, study.features.rows[place].key) for place in (0, 1))
     assert shown.size == (20, 40)
     assert (shown.getpixel((10, 5)), shown.getpixel((10, 35))) == ((255, 0, 0), (0, 0, 0))
+    assert damaged is None
+    unrecorded = replace(study.features, records_path=str(tmp_path / "none.parquet"))
+    assert photograph(unrecorded, study.features.rows[2].key) is None
 
 
-def test_no_photograph_for_a_text_file_or_without_records(features, tmp_path):
-    (tmp_path / "cache" / "0.png").write_text("not a picture")
-    assert photograph(features, features.rows[0].key) is None
-    assert photograph(replace(features, records_path=str(tmp_path / "none.parquet")), features.rows[1].key) is None
-
-
-def test_an_image_that_is_not_there_is_an_input_error(study):
+def test_an_image_a_channel_or_a_rank_that_is_not_there_is_an_input_error(study):
     with pytest.raises(InputError, match=r"no image 4; the test split has 4 images, numbers 0 to 3"):
         spatial_view(FeatureMatrix(study.features), study.split, 4, rank=3, channels=range(1), network=None)
     with pytest.raises(InputError, match="channel 20: these features have channels 0 to 19"):
         spatial_view(FeatureMatrix(study.features), study.split, 0, rank=1, channels=[20], network=None)
+    for rank in (0, 13):
+        with pytest.raises(InputError, match=f"rank {rank}: these features have ranks 1 to 12"):
+            spatial_section(scene(study), study.directory, images=[0], channels=1, rank=rank)
     with pytest.raises(InputError, match="no image -1"):
         check_images([0, -1], 4)
     with pytest.raises(InputError, match="1 image, number 0"):
@@ -152,12 +149,6 @@ def test_spatial_pictures_at_a_rank_that_no_trial_had_show_the_svd(study):
     assert picture.path.name == "spatial-001-r007.png"
     assert "svd" in picture.alt and "sketch" not in picture.alt
     assert any("12 tokens are no square number" in note for note in section.notes)
-
-
-@pytest.mark.parametrize("rank", [0, 13])
-def test_spatial_pictures_at_an_impossible_rank_are_an_input_error(study, rank):
-    with pytest.raises(InputError, match=f"rank {rank}: these features have ranks 1 to 12"):
-        spatial_section(scene(study), study.directory, images=[0], channels=1, rank=rank)
 
 
 def test_the_spatial_page_holds_every_image_rank_and_channel(study):
