@@ -61,8 +61,8 @@ def compare(
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
 
-    The validation split chose the model behind a row, so its test figures are honest for that model; what its
-    configuration gives with other seeds, `confirmations` tell. Speeds are only worth comparing when nothing else runs.
+    The validation split chose the model behind a row, so its test figures are honest for that model. Speeds are only
+    worth comparing when nothing else runs.
 
     Args:
         features: the study's.
@@ -121,7 +121,7 @@ def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> 
 def _speeds(
     data: FeatureMatrix, split: Split, ranks: Sequence[int], methods: Sequence[Method], device: str
 ) -> dict[Kind, float]:
-    """Time each method on the same test images, repeated where there are few; the SVDs once, for they have no rank."""
+    """Time each method on the same test images; the SVDs once, for they have no rank."""
     size = BATCH["cuda" if device.startswith("cuda") else "cpu"]
     x_NTD = data.load([split.test[place % len(split.test)] for place in range(size)]).to(device)
     svd = images_per_second(lambda x: torch.linalg.svd(x, full_matrices=False), x_NTD)
@@ -200,8 +200,7 @@ def _validated(
 def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:
     """Work out both trade-offs: `search`, where it has a candidate, and `storage`.
 
-    Pruned trials are candidates, for they have a model; those without one are not, nor those of nested ranks, whose
-    figures are means over several ranks.
+    Pruned trials are candidates; those of nested ranks are not, for their figures are means over several ranks.
     """
     trials = [
         FrontPoint(config.family, config.rank, x=config.rank, y=trial.best["val_mse"], trial_id=config.trial_id)
@@ -218,7 +217,7 @@ def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow
 
 
 def _marked(points: Sequence[FrontPoint], better: Literal["lower", "higher"]) -> tuple[FrontPoint, ...]:
-    """Sort candidates by what they cost and mark those that none dominates; equals stand or fall together."""
+    """Sort candidates by cost and mark those that none dominates; equals stand or fall together."""
     less = 1.0 if better == "lower" else -1.0
     marked: list[FrontPoint] = []
     best: tuple[float, float] | None = None

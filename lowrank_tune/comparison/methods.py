@@ -78,8 +78,8 @@ def trained(
     """Load the best model of each family and rank, and those that repeat a trial's configuration.
 
     Returns:
-        The methods by family and rank; the repetitions, each with its own trial's id for a name; and a sentence for
-        each model that could not be used: the next best of its kind stands in for it.
+        The methods; the repetitions, each named by its own trial's id; and a sentence for each model that could not be
+        used: the next best of its kind stands in for it.
     """
     remarks: list[str] = []
 
@@ -121,7 +121,7 @@ BATCH_NUMBERS = 2**23
 
 
 def batches(data: FeatureMatrix, images: Sequence[int], optimum: Optimum) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the positions and features of the images that are not all zeros, on which no ratio means anything."""
+    """Yield the positions and features of the images that are not all zeros."""
     seen = np.flatnonzero(optimum.energy_N.numpy() > 0).tolist()
     size = max(1, BATCH_NUMBERS // (data.tokens * data.dim))
     for start in range(0, len(seen), size):
@@ -225,7 +225,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def device_name(device: str) -> str:
-    """Name what speeds are measured on, for people: `one CPU thread (AMD EPYC 7763)`, `NVIDIA H200`."""
+    """Name what speeds are measured on: `one CPU thread (AMD EPYC 7763)`, `NVIDIA H200`."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

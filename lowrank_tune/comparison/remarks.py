@@ -25,7 +25,7 @@ ROUNDING = 1e-6
 
 
 def data_text(features: FeatureSet, test_images: int) -> str:
-    """What the figures were measured on: `16 test images, [256, 2048] features of tiny-random (random weights)`."""
+    """What the figures were measured on: `16 test images, [256, 2048] features of tiny (random weights)`."""
     images = "1 test image" if test_images == 1 else f"{test_images} test images"
     shape = f"[{features.tokens}, {features.dim}]"
     return f"{images}, {shape} features of {features.encoder} ({features.weights} weights)"
@@ -49,7 +49,7 @@ def about_study(
 
 
 def about_data(features: FeatureSet, test_images: int) -> list[str]:
-    """Say what the features are worth: whose weights made them, what is missing, how many judge."""
+    """Say what the features are worth."""
     remarks = []
     if features.weights == "random":
         remarks.append("random weights: these figures show the pipeline, not the science")

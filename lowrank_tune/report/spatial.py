@@ -10,9 +10,9 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,14 +31,11 @@ from lowrank_tune.records import FeatureSet, Split
 logger = logging.getLogger(__name__)
 
 Map = NDArray[np.float64]
-
-
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 
-@dataclass(frozen=True, slots=True)
-class Regions:
+class Regions(NamedTuple):
     """A reconstruction inside an image's boxes and outside: root mean squared error, and mean token cosine."""
 
     error_inside: float
@@ -53,13 +50,13 @@ class Reconstruction:
 
     method: str
     maps_KHW: Map  # its values of the shown channels
-    error_HW: Map  # root mean squared error over all D channels, a token
-    cosine_HW: Map  # cosine with the original, a token
+    error_HW: Map  # a token's root mean squared error over all D channels
+    cosine_HW: Map  # a token's cosine with the original
     regions: Regions | None = None  # None where there are no boxes, or nothing outside them
 
     @property
     def token_cosine(self) -> float:
-        """Mean over tokens of the cosine with the original."""
+        """Mean over tokens."""
         return float(self.cosine_HW.mean())
 
 
@@ -85,7 +82,7 @@ def grid_shape(tokens: int) -> tuple[int, int]:
 
 
 def check_images(images: Sequence[int], test_images: int, said: str = "report.images") -> None:
-    """Refuse, as an input error, images that the test split does not have; `said` is where the user named them."""
+    """Refuse images that the test split does not have, as an InputError; `said` is where the user named them."""
     for image in images:
         if not 0 <= image < test_images:
             has = "1 image, number 0" if test_images == 1 else f"{test_images} images, numbers 0 to {test_images - 1}"
@@ -93,7 +90,7 @@ def check_images(images: Sequence[int], test_images: int, said: str = "report.im
 
 
 def check_channels(channels: Sequence[int], dim: int) -> None:
-    """Refuse, as an input error, channels that the features do not have."""
+    """Refuse channels that the features do not have, as an InputError."""
     for channel in channels:
         if not 0 <= channel < dim:
             raise InputError(f"channel {channel}: these features have channels 0 to {dim - 1}; choose among them")
@@ -108,12 +105,7 @@ def spatial_views(
     channels: Sequence[int],
     boxes: BoxColumn | None = None,
 ) -> Iterator[SpatialView]:
-    """Reconstruct a test image, the SVD's way and by each rank's network, where it has one: a view a rank.
-
-    Raises:
-        InputError: the test split has no such image, or the features no such channel.
-        CacheError: its features cannot be read.
-    """
+    """Reconstruct a test image, the SVD's way and by each rank's network, where it has one: a view a rank."""
     check_images([image], len(split.test))
     check_channels(channels, data.dim)
     key, x_TD = data.features.rows[split.test[image]].key, data.load([split.test[image]])[0]
@@ -124,10 +116,8 @@ def spatial_views(
     for rank, made in zip(networks, reconstruct(x_TD, networks), strict=True):
         reconstructions = []
         for method, y_TD in made.items():
-            error_HW, cosine_HW = token_maps(x_TD, y_TD)
-            maps_KHW = y_TD[:, shown].T.reshape(-1, *grid).numpy()
-            regions = regions_of(error_HW, cosine_HW, inside_HW)
-            reconstructions.append(Reconstruction(method, maps_KHW, error_HW, cosine_HW, regions))
+            maps_KHW, by_token = y_TD[:, shown].T.reshape(-1, *grid).numpy(), token_maps(x_TD, y_TD)
+            reconstructions.append(Reconstruction(method, maps_KHW, *by_token, regions_of(*by_token, inside_HW)))
         yield SpatialView(
             image=image,
             rank=rank,
@@ -162,9 +152,9 @@ def token_maps(x_TD: Tensor, y_TD: Tensor) -> tuple[Map, Map]:
     return error_T.reshape(grid).numpy(), torch.cosine_similarity(x_TD, y_TD, dim=1).reshape(grid).numpy()
 
 
-def regions_of(error_HW: Map, cosine_HW: Map, inside_HW: NDArray[np.bool_]) -> Regions | None:
-    """Compare a reconstruction inside boxes and outside; None where one of the two is empty."""
-    if not inside_HW.any() or inside_HW.all():
+def regions_of(error_HW: Map, cosine_HW: Map, inside_HW: NDArray[np.bool_] | None) -> Regions | None:
+    """Compare a reconstruction inside boxes and outside; None where `inside_boxes` knows no such places."""
+    if inside_HW is None:
         return None
     errors = (math.sqrt(np.square(error_HW[where]).mean()) for where in (inside_HW, ~inside_HW))
     return Regions(*errors, *(float(cosine_HW[where].mean()) for where in (inside_HW, ~inside_HW)))
@@ -173,11 +163,11 @@ def regions_of(error_HW: Map, cosine_HW: Map, inside_HW: NDArray[np.bool_]) -> R
 def compare_regions(
     data: FeatureMatrix, split: Split, boxes: BoxColumn, rank: int, network: Decomposer | None, most: int = 128
 ) -> tuple[int, dict[str, Regions]]:
-    """Measure the SVD and a network inside and outside the boxes of the test images, the first `most` that have one.
+    """Measure the SVD and a network inside and outside the boxes of test images.
 
     Returns:
-        How many images have a box, a photograph and tokens on both sides of it, and each method's means over them; none
-        where the number of tokens is no square, so that their places are not known.
+        How many images have a box, a photograph and tokens on both sides of it, `most` of them at most, and each
+        method's means over them; none where the places of tokens are not known.
     """
     height, width = grid_shape(data.tokens)
     found: dict[str, list[Regions]] = {}
@@ -185,26 +175,20 @@ def compare_regions(
         key = data.features.rows[index].key
         picture = photograph(data.features, key) if key in boxes.boxes else None
         inside_HW = inside_boxes(boxes.of(key, *picture.size) if picture else (), height, width)
-        if not inside_HW.any() or inside_HW.all():
+        if inside_HW is None:
             continue
         x_TD = data.load([index])[0]
         (made,) = reconstruct(x_TD, {rank: network})
         for method, y_TD in made.items():
-            regions = regions_of(*token_maps(x_TD, y_TD), inside_HW)
-            found.setdefault(method, []).extend([regions] if regions else [])
+            found.setdefault(method, []).extend(filter(None, [regions_of(*token_maps(x_TD, y_TD), inside_HW)]))
         if len(found["svd"]) == most:
             break
-    means = {
-        method: Regions(*np.mean([astuple(each) for each in regions], axis=0)) for method, regions in found.items()
-    }
+    means = {method: Regions(*np.mean(regions, axis=0).tolist()) for method, regions in found.items()}
     return len(found.get("svd", ())), means
 
 
 def photograph(features: FeatureSet, key: str) -> Image.Image | None:
-    """The picture behind an image's features, upright; None when no record names one that can be opened here.
-
-    Imported tensors have none, and a study's images may lie on another machine.
-    """
+    """The picture behind an image's features, upright; None when no record names one that can be opened here."""
     try:
         records = pd.read_parquet(features.records_path, columns=["key", "path"], filters=[("key", "==", key)])
     except (OSError, ValueError, KeyError) as error:
@@ -315,11 +299,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(float(value))
 
 
-def inside_boxes(boxes: Iterable[Box], height: int, width: int) -> NDArray[np.bool_]:
-    """Mark the tokens [H, W] whose centre lies in a box, and the one at a box's centre however small it is."""
+def inside_boxes(boxes: Iterable[Box], height: int, width: int) -> NDArray[np.bool_] | None:
+    """Mark the tokens [H, W] whose centre lies in a box, and the one at its centre; None where they are all or none."""
     inside = np.zeros((height, width), dtype=bool)
     y_H1, x_1W = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width)[None, :] + 0.5) / width
     for x0, y0, x1, y1 in boxes:
         inside |= (x_1W >= x0) & (x_1W < x1) & (y_H1 >= y0) & (y_H1 < y1)
         inside[min(int((y0 + y1) / 2 * height), height - 1), min(int((x0 + x1) / 2 * width), width - 1)] = True
-    return inside
+    return inside if inside.any() and not inside.all() else None

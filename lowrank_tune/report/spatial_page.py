@@ -7,7 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,7 @@ class Scene:
     comparison: Comparison
 
     def rank(self, wanted: int | None) -> int:
-        """The rank to show: the wanted one; else that of the best trained model on the validation images.
-
-        Raises:
-            InputError: the features have no such rank.
-        """
+        """The rank to show: the wanted one, an InputError where there is none such; else the best trained model's."""
         highest = min(self.features.tokens, self.features.dim)
         if wanted is not None and not 1 <= wanted <= highest:
             raise InputError(f"rank {wanted}: these features have ranks 1 to {highest}; choose among them")
@@ -65,7 +61,7 @@ class Scene:
         return min(wanted or (best.rank if best else compared), highest)
 
     def ranks(self, shown: int) -> list[int]:
-        """The ranks to choose from: the one shown and about five of those compared, for each adds to the page."""
+        """The ranks to choose from, each of which adds to the page: the one shown and about five of those compared."""
         compared = sorted({row.rank for row in self.comparison.rows} - {shown})
         return sorted({shown, *compared[:: max(1, -(-len(compared) // 5))]})
 
@@ -85,14 +81,9 @@ class Scene:
 def spatial_section(
     scene: Scene, plots: Path, *, images: Sequence[int], channels: Sequence[int] | int, rank: int | None = None
 ) -> Section:
-    """Write the spatial pictures of some test images, and gather what the interactive view of them shows.
+    """Write the spatial pictures of some test images into `plots`, and gather what the interactive view of them shows.
 
-    Args:
-        scene: the study's.
-        plots: where the pictures go.
-        images: positions in the test split, from 0; none gives a section without anything.
-        channels: which channels, or how many of the first ones.
-        rank: R of the pictures; see `Scene.rank`.
+    Images are positions in the test split, channels may be how many of the first ones; see `Scene.rank`.
     """
     check_images(images, len(scene.split.test))
     shown = scene.rank(rank)
@@ -167,18 +158,9 @@ def _spatial_picture(view: SpatialView, plots: Path) -> Picture:
 
 
 def write_spatial_page(
-    scene: Scene,
-    directory: Path,
-    *,
-    images: Sequence[int],
-    channels: Sequence[int] | int,
-    rank: int | None = None,
+    scene: Scene, directory: Path, *, images: Sequence[int], channels: Sequence[int] | int, rank: int | None = None
 ) -> tuple[Path, ...]:
-    """Write the spatial pictures of `spatial_section`, and `spatial.html` with choosers, into a study's `plots/`.
-
-    Returns:
-        The PNG files, then the page.
-    """
+    """Write `spatial_section`'s pictures and, returned last, `spatial.html` with choosers into a study's `plots/`."""
     check_images(images, len(scene.split.test), "images")
     section = spatial_section(scene, directory / "plots", images=images, channels=channels, rank=rank)
     title = f"Study {directory.name}: where on the image"
@@ -239,12 +221,7 @@ class _Canvas:
 
 
 def spatial_figure(view: SpatialView) -> Figure:
-    """Draw one image's spatial picture.
-
-    First a row with the photograph and its boxes (the tokens' lengths where it is not at hand) and each method's error;
-    then the tokens' lengths and each method's token cosine, over the photograph where places are known; then a row a
-    channel with the original and each method's reconstruction.
-    """
+    """Draw one image: the photograph and each method's error; token lengths and cosines; a row a channel."""
     methods, picture = view.reconstructions, view.photograph
     canvas = _Canvas(2 + len(view.channels), 1 + len(methods), (view.norm_HW.shape[0], view.norm_HW.shape[1]))
     if picture is not None:
@@ -276,7 +253,7 @@ def spatial_json(images: Sequence[Sequence[SpatialView]], note: str = "") -> str
 
     def of_method(method: Reconstruction) -> dict[str, Any]:
         maps = {"errors": method.error_HW, "cosines": method.cosine_HW, "maps": method.maps_KHW}
-        regions = asdict(method.regions) if method.regions else None
+        regions = method.regions._asdict() if method.regions else None
         figures = {"name": method.method, "cosine": method.token_cosine, "regions": regions}
         return figures | {name: packed(values) for name, values in maps.items()}
 

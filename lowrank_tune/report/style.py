@@ -55,7 +55,7 @@ INK, SOFT, GRID = "#1a1a1a", "#595959", "#e4e4e4"
 
 
 def look_of(method: str, methods: Iterable[str] = ()) -> Look:
-    """Choose a method's look; a family without one of its own gets one that differs from the other `methods`'."""
+    """A method's look; a family without one of its own gets one that differs from the other `methods`'."""
     if method in _KNOWN:
         return _KNOWN[method]
     unknown = sorted({name for name in (*methods, method) if name not in _KNOWN})
@@ -63,7 +63,7 @@ def look_of(method: str, methods: Iterable[str] = ()) -> Look:
 
 
 def tick_text(value: float, _position: float | None = None) -> str:
-    """All digits of a cosine, and no more than five characters of a large number: 0.99999, 5000, 1e5."""
+    """All digits of a cosine, few of a large number: 0.99999, 5000, 1e5."""
     return f"{value:.7g}" if abs(value) < 1e4 else f"{value:.2g}".replace("e+0", "e").replace("e+", "e")
 
 
@@ -89,7 +89,7 @@ class AxisScale:
         return low - margin, high + margin
 
     def ticks_for(self, values: Sequence[float]) -> list[float]:
-        """The ticks that such an axis has room for, about 14 at most and two at least."""
+        """The ticks that such an axis has room for, two at least."""
         low, high = self.ends(values)
         inside: list[float] = []
         for tick in self.ticks:
@@ -102,7 +102,7 @@ class AxisScale:
         return inside
 
     def on_plotly(self, values: Sequence[float]) -> dict[str, Any]:
-        """The range and ticks of plotly's axis for these values, which are drawn at their places."""
+        """Plotly's axis for these values, which are drawn at their places."""
         ticks = self.ticks_for(values)
         return {"range": self.ends(values), "tickvals": self.place(ticks), "ticktext": list(map(tick_text, ticks))}
 
@@ -139,7 +139,7 @@ ABOVE_ONE = AxisScale(
 
 
 def plain_log(axes: Axes, values: Sequence[float]) -> None:
-    """Make matplotlib's y axis logarithmic where its values are positive and span enough to need it."""
+    """Make matplotlib's y axis logarithmic where its values need it."""
     if values and min(values) > 0 and max(values) >= 8 * min(values):
         axes.set_yscale("log")
         decades = np.log10(max(values) / min(values))
@@ -153,7 +153,7 @@ def plain_log(axes: Axes, values: Sequence[float]) -> None:
 
 
 def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
-    """Make matplotlib's x axis one of ranks, sorted and distinct: logarithmic, a tick at each that has room for it."""
+    """Make matplotlib's x axis one of sorted ranks: logarithmic, a tick at each that has room for it."""
     axes.set_xlabel("rank")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(thinned(ranks)))
@@ -202,7 +202,7 @@ def script_safe(text: str) -> str:
 
 
 def quiet_layout(x: str, y: str) -> dict[str, Any]:
-    """Plotly's layout: plain axes, a pale grid, a legend below, no drag, which would stop a finger from scrolling."""
+    """Plotly's layout; no drag, which would stop a finger from scrolling."""
     axis = {
         "gridcolor": GRID, "linecolor": SOFT, "zeroline": False, "automargin": True, "ticks": "outside",
         "tickcolor": SOFT, "fixedrange": False,
@@ -221,8 +221,8 @@ def quiet_layout(x: str, y: str) -> dict[str, Any]:
     }
 
 
-def log_ticks(values: Sequence[float], steps: Sequence[int] = (1, 2, 5)) -> dict[str, Any]:
-    """Plotly's logarithmic axis with a tick at these steps of each of its decades."""
+def log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Plotly's logarithmic axis with three ticks a decade."""
     low, high = (int(round_(np.log10(end(values)))) for round_, end in ((np.floor, min), (np.ceil, max)))
-    ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
+    ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.4g}" for tick in ticks]}

@@ -43,7 +43,7 @@ def is_trained(method: str) -> bool:
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """Sort methods for tables and legends: bounds, then trained families by name, then controls; each once."""
+    """Sort methods for tables and legends: bounds, trained families by name, controls; each once."""
     present = set(methods)
     return [name for name in (*BOUNDS, *sorted(filter(is_trained, present)), *CONTROLS) if name in present]
 
@@ -70,7 +70,7 @@ def ratio_text(value: float) -> str:
 
 
 def difference_text(row: ComparisonRow) -> str:
-    """The token cosine minus the SVD's, image by image, and half its 95 % interval: `-0.0132 ± 0.0021`."""
+    """The token cosine minus the SVD's, and half its 95 % interval: `-0.0132 ± 0.0021`."""
     mean, low, high = row.token_cosine_minus_svd, row.token_cosine_minus_svd_low, row.token_cosine_minus_svd_high
     if mean is None:
         return ABSENT
@@ -99,7 +99,7 @@ def rate_text(value: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration in the two largest units that matter: `0.4 s`, `52 s`, `3 min 20 s`, `2 h 05 min`."""
+    """A duration in the two largest units that matter: `0.4 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -127,7 +127,7 @@ def training_sentence(outcomes: Sequence[TrialOutcome]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RankSummary:
-    """The methods that matter at a rank, each where it was measured."""
+    """The methods that matter at a rank, where they were measured."""
 
     rank: int
     svd: ComparisonRow | None
@@ -136,7 +136,7 @@ class RankSummary:
 
     @property
     def text(self) -> str:
-        """The judgement in a few words, `0.4 % above the least possible error; beats every control`."""
+        """The judgement: `0.4 % above the least possible error; beats every control`."""
         if self.trained is None:
             return "no trained model"
         ours = self.trained.residual_ratio_mean
@@ -176,9 +176,7 @@ class Choice:
 def choices(comparison: Comparison, svd_rank: Callable[[float], int | None]) -> list[Choice]:
     """Say which rank keeps which token cosine, as the validation images tell; the test images only report.
 
-    Returns:
-        From the highest cosine that the lowest rank compared keeps to the first one that no rank does; none without a
-        trained method whose figure on the validation images is known.
+    From the highest cosine that the lowest rank compared keeps to the first one that no rank does.
     """
     trained = [row for row in comparison.best_of_each_rank() if row.val_token_cosine is not None]
     found: list[Choice] = []
@@ -194,7 +192,7 @@ def choices(comparison: Comparison, svd_rank: Callable[[float], int | None]) -> 
 
 
 def rank_sentence(found: Sequence[Choice]) -> str:
-    """Say in one sentence which rank to take; empty where there is nothing to say."""
+    """Say which rank to take; empty where there is nothing to say."""
     parts = []
     for choice in found[-2:]:
         row = choice.row
@@ -212,7 +210,7 @@ def rank_sentence(found: Sequence[Choice]) -> str:
 
 
 def at_rank(comparison: Comparison, rank: int | None) -> Comparison:
-    """The rows of one rank, and the remarks that are not about another one; all of them when None."""
+    """The rows of one rank and the remarks not about another one; all when None."""
     if rank is None:
         return comparison
     rows = tuple(row for row in comparison.rows if row.rank == rank)
@@ -224,7 +222,7 @@ def at_rank(comparison: Comparison, rank: int | None) -> Comparison:
 def study_cost(
     directory: Path, features: FeatureSet, outcomes: Sequence[TrialOutcome], confirmations: Sequence[TrialOutcome]
 ) -> list[tuple[str, str]]:
-    """List what a study took, as names and texts; `status.json` tells when it started."""
+    """List what a study took, as names and texts."""
     ends: Counter[str] = Counter(outcome.stopped_by for outcome in outcomes)
     ended = ", ".join(f"{ends[stop]} {words}" for stop, words in STOPPED.items() if ends[stop])
     spent, budget = sum(trial.epochs for trial in outcomes), sum(trial.config.epochs for trial in outcomes)

@@ -137,10 +137,5 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Compariso
     return study, study.compare()
 
 
-def row_of(rows: tuple[ComparisonRow, ...], method: str, rank: int) -> ComparisonRow:
+def find_row(rows: tuple[ComparisonRow, ...], method: str, rank: int) -> ComparisonRow:
     return next(row for row in rows if (row.method, row.rank) == (method, rank))
-
-
-@pytest.fixture
-def find_row() -> Callable[[tuple[ComparisonRow, ...], str, int], ComparisonRow]:
-    return row_of

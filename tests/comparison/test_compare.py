@@ -19,6 +19,7 @@ from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TEST_OPTIMUM, TrialConfig
+from tests.comparison.conftest import find_row
 
 CONTRACT = [
     "method", "rank", "n_images", "token_cosine_mean", "token_cosine_sd", "flat_cosine_mean", "mse_mean",
@@ -81,7 +82,7 @@ def by_training_axes(study, images):
 
 
 @pytest.mark.parametrize(("method", "rel"), [("svd", 1e-9), ("sketch", 1e-6), ("direct", 1e-6), ("pca_basis", 1e-4)])
-def test_a_row_is_the_figures_of_its_methods_reconstructions(compared, find_row, method, rel):
+def test_a_row_is_the_figures_of_its_methods_reconstructions(compared, method, rel):
     study, comparison = compared
     images, row = study.test_images().double().numpy(), find_row(comparison.rows, method, 6)
     optimum = [truncated(x, 6) for x in images]
@@ -120,7 +121,7 @@ def test_per_image_figures_average_to_the_rows_and_none_beats_the_optimum(compar
         assert own["residual_ratio"].max() == pytest.approx(row.residual_ratio_max)
 
 
-def test_the_difference_to_the_svd_is_paired_image_by_image(compared, find_row):
+def test_the_difference_to_the_svd_is_paired_image_by_image(compared):
     _, comparison = compared
     per_image = pd.read_parquet(comparison.per_image_path)
     for row in comparison.rows:
@@ -138,7 +139,7 @@ def test_the_difference_to_the_svd_is_paired_image_by_image(compared, find_row):
     assert find_row(comparison.rows, "random_sketch", 2).token_cosine_minus_svd_high < 0
 
 
-def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(compared, find_row):
+def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(compared):
     study, comparison = compared
     images = study.test_images().double().numpy()
     ratios, cosines = [], []
@@ -180,7 +181,7 @@ def test_in_small_batches_only_speeds_differ_and_images_of_zeros_are_left_out_an
 
 
 @pytest.mark.parametrize(("objective", "best"), [("val_residual_ratio", 1), ("val_mse", 0), ("val_token_cosine", 2)])
-def test_the_objective_picks_the_trial_of_a_family_and_the_winner_over_families(make_study, find_row, objective, best):
+def test_the_objective_picks_the_trial_of_a_family_and_the_winner_over_families(make_study, objective, best):
     study = make_study(dtype=torch.float16)
     trials = [
         study.add_trial("sketch", 2, best={"val_residual_ratio": 1.5, "val_mse": 0.1, "val_token_cosine": 0.7}),
@@ -220,7 +221,7 @@ def of_another_rank(path: Path) -> None:
     ("spoil", "said"),
     [(Path.unlink, ""), (cut, ""), (of_another_rank, "a sketch model of rank 4 for [16, 24], not sketch of rank 2")],
 )
-def test_the_next_best_stands_in_for_a_model_that_cannot_be_used(make_study, find_row, spoil, said):
+def test_the_next_best_stands_in_for_a_model_that_cannot_be_used(make_study, spoil, said):
     study = make_study()
     lost = study.add_trial("sketch", 2, best={"val_residual_ratio": 1.0}, spoil=spoil)
     next_best = study.add_trial("sketch", 2)
@@ -251,7 +252,7 @@ def test_one_test_image_has_no_spread(make_study):
     assert any(remark.startswith("one test image only") for remark in comparison.remarks)
 
 
-def test_an_image_of_the_ranks_own_rank_has_ratio_one_where_it_is_reproduced(make_study, find_row):
+def test_an_image_of_the_ranks_own_rank_has_ratio_one_where_it_is_reproduced(make_study):
     generator = torch.Generator().manual_seed(2)
     x_NTD = torch.randn(20, 16, 2, generator=generator) @ torch.randn(20, 2, 24, generator=generator)
     x_NTD[16] = 3.0
@@ -301,7 +302,7 @@ def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monke
     assert set(per_image[per_image["method"] == "power_1"]["rank"]) == {2}
 
 
-def test_a_repetition_that_failed_or_lost_its_model_is_told_and_the_others_count(study, find_row):
+def test_a_repetition_that_failed_or_lost_its_model_is_told_and_the_others_count(study):
     trial_id = "r002-sketch-0000"
     study.repeat(trial_id, 11)
     study.repeat(trial_id, 12, status="failed", stopped_by="error", reason="epoch 1: val_mse not finite")

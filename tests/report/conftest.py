@@ -1,7 +1,6 @@
 """Records as a finished study leaves them, and a small cache with photographs behind it."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +61,9 @@ class Study:
     directory: Path
 
 
-def make_outcome(directory: Path, family: str = "sketch", rank: int = 3, number: int = 0, **ending) -> TrialOutcome:
+def make_outcome(
+    family: str = "sketch", rank: int = 3, number: int = 0, directory: Path = Path("study"), **ending
+) -> TrialOutcome:
     params = {"lambda_b": 1e-4, "lambda_ortho": 1e-3} if family == "direct" else {}
     config = TrialConfig(f"r{rank:03d}-{family}-{number:04d}", number, 0, family, rank, 1e-3, 1e-5, 4, 5, 5, params)
     best = {"val_residual_ratio": 1.5, "val_mse": 0.25, "val_token_cosine": 0.9}
@@ -103,9 +104,9 @@ def make_study(tmp_path: Path, features: FeatureSet) -> Study:
     directory.mkdir(parents=True)
     (directory / "study.yaml").write_text("name: small  # <script>alert(1)</script>\n")
     outcomes = [
-        make_outcome(directory),
-        make_outcome(directory, number=1, status="pruned", stopped_by="asha", epochs=2, best_epoch=2),
-        make_outcome(directory, "direct", number=2, **FAILED, reason="loss is <nan> in epoch 1"),
+        make_outcome(directory=directory),
+        make_outcome(directory=directory, number=1, status="pruned", stopped_by="asha", epochs=2, best_epoch=2),
+        make_outcome("direct", number=2, directory=directory, **FAILED, reason="loss is <nan> in epoch 1"),
     ]
     for outcome in outcomes[:2]:
         place = Path(outcome.directory)
@@ -130,23 +131,3 @@ def features(tmp_path: Path) -> FeatureSet:
 @pytest.fixture
 def study(tmp_path: Path, features: FeatureSet) -> Study:
     return make_study(tmp_path, features)
-
-
-@pytest.fixture
-def row() -> Callable[..., ComparisonRow]:
-    return make_row
-
-
-@pytest.fixture
-def comparison_of() -> Callable[..., Comparison]:
-    return make_comparison
-
-
-@pytest.fixture
-def outcome(tmp_path: Path) -> Callable[..., TrialOutcome]:
-    return lambda *args, **fields: make_outcome(tmp_path, *args, **fields)
-
-
-@pytest.fixture
-def history_of() -> Callable[..., list[dict[str, float]]]:
-    return history

@@ -17,6 +17,7 @@ from lowrank_tune.report.charts import (
     tradeoff_chart,
 )
 from lowrank_tune.report.style import ABOVE_ONE
+from tests.report.conftest import history, make_outcome
 from tests.report.test_tables import FOUND, STORED
 
 
@@ -24,15 +25,15 @@ def traces(chart):
     return {trace.get("name"): trace for trace in json.loads(chart.figure)["data"]}
 
 
-def test_learning_charts_tell_where_and_why_each_trial_stopped_and_what_its_repetitions_gave(outcome, history_of):
+def test_learning_charts_tell_where_and_why_each_trial_stopped_and_what_its_repetitions_gave():
     trials = [
-        (outcome("sketch", 2, 0, epochs=5), history_of(5)),
-        (outcome("sketch", 8, 1, stopped_by="asha", epochs=2), history_of(2)),
-        (outcome("direct", 8, 2, stopped_by="error", epochs=3, reason="loss is <nan>"), history_of(3)),
-        (outcome("refined", 8, 3), []),
+        (make_outcome("sketch", 2, 0, epochs=5), history(5)),
+        (make_outcome("sketch", 8, 1, stopped_by="asha", epochs=2), history(2)),
+        (make_outcome("direct", 8, 2, stopped_by="error", epochs=3, reason="loss is <nan>"), history(3)),
+        (make_outcome("refined", 8, 3), []),
     ]
     config = replace(trials[0][0].config, confirms=trials[0][0].config.trial_id)
-    direct, sketch = learning_charts(trials, [(replace(trials[0][0], config=config), history_of(3, start=4.0))])
+    direct, sketch = learning_charts(trials, [(replace(trials[0][0], config=config), history(3, start=4.0))])
     assert [chart.title for chart in (direct, sketch)] == ["direct", "sketch"]
     assert "r008-sketch-0001 stopped by ASHA at epoch 2" in sketch.alt
     whole, pruned, again = json.loads(sketch.figure)["data"][:3]
@@ -46,7 +47,7 @@ def test_learning_charts_tell_where_and_why_each_trial_stopped_and_what_its_repe
     assert "<" not in direct.figure, "so that nothing in it ends the page's script element"
 
 
-def test_trade_offs_fill_the_front(row):
+def test_trade_offs_fill_the_front():
     points = (FrontPoint("sketch", 3, 3, 0.25, "t", on_front=True), FrontPoint("direct", 3, 3, 0.5, "u"))
     chart = tradeoff_chart(Front("search", "rank", "val_mse", "lower", points))
     drawn = traces(chart)

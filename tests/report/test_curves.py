@@ -11,6 +11,7 @@ from lowrank_tune.lowrank.svd import Spectrum
 from lowrank_tune.report.curves import draw_losses, loss_pictures, rank_curve
 from lowrank_tune.report.style import look_of, thinned
 from lowrank_tune.report.text import BOUNDS, CONTROLS, in_order
+from tests.report.conftest import history, make_outcome, make_row
 
 
 def drawn(figure: Figure) -> None:
@@ -30,9 +31,9 @@ def lines(axes):
     return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_the_rank_curve_draws_every_methods_two_figures_and_the_svds_cosine_between_the_ranks(row):
-    rows = [row("svd", rank, 1.0, 1 - 0.4 / rank) for rank in (4, 16)]
-    rows += [row("sketch", rank, 1 + 1 / rank, 1 - 0.5 / rank, trial_id="t") for rank in (16, 4)]
+def test_the_rank_curve_draws_every_methods_two_figures_and_the_svds_cosine_between_the_ranks():
+    rows = [make_row("svd", rank, 1.0, 1 - 0.4 / rank) for rank in (4, 16)]
+    rows += [make_row("sketch", rank, 1 + 1 / rank, 1 - 0.5 / rank, trial_id="t") for rank in (16, 4)]
     cosines = np.linspace(0.5, 0.9, 20)
     figure = rank_curve(rows, Spectrum(np.ones((1, 20)), cosines, np.zeros(20), 1))
     drawn(figure)
@@ -51,9 +52,9 @@ def test_the_rank_curve_draws_every_methods_two_figures_and_the_svds_cosine_betw
     assert [text.get_text() for text in cosine.get_xticklabels()] == ["4", "16"]
 
 
-def test_the_axes_are_finer_towards_one_and_hold_an_exact_method_beside_a_bad_one(row):
-    rows = [row("svd", 4, 1.0, 1.0), row("randomized_svd", 4, 1.01), row("sketch", 4, 1.02, 0.99)]
-    figure = rank_curve([*rows, row("direct", 4, 100.0, -0.2)])
+def test_the_axes_are_finer_towards_one_and_hold_an_exact_method_beside_a_bad_one():
+    rows = [make_row("svd", 4, 1.0, 1.0), make_row("randomized_svd", 4, 1.01), make_row("sketch", 4, 1.02, 0.99)]
+    figure = rank_curve([*rows, make_row("direct", 4, 100.0, -0.2)])
     drawn(figure)
 
     def heights(axes, *values):
@@ -68,8 +69,8 @@ def test_the_axes_are_finer_towards_one_and_hold_an_exact_method_beside_a_bad_on
 
 
 @pytest.mark.parametrize("spread", [(1.0, 1.0), (1.0, 1.004), (1.0, 3.0), (1.0, 1e9)])
-def test_any_span_of_ratios_has_at_least_two_ticks_inside(row, spread):
-    figure = rank_curve([row("svd", 4, spread[0]), row("sketch", 4, spread[1])])
+def test_any_span_of_ratios_has_at_least_two_ticks_inside(spread):
+    figure = rank_curve([make_row("svd", 4, spread[0]), make_row("sketch", 4, spread[1])])
     drawn(figure)
     axes = figure.axes[1]
     low, high = axes.get_ylim()
@@ -93,10 +94,10 @@ def test_every_method_of_a_plot_looks_different():
     assert len({look.marker for look in looks}) == len(methods)
 
 
-def test_loss_curves_show_four_series_their_drop_and_their_best_epoch(outcome, history_of):
-    failed = outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="x")
+def test_loss_curves_show_four_series_their_drop_and_their_best_epoch():
+    failed = make_outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="x")
     # The figure is used again: nothing of the trial before may stay.
-    figure = losses((failed, history_of(2, start=1e6)), (outcome(stopped_by="patience", best_epoch=4), history_of(5)))
+    figure = losses((failed, history(2, start=1e6)), (make_outcome(stopped_by="patience", best_epoch=4), history(5)))
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "training loss", "validation MSE", "validation residual ratio ρ", "learning rate"
     ]  # fmt: skip
@@ -109,22 +110,24 @@ def test_loss_curves_show_four_series_their_drop_and_their_best_epoch(outcome, h
     assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (4 epochs), best at epoch 4 (★)"
 
 
-def test_a_failed_trials_curves_say_why_and_a_panel_without_a_finite_value_says_so(outcome):
-    failed = outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _")
+def test_a_failed_trials_curves_say_why_and_a_panel_without_a_finite_value_says_so():
+    failed = make_outcome(
+        status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _"
+    )
     figure = losses((failed, [{"epoch": 1.0, "lr": 0.01}]))
     assert figure.get_suptitle() == "r003-sketch-0000: failed (1 epoch)\ncost $5^{ and _"
     assert not any("best epoch" in lines(axes) for axes in figure.axes)
     assert [text.get_text() for text in figure.axes[0].texts] == ["no finite values"]
 
 
-def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds(row):
+def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds():
     seeds = {
         "seeds": 3, "residual_ratio_seed_mean": 1.3, "residual_ratio_seed_sd": 0.5,
         "token_cosine_seed_mean": 0.9, "token_cosine_seed_sd": 0.2,
     }  # fmt: skip
     one = {"seeds": 1, "residual_ratio_seed_mean": 1.2, "token_cosine_seed_mean": 0.95}
-    rows = [row("sketch", 4, 1.2, trial_id="t", **seeds), row("sketch", 8, 1.2, trial_id="u", **one)]
-    figure = rank_curve([row("svd", 4, 1.0), row("svd", 8, 1.0), *rows])
+    rows = [make_row("sketch", 4, 1.2, trial_id="t", **seeds), make_row("sketch", 8, 1.2, trial_id="u", **one)]
+    figure = rank_curve([make_row("svd", 4, 1.0), make_row("svd", 8, 1.0), *rows])
     drawn(figure)
     whiskers = [
         [list(line.get_ydata()) for line in axes.get_lines() if line.get_marker() == "_"] for axes in figure.axes
@@ -136,8 +139,8 @@ def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds(row):
     assert "mean ± sd over fresh seeds" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_a_trials_curves_are_drawn_again_only_when_its_history_is_newer(study, history_of):
-    trials = [(study.outcomes[0], history_of(4)), (study.outcomes[2], [])]
+def test_a_trials_curves_are_drawn_again_only_when_its_history_is_newer(study):
+    trials = [(study.outcomes[0], history(4)), (study.outcomes[2], [])]
     (picture,) = loss_pictures(trials)
     picture.path.write_bytes(b"kept")
     loss_pictures(trials)

@@ -27,6 +27,7 @@ from lowrank_tune.report.spatial import (
     spatial_views,
 )
 from lowrank_tune.report.spatial_page import Scene, spatial_figure, spatial_section, write_spatial_page
+from tests.report.conftest import make_row
 
 WIDE = (200, 100)
 
@@ -166,8 +167,10 @@ def test_the_spatial_page_holds_every_image_rank_and_channel(study):
     assert original == pytest.approx(np.stack([x_TD[:, channel].reshape(3, 4) for channel in (4, 1)]))
 
 
-def test_the_rank_that_is_shown_is_the_validation_images_best(study, row):
-    study.comparison = replace(study.comparison, rows=(row("sketch", 3, 1.2), row("sketch", 5, 1.1, chosen=2)))
+def test_the_rank_that_is_shown_is_the_validation_images_best(study):
+    study.comparison = replace(
+        study.comparison, rows=(make_row("sketch", 3, 1.2), make_row("sketch", 5, 1.1, chosen=2))
+    )
     assert scene(study).rank(None) == 3
     assert scene(study).ranks(3) == [3, 5]
 

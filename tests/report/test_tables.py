@@ -13,6 +13,7 @@ from lowrank_tune.report.tables import (
     summary_table,
     trained_table,
 )
+from tests.report.conftest import make_comparison, make_row
 
 KIB = 1024
 STORED = (
@@ -109,32 +110,35 @@ def printed(*shown) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
-def small(row, comparison_of):
+def small():
     seeds = {
         "seeds": 3, "residual_ratio_seed_mean": 1.2149, "residual_ratio_seed_sd": 0.0126,
         "token_cosine_seed_mean": 0.90641, "token_cosine_seed_sd": 0.00034,
     }  # fmt: skip
     pair = {"token_cosine_minus_svd": -0.01321, "token_cosine_minus_svd_low": -0.015,
             "token_cosine_minus_svd_high": -0.011}  # fmt: skip
-    comparison = comparison_of(
-        row("svd", 128, 1.0, 0.999961), row("svd", 64, 1.0, 0.98931),
-        row("refined", 128, 12.5, 0.999956, **pair, **seeds),
-        row("direct", 64, 34.0, 0.8, token_cosine_minus_svd=-0.2),
-        row("randomized_svd", 64, 1.0123, 0.9891, images_per_second=1234.5), row("randomized_svd", 128, 1.012),
+    comparison = make_comparison(
+        make_row("svd", 128, 1.0, 0.999961), make_row("svd", 64, 1.0, 0.98931),
+        make_row("refined", 128, 12.5, 0.999956, **pair, **seeds),
+        make_row("direct", 64, 34.0, 0.8, token_cosine_minus_svd=-0.2),
+        make_row("randomized_svd", 64, 1.0123, 0.9891, images_per_second=1234.5),
+        make_row("randomized_svd", 128, 1.012),
     )  # fmt: skip
     return replace(comparison, data="4 test images of a checkpoint")
 
 
-def test_a_terminal_of_80_columns_shows_the_study_word_for_word(row, comparison_of):
-    comparison = small(row, comparison_of)
+def test_a_terminal_of_80_columns_shows_the_study_word_for_word():
+    comparison = small()
     text = printed(summary_table(comparison), comparison_tables(comparison), studies_table({"one-0a": comparison}))
     assert text == GOLDEN
 
 
-def test_every_rank_has_every_method_in_one_order(row, comparison_of):
-    table = methods_table(comparison_of(row("power_1", 4), row("sketch", 8, 1.1), row("direct", 4), row("svd", 8)))
+def test_every_rank_has_every_method_in_one_order():
+    table = methods_table(
+        make_comparison(make_row("power_1", 4), make_row("sketch", 8, 1.1), make_row("direct", 4), make_row("svd", 8))
+    )
     assert [[cells[:2] for cells in group] for group in table.groups] == [
         [(rank, method) for method in ("svd", direct, sketch, "power_1")]
         for rank, direct, sketch in (("4", "direct ★", "sketch"), ("8", "direct", "sketch ★"))
     ]
-    assert not trained_table(comparison_of(row("svd", 4, 1.0))).rows
+    assert not trained_table(make_comparison(make_row("svd", 4, 1.0))).rows

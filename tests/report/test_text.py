@@ -17,6 +17,7 @@ from lowrank_tune.report.text import (
     ratio_text,
     seed_texts,
 )
+from tests.report.conftest import make_comparison, make_row
 
 
 @pytest.mark.parametrize(
@@ -55,24 +56,24 @@ def test_figures_read_well(text, expected):
         ((0.0012, -0.0001, 0.0025), "+0.0012 ± 0.0013"),
     ],
 )
-def test_a_difference_has_its_sign_and_its_interval(row, fields, expected):
+def test_a_difference_has_its_sign_and_its_interval(fields, expected):
     names = ("token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high")
-    assert difference_text(row("sketch", 4, **dict(zip(names, fields, strict=True)))) == expected
+    assert difference_text(make_row("sketch", 4, **dict(zip(names, fields, strict=True)))) == expected
 
 
-def test_one_seed_has_no_spread_and_a_far_ratio_few_digits(row):
-    one = row("direct", 4, seeds=1, residual_ratio_seed_mean=34.56, token_cosine_seed_mean=0.8)
+def test_one_seed_has_no_spread_and_a_far_ratio_few_digits():
+    one = make_row("direct", 4, seeds=1, residual_ratio_seed_mean=34.56, token_cosine_seed_mean=0.8)
     assert seed_texts(one) == ("34.6", "0.8000")
     two = replace(one, seeds=2, residual_ratio_seed_sd=2.345, token_cosine_seed_sd=0.01)
     assert seed_texts(two) == ("34.6 ± 2.3", "0.8000 ± 0.0100")
-    assert seed_texts(row("svd", 4)) == ("—", "—")
+    assert seed_texts(make_row("svd", 4)) == ("—", "—")
 
 
 @pytest.fixture
-def compared(row, comparison_of):
-    return comparison_of(
-        row("svd", 4, 1.0, 0.93), row("sketch", 4, 1.02, 0.92, trial_id="a"), row("power_1", 4, 1.1, 0.91),
-        row("svd", 8, 1.0, 0.97), row("sketch", 8, 1.5, 0.96, trial_id="c"), row("power_1", 8, 1.1, 0.965),
+def compared():
+    return make_comparison(
+        make_row("svd", 4, 1.0), make_row("sketch", 4, 1.02, 0.92, trial_id="a"), make_row("power_1", 4, 1.1, 0.91),
+        make_row("svd", 8, 1.0), make_row("sketch", 8, 1.5, 0.96, trial_id="c"), make_row("power_1", 8, 1.1, 0.965),
         remarks=("At rank 8 power_1 wins", "random weights"),
     )  # fmt: skip
 
@@ -87,9 +88,14 @@ def compared(row, comparison_of):
         (34.0, "34.0 times the least possible error; power_1, without training, is nearer"),
     ],
 )
-def test_a_verdict_is_said_as_people_say_it(row, comparison_of, ratio, words):
-    rows = row("sketch", 4, ratio), row("direct", 4, 1.0, chosen=0), row("power_1", 4, 1.1), row("power_1", 8, 1.0)
-    summary, without = rank_summaries(comparison_of(*rows))
+def test_a_verdict_is_said_as_people_say_it(ratio, words):
+    rows = (
+        make_row("sketch", 4, ratio),
+        make_row("direct", 4, 1.0, chosen=0),
+        make_row("power_1", 4, 1.1),
+        make_row("power_1", 8, 1.0),
+    )
+    summary, without = rank_summaries(make_comparison(*rows))
     assert (summary.rank, summary.trained, summary.control, summary.text) == (4, rows[0], rows[2], words)
     assert without.text == "no trained model"
 
@@ -107,8 +113,8 @@ def test_which_rank_to_take_follows_the_validation_images(compared):
     )
 
 
-def test_without_a_trained_model_there_is_no_choice(row, comparison_of):
-    comparison = comparison_of(row("svd", 4, 1.0, 0.93), row("power_1", 4, 1.1))
+def test_without_a_trained_model_there_is_no_choice():
+    comparison = make_comparison(make_row("svd", 4, 1.0, 0.93), make_row("power_1", 4, 1.1))
     assert choices(comparison, lambda cosine: None) == []
     assert rank_sentence([]) == ""
 
