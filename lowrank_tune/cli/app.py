@@ -27,11 +27,12 @@ from lowrank_tune.cli.options import (
     StudyFile,
     StudyId,
     StudyIds,
+    parse_channels,
 )
 from lowrank_tune.cli.output import show
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.render import render_study, study_schema
-from lowrank_tune.errors import InputError, StudyFileError, redact
+from lowrank_tune.errors import InputError, StudyFileError
 
 # Imported while Ray starts; either takes seconds.
 _WITH_RAY = ("torch", "optuna", "lowrank_tune.comparison.compare")
@@ -194,7 +195,7 @@ def submit(
 
     if address is None:
         raise InputError("submit: --address is missing, the cluster's job server, such as http://127.0.0.1:8265")
-    _show_job(submit_study(address, study, overrides=overrides or (), results=results), address, as_json)
+    output.show_job(submit_study(address, study, overrides=overrides or (), results=results), address, as_json)
 
 
 @app.command("list", epilog="Example: lowrank-tune list --results /data/results")
@@ -286,7 +287,7 @@ def _go_on(
         from lowrank_tune.cluster.studies import submit_again
 
         settings.pop("new_id", None)
-        _show_job(submit_again(address, command, study_id, results=results, **settings), address, as_json)
+        output.show_job(submit_again(address, command, study_id, results=results, **settings), address, as_json)
         return
     from lowrank_tune.runtime import ray_session
 
@@ -298,16 +299,6 @@ def _go_on(
         with shown_progress() as progress:
             result = library[command](study_id, results=results, address=address, progress=progress, **settings)
     output.show_study(result, as_json)
-
-
-def _show_job(job: Any, address: str, as_json: bool) -> None:
-    if as_json:
-        show({"study_id": job.study_id, "job": job.job_id, "results": job.results}, as_json)
-        return
-    begun = "waits for a place on the cluster" if job.status == "PENDING" else "has begun"
-    print(f"Study {job.study_id} {begun}; its results: {job.results / 'studies' / job.study_id}")
-    print(f"Watch it: lowrank-tune status {job.study_id} --address {redact(address)}")
-    print(f"          lowrank-tune logs {job.study_id} -f --address {redact(address)}")
 
 
 @app.command(epilog="Example: lowrank-tune compare quickstart-0d7fdaae --rank 64")
@@ -347,15 +338,6 @@ def visualize(
 
     study = past_study.open_study(results, study_id)
     show(past_study.visualize(study, images, rank=rank, channels=chosen), as_json, _print_files)
-
-
-def parse_channels(text: str) -> list[int] | int:
-    """Read `--channels`: a count, or numbers between commas."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal()]
-    if not parts or len(numbers) < len(parts) or "," not in text and numbers == [0]:
-        raise InputError(f"--channels {text}: give a count, such as 8, or numbers between commas, such as 0,5,17")
-    return list(dict.fromkeys(numbers)) if "," in text else numbers[0]
 
 
 @app.command(epilog="Example: lowrank-tune report quickstart-0d7fdaae")

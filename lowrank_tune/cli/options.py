@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lowrank_tune.errors import InputError
+
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.", show_default=False)]
 StudyId = Annotated[str, typer.Argument(metavar="ID", help="A study's id, or the beginning of it.", show_default=False)]
 StudyIds = Annotated[
@@ -50,3 +52,12 @@ MaxQuarantined = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 NewId = Annotated[str, typer.Option("--id", hidden=True, help="The new study's id, where `submit` has promised one.")]
+
+
+def parse_channels(text: str) -> list[int] | int:
+    """Read `--channels`: a count, or numbers between commas."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal()]
+    if not parts or len(numbers) < len(parts) or "," not in text and numbers == [0]:
+        raise InputError(f"--channels {text}: give a count, such as 8, or numbers between commas, such as 0,5,17")
+    return list(dict.fromkeys(numbers)) if "," in text else numbers[0]

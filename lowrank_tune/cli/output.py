@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lowrank_tune.errors import redact
 from lowrank_tune.records import Comparison, FeatureSet, TrialOutcome
 
-if TYPE_CHECKING:  # these load torch
+if TYPE_CHECKING:  # these load torch and what talks to a cluster
+    from lowrank_tune.cluster.jobs import Job
     from lowrank_tune.cost import Check
     from lowrank_tune.study import StudyResult
 
@@ -95,6 +97,16 @@ def _lineage(status: Mapping[str, Any]) -> str:
     parts = [f"clone of {status['parent']}"] if status["parent"] else []
     parts += [f"extended {change['trials_before']} → {change['trials']} trials" for change in status["extensions"]]
     return ", ".join(parts)
+
+
+def show_job(job: Job, address: str, as_json: bool) -> None:
+    if as_json:
+        show({"study_id": job.study_id, "job": job.job_id, "results": job.results}, as_json)
+        return
+    begun = "waits for a place on the cluster" if job.status == "PENDING" else "has begun"
+    print(f"Study {job.study_id} {begun}; its results: {job.results / 'studies' / job.study_id}")
+    print(f"Watch it: lowrank-tune status {job.study_id} --address {redact(address)}")
+    print(f"          lowrank-tune logs {job.study_id} -f --address {redact(address)}")
 
 
 def show_study(result: StudyResult, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_tune.cli import run
-from lowrank_tune.cli.app import parse_channels
+from lowrank_tune.cli.options import parse_channels
 from lowrank_tune.errors import InputError
 from lowrank_tune.past_study import comparability, comparison_of, open_study, read_study
 from lowrank_tune.records import ReportFiles
