@@ -18,6 +18,7 @@ def node(alive: bool = True, **resources: float) -> dict[str, Any]:
         ({"cpus_per_trial": 1}, [node(CPU=2)], 2),
         ({"cpus_per_trial": 2}, [node(CPU=3), node(CPU=5)], 3),
         ({"cpus_per_trial": 1, "gpus_per_trial": 0.1}, [node(CPU=64, GPU=1)], 10),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 0.25}, [node(CPU=8, GPU=1)], 4),
         ({"cpus_per_trial": 1, "gpus_per_trial": 0.25}, [node(CPU=2, GPU=1), node(CPU=64)], 2),
         ({"cpus_per_trial": 0.5, "max_concurrent": 3}, [node(CPU=4)], 3),
         ({"cpus_per_trial": 1, "max_concurrent": 9}, [node(CPU=4)], 4),

@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from optuna.trial import TrialState
 from tiny_study import Interrupter, Killer, Listener, World, build_plan, optuna_trials, processes, run
+from torch.distributed import get_rank
 
 from lowrank_tune.config.plan import Plan, trial_config
 from lowrank_tune.lowrank.decomposers import load_decomposer
@@ -16,6 +18,7 @@ from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.trials import tuning
 from lowrank_tune.trials.outcomes import CHECKPOINT, read_history
+from lowrank_tune.trials.trainable import WorkerGroup
 from lowrank_tune.trials.trial import run_one_trial
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -177,6 +180,18 @@ def test_a_trial_that_loses_a_process_goes_on_and_one_that_keeps_losing_them_fai
     assert_equal_epochs(first, train_alone(first.config, world, tmp_path))
     assert not list(plan.study_dir.rglob(CHECKPOINT))
     assert [trial.state for trial in optuna_trials(plan)] == [TrialState.COMPLETE, TrialState.FAIL]
+
+
+def test_of_a_group_of_workers_the_one_that_ran_out_of_memory_is_named() -> None:
+    class Starved(dict[str, Any]):
+        """Settings that the second worker has no memory for, which costs the first one its neighbour."""
+
+        def __missing__(self, key: str) -> Any:
+            raise MemoryError("a batch of 64 MiB") if get_rank() else ConnectionError("the neighbour is gone")
+
+    group = WorkerGroup({"cpus": 0.5, "gpus": 0, "workers": 2})
+    with pytest.raises(RuntimeError, match=r"^worker 2: out of memory: a batch of 64 MiB$"):
+        group.ask("open", Starved())
 
 
 def test_an_interrupted_trial_of_two_workers_goes_on_where_it_was(
