@@ -266,7 +266,7 @@ def read_comparison(directory: Path, objective: str) -> Comparison:
         remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{directory}: no readable comparison lies there ({error}); measure it again with "
+            f"{directory}: no readable comparison lies there ({' '.join(str(error).split())}); measure it again with "
             f"`lowrank-tune compare {directory.name} --again`"
         ) from error
     device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))

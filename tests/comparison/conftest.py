@@ -35,17 +35,13 @@ class Study:
         config = TrialConfig(
             f"r{rank:03d}-{family}-{number:04d}", number, number, family, rank, 1e-3, 1e-5, 4, 5, 5, params
         )
-        directory = self.directory / "trials" / config.trial_id
-        directory.mkdir(parents=True)
-        model = make_decomposer(config, TOKENS, DIM)
-        model.initialise([self.x_NTD[list(self.split.train)]], torch.Generator().manual_seed(0))
-        save_decomposer(model, directory / "best_model.safetensors")
+        path = self._save(config, nudge=0.0)
         if spoil:
-            spoil(directory / "best_model.safetensors")
+            spoil(path)
         figures = {"val_residual_ratio": 1.1, "val_mse": 0.1, "val_token_cosine": 0.9}
         defaults = {"status": "finished", "stopped_by": "budget", "epochs": 5, "best_epoch": 4, "best": figures}
         self.outcomes.append(
-            TrialOutcome(**{"config": config, "directory": str(directory), "seconds": 1.0, **defaults, **ending})
+            TrialOutcome(**{"config": config, "directory": str(path.parent), "seconds": 1.0, **defaults, **ending})
         )
         return config.trial_id
 
@@ -54,16 +50,20 @@ class Study:
         (trial,) = (outcome for outcome in self.outcomes if outcome.config.trial_id == trial_id)
         number = sum(outcome.config.confirms == trial_id for outcome in self.confirmations) + 1
         config = replace(trial.config, trial_id=f"{trial_id}-s{number}", seed=seed, confirms=trial_id)
-        model, generator = make_decomposer(config, TOKENS, DIM), torch.Generator().manual_seed(seed)
+        directory = str(self._save(config, nudge=0.05).parent)
+        self.confirmations.append(replace(trial, config=config, directory=directory, **ending))
+        return self.confirmations[-1]
+
+    def _save(self, config: TrialConfig, nudge: float) -> Path:
+        model, generator = make_decomposer(config, TOKENS, DIM), torch.Generator().manual_seed(config.seed)
         model.initialise([self.x_NTD[list(self.split.train)]], generator)
         with torch.no_grad():
             for weight in model.parameters():
-                weight += 0.05 * torch.randn(weight.shape, generator=generator)
-        directory = self.directory / "trials" / config.trial_id
-        directory.mkdir(parents=True)
-        save_decomposer(model, directory / "best_model.safetensors")
-        self.confirmations.append(replace(trial, config=config, directory=str(directory), **ending))
-        return self.confirmations[-1]
+                weight += nudge * torch.randn(weight.shape, generator=generator)
+        path = self.directory / "trials" / config.trial_id / "best_model.safetensors"
+        path.parent.mkdir(parents=True)
+        save_decomposer(model, path)
+        return path
 
     def compare(self, objective: str = "val_residual_ratio") -> Comparison:
         return compare(
