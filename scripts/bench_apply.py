@@ -23,7 +23,7 @@ from rich.table import Table
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
 from lowrank_tune.features.extract import import_tensors
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
-from lowrank_tune.lowrank.pretrained import exported_files
+from lowrank_tune.lowrank.pretrained import write_exported
 from lowrank_tune.lowrank.quantization import factor_bytes
 from lowrank_tune.records import TrialConfig
 
@@ -39,9 +39,7 @@ def prepare(home: Path, images: int) -> tuple[Path, str]:
     config = TrialConfig("r064-refined-0000", 0, 0, "refined", RANK, 1e-3, 1e-5, 8, 1, 1, {"steps": 2})
     save_decomposer(make_decomposer(config, TOKENS, DIM), home / "weights.safetensors")
     model = home / "model"
-    model.mkdir()
-    for name, data in exported_files(home / "weights.safetensors", RANK, "bench", config, None).items():
-        (model / name).write_bytes(data)
+    write_exported(model, home / "weights.safetensors", RANK, "bench", config, None)
     tensors = home / "tensors"
     tensors.mkdir()
     generator = torch.Generator().manual_seed(0)

@@ -378,7 +378,7 @@ def export(
     model = export_study(study_id, directory, rank=rank, results=results)
     facts = {"model": model.directory, "fingerprint": model.fingerprint, "family": model.family, "rank": model.rank}
     facts |= {"ranks": list(model.ranks), "shape": [model.tokens, model.dim]}
-    show(facts | {"trial": model.about["training"]["trial_id"]}, as_json)
+    show(facts | {"trial": model.training["trial_id"]}, as_json)
 
 
 @app.command(epilog="Example: lowrank-tune reconcile rank-sweep-0a1b2c3d")

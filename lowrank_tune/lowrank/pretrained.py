@@ -1,14 +1,5 @@
 """A trained decomposer outside its study: a folder with `config.json` and `model.safetensors`, as the hub has models.
 
-    model_type, format      what the folder is, and the version of this layout
-    family, family_params   which decomposer, and what its family alone has
-    tokens, dim             T and D of the features that it takes
-    rank                    R that it gives when not asked for another
-    ranks, max_rank         those that it was trained for, rising, and the one that its weights were made for
-    dtype                   the weights'
-    weights_sha256          the digest of model.safetensors
-    features, training      what it was trained on and how
-
 Needs neither Ray nor MLflow.
 """
 
@@ -16,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +32,20 @@ _REMEDY = "export it again with `lowrank-tune export`"
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """What an exported folder says of itself: keys of its config.json, the whole of which is `about`."""
+    """What an exported folder's config.json says, beside `model_type` and the layout's version, `format`."""
 
-    directory: Path
+    directory: Path  # the folder, the one field that is not in the file
     family: str
-    tokens: int
+    family_params: dict[str, Any]  # what its family alone has
+    tokens: int  # T and D of the features that it takes
     dim: int
-    rank: int
-    ranks: tuple[int, ...]
-    max_rank: int
-    weights_sha256: str
-    about: dict[str, Any]
+    rank: int  # R that it gives when not asked for another
+    ranks: tuple[int, ...]  # those that it was trained for, rising
+    max_rank: int  # the one that its weights were made for
+    dtype: str  # the weights'
+    weights_sha256: str  # of model.safetensors
+    features: dict[str, Any]  # what it was trained on
+    training: dict[str, Any]  # and how
 
     @property
     def fingerprint(self) -> str:
@@ -68,51 +63,45 @@ class ExportedModel:
         return rank
 
 
-def exported_files(
-    weights: Path, rank: int, study_id: str, trained: TrialConfig, features: FeatureSet | None
-) -> dict[str, bytes]:
-    """Make the contents of a model's folder, name -> bytes.
+def write_exported(
+    directory: Path, weights: Path, rank: int, study_id: str, trained: TrialConfig, features: FeatureSet | None
+) -> ExportedModel:
+    """Write a model's folder, which is made.
 
     Args:
-        weights: a trial's `best_model.safetensors`, taken as it is.
+        directory: the folder.
+        weights: a trial's `best_model.safetensors`, taken as it is; an InputError where it is no decomposer's.
         rank: what the model gives when not asked for another.
         study_id: the study that it comes from.
         trained: the trial's configuration.
         features: what it was trained on, where that is still known.
-
-    Raises:
-        InputError: the weights are missing, or are no decomposer's.
     """
-    model = load_weights(weights)
-    data = weights.read_bytes()
-    config = {
-        "model_type": MODEL_TYPE,
-        "format": FORMAT,
-        "family": model.family,
-        "family_params": model.family_params,
-        "tokens": model.tokens,
-        "dim": model.dim,
-        "rank": rank,
-        "ranks": sorted(trained.ranks),
-        "max_rank": model.rank,
-        "dtype": str(next(iter(model.state_dict().values())).dtype).removeprefix("torch."),
-        "weights_sha256": hashlib.sha256(data).hexdigest(),
-        "features": {name: getattr(features, name) for name in _FEATURES} if features else {},
-        "training": {
-            "study_id": study_id,
-            **{name: getattr(trained, name) for name in _TRAINING},
-            **trained.family_params,
-        },
-    }
-    return {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS: data}
+    decomposer = load_weights(weights)
+    directory.mkdir()
+    shutil.copyfile(weights, directory / WEIGHTS)
+    training = {name: getattr(trained, name) for name in _TRAINING}
+    model = ExportedModel(
+        directory,
+        family=decomposer.family,
+        family_params=dict(decomposer.family_params),
+        tokens=decomposer.tokens,
+        dim=decomposer.dim,
+        rank=rank,
+        ranks=tuple(sorted(trained.ranks)),
+        max_rank=decomposer.rank,
+        dtype=str(next(iter(decomposer.state_dict().values())).dtype).removeprefix("torch."),
+        weights_sha256=_digest(directory / WEIGHTS),
+        features={name: getattr(features, name) for name in _FEATURES} if features else {},
+        training={"study_id": study_id, **training, **trained.family_params},
+    )
+    config = {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(model)}
+    del config["directory"]
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return model
 
 
 def read_exported(directory: str | Path) -> ExportedModel:
-    """Read what an exported folder says of itself, without its weights.
-
-    Raises:
-        InputError: it is not one of this program's models.
-    """
+    """Read what an exported folder says of itself, without its weights; an InputError where it is none of ours."""
     path = Path(directory).expanduser().absolute() / CONFIG
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -128,16 +117,9 @@ def read_exported(directory: str | Path) -> ExportedModel:
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: has format {about.get('format')!r}, this program reads {FORMAT}; {_REMEDY}")
     try:
-        numbers = {name: int(about[name]) for name in ("tokens", "dim", "rank", "max_rank")}
-        ranks = tuple(sorted(int(rank) for rank in about["ranks"]))
-        return ExportedModel(
-            path.parent,
-            family=str(about["family"]),
-            ranks=ranks,
-            weights_sha256=str(about["weights_sha256"]),
-            about=about,
-            **numbers,
-        )
+        said = {each.name: about[each.name] for each in fields(ExportedModel) if each.name != "directory"}
+        said |= {name: int(about[name]) for name in ("tokens", "dim", "rank", "max_rank")}
+        return ExportedModel(path.parent, **said | {"ranks": tuple(sorted(map(int, about["ranks"])))})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is damaged ({error!r}); {_REMEDY}") from error
 
@@ -156,8 +138,7 @@ def load_decomposer(directory: str | Path) -> Decomposer:
     model = read_exported(directory)
     weights = model.directory / WEIGHTS
     try:
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _digest(weights)
     except OSError as error:
         raise InputError(f"{weights}: cannot be read ({error.strerror}); {_REMEDY}") from error
     if digest != model.weights_sha256:
@@ -173,8 +154,8 @@ def load_decomposer(directory: str | Path) -> Decomposer:
 class PyfuncDecomposer:
     """An exported model behind MLflow's `predict`."""
 
-    def __init__(self, directory: Path) -> None:
-        self._decomposer = load_decomposer(directory)
+    def __init__(self, data_path: str) -> None:
+        self._decomposer = load_decomposer(data_path)
 
     @torch.no_grad()
     def predict(self, x_NTD: NDArray[np.float32], params: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
@@ -183,6 +164,9 @@ class PyfuncDecomposer:
         return {"a": factors.a_NTR.numpy(), "b": factors.b_NRD.numpy()}
 
 
-def _load_pyfunc(data_path: str) -> PyfuncDecomposer:
-    """What MLflow calls to load a model whose `loader_module` this is."""
-    return PyfuncDecomposer(Path(data_path))
+_load_pyfunc = PyfuncDecomposer  # the name that MLflow calls in a `loader_module`
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from lowrank_tune.lowrank.pretrained import exported_files, read_exported
+from lowrank_tune.lowrank.pretrained import write_exported
 from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 BEST = "best"
@@ -42,40 +42,31 @@ def log_models(
     trained: Sequence[TrialOutcome],
     study_dir: Path,
     register: str | None,
-) -> None:
-    """Log the best model of each rank, and register it under a name, if there is one; what is there already stays."""
+) -> bool:
+    """Log the best model of each rank, and register it under a name, if there is one; what is there already stays.
+
+    Returns:
+        Whether anything was lacking.
+    """
     outcomes = {outcome.config.trial_id: outcome for outcome in trained}
     run = client.get_run(parent)
-    there = {(model.name, model.tags.get(_TRIAL)): model for model in _logged_models(client, run)}
+    outputs = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+    models = [client.get_logged_model(model_id) for model_id in outputs]
+    there = {(model.name, model.tags.get(_TRIAL)): model for model in models}
     logged: list[tuple[ComparisonRow, LoggedModel]] = []
+    lacking = False
     for row in comparison.best_of_each_rank():
         name = f"rank-{row.rank:03d}-{row.method}"
         model = there.get((name, row.trial_id))
         if model is None and row.trial_id in outcomes:
-            model = _log_model(client, run, name, row, outcomes[row.trial_id], study_dir)
+            model, lacking = _log_model(client, run, name, row, outcomes[row.trial_id], study_dir), True
         if model is not None:
             logged.append((row, model))
     if register and logged:
         # The best last: its alias is set when its version is there.
         logged.sort(key=lambda entry: entry[0].chosen, reverse=True)
-        _register(client, register, parent, study_dir.name, logged)
-
-
-def has_models(client: MlflowClient, run: Run, best: Sequence[ComparisonRow], register: str | None) -> bool:
-    """Whether a study's run has the best model of each rank, and the registry its versions."""
-    wanted = {(row.trial_id, str(row.rank)) for row in best}
-    models = {(model.tags.get(_TRIAL), model.tags.get(_RANK)): model.model_id for model in _logged_models(client, run)}
-    if not wanted <= models.keys():
-        return False
-    if not register or not wanted:
-        return True
-    versions = _registered(client, register)
-    return {models[key] for key in wanted} <= versions.keys() and BEST in client.get_registered_model(register).aliases
-
-
-def _logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    outputs = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
-    return [client.get_logged_model(model_id) for model_id in outputs]
+        lacking |= _register(client, register, parent, study_dir.name, logged)
+    return lacking
 
 
 def _log_model(
@@ -88,11 +79,9 @@ def _log_model(
     features = study_dir / "tune" / "features.json"
     with tempfile.TemporaryDirectory() as folder:
         exported, path = Path(folder) / "exported", Path(folder) / "model"
-        exported.mkdir()
         weights = Path(outcome.directory) / "best_model.safetensors"
         trained_on = FeatureSet.read(features) if features.is_file() else None
-        for file, data in exported_files(weights, row.rank, study_dir.name, config, trained_on).items():
-            (exported / file).write_bytes(data)
+        model = write_exported(exported, weights, row.rank, study_dir.name, config, trained_on)
         entry = client.create_logged_model(
             run.info.experiment_id,
             name=name,
@@ -111,7 +100,10 @@ def _log_model(
                 model_uuid=entry.model_id,
                 model_id=entry.model_id,
                 run_id=parent,
-                signature=_signature(exported),
+                signature=ModelSignature(
+                    inputs=Schema([_images(model.tokens, model.dim)]),
+                    outputs=Schema([_images(model.tokens, row.rank, name="a"), _images(row.rank, model.dim, name="b")]),
+                ),
             ),
             pip_requirements=[f"{each}=={importlib.metadata.version(each).partition('+')[0]}" for each in _REQUIRED],
         )
@@ -119,6 +111,10 @@ def _log_model(
     client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
     client.log_outputs(parent, [LoggedModelOutput(entry.model_id, step=row.rank)])
     return entry
+
+
+def _images(*shape: int, name: str | None = None) -> Any:
+    return TensorSpec(np.dtype("float32"), (-1, *shape), name)
 
 
 def _carried(folder: Path) -> Path:
@@ -135,18 +131,24 @@ def _carried(folder: Path) -> Path:
 
 def _register(
     client: MlflowClient, name: str, parent: str, study_id: str, logged: Sequence[tuple[ComparisonRow, LoggedModel]]
-) -> None:
+) -> bool:
     """Make each model a version once; the alias goes to the last one, when it is new or nobody has it."""
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    there = _registered(client, name)
+    there: dict[str, ModelVersion] = {}
+    token: str | None = ""
+    while token is not None:
+        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token or None)
+        there |= {version.tags[_MODEL]: version for version in page if _MODEL in version.tags}
+        token = page.token or None
+    new = {model.model_id for _, model in logged} - there.keys()
     for row, model in logged:
-        if model.model_id not in there:
+        if model.model_id in new:
             tags = {"lowrank.study_id": study_id, _TRIAL: row.trial_id, _RANK: str(row.rank), _MODEL: model.model_id}
-            version = client.create_model_version(
+            there[model.model_id] = client.create_model_version(
                 name,
                 source=model.artifact_location,
                 run_id=parent,
@@ -154,31 +156,8 @@ def _register(
                 tags=tags,
                 description=f"{row.method} at rank {row.rank}: test ρ {row.residual_ratio_mean:.4g}",
             )
-            best = model is logged[-1][1]
-        else:
-            version = there[model.model_id]
-            best = model is logged[-1][1] and BEST not in client.get_registered_model(name).aliases
-        if best:
-            client.set_registered_model_alias(name, BEST, version.version)
-
-
-def _registered(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
-    """By the model's id, the versions that a registered model has already."""
-    found: dict[str, ModelVersion] = {}
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
-        found |= {version.tags[_MODEL]: version for version in page if _MODEL in version.tags}
-        token = page.token
-        if not token:
-            return found
-
-
-def _signature(exported: Path) -> ModelSignature:
-    model, single = read_exported(exported), np.dtype("float32")
-
-    def sized(*shape: int, name: str | None = None) -> Any:
-        return TensorSpec(single, (-1, *shape), name)
-
-    factors = [sized(model.tokens, model.rank, name="a"), sized(model.rank, model.dim, name="b")]
-    return ModelSignature(inputs=Schema([sized(model.tokens, model.dim)]), outputs=Schema(factors))
+    best = logged[-1][1].model_id
+    if best not in new and BEST in client.get_registered_model(name).aliases:
+        return bool(new)
+    client.set_registered_model_alias(name, BEST, there[best].version)
+    return True

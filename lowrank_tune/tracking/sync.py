@@ -125,20 +125,19 @@ class StudySync:
 
     def comparison(self, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
         """Tell the rank curves, the table, the files, each run's loss curves and the best model of each rank."""
-        from lowrank_tune.tracking.models import has_models, log_models
+        from lowrank_tune.tracking.models import log_models
 
         study, register = self._study_run(), self._plan.spec.tracking.register_as
         digest = _digest(self._plan.study_dir)
         entity = self._client.get_run(study.run_id)
         same = entity.data.tags.get(_COMPARED) == digest
-        if same and has_models(self._client, entity, comparison.best_of_each_rank(), register):
-            return
         if not same:
             self._tell_comparison(study.run_id, list(entity.data.metrics), comparison, outcomes)
-        log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
-        # Last: whatever is cut off before is told again.
-        self._client.set_tag(study.run_id, _COMPARED, digest)
-        self.repairs.comparison_added = True
+        lacking = log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
+        if lacking or not same:
+            # Last: whatever is cut off before is told again.
+            self._client.set_tag(study.run_id, _COMPARED, digest)
+            self.repairs.comparison_added = True
 
     def _look(self) -> None:
         if self._experiment:

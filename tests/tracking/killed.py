@@ -34,9 +34,10 @@ def drive(plan: Plan) -> None:
     with tracker.Tracker(plan) as tracking:
         for number in range(TRIALS):
             config = config_of(number)
-            before = read_trial(plan.study_dir / "trials" / config.trial_id)
-            if before and before.outcome:
+            directory = plan.study_dir / "trials" / config.trial_id
+            if (directory / "outcome.json").exists():
                 continue
+            before = read_trial(directory)
             write_trial(plan, config, len(before.history) if before else 0)
             tracking.trial_started(config)
             for epoch in range(1 + len(before.history if before else ()), EPOCHS + 1):
