@@ -7,7 +7,6 @@ and what `cache.py` tells; a shard has the tensors that `pack_factors` makes
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from lowrank_tune.features.sources import (
     read_records,
     write_record_table,
 )
-from lowrank_tune.files import write_durably
+from lowrank_tune.files import write_durably, write_whole
 from lowrank_tune.lowrank.data import open_matrix, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
 from lowrank_tune.lowrank.quantization import STORE_DTYPES
@@ -91,39 +90,16 @@ def apply_decomposer(
         on_progress: called with the number of distinct images dealt with and their total.
         on_note: called with a sentence when another process has to be waited for.
 
-    Returns:
-        The cache of factors; its `rank` is theirs.
-
     Raises:
-        InputError: the model, the features or `out` cannot be used, they do not fit each other, or too many images are
-            unusable.
+        InputError: the model, the features or `out` cannot be used or do not fit, or too many images are unusable.
         CacheError: the features or the factors are damaged.
     """
-    chosen = read_exported(model)
-    identity_rank = chosen.check_rank(rank)
-    if store_dtype not in STORE_DTYPES:
-        raise InputError(f"--dtype {store_dtype}: unknown; choose one of {', '.join(STORE_DTYPES)}")
-    load_decomposer(chosen.directory)  # damaged weights are told before anything starts
-    given = find_given(str(features), results)
-    if (given.tokens, given.dim) != (chosen.tokens, chosen.dim):
-        raise InputError(
-            f"{given.shown}: images of [{given.tokens}, {given.dim}], but {chosen.directory} takes [{chosen.tokens}, "
-            f"{chosen.dim}]; apply a model of a study on such features"
-        )
     if is_uri(str(out)):
         raise InputError(f"{out}: only local and mounted paths are written to; apply there, then upload it")
     target = Path(out).expanduser().absolute()
-    identity = factors_identity(chosen, identity_rank, given, store_dtype)
-    encoder = f"{chosen.family} of rank {identity_rank} on {given.encoder}"
-    job = Decompose(str(target), identity, encoder, given.weights, str(chosen.directory), given.place, device)
-
-    def claim(note: Notes) -> None:
-        _check_ours(target, identity)
-        target.mkdir(parents=True, exist_ok=True)
-        write_durably(target / IDENTITY, canonical(identity))
-
+    given, job = _plan(model, str(features), results, target, rank, store_dtype, device)
     try:
-        _check_ours(target, identity)
+        _check_ours(target, job.identity)
         contents = fill(
             job,
             given.paths,
@@ -132,7 +108,7 @@ def apply_decomposer(
             progress=on_progress,
             note=on_note,
             address=address,
-            claim=claim,
+            claim=lambda note: _claim(target, job.identity),
             accept=lambda contents: given.check_keys(target, contents),
         )
         given.write_records(target, contents.quarantined)
@@ -146,63 +122,51 @@ class Given:
     """What is to be decomposed: a cache, or a directory of tensors.
 
     Attributes:
-        features: what they are, as of a cache.
+        features: what they are; those of tensors have no rows.
         paths: key -> file, of every image that can be read, in order; None for those of a cache.
-        place: the cache's; empty for tensors.
         source: the records of tensors, and how many of those may be quarantined.
     """
 
-    shown: str
-    tokens: int
-    dim: int
-    fingerprint: str
-    encoder: str
-    weights: str
+    features: FeatureSet
     paths: Mapping[str, Path | None]
-    place: str = ""
-    table: str = ""
     source: tuple[SourceRecords, Quarantine] | None = None
 
     def check(self, reasons: Mapping[str, str], limit: float) -> None:
         """Compare the images that cannot be used with the fraction that may be; an InputError where they are more."""
         broken = [f"{self.paths[key] or key[:16]}: {reason}" for key, reason in reasons.items() if key in self.paths]
+        total = len(self.paths)
         if self.source:
             files = self.source[1].files
-            broken[:0] = [f"{path}: {error}" for path, error in zip(files.records, files.errors, strict=True) if error]
-        total = len(self.paths) + len(broken) - sum(key in self.paths for key in reasons)
+            unread = [f"{path}: {error}" for path, error in zip(files.records, files.errors, strict=True) if error]
+            broken, total = unread + broken, total + len(unread)
         if len(broken) <= limit * total and len(broken) < total:
             return
         more = f"; and {len(broken) - REASONS_SHOWN} more" if len(broken) > REASONS_SHOWN else ""
         raise InputError(
-            f"{self.shown}: {len(broken)} of {total} images cannot be decomposed, more than --max-quarantined "
-            f"{limit:g} allows: {'; '.join(broken[:REASONS_SHOWN])}{more}"
+            f"{self.features.directory}: {len(broken)} of {total} images cannot be decomposed, more than "
+            f"--max-quarantined {limit:g} allows: {'; '.join(broken[:REASONS_SHOWN])}{more}"
         )
 
     def check_keys(self, target: Path, contents: Contents) -> None:
         """Refuse, as an InputError, factors of images that are none of those given."""
         if strange := sum(key not in self.paths for key in (*contents.rows, *contents.quarantined)):
             raise InputError(
-                f"{target}: holds {strange} images that {self.shown} has not, so it belongs to other features; name a "
-                "new folder"
+                f"{target}: holds {strange} images that {self.features.directory} has not, so it belongs to other "
+                "features; name a new folder"
             )
 
     def write_records(self, target: Path, reasons: Mapping[str, str]) -> None:
         """Write down which record each image is of: those of the tensors, or the table of the cache."""
+        table = Path(self.features.records_path)
         if self.source:
             records, quarantine = self.source
             write_record_table(target, records, quarantine.files.keys, quarantine.errors(reasons))
-        elif self.table and not (copy := target / SOURCES / Path(self.table).name).exists():
-            partial = copy.with_name(f".{os.getpid()}-{copy.name}")
-            shutil.copyfile(self.table, partial)
-            os.replace(partial, copy)
+        elif table.is_file() and not (copy := target / SOURCES / table.name).exists():
+            write_whole(copy, lambda partial: shutil.copyfile(table, partial))
 
 
 def find_given(name: str, results: str | Path | None) -> Given:
-    """Find what is to be decomposed.
-
-    Args:
-        name: a cache's fingerprint, the beginning of it, its path or address; or a directory with `features_N.pt`.
-        results: where fingerprints are looked for; as for the commands on caches.
+    """Find what is to be decomposed; arguments as for `apply_decomposer`.
 
     Raises:
         InputError: there is nothing of that name, or nothing in it.
@@ -213,35 +177,64 @@ def find_given(name: str, results: str | Path | None) -> Given:
     if is_folder and any(directory.glob("features_*.pt")):
         records = read_records(TensorSource(tensors=str(directory)), directory, 0)
         files = hash_files(records)
-        tokens, dim = first_shape(path for path in records.paths if path is not None)
+        tokens, dim = first_shape(records.paths)
         # It says no more than what they are, for their bytes are their keys.
         mark = fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim})
-        source = records, Quarantine(files, 1)
-        return Given(str(directory), tokens, dim, mark, "imported tensors", "unknown", files.paths, source=source)
-    place = find_cache(results, str(directory.absolute()) if is_folder else name)
-    cache = open_local(place)
-    table = cache.records_path if cache.records_path and Path(cache.records_path).is_file() else ""
-    paths = dict.fromkeys(row.key for row in cache.rows)
-    return Given(
-        cache.directory, cache.tokens, cache.dim, cache.fingerprint, cache.encoder, cache.weights, paths, place, table
-    )
+        features = FeatureSet(str(directory), mark, "imported tensors", "unknown", "", tokens, dim, (), "")
+        return Given(features, files.paths, (records, Quarantine(files, 1)))
+    features = open_local(find_cache(results, str(directory.absolute()) if is_folder else name))
+    return Given(features, dict.fromkeys(row.key for row in features.rows))
 
 
-def factors_identity(model: ExportedModel, rank: int, given: Given, store_dtype: str) -> Identity:
+def _plan(
+    directory: str | Path,
+    name: str,
+    results: str | Path | None,
+    target: Path,
+    rank: int | None,
+    store_dtype: str,
+    device: str,
+) -> tuple[Given, Decompose]:
+    """What is given and the work on it; an InputError where they or the dtype do not fit. What takes long is last."""
+    model = read_exported(directory)
+    rank = model.check_rank(rank)
+    if store_dtype not in STORE_DTYPES:
+        raise InputError(f"--dtype {store_dtype}: unknown; choose one of {', '.join(STORE_DTYPES)}")
+    load_decomposer(model.directory)  # damaged weights are told before anything starts
+    given = find_given(name, results)
+    features = given.features
+    if (features.tokens, features.dim) != (model.tokens, model.dim):
+        raise InputError(
+            f"{features.directory}: images of [{features.tokens}, {features.dim}], but {model.directory} takes "
+            f"[{model.tokens}, {model.dim}]; apply a model of a study on such features"
+        )
+    identity = factors_identity(model, rank, features, store_dtype)
+    encoder = f"{model.family} of rank {rank} on {features.encoder}"
+    place = "" if given.source else features.origin or features.directory
+    return given, Decompose(str(target), identity, encoder, features.weights, str(model.directory), place, device)
+
+
+def factors_identity(model: ExportedModel, rank: int, features: FeatureSet, store_dtype: str) -> Identity:
     """What stored factors depend on, beside the features' bytes."""
-    zeros = pack_factors(torch.zeros(given.tokens, rank), torch.zeros(rank, given.dim), store_dtype)
+    zeros = pack_factors(torch.zeros(features.tokens, rank), torch.zeros(rank, features.dim), store_dtype)
     return {
         "kind": FACTORS,
         "version": VERSION,
         "model": model.fingerprint,
         "family": model.family,
         "rank": rank,
-        "features": given.fingerprint,
+        "features": features.fingerprint,
         "store_dtype": store_dtype,
-        "tokens": given.tokens,
-        "dim": given.dim,
+        "tokens": features.tokens,
+        "dim": features.dim,
         "tensors": {name: list(stored_as(part)) for name, part in zeros.items()},
     }
+
+
+def _claim(target: Path, identity: Identity) -> None:
+    _check_ours(target, identity)
+    target.mkdir(parents=True, exist_ok=True)
+    write_durably(target / IDENTITY, canonical(identity))
 
 
 def _check_ours(target: Path, identity: Identity) -> None:

@@ -106,8 +106,7 @@ def extract_features(
         records = read_records(spec.source, cache_root, seed)
         files = hash_files(records)
         job = plan_extraction(spec, cache_root, records)
-        directory = Path(job.directory)
-        quarantine = Quarantine(files, spec.max_quarantined)
+        quarantine, directory = Quarantine(files, spec.max_quarantined), Path(job.directory)
         contents = fill(
             job,
             files.paths,
@@ -132,14 +131,17 @@ def extract_features(
             quarantined=sum(error is not None for error in errors),
         )
     except OSError as error:
-        root, place = cache_root.absolute(), Path(error.filename or cache_root).absolute()
-        if not place.is_relative_to(root) and not root.is_relative_to(place):
-            raise InputError(
-                f"{error.filename}: cannot be read ({error.strerror}); see that its place answers"
-            ) from error
-        raise InputError(
-            f"{cache_root}: cannot hold the feature cache ({error}); free it, or choose another results directory"
-        ) from error
+        raise _unusable(cache_root, error) from error
+
+
+def _unusable(cache_root: Path, error: OSError) -> InputError:
+    """Of the source where the error is of a path elsewhere, else of the cache."""
+    root, place = cache_root.absolute(), Path(error.filename or cache_root).absolute()
+    if not place.is_relative_to(root) and not root.is_relative_to(place):
+        return InputError(f"{error.filename}: cannot be read ({error.strerror}); see that its place answers")
+    return InputError(
+        f"{cache_root}: cannot hold the feature cache ({error}); free it, or choose another results directory"
+    )
 
 
 def _explain(job: ShardJob, note: Notes) -> None:
@@ -189,7 +191,7 @@ def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, i
         InputError: the checkpoint, or the directory of tensors, cannot be used.
     """
     if isinstance(spec.source, TensorSource):
-        return _first_shape(read_records(spec.source, cache_root, seed))
+        return first_shape(read_records(spec.source, cache_root, seed).paths)
     return read_checkpoint_config(spec.encoder.checkpoint, cache_root).shape(spec.encoder.image_size)
 
 
@@ -206,7 +208,9 @@ def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords
     """
     root = cache_root.absolute()
     if isinstance(spec.source, TensorSource):
-        identity = tensor_identity(spec, *_first_shape(records))
+        tokens, dim = first_shape(records.paths)
+        identity = {"kind": "tensors", "forward": IMPORT_VERSION, "store_dtype": spec.store_dtype}
+        identity |= {"tokens": tokens, "dim": dim}
         return ImportTensors(str(root / fingerprint(identity)), identity, "imported tensors", "unknown")
     config = read_checkpoint_config(spec.encoder.checkpoint, root)
     tower = find_tower(config, root)
@@ -230,21 +234,6 @@ def image_identity(spec: FeaturesSpec, config: CheckpointConfig, weights_digest:
         "tokens": tokens,
         "dim": dim,
     }
-
-
-def tensor_identity(spec: FeaturesSpec, tokens: int, dim: int) -> Identity:
-    """What imported tensors depend on, beside the bytes of their files."""
-    return {
-        "kind": "tensors",
-        "forward": IMPORT_VERSION,
-        "store_dtype": spec.store_dtype,
-        "tokens": tokens,
-        "dim": dim,
-    }
-
-
-def _first_shape(records: SourceRecords) -> tuple[int, int]:
-    return first_shape(path for path in records.paths if path is not None)
 
 
 @dataclass(frozen=True)

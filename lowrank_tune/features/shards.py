@@ -69,7 +69,6 @@ class Made:
 class ShardResult:
     """What became of a shard that was planned for so many images; `error` says why it was not committed."""
 
-    shard: str
     images: int
     quarantined: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
@@ -169,7 +168,7 @@ class ShardWorker:
         """Take one row of `prepare`, whose `plan` is a pickled ShardPlan; the answer's `result` is a ShardResult."""
         row = {name: column[0] for name, column in batch.items()}
         plan: ShardPlan = pickle.loads(row["plan"])
-        result = ShardResult(plan.shard, len(plan.keys))
+        result = ShardResult(len(plan.keys))
         try:
             if self.problem:
                 raise self.problem

@@ -342,10 +342,10 @@ def check_shape(tensor: torch.Tensor, tokens: int, dim: int) -> None:
         raise UnusableError(f"holds {_describe(tensor)}; the first usable file has [{tokens}, {dim}]")
 
 
-def first_shape(paths: Iterable[Path]) -> tuple[int, int]:
+def first_shape(paths: Iterable[Path | None]) -> tuple[int, int]:
     """Tokens and dim of the first file that holds finite features; an InputError where none does."""
     reasons = []
-    for path in paths:
+    for path in filter(None, paths):
         try:
             tensor = load_tensor(path.read_bytes())
             if tensor.isfinite().all():

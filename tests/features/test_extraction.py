@@ -189,34 +189,15 @@ def test_samples_of_the_same_encoder_extend_the_cache(extracted, root):
     assert verify_cache(root / features.fingerprint) == []
 
 
-@pytest.fixture
-def tensor_folder(tmp_path):
-    folder = tmp_path / "feature_cache_real"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for number in range(12):
-        torch.save(torch.randn(6, 10, generator=generator), folder / f"features_{number}.pt")
-    return folder
-
-
 def tensors_spec(folder, **keys):
     return FeaturesSpec.model_validate({"source": {"tensors": str(folder)}, **keys})
 
 
-def test_ready_tensors_are_imported_in_numeric_order(tensor_folder, tmp_path):
-    root, dtype = tmp_path / "features", "bfloat16"
-    spec = tensors_spec(tensor_folder, store_dtype=dtype)
-    assert probe_shape(spec, root, 0) == (6, 10)
-    features = extract_features(spec, root, seed=0)
-    assert (features.tokens, features.dim, features.weights) == (6, 10, "unknown")
-    for number, row in enumerate(features.rows):
-        expected = torch.load(tensor_folder / f"features_{number}.pt", weights_only=True).to(getattr(torch, dtype))
-        assert torch.equal(stored(features, row), expected)
-    assert pd.read_parquet(features.records_path).number.tolist() == list(range(12))
-    assert verify_cache(root / features.fingerprint) == []
-
-
-def test_unusable_tensors_are_quarantined_with_their_reasons(tensor_folder, tmp_path):
+def test_ready_tensors_are_imported_in_numeric_order_and_unusable_ones_quarantined_with_their_reasons(tmp_path):
+    folder, root = tmp_path / "feature_cache_real", tmp_path / "features"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    contents = [torch.randn(6, 10, generator=generator) for _ in range(12)]
     spoilt = {
         1: (torch.zeros(6, 10).fill_(float("nan")), "NaN"),
         2: (torch.zeros(5, 10), "float32 [5, 10]; the first usable file has [6, 10]"),
@@ -225,15 +206,21 @@ def test_unusable_tensors_are_quarantined_with_their_reasons(tensor_folder, tmp_
         5: (pd.DataFrame({"a": [1]}), "needs pickle"),
         6: (torch.zeros(6, 10, dtype=torch.int64), "int64 [6, 10], not floating"),
     }
-    for number, (content, _) in spoilt.items():
-        torch.save(content, tensor_folder / f"features_{number}.pt")
-    (tensor_folder / "features_7.pt").write_bytes(b"")
-    features = extract_features(tensors_spec(tensor_folder, max_quarantined=0.6), tmp_path / "features", seed=0)
-    assert len(features.rows) == 5
-    errors = pd.read_parquet(features.records_path).error.tolist()
+    for number, tensor in enumerate(contents):
+        torch.save(spoilt[number][0] if number in spoilt else tensor, folder / f"features_{number}.pt")
+    (folder / "features_7.pt").write_bytes(b"")
+    spec = tensors_spec(folder, max_quarantined=0.6)
+    assert probe_shape(spec, root, 0) == (6, 10)
+    features = extract_features(spec, root, seed=0)
+    assert (features.tokens, features.dim, features.weights) == (6, 10, "unknown")
+    for number, row in zip((0, 8, 9, 10, 11), features.rows, strict=True):
+        assert torch.equal(stored(features, row), contents[number].half())
+    table = pd.read_parquet(features.records_path)
+    assert table.number.tolist() == list(range(12))
     for number, (_, reason) in spoilt.items():
-        assert reason in errors[number]
-    assert "not a readable .pt file" in errors[7]
+        assert reason in table.error[number]
+    assert "not a readable .pt file" in table.error[7]
+    assert verify_cache(root / features.fingerprint) == []
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -244,9 +231,3 @@ def test_a_folder_of_tensors_without_a_usable_one_says_why(tmp_path):
     torch.save(pd.DataFrame({"a": [1]}), tmp_path / "features_0.pt")
     with pytest.raises(InputError, match=r"none of the 1 files holds features(.|\n)*features_0.pt: needs pickle"):
         extract_features(tensors_spec(tmp_path), tmp_path / "features", seed=0)
-
-
-def test_a_cache_root_that_cannot_be_written_is_named(folder, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot hold the feature cache"):
-        extract_features(images_spec({"images": str(folder)}), tmp_path / "file" / "features", seed=0)

@@ -32,7 +32,7 @@ def factors(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 def cache(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Path:
     """A sealed cache of five images under a name of its user's."""
     given = find_given(str(write_tensors(tmp_path / "tensors", range(COUNT))), None)
-    identity = factors_identity(read_exported(model), RANK, given, request.param)
+    identity = factors_identity(read_exported(model), RANK, given.features, request.param)
     directory = tmp_path / "my factors"
     directory.mkdir()
     recover(directory, identity)
