@@ -87,9 +87,8 @@ def stage_cache(place: str | Path) -> Path:
     """
     cache = Place(place)
     digest = checksum(canonical(read_manifest(cache)))
-    root = staging_root()
-    target = root / digest / cache.last
-    with _writable(root), FileLock(root / f"{digest}.lock"):
+    with _staging() as root, FileLock(root / f"{digest}.lock"):
+        target = root / digest / cache.last
         if target.exists() and (problems := _copy_problems(target, digest, full=False)):
             logger.warning("%s; it is copied again", problems[0])
             shutil.rmtree(target)
@@ -97,14 +96,6 @@ def stage_cache(place: str | Path) -> Path:
             logger.info("copying %s to %s", cache.name, target)
             _copy(cache, digest, target)
     return target
-
-
-def staging_root() -> Path:
-    """Where this node's copies lie: LOWRANK_TUNE_STAGING, else a folder of this user's in the temporary directory."""
-    given = os.environ.get("LOWRANK_TUNE_STAGING")
-    if given:
-        return Path(given).expanduser().absolute()
-    return Path(tempfile.gettempdir()) / f"lowrank-tune-staging-{os.getuid()}"
 
 
 def _copy(cache: Place, digest: str, target: Path) -> None:
@@ -145,13 +136,16 @@ def _copy_problems(copy: Path, digest: str, *, full: bool) -> list[str]:
 
 
 @contextmanager
-def _writable(root: Path) -> Iterator[None]:
+def _staging() -> Iterator[Path]:
+    """Where this node's copies lie; an OSError while one is made there becomes an InputError."""
+    given = os.environ.get("LOWRANK_TUNE_STAGING")
+    root = Path(given or f"{tempfile.gettempdir()}/lowrank-tune-staging-{os.getuid()}").expanduser().absolute()
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Anyone may make a folder of that name in /tmp, and what lies in it would be trusted.
-        if not os.environ.get("LOWRANK_TUNE_STAGING") and root.stat().st_uid != os.getuid():
+        if not given and root.stat().st_uid != os.getuid():
             raise OSError("it belongs to another user")
-        yield
+        yield root
     except OSError as error:
         raise InputError(
             f"staging directory {root}: cannot hold a copy of the cache ({redact(str(error))}); "
