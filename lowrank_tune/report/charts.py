@@ -57,10 +57,8 @@ def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> t
                 marker={"symbol": SYMBOLS[_STOP_MARKERS[stop]], "size": 9, "color": "#888888", "line": {"width": 1}},
             )  # fmt: skip
         last = max(outcome.epochs for outcome, _ in own)
-        figure.update_layout(quiet_layout("epoch", "validation ρ (finer towards 1)"))
-        figure.update_layout(
-            yaxis=ABOVE_ONE.on_plotly(values), xaxis={"tickformat": "d", "dtick": max(1, -(-last // 8))}
-        )
+        axes = {"xaxis": {"tickformat": "d", "dtick": max(1, -(-last // 8))}, "yaxis": ABOVE_ONE.on_plotly(values)}
+        figure.update_layout(quiet_layout("epoch", "validation ρ (finer towards 1)", **axes))
         ends = [f"{o.config.trial_id} {STOPPED[o.stopped_by]} at epoch {o.epochs}" for o, _ in own]
         told = ", ".join(ends[:12]) + (f", and {len(ends) - 12} more" if len(ends) > 12 else "")
         alt = f"Validation residual ratio of {count(len(own), 'trial')} of {family} against epochs, coloured by rank: "
@@ -151,13 +149,10 @@ def tradeoff_chart(front: Front) -> Chart:
             hovertemplate="%{text}<extra></extra>",
         )
     xs, unit = sorted({point.x for point in front.points}), 1024 if front.x == "bytes_per_image" else 1
-    figure.update_layout(quiet_layout(_AXES[front.x], _AXES[front.y]))
-    figure.update_layout(
-        xaxis={"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]},
-        yaxis=TOWARDS_ONE.on_plotly([point.y for point in front.points])
-        if front.better == "higher"
-        else {"type": "log", "dtick": 1},
-    )
+    xaxis = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}
+    cosines = TOWARDS_ONE.on_plotly([point.y for point in front.points])
+    yaxis = cosines if front.better == "higher" else {"type": "log", "dtick": 1}
+    figure.update_layout(quiet_layout(_AXES[front.x], _AXES[front.y], xaxis=xaxis, yaxis=yaxis))
     joined = ", ".join(f"{point.trial_id or point.method} at rank {point.rank}" for point in members)
     title = _FRONTS[front.name]
     return chart(f"pareto-{front.name}", title, figure, f"Scatter chart: {title}. On the front: {joined}.", 440)
@@ -201,9 +196,8 @@ def spectrum_picture(spectrum: Spectrum, ranks: Sequence[int]) -> Picture:
         hovertemplate="rank %{x}: the SVD leaves %{y:.3g} of the squared norm<extra></extra>",
     )  # fmt: skip
     for figure, names in ((values, ("number", "share of the first")), (left, ("rank", "share of ‖X‖²"))):
-        figure.update_layout(quiet_layout(*names))
-        figure.update_layout(xaxis={"type": "log", "dtick": "D2"})
-        figure.update_layout(yaxis={"type": "log", "dtick": 1, "tickformat": "~g"})
+        yaxis = {"type": "log", "dtick": 1, "tickformat": "~g"}
+        figure.update_layout(quiet_layout(*names, xaxis={"type": "log", "dtick": "D2"}, yaxis=yaxis))
         for rank in ranks:
             figure.add_vline(x=rank, line={"color": "#888888", "width": 1, "dash": "dot"})
     at = ", ".join(f"{left_of[rank - 1]:.3g} at rank {rank}" for rank in ranks if rank <= shown)
@@ -241,9 +235,8 @@ def compression_picture(compression: Compression) -> Picture:
                 x=[whole.bytes_per_image / 1024] * 2, y=[min(errors), max(errors)], mode="lines", name="X in float16",
                 line={"color": "#888888", "width": 1.4, "dash": "dash"}, hoverinfo="skip",
             )  # fmt: skip
-        figure.update_layout(quiet_layout("KiB an image", "relative error, %"))
-        sizes = [size for trace in figure.data for size in trace.x]
-        figure.update_layout(xaxis=log_ticks(sizes), yaxis=log_ticks(errors))
+        axes = {"xaxis": log_ticks([size for trace in figure.data for size in trace.x]), "yaxis": log_ticks(errors)}
+        figure.update_layout(quiet_layout("KiB an image", "relative error, %", **axes))
         alt = f"Line chart: {title}: relative error against KiB an image. The tables below have the figures."
         charts.append(chart(f"compression-{place}", title, figure, alt, 470))
     return Picture(

@@ -76,7 +76,7 @@ def search_section(journal: Path, objective: str) -> Section:
 
 
 def _optunas(name: str, title: str, figure: Figure, alt: str, caption: str, legend: bool = False) -> Picture:
-    quiet = quiet_layout("", "")
+    quiet = quiet_layout()
     figure.update_layout(
         title=None, template="none", showlegend=legend, margin={"l": 50, "r": 30, "t": 40, "b": 80 if legend else 50}
     )

@@ -201,8 +201,8 @@ def script_safe(text: str) -> str:
     return text.replace("<", "\\u003c")
 
 
-def quiet_layout(x: str, y: str) -> dict[str, Any]:
-    """Plotly's layout; no drag, which would stop a finger from scrolling."""
+def quiet_layout(x: str = "", y: str = "", **axes: dict[str, Any]) -> dict[str, Any]:
+    """Plotly's layout, its axes named, with more for `xaxis` and `yaxis`; no drag, for fingers scroll."""
     axis = {
         "gridcolor": GRID, "linecolor": SOFT, "zeroline": False, "automargin": True, "ticks": "outside",
         "tickcolor": SOFT, "fixedrange": False,
@@ -216,8 +216,8 @@ def quiet_layout(x: str, y: str) -> dict[str, Any]:
         "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0, "xanchor": "left"},
         "hoverlabel": {"align": "left"},
         "dragmode": False,
-        "xaxis": {**axis, "title": {"text": x, "standoff": 6}},
-        "yaxis": {**axis, "title": {"text": y, "standoff": 8}},
+        "xaxis": {**axis, "title": {"text": x, "standoff": 6}, **axes.get("xaxis", {})},
+        "yaxis": {**axis, "title": {"text": y, "standoff": 8}, **axes.get("yaxis", {})},
     }
 
 
