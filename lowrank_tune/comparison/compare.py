@@ -61,18 +61,10 @@ def compare(
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
 
-    The validation split chose the model behind a row, so its test figures are honest for that model. Speeds are only
-    worth comparing when nothing else runs.
-
-    Args:
-        features: the study's.
-        split: its images; `train` fits `pca_basis`, `validation` chooses, `test` judges.
-        outcomes: every trial of the study.
-        objective: what picks the best trial, a key of `TrialOutcome.best`.
-        seed: the study's; draws the controls' random starts.
-        directory: where the files go.
-        confirmations: further trainings of the best configurations, with fresh seeds.
-        device: where methods run and are timed.
+    The validation split chose the model behind a row by the `objective`, a key of `TrialOutcome.best`, so its test
+    figures are honest for that model; what its configuration gives with fresh seeds, `confirmations` tell. The training
+    split fits `pca_basis`, and the seed draws the controls' random starts. Methods run and are timed on `device`, which
+    is only worth comparing when nothing else runs. The files go to `directory`.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
