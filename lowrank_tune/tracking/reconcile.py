@@ -10,7 +10,7 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, TrialOutcome
 from lowrank_tune.tracking.database import open_database
-from lowrank_tune.tracking.store import Store, probe, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.store import Store, reach_store, resolve_store
 from lowrank_tune.tracking.sync import Repairs, RunStatus, StudySync, reason_of
 from lowrank_tune.trials.outcomes import read_trials
 
@@ -41,19 +41,14 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
     A second reconciliation changes nothing. A trial without an outcome on file is KILLED, so the caller claims the
     study.
     """
-    set_mlflow_defaults()
-    store = resolve_store(plan.spec.tracking.uri, plan.results)
-    probe(store)
+    store = reach_store(plan.spec.tracking.uri, plan.results)
     return _repair(open_sync(plan, store, others), plan, comparison)
 
 
 def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
     """Tell MLflow an ended study's post-study figures and files; returns why that failed, if so."""
     try:
-        set_mlflow_defaults()
-        store = resolve_store(plan.spec.tracking.uri, plan.results)
-        probe(store)
-        sync = open_sync(plan, store)
+        sync = open_sync(plan, reach_store(plan.spec.tracking.uri, plan.results))
         sync.comparison(comparison, outcomes)
         _end_study(sync, plan.study_dir, running="RUNNING")
     except Exception as error:

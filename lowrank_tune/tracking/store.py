@@ -69,6 +69,14 @@ def resolve_store(uri: str | None, results: Path) -> Store:
     return Store(chosen, results.absolute() / "mlartifacts" if local else None)
 
 
+def reach_store(uri: str | None, results: Path) -> Store:
+    """Choose the store and have it answer, before MLflow is imported."""
+    set_mlflow_defaults()
+    store = resolve_store(uri, results)
+    probe(store)
+    return store
+
+
 def local_uri(results: Path) -> str:
     """The address of a results directory's own database."""
     return sqlite_uri(results.absolute() / "mlflow.db")

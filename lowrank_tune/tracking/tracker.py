@@ -14,7 +14,7 @@ from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
 from lowrank_tune.tracking.database import check_database
 from lowrank_tune.tracking.reconcile import Others, open_sync
-from lowrank_tune.tracking.store import probe, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.store import reach_store
 from lowrank_tune.tracking.sync import RunStatus, StudySync, is_passing, reason_of
 from lowrank_tune.trials.outcomes import read_trial
 
@@ -39,9 +39,7 @@ class Tracker:
     """
 
     def __init__(self, plan: Plan, others: Others = tuple) -> None:
-        set_mlflow_defaults()
-        self.store = resolve_store(plan.spec.tracking.uri, plan.results)
-        probe(self.store)
+        self.store = reach_store(plan.spec.tracking.uri, plan.results)
         check_database(self.store)
         self._plan, self._others = plan, others
         self._sync: StudySync | None = None

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def best(ran: Ran, rank: int) -> ComparisonRow:
     return next(row for row in ran.result.comparison.best_of_each_rank() if row.rank == rank)
+
+
+def of_test_images(ran: Ran, cache: Any) -> torch.Tensor:
+    """What a cache of the study's images has of those of the test split, [N, T, D]."""
+    place = {row.key: index for index, row in enumerate(cache.features.rows)}
+    return cache.load([place[ran.result.features.rows[index].key] for index in ran.result.split.test])
 
 
 @pytest.fixture
@@ -66,12 +73,7 @@ def test_the_figures_on_the_card_are_the_models_own(ran: Ran, model: Path) -> No
     # The tiny tower has random weights: there is no base model to name.
     assert card.data.base_model is None
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    indices = {row.key: index for index, row in enumerate(ran.result.features.rows)}
-    test = [ran.result.features.rows[index].key for index in ran.result.split.test]
-    x_NTD = open_features(ran.result.features.directory)
-    opened = {row.key: index for index, row in enumerate(x_NTD.features.rows)}
-    assert indices.keys() == opened.keys()
-    x_NTD = x_NTD.load([opened[key] for key in test])
+    x_NTD = of_test_images(ran, open_features(ran.result.features.directory))
     with torch.inference_mode():
         measured = measure(x_NTD.double(), *load_decomposer(model)(x_NTD))
     assert figures["mse"] == pytest.approx(float(measured.mse_N.mean()), rel=1e-4)
@@ -84,15 +86,15 @@ def test_the_figures_on_the_card_are_the_models_own(ran: Ran, model: Path) -> No
 def test_a_rank_must_be_named_where_there_are_several_and_must_have_a_model(
     ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = ("--results", str(ran.results))
-    code, err = told(capsys, "export", ran.result.study_id, str(tmp_path / "model"), *where)
-    assert code == 2
-    assert err == f"error: study {ran.result.study_id}: it has models of ranks 2, 4; choose one with --rank\n"
-    code, err = told(capsys, "export", ran.result.study_id, str(tmp_path / "model"), "--rank", "3", *where)
-    assert (code, err.splitlines()) == (2, [err.strip()])
-    assert "rank 3 has no trained model; those that have: 2, 4" in err
-    code, err = told(capsys, "export", "nope", str(tmp_path / "model"), "--rank", "2", *where)
-    assert code == 2 and "study nope: not in" in err
+    study, target = ran.result.study_id, str(tmp_path / "model")
+    for asked, reason in (
+        ([study], f"study {study}: it has models of ranks 2, 4; choose one with --rank\n"),
+        ([study, "--rank", "3"], "rank 3 has no trained model; those that have: 2, 4"),
+        (["nope", "--rank", "2"], "study nope: not in"),
+    ):
+        code, err = told(capsys, "export", *asked, target, "--results", str(ran.results))
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("error: ") and reason in err
     assert not (tmp_path / "model").exists()
 
 
@@ -181,13 +183,9 @@ def test_a_model_applied_to_the_studys_cache_has_the_error_that_its_card_tells(
     facts = json.loads(capsys.readouterr().out)
     assert (facts["images"], facts["rank"], facts["bytes_per_image"]) == (30, 4, 4 * 4 * sum(facts["shape"]))
     assert run(["features", "verify", str(tmp_path / "factors"), "--full"]) == 0
-    original, factors = open_features(ran.result.features.directory), open_features(tmp_path / "factors")
-    place = {row.key: index for index, row in enumerate(factors.features.rows)}
-    test = list(ran.result.split.test)
-    keys = [ran.result.features.rows[index].key for index in test]
-    there = {row.key: index for index, row in enumerate(original.features.rows)}
-    x_NTD = original.load([there[key] for key in keys])
-    error = (factors.load([place[key] for key in keys]) - x_NTD).square().mean()
+    caches = (open_features(ran.result.features.directory), open_features(tmp_path / "factors"))
+    x_NTD, approximated_NTD = (of_test_images(ran, cache) for cache in caches)
+    error = (approximated_NTD - x_NTD).square().mean()
     assert float(error) == pytest.approx(best(ran, 4).mse_mean, rel=1e-3)
 
 

@@ -1,7 +1,7 @@
 """Processes that are killed while they track: forked from this script, for importing MLflow takes seconds each time.
 
-python killed.py drivers RESULTS      a study's driver, killed at ten random statements, then left to end
-python killed.py databases RESULTS TABLE… MLflow making RESULTS/TABLE/mlflow.db, killed before that table; then we
+python killed.py RESULTS TABLE…    a study's driver, killed at ten random statements, then left to end; then
+                                   MLflow making RESULTS/TABLE/mlflow.db, killed before that table; then we
 """
 
 import os
@@ -26,7 +26,7 @@ from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import resolve_store, set_mlflow_defaults, sqlite_uri
 from lowrank_tune.trials.outcomes import read_trial
 
-TRIALS, EPOCHS = 24, 3
+TRIALS, EPOCHS = 12, 3
 
 
 def drive(plan: Plan) -> None:
@@ -75,16 +75,15 @@ def make_by_mlflow(path: Path) -> None:
     mlflow.store.db.utils._initialize_tables(sqlalchemy.create_engine(sqlite_uri(path)))
 
 
-def main(what: str, results: Path, tables: list[str]) -> None:
+def main(results: Path, tables: list[str]) -> None:
     set_mlflow_defaults()
-    if what == "drivers":
-        tracker.PAUSE_S = 0.05
-        plan = build_plan(results)
-        plan.study_dir.mkdir(parents=True)
-        moments = random.Random(os.environ.get("SEED", "7"))
-        for _ in range(10):
-            forked(drive, plan, dies_at=moments.randint(1, 120))
-        forked(drive, plan)
+    tracker.PAUSE_S = 0.05
+    plan = build_plan(results)
+    plan.study_dir.mkdir(parents=True)
+    moments = random.Random(os.environ.get("SEED", "7"))
+    for _ in range(10):
+        forked(drive, plan, dies_at=moments.randint(1, 90))
+    forked(drive, plan)
     for table in tables:
         place = results / table
         (place / "ours").mkdir(parents=True)
@@ -93,4 +92,4 @@ def main(what: str, results: Path, tables: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -85,7 +85,8 @@ def test_a_registered_model_loads_without_this_package_and_unpickles_nothing(pla
         np.testing.assert_array_equal(np.load(files[1])[name], expected)
 
 
-def test_a_nested_model_is_logged_at_each_rank_and_gives_that_one(plan: Plan) -> None:
+def test_a_nested_model_is_logged_at_each_rank_and_registered_only_where_the_study_says_so(plan: Plan) -> None:
+    plan = build_plan(plan.results)
     nested = replace(config_of(0, "sketch", 4), nested_ranks=(2, 4))
     comparison = write_study(plan, [nested])
     comparison = replace(comparison, rows=(*comparison.rows, row_of("sketch", 2, 1.05, nested.trial_id, 2)))
@@ -95,6 +96,7 @@ def test_a_nested_model_is_logged_at_each_rank_and_gives_that_one(plan: Plan) ->
         location = reader.client.get_logged_model(output.model_id).artifact_location
         factors = mlflow.pyfunc.load_model(location).predict(x_NTD)
         assert (factors["a"].shape, factors["b"].shape) == ((1, TOKENS, output.step), (1, output.step, DIM))
+    assert list(reader.client.search_registered_models()) == []
 
 
 def test_validation_chooses_what_is_logged_and_the_alias_and_each_model_is_registered_once(plan: Plan) -> None:
@@ -131,9 +133,3 @@ def test_what_the_registry_lost_is_registered_again_by_a_reconciliation(plan: Pl
     client.delete_registered_model("decomposer")
     assert reconcile(plan, comparison).comparison_added
     assert aliases(plan) == {"best": "1"}
-
-
-def test_nothing_is_registered_unless_the_study_says_so(plan: Plan) -> None:
-    quiet = build_plan(plan.results)
-    reader = track(quiet, [SKETCH], write_study(quiet, [SKETCH]))
-    assert list(reader.client.search_registered_models()) == []

@@ -1,16 +1,13 @@
 import contextlib
-import http.server
 import shutil
 import socket
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import alembic.command
 import pytest
+from gate import Gate
 from mlflow import MlflowClient
 from mlflow.store.db import utils
 from tracked_study import build_plan
@@ -19,23 +16,6 @@ from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.store import Store, probe, resolve_store
 from lowrank_tune.tracking.tracker import Tracker
-
-
-@contextmanager
-def server(status: int) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-
-        do_POST = do_GET
-
-        def log_message(self, *args: object) -> None: ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
 
 
 def test_the_study_file_comes_before_the_environment_and_that_before_the_results(
@@ -65,33 +45,23 @@ def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(
 def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with server(404) as uri:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//me:secret@"))
+    with contextlib.closing(Gate(status=404)) as gate:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.uri.replace("//", "//me:secret@"))
         tracker = Tracker(build_plan(tmp_path))
-        with pytest.raises(TrackingError, match=f"{uri} refuses the study.*credentials") as raised:
+        with pytest.raises(TrackingError, match=f"{gate.uri} refuses the study.*credentials") as raised:
             tracker.__enter__()
     assert "secret" not in str(raised.value)
 
 
-def test_a_name_that_resolves_nowhere_is_an_error() -> None:
+def test_a_server_that_answers_anything_but_500_is_alive() -> None:
+    with contextlib.closing(Gate()) as gate:
+        for gate.status in (200, 401, 404):
+            probe(Store(gate.uri, None))
+        gate.status = 500
+        with pytest.raises(TrackingError, match="answers 500"):
+            probe(Store(gate.uri, None))
     with pytest.raises(TrackingError, match="http://no-such-host.invalid"):
         probe(Store("http://no-such-host.invalid:5000", None))
-
-
-@pytest.mark.parametrize("status", [200, 401, 404])
-def test_a_server_that_answers_anything_sane_is_alive(status: int) -> None:
-    with server(status) as uri:
-        probe(Store(uri, None))
-
-
-def test_a_server_that_answers_500_is_not() -> None:
-    with server(500) as uri, pytest.raises(TrackingError, match="answers 500"):
-        probe(Store(uri, None))
-
-
-def test_a_database_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="unable to open database file"):
-        probe(resolve_store(f"sqlite:///{tmp_path}/missing/mlflow.db", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["100%25", "what?mode=ro", "a b#c"])
@@ -165,13 +135,17 @@ def test_a_damaged_database_is_set_aside_only_where_it_is_the_results_own(tmp_pa
     assert "damaged" in database_fault(tmp_path / "notes.db")
 
 
-def test_a_database_that_another_process_holds_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_held_or_cannot_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lowrank_tune.tracking.store._PROBE_TIMEOUT_S", 0.1)
     holder = sqlite3.connect(tmp_path / "mlflow.db")
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(TrackingError, match="locked"):
         probe(resolve_store(None, tmp_path))
     holder.close()
+    with pytest.raises(TrackingError, match="unable to open database file"):
+        probe(resolve_store(f"sqlite:///{tmp_path}/missing/mlflow.db", tmp_path))
 
 
 @pytest.mark.parametrize(

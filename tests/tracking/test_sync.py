@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import mlflow
 import pytest
 import sqlalchemy
-from mlflow_server import Gate, MlflowServer
 from tracked_once import assert_tracked_once
 from tracked_study import (
     Reader,
@@ -25,6 +23,7 @@ from tracked_study import (
     metrics_of,
     outcome_of,
     track_trial,
+    write_status,
     write_study,
     write_trial,
 )
@@ -55,10 +54,6 @@ def plan(tmp_path: Path, migrated: Path) -> Plan:
 
 def read(plan: Plan) -> Reader:
     return Reader(local_uri(plan.results), plan.spec.tracking.experiment or plan.spec.name)
-
-
-def write_status(plan: Plan, state: str) -> None:
-    (plan.study_dir / "status.json").write_text(json.dumps({"state": state}))
 
 
 def write_all(plan: Plan) -> None:
@@ -253,94 +248,6 @@ def test_a_trial_that_goes_on_keeps_its_run_and_its_figures(plan: Plan) -> None:
     assert_tracked_once(local_uri(plan.results), plan.study_dir)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[MlflowServer]:
-    database = tmp_path_factory.mktemp("server") / "mlflow.db"
-    shutil.copy(migrated, database)
-    server = MlflowServer(database)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def gate(server: MlflowServer) -> Iterator[Gate]:
-    gate = Gate(server.port)
-    yield gate
-    gate.close()
-
-
-def check_through(plan: Plan, uri: str, between: Callable[[int], None]) -> None:
-    """Track three trials with an event before each and a last one, which mends what is down; nothing is lost."""
-    with Tracker(plan) as tracker:
-        for number in range(3):
-            between(number)
-            track_trial(tracker, plan, config_of(number))
-        between(3)
-    assert tracker.problems == ()
-    assert_tracked_once(uri, plan.study_dir)
-
-
-def test_a_server_that_is_killed_in_the_middle_and_away_at_the_end_costs_nothing(
-    server: MlflowServer, tmp_path: Path
-) -> None:
-    def fail(number: int) -> None:
-        if number == 1:
-            time.sleep(0.5)  # the first trial is on its way
-            server.kill()
-        elif number == 3:
-            time.sleep(1.0)  # the tracker has met the dead server
-            server.start()
-
-    check_through(build_plan(tmp_path, name="killed", tracking={"uri": server.uri}), server.uri, fail)
-
-
-def test_a_server_that_stays_away_leaves_what_a_reconciliation_tells(
-    gate: Gate, server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracker_module, "PATIENCE_S", 1.0)
-    plan = build_plan(tmp_path, name="away", tracking={"uri": gate.uri})
-    with Tracker(plan) as tracker:
-        track_trial(tracker, plan, FINISHED)
-        time.sleep(1.0)
-        gate.broken = True
-        track_trial(tracker, plan, PRUNED, "asha")
-        started = time.monotonic()
-    assert time.monotonic() - started < 20
-    assert tracker.problems[0] == "2 records could not be delivered"
-    gate.broken = False
-    write_status(plan, "finished")
-    assert reconcile(plan).runs_made == 1
-    assert_tracked_once(server.uri, plan.study_dir)
-
-
-def test_a_server_that_answers_500_for_a_while_costs_nothing(gate: Gate, server: MlflowServer, tmp_path: Path) -> None:
-    def fail(number: int) -> None:
-        gate.broken = number >= 1
-        if number == 3:
-            deadline = time.monotonic() + 20
-            while gate.refused < 2 and time.monotonic() < deadline:
-                time.sleep(0.05)
-            gate.broken = False
-
-    check_through(build_plan(tmp_path, name="errors", tracking={"uri": gate.uri}), server.uri, fail)
-    assert gate.refused >= 2
-
-
-def test_an_answer_that_is_lost_makes_no_second_run_and_no_second_figure(
-    gate: Gate, server: MlflowServer, tmp_path: Path
-) -> None:
-    endings = ["runs/create", "runs/log-batch", "runs/update"]
-
-    def fail(number: int) -> None:
-        if number in (1, 2):
-            time.sleep(0.5)
-            gate.lose += endings
-
-    check_through(build_plan(tmp_path, name="lost", tracking={"uri": gate.uri}), server.uri, fail)
-    assert set(gate.lost) == set(endings)
-
-
 def test_a_database_that_another_process_locks_for_a_while_costs_nothing(plan: Plan) -> None:
     # MLflow itself waits for 20 s.
     def impatient(connection: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
@@ -349,38 +256,42 @@ def test_a_database_that_another_process_locks_for_a_while_costs_nothing(plan: P
     sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", impatient, retval=True)
     locker = sqlite3.connect(plan.results / "mlflow.db", isolation_level=None, check_same_thread=False)
 
-    def lock(number: int) -> None:
-        if number == 1:
-            time.sleep(0.5)
+    try:
+        with Tracker(plan) as tracker:
+            track_trial(tracker, plan, FINISHED)
+            time.sleep(0.5)  # it is on its way
             locker.execute("BEGIN EXCLUSIVE")
-        elif number == 3:
+            track_trial(tracker, plan, DIRECT)
             time.sleep(1.5)
             locker.execute("ROLLBACK")
-
-    try:
-        check_through(plan, local_uri(plan.results), lock)
     finally:
         locker.close()
         sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", impatient)
-
-
-def run_killed(*arguments: str) -> None:
-    paths = os.pathsep.join(map(str, (HERE, HERE.parents[1])))
-    command = [sys.executable, str(HERE / "killed.py"), *arguments]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_driver_that_is_killed_at_ten_random_moments_loses_and_doubles_nothing(plan: Plan) -> None:
-    run_killed("drivers", str(plan.results))
-    assert len(list(plan.study_dir.glob("trials/*/outcome.json"))) == 24
+    assert tracker.problems == ()
     assert_tracked_once(local_uri(plan.results), plan.study_dir)
 
 
-def test_a_database_whose_making_was_killed_is_set_aside_and_told_all_that_is_on_file(tmp_path: Path) -> None:
-    run_killed("databases", str(tmp_path), "runs", "webhook_events")
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
+    """What `killed.py` leaves."""
+    home = tmp_path_factory.mktemp("killed")
+    shutil.copy(migrated, home / "mlflow.db")
+    paths = os.pathsep.join(map(str, (HERE, *HERE.parents[:2])))
+    command = [sys.executable, str(HERE / "killed.py"), str(home), "runs", "webhook_events"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_a_driver_that_is_killed_at_ten_random_moments_loses_and_doubles_nothing(killed: Path) -> None:
+    (study,) = (killed / "studies").iterdir()
+    assert len(list(study.glob("trials/*/outcome.json"))) == 12
+    assert_tracked_once(local_uri(killed), study)
+
+
+def test_a_database_whose_making_was_killed_is_set_aside_and_told_all_that_is_on_file(killed: Path) -> None:
     for table in ("runs", "webhook_events"):
-        results = tmp_path / table
+        results = killed / table
         assert not (results / "ours" / "mlflow.db").exists(), "a database is there whole, or not at all"
         assert "half made" in database_fault(results / "mlflow.db")
     assert list((results / "ours").glob("mlflow.db.*.making"))

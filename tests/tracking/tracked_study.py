@@ -73,6 +73,10 @@ def track_trial(tracker: Tracker, plan: Plan, config: TrialConfig, stopped_by: s
     tracker.trial_ended(outcome)
 
 
+def write_status(plan: Plan, state: str) -> None:
+    (plan.study_dir / "status.json").write_text(json.dumps({"state": state}))
+
+
 def write_study(plan: Plan, configs: list[TrialConfig]) -> Comparison:
     """The files that a finished study has, and its comparison: `svd` and each trial's family."""
     plots = plan.study_dir / "plots"
