@@ -43,8 +43,12 @@ resources: {max_concurrent: 1}
 report: {images: [0], channels: 1, confirm_seeds: 0}
 """
 EPOCHS = 100
-# A node that is killed is missed within seconds, not within Ray's half a minute.
-QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+# A node that is killed is missed within seconds, not within Ray's half a minute; the head, not within a whole one.
+QUICK_TO_NOTICE = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
 
 
 class Machines:
@@ -58,18 +62,18 @@ class Machines:
     """
 
     def __init__(self, home: Path) -> None:
-        gcs, dashboard, client, *agents = free_ports(5)
+        self._gcs, dashboard, client, *agents = free_ports(5)
         self.home, self.address, self.token = home, f"http://127.0.0.1:{dashboard}", secrets.token_hex(32)
         hidden = home / "hidden"
         hidden.mkdir()
         self._apart = apart(hidden)
         self.hidden = hidden if self._apart else None
         self._started: dict[str, subprocess.Popen[bytes]] = {}
-        ports = ["--port", str(gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
+        ports = ["--port", str(self._gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
         # Each has a --temp-dir of its own: two that share one unpack a job's files over each other.
         self._arguments = {
             "head": ["--head", *ports, *own_places(agents[0], home / "1")],
-            "worker": ["--address", f"127.0.0.1:{gcs}", *own_places(agents[1], home / "2")],
+            "worker": ["--address", f"127.0.0.1:{self._gcs}", *own_places(agents[1], home / "2")],
         }
 
     @property
@@ -80,12 +84,18 @@ class Machines:
         left_out = {"PYTHONPATH", "MLFLOW_TRACKING_URI"}
         return {name: value for name, value in os.environ.items() if name not in left_out} | names
 
-    def start(self, name: str) -> None:
-        """Start one, the head first, and wait until the cluster has it."""
-        before = self._apart if name == "worker" else []
-        self._started[name] = start_node(
-            *self._arguments[name], before=before, environment=self.environment | QUICK_TO_NOTICE
-        )
+    def start(self) -> None:
+        """Start what does not run, and wait until the cluster has both."""
+        for name, arguments in self._arguments.items():
+            if name not in self._started:
+                before: list[str] = []
+                if name == "worker":
+                    # The head's job server may still be starting.
+                    wait_until(lambda: listens(self._gcs))
+                    before = self._apart
+                self._started[name] = start_node(
+                    *arguments, before=before, environment=self.environment | QUICK_TO_NOTICE
+                )
         wait_for(self.address, self.token, len(self._started))
 
     def processes(self, name: str, title: str) -> list[psutil.Process]:
@@ -124,6 +134,11 @@ def free_ports(count: int) -> list[int]:
         return [opened.getsockname()[1] for opened in sockets]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 def apart(hidden: Path) -> list[str]:
     """What starts a command that sees an empty folder of its own in place of this one; nothing where that cannot be."""
     mount = f"mount -t tmpfs none {hidden}"
@@ -160,8 +175,6 @@ def cluster() -> Iterator[Machines]:
     home = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
     machines = Machines(home)
     try:
-        machines.start("head")
-        machines.start("worker")
         yield machines
     finally:
         machines.end()
@@ -170,7 +183,8 @@ def cluster() -> Iterator[Machines]:
 
 @pytest.fixture
 def client(cluster: Machines, monkeypatch: pytest.MonkeyPatch) -> Machines:
-    """The cluster, with its token in this process's environment."""
+    """The cluster, whole again after what another test did to it, and its token in this process's environment."""
+    cluster.start()
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster.address)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

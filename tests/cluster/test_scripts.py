@@ -1,6 +1,7 @@
 """scripts/cluster: each file as far as it can be tried without the cluster that it is for."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 
 from lowrank_tune.cli import run
 from tests.cluster.conftest import STUDY
+from tests.e2e.conftest import write_tensors
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "cluster"
@@ -104,8 +106,10 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_slurm_script_makes_a_cluster_of_its_nodes_and_works_in_it(tmp_path: Path, slurm: dict[str, str]) -> None:
+    write_tensors(tmp_path / "in", 30)
     study = tmp_path / "tiny.yaml"
-    study.write_text(STUDY)
+    features = f"features: {{source: {{tensors: {tmp_path / 'in'}}}}}\n"
+    study.write_text(re.sub(r"features:\n(  .*\n)+", features, STUDY))
     command = ["bash", str(SCRIPTS / "slurm.sh"), "extract", str(study), "--json"]
     try:
         done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=300)
