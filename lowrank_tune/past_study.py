@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank_tune.cluster.study_dir import find_study, read_plan, results_path
+from lowrank_tune.cluster.study_dir import find_study, read_plan, read_status, results_path
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
@@ -43,7 +43,7 @@ class PastStudy:
         if self.state == "finished":
             return ()
         trials = f"{len(self.outcomes)} of {self.plan.n_trials} trials"
-        said = "still runs, or was killed" if self.state == "running" else f"is {self.state}"
+        said = "still runs" if self.state == "running" else f"is {self.state}"
         return (f"the study {said}: these figures are of the {trials} that left something",)
 
 
@@ -60,7 +60,7 @@ def read_study(directory: Path) -> PastStudy:
     """Read a study's folder; errors as `open_study`."""
     try:
         plan = read_plan(directory)
-        state = str(read_json(directory / "status.json")["state"])
+        state = str(read_status(directory)["state"])
         split = Split(**{name: tuple(images) for name, images in read_json(directory / "tune" / "split.json").items()})
         features = _moved(FeatureSet.read(directory / "tune" / "features.json"), directory.parent.parent)
     except FileNotFoundError as error:

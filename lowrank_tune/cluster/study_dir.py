@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -343,10 +343,17 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
         status |= _read(directory)  # it may just have ended
         if status["state"] == "running":
             # What a killed driver wrote last may be older than its trials' own files.
-            over = (TrialOutcome.read(path) for path in directory.glob("trials/*/outcome.json"))
             status |= {"state": "failed", "reason": _DIED.format(study_id=directory.name)}
-            status["progress"] = {**status["progress"], **_counts(over), "running": 0, "eta_s": None}
+            counts = _counts(_readable_outcomes(directory))
+            status["progress"] = {**status["progress"], **counts, "running": 0, "eta_s": None}
     return status | {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
+
+
+def _readable_outcomes(directory: Path) -> Iterator[TrialOutcome]:
+    """One damaged trial must not hide its study, nor the others in a list."""
+    for path in directory.glob("trials/*/outcome.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            yield TrialOutcome.read(path)
 
 
 def unbegun(study_id: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
+from lowrank_tune.cluster.studies import list_studies
 from lowrank_tune.cluster.study_dir import create_study, read_plan
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.config.plan import Plan, make_plan
@@ -53,3 +54,15 @@ def test_of_studies_that_draw_the_same_id_one_begins_and_the_others_are_told(tmp
         assert told.startswith(f"study {begun[0].study_id}: {begun[0].study_dir} is there already")
         assert "begin again" in told
     assert read_plan(begun[0].study_dir) == begun[0]
+
+
+def test_a_killed_study_is_told_although_a_trial_of_it_is_damaged(tmp_path: Path) -> None:
+    plan = plan_study(SPEC, tmp_path)
+    create_study(plan, STUDY)
+    trial = plan.study_dir / "trials" / "r002-sketch-0000"
+    trial.mkdir(parents=True)
+    (trial / "outcome.json").write_text('{"config": ')
+    (plan.study_dir / "status.json").write_text('{"state": "running", "started": "2026-03-01T00:00:00+00:00"}')
+    (told,) = list_studies(results=tmp_path)
+    assert (told["state"], told["progress"]["done"]) == ("failed", 0)
+    assert f"lowrank-tune resume {plan.study_id}" in told["reason"]
