@@ -24,6 +24,14 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
+@pytest.mark.parametrize("name", ["../../etc", "tiny/../x", "", "/etc"])
+def test_no_name_leads_out_of_the_results_directory(command: Command, name: str) -> None:
+    for verb in ("status", "logs", "wait", "stop", "resume", "extend", "clone"):
+        code, _, err = command(verb, name)
+        assert code == 2
+        assert "no study's id" in err
+
+
 def test_a_study_outlives_its_supervisor_the_head_and_a_node(
     command: Command, client: Machines, study_file: Path
 ) -> None:
@@ -82,11 +90,3 @@ def test_a_study_outlives_its_supervisor_the_head_and_a_node(
     assert gone(held["worker"])
     assert status_of(command, study_id)["pid"] == driver.pid
     check_finished(study_dir, TRIALS, before)
-
-
-@pytest.mark.parametrize("name", ["../../etc", "tiny/../x", "", "/etc"])
-def test_no_name_leads_out_of_the_results_directory(command: Command, name: str) -> None:
-    for verb in ("status", "logs", "wait", "stop", "resume", "extend", "clone"):
-        code, _, err = command(verb, name)
-        assert code == 2
-        assert "no study's id" in err
