@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +36,13 @@ from lowrank_tune.features.cache import (
 )
 from lowrank_tune.features.commits import COMMITS, SHARDS, Identity, checksum
 from lowrank_tune.features.places import Place, is_uri, join
-from lowrank_tune.files import remove_temporaries, results_place, sync
+from lowrank_tune.files import results_place, sync
 from lowrank_tune.records import FeatureSet
 
 FEATURES = "features"
 _SPARE_BYTES = 64 * 2**20
 _CHUNK_BYTES = 8 * 2**20
+_STREAMS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +56,16 @@ def local_copy(features: FeatureSet) -> FeatureSet:
         features: of a sealed cache, wherever it lies; what this function returned, on any node, may be given again.
 
     Returns:
-        The features; `origin` then says where they were copied from.
+        The features; where they were copied, `origin` says from where.
 
     Raises:
         CacheError: what is there is damaged, or what was copied is not what was sealed.
         InputError: the place does not answer, or the staging directory has no room.
     """
     origin = features.origin or features.directory
-    return replace(features, directory=str(stage_cache(origin)), origin=origin) if _is_staged(origin) else features
+    if not _is_staged(origin):
+        return replace(features, directory=origin, origin="")  # another node may have named a copy of its own
+    return replace(features, directory=str(stage_cache(origin)), origin=origin)
 
 
 def open_local(place: str | Path) -> FeatureSet:
@@ -79,14 +83,26 @@ def stage_cache(place: str | Path) -> Path:
     """Copy a sealed cache to this node, when that has not been done yet, and return the copy's folder.
 
     Every shard is compared with its checksums as it lies on the local disk, and the copy gets its name when all of it
-    is sound: half of one is never taken for the whole. Of several processes one copies and the others wait.
+    is sound: half of one is never taken for the whole. Of several processes one copies and the others wait. A cache
+    that is sealed anew meanwhile is copied as it is then.
 
     Raises:
         CacheError: what is there is damaged, or what was copied is not what was sealed.
         InputError: the place does not answer, or the staging directory has no room.
     """
     cache = Place(place)
-    digest = checksum(canonical(read_manifest(cache)))
+    manifest = read_manifest(cache)
+    while True:
+        try:
+            return _staged(cache, manifest)
+        except CacheError:
+            before, manifest = manifest, read_manifest(cache)
+            if manifest == before:
+                raise
+
+
+def _staged(cache: Place, manifest: dict[str, Any]) -> Path:
+    digest = checksum(canonical(manifest))
     with _staging() as root, FileLock(root / f"{digest}.lock"):
         target = root / digest / cache.last
         if target.exists() and (problems := _copy_problems(target, digest, full=False)):
@@ -94,11 +110,11 @@ def stage_cache(place: str | Path) -> Path:
             shutil.rmtree(target)
         if not target.exists():
             logger.info("copying %s to %s", cache.name, target)
-            _copy(cache, digest, target)
+            _copy(cache, manifest, target)
     return target
 
 
-def _copy(cache: Place, digest: str, target: Path) -> None:
+def _copy(cache: Place, manifest: dict[str, Any], target: Path) -> None:
     """Copy into a folder of another name, and rename it when every file is the one that was sealed."""
     for abandoned in target.parent.glob(".tmp-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -106,26 +122,43 @@ def _copy(cache: Place, digest: str, target: Path) -> None:
     partial.mkdir(parents=True)
     try:
         try:
-            needed, free = sum(cache.entries(FileType.File, SHARDS).values()), shutil.disk_usage(partial).free
+            files = _sealed_files(cache, manifest)
+            needed, free = sum(files.values()), shutil.disk_usage(partial).free
             if needed + _SPARE_BYTES > free:
                 raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-            copy_files("", str(partial), cache, LocalFileSystem(), chunk_size=_CHUNK_BYTES)
+            for folder in (SHARDS, COMMITS, SOURCES):
+                (partial / folder).mkdir()
+
+            def copy(name: str) -> None:
+                copy_files(name, str(partial / name), cache, LocalFileSystem(), chunk_size=_CHUNK_BYTES)
+
+            with ThreadPoolExecutor(_STREAMS) as threads:
+                list(threads.map(copy, files))
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
             raise CacheError(
                 f"{cache.name}: cannot be copied ({redact(str(error))}); see that its place answers, and verify it"
             ) from error
-        for folder in (SHARDS, COMMITS, SOURCES):
-            (partial / folder).mkdir(exist_ok=True)  # an object store has no empty folders
-            remove_temporaries(partial / folder)
-        if problems := _copy_problems(partial, digest, full=True):
+        if problems := _copy_problems(partial, checksum(canonical(manifest)), full=True):
             raise CacheError(f"{cache.name}: arrived damaged ({problems[0]}); verify it where it lies")
         for path in partial.rglob("*"):
             sync(path)
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _sealed_files(cache: Place, manifest: dict[str, Any]) -> dict[str, int]:
+    """Path and bytes of each file of a sealed cache, without what another process is adding to it and may remove."""
+    sealed = {Path(name).stem for name in manifest["commits"]}
+    return {
+        path: size
+        for folder in ("", SHARDS, COMMITS, SOURCES)
+        for name, size in cache.entries(FileType.File, folder).items()
+        if not name.startswith(".") and (folder in ("", SOURCES) or Path(name).stem in sealed)
+        for path in [f"{folder}/{name}" if folder else name]
+    }
 
 
 def _copy_problems(copy: Path, digest: str, *, full: bool) -> list[str]:

@@ -63,10 +63,13 @@ def test_a_local_folder_is_read_where_it_lies_unless_the_user_names_a_staging_di
     for place in (str(cache), cache.as_uri()):
         features = open_features(place).features
         assert (features.directory, features.origin) == (str(cache), "")
-        assert local_copy(features) is features
+        assert local_copy(features) == features
     monkeypatch.setenv("LOWRANK_TUNE_STAGING", str(tmp_path / "staging"))
     features = open_features(cache).features
     assert (Path(features.directory).parents[1], features.origin) == (tmp_path / "staging", str(cache))
+    monkeypatch.delenv("LOWRANK_TUNE_STAGING")
+    elsewhere = local_copy(features)
+    assert (elsewhere.directory, elsewhere.origin) == (str(cache), ""), "another node has its own staging directory"
 
 
 def test_a_cache_that_has_grown_is_another_copy(bucket, tmp_path, staging):
@@ -77,6 +80,33 @@ def test_a_cache_that_has_grown_is_another_copy(bucket, tmp_path, staging):
     build(root)
     grown = stage_cache(bucket.put(directory, directory.name))
     assert (len(open_cache(grown).rows), len(open_cache(first).rows)) == (len(KEYS) - 1, 4)
+
+
+def test_a_cache_that_another_process_extends_is_copied_as_it_was_sealed_last(tmp_path, staging, monkeypatch):
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    memory, root = fsspec.filesystem("memory"), tmp_path / "features"
+    build(root, KEYS[:4])
+    (directory,) = (path for path in root.iterdir() if path.is_dir())
+    remote = f"memory:/{tmp_path}/{directory.name}"
+    memory.put(str(directory), f"{tmp_path}/", recursive=True)
+    memory.pipe(f"{tmp_path}/{directory.name}/shards/.tmp-0123-abcd.safetensors", b"half")
+    build(root)
+    opened, read = [], MemoryFileSystem._open
+
+    def while_it_grows(filesystem, path, *arguments, **options):
+        if ".tmp-" in path:
+            raise FileNotFoundError(path)
+        if path.endswith("/manifest.json"):
+            opened.append(path)
+            if len(opened) == 2:  # it was read, and is to be copied now
+                for file in directory.rglob("*.*"):
+                    memory.pipe(f"{tmp_path}/{directory.name}/{file.relative_to(directory)}", file.read_bytes())
+        return read(filesystem, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", while_it_grows)
+    assert snapshot(stage_cache(remote)) == snapshot(directory)
 
 
 @pytest.mark.parametrize(
