@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import psutil
 from lowrank_tune.cluster.jobs import STOP_TIMEOUT_S, STUDY_FILE, Cluster, Job, wait_until
 from lowrank_tune.cluster.study_dir import (
     OVER,
-    absolute_paths,
+    anchors,
     check_id,
     find_study,
     read_status,
@@ -40,8 +39,6 @@ def submit_study(address: str, study: Path, *, overrides: Sequence[str] = (), re
     """
     spec = load_study(study, overrides)
     home = results_path(results)
-    # A job starts in a folder of its own.
-    absolute = [f"{key}={json.dumps(path)}" for key, path in absolute_paths(spec).items()]
     cluster = Cluster(address)
     taken = {job.study_id for job in cluster.jobs()}
     while True:
@@ -49,7 +46,8 @@ def submit_study(address: str, study: Path, *, overrides: Sequence[str] = (), re
         study_id = make_study_id(spec.name, spec_hash(spec), datetime.now(UTC))
         if study_id not in taken and not (home / "studies" / study_id).exists():
             break
-    return cluster.submit(study_id, ["run", STUDY_FILE, "--id", study_id, *_set([*overrides, *absolute])], home, study)
+    changes = _set([*overrides, *anchors(spec)])  # a job starts in a folder of its own
+    return cluster.submit(study_id, ["run", STUDY_FILE, "--id", study_id, *changes], home, study)
 
 
 def submit_again(

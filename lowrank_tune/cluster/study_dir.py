@@ -97,8 +97,17 @@ def absolute_paths(spec: StudySpec) -> dict[str, str]:
 
 def anchored(spec: StudySpec) -> StudySpec:
     """The same study with absolute paths, to go on with from any working directory."""
-    overrides = [f"{key}={json.dumps(path)}" for key, path in absolute_paths(spec).items()]
+    overrides = anchors(spec)
     return parse_study(render_study(spec), spec.name, overrides) if overrides else spec
+
+
+def anchors(spec: StudySpec) -> list[str]:
+    """Overrides, `key=value`, that make a study file's relative paths absolute."""
+    # YAML knows Python's escapes, but takes the two that JSON makes of a character beyond U+FFFF for two halves.
+    return [
+        f"{key}={json.dumps(path, ensure_ascii=False).encode('ascii', 'backslashreplace').decode()}"
+        for key, path in absolute_paths(spec).items()
+    ]
 
 
 def create_study(

@@ -151,7 +151,7 @@ def _scalar(node: Node) -> tuple[Any, str | None]:
         text.encode()
     except UnicodeEncodeError:
         return text, "the text holds half a character (a lone surrogate): remove it"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, IndexError):
         return text, f"not a number that can be read (got {text[:40]!a})"
     return text, None
 

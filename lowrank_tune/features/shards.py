@@ -135,7 +135,7 @@ class ShardJob:
     weights: str
 
     def pool(self, shards: int, nodes: Sequence[Node]) -> Pool:
-        """The workers for so many shards on these machines; an InputError says what they lack."""
+        """The workers for so many shards on these machines; an InputError where they lack what was asked for."""
         return Pool(1, max(1, min(shards, sum(int(node.cpus) for node in nodes))))
 
     def prepare(self, shards: ray.data.Dataset) -> ray.data.Dataset:
@@ -319,9 +319,16 @@ def wait_for_room(pool: Pool, nodes: Sequence[Node], note: Notes, shrink_after_s
         nodes: the cluster's machines.
         note: told, once, what is waited for.
         shrink_after_s: how long to wait for the whole pool.
+
+    Raises:
+        InputError: the cluster has no room for the least of it even where nothing else is at work.
     """
     import ray
 
+    need = _need(pool, nodes)
+    whole = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+    if not pool.fits(pool.least, min(pool.cpus, LEAST_CPUS), whole):
+        raise InputError(f"{need}; start it with more")
     began, told = time.monotonic(), False
     while True:
         free = Node.of(ray.available_resources())
@@ -333,7 +340,8 @@ def wait_for_room(pool: Pool, nodes: Sequence[Node], note: Notes, shrink_after_s
                     logger.warning("other work holds some of the Ray cluster; going on with %g CPUs a worker", cpus)
                     return replace(pool, cpus=cpus, threads=max(1, int(cpus)))
             if not told:
-                note(f"waiting for other work to end: {_lack(pool, nodes, free)}")
+                less = "; a lower features.actors would need less" if pool.least > 1 else ""
+                note(f"waiting for other work to end: {need}, of which {shown([free])} are free{less}")
                 told = True
         time.sleep(_LOOK_EVERY_S)
 
@@ -349,13 +357,12 @@ def shown(nodes: Sequence[Node]) -> str:
     return f"{sum(node.cpus for node in nodes):g} CPUs, {sum(node.gpus for node in nodes):g} GPUs"
 
 
-def _lack(pool: Pool, nodes: Sequence[Node], free: Node) -> str:
+def _need(pool: Pool, nodes: Sequence[Node]) -> str:
     gpus = f"{pool.least * pool.gpus:g} GPUs and " if pool.gpus else ""
     cpus = pool.least * LEAST_CPUS + (DECODE_CPUS if pool.decoding else 0)
     return (
         f"the work needs at least {gpus}{cpus:g} CPUs for {pool.least} workers"
-        f"{' and a decoding task' if pool.decoding else ''}; the Ray cluster has {shown(nodes)}, of which "
-        f"{shown([free])} are free{'; a lower features.actors would need less' if pool.least > 1 else ''}"
+        f"{' and a decoding task' if pool.decoding else ''}; the Ray cluster has {shown(nodes)}"
     )
 
 

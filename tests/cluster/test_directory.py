@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
+import pytest
+
 from lowrank_tune.cluster.studies import list_studies
-from lowrank_tune.cluster.study_dir import create_study, read_plan
+from lowrank_tune.cluster.study_dir import anchored, create_study, read_plan
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.config.plan import Plan, make_plan
+from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.study import plan_study
 from tests.cluster.conftest import STUDY
@@ -54,6 +57,13 @@ def test_of_studies_that_draw_the_same_id_one_begins_and_the_others_are_told(tmp
         assert told.startswith(f"study {begun[0].study_id}: {begun[0].study_dir} is there already")
         assert "begin again" in told
     assert read_plan(begun[0].study_dir) == begun[0]
+
+
+@pytest.mark.parametrize("name", ["café", "\U0001f600", "a\x85\u2028b", 'say "x"\\n'])
+def test_a_relative_path_of_any_characters_becomes_absolute(name: str) -> None:
+    features = SPEC.features.model_copy(update={"source": TensorSource(tensors=name)})
+    source = anchored(SPEC.model_copy(update={"features": features})).features.source
+    assert source == TensorSource(tensors=str(Path.cwd() / name))
 
 
 def test_a_killed_study_is_told_although_a_trial_of_it_is_damaged(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def test_every_problem_is_told_with_its_place_and_remedy(file: Path) -> None:
     assert problems_of(file) == file.with_suffix(".txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("value", ['!!int ""', "!!int", "!!int +", "!!float", '!!float "_"', "!!bool"])
+def test_a_tagged_value_that_is_no_number_is_told_as_such(value: str) -> None:
+    with pytest.raises(StudyFileError, match="seed: not a number that can be read"):
+        parse_study(VALID, "study.yaml", [f"seed={value}"])
+
+
 def test_yaml_is_read_as_people_mean_it() -> None:
     spec = parse_study(VALID, "study.yaml")
     assert (spec.name, spec.search.space.lr, spec.search.trials) == ("no", 0.001, 20)

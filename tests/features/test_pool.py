@@ -90,6 +90,19 @@ def test_tensors_take_a_cpu_each_and_a_decomposer_a_gpu_where_there_is_one():
         Decompose("", {}, "", "", "model", "", "cuda").pool(2, [Node(8, 0)])
 
 
+@pytest.mark.parametrize(
+    ("pool", "need"),
+    [
+        (Pool(1, 1), "0.4 CPUs for 1 workers"),
+        (Pool(1, 1, gpus=1), "1 GPUs and 0.4 CPUs for 1 workers"),
+        (Pool(2, 2, decoding=True), "1.3 CPUs for 2 workers and a decoding task"),
+    ],
+)
+def test_a_cluster_that_has_too_little_even_without_other_work_is_not_waited_for(pool, need):
+    with pytest.raises(InputError, match=f"the work needs at least {need}; the Ray cluster has 0 CPUs, 1 GPUs; start"):
+        wait_for_room(pool, [Node(0, 1), Node(0, 0)], pytest.fail)
+
+
 def test_a_cluster_that_other_work_holds_is_waited_for_and_the_user_told(ray_cluster):
     @ray.remote(num_cpus=1.5)
     class Other:
