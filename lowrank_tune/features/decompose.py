@@ -42,6 +42,7 @@ from lowrank_tune.features.sources import (
     hash_files,
     load_tensor,
     read_records,
+    too_many,
     write_record_table,
 )
 from lowrank_tune.files import write_durably, write_whole
@@ -53,7 +54,6 @@ from lowrank_tune.records import FeatureSet
 VERSION = 1
 """Counts up with every change of the code that can change a stored factor."""
 IDENTITY = "identity.json"
-REASONS_SHOWN = 3
 NUMBERS_AT_ONCE = 2**23
 """Numbers of features in memory at a time: 16 images of [256, 2048]."""
 
@@ -139,13 +139,11 @@ class Given:
             files = self.source[1].files
             unread = [f"{path}: {error}" for path, error in zip(files.records, files.errors, strict=True) if error]
             broken, total = unread + broken, total + len(unread)
-        if len(broken) <= limit * total and len(broken) < total:
-            return
-        more = f"; and {len(broken) - REASONS_SHOWN} more" if len(broken) > REASONS_SHOWN else ""
-        raise InputError(
-            f"{self.features.directory}: {len(broken)} of {total} images cannot be decomposed, more than "
-            f"--max-quarantined {limit:g} allows: {'; '.join(broken[:REASONS_SHOWN])}{more}"
-        )
+        if (shown := too_many(broken, total, limit)) is not None:
+            raise InputError(
+                f"{self.features.directory}: {len(broken)} of {total} images cannot be decomposed, more than "
+                f"--max-quarantined {limit:g} allows: {'; '.join(shown)}"
+            )
 
     def check_keys(self, target: Path, contents: Contents) -> None:
         """Refuse, as an InputError, factors of images that are none of those given."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 HASHING_THREADS = 8
-REASONS_SHOWN = 5
+_REASONS_SHOWN = 5
 
 # By path, never through skimage.data: that would download what is not shipped.
 PHOTOGRAPHS = {
@@ -271,17 +271,23 @@ class Quarantine:
     def check(self, reasons: Mapping[str, str]) -> None:
         """Refuse where the limit is exceeded, or no record is left."""
         errors = self.errors(reasons)
-        broken = [(path, error) for path, error in zip(self.files.records, errors, strict=True) if error]
-        if len(broken) <= self.limit * len(errors) and len(broken) < len(errors):
-            return
-        listed = [f"\n  {path or 'a record'}: {error}" for path, error in broken[:REASONS_SHOWN]]
-        more = f"\n  and {len(broken) - REASONS_SHOWN} more" if len(broken) > REASONS_SHOWN else ""
-        raise InputError(
-            f"features.source: {len(broken)} of {len(errors)} files cannot be used, "
-            f"features.max_quarantined = {self.limit:g} allows {int(self.limit * len(errors))}:"
-            f"{''.join(listed)}{more}\n"
-            "Correct or remove them, or raise features.max_quarantined."
-        )
+        named = zip(self.files.records, errors, strict=True)
+        broken = [f"{path or 'a record'}: {error}" for path, error in named if error]
+        if (shown := too_many(broken, len(errors), self.limit)) is not None:
+            listed = "\n  ".join(shown)
+            raise InputError(
+                f"features.source: {len(broken)} of {len(errors)} files cannot be used, "
+                f"features.max_quarantined = {self.limit:g} allows {int(self.limit * len(errors))}:\n  {listed}\n"
+                "Correct or remove them, or raise features.max_quarantined."
+            )
+
+
+def too_many(broken: Sequence[str], total: int, limit: float) -> list[str] | None:
+    """The first reasons and how many more, where more than the fraction `limit` is broken or none is sound; or None."""
+    if len(broken) <= limit * total and len(broken) < total:
+        return None
+    more = len(broken) - _REASONS_SHOWN
+    return [*broken[:_REASONS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
 
 
 def write_record_table(

@@ -16,7 +16,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features import sources
 from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.extract import extract_features
-from lowrank_tune.features.sources import SourceRecords, load_tensor, read_records, write_record_table
+from lowrank_tune.features.sources import SourceRecords, load_tensor, read_records, too_many, write_record_table
 
 GROUNDING = [
     {
@@ -232,3 +232,17 @@ def test_what_cannot_be_read_or_written_is_named_for_what_it_is(tmp_path):
         extract_features(spec_of({"tensors": str(tmp_path)}), root, seed=0)
     with pytest.raises(InputError, match=r"x{300}: cannot be read \(File name too long\)"):
         extract_features(spec_of({"tensors": str(tmp_path / ("x" * 300))}), tmp_path / "features", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "total", "limit", "shown"),
+    [
+        (2, 8, 0.25, None),
+        (2, 9, 0.2, ["0", "1"]),
+        (7, 8, 0.5, ["0", "1", "2", "3", "4", "and 2 more"]),
+        (2, 2, 1, ["0", "1"]),
+        (0, 0, 1, []),
+    ],
+)
+def test_more_than_the_limit_or_none_that_is_sound_is_too_many(broken, total, limit, shown):
+    assert too_many([str(number) for number in range(broken)], total, limit) == shown
