@@ -56,8 +56,11 @@ def choose(
         own = figures.get((row.method, row.rank), {})
         return sign(objective) * own.get(objective, trials[row.trial_id].best[objective]), row.rank
 
-    chosen = sorted((row for row in rows if row.trial_id in best), key=order)
-    places = {(row.method, row.rank): place for place, row in enumerate(chosen, 1)}
+    chosen: dict[int, ComparisonRow] = {}
+    for row in sorted((row for row in rows if row.trial_id in best), key=order):
+        # Winners that serve other ranks, after an extension, may share this one.
+        chosen.setdefault(row.rank, row)
+    places = {(row.method, row.rank): place for place, row in enumerate(chosen.values(), 1)}
     return [
         replace(
             row,

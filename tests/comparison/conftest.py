@@ -31,7 +31,7 @@ class Study:
     def add_trial(self, family: str, rank: int, *, spoil: Callable[[Path], None] | None = None, **ending: Any) -> str:
         """Save an untrained, initialised model as a trial's best one."""
         number = len(self.outcomes)
-        params = {"lambda_b": 1e-4, "lambda_ortho": 1e-3} if family == "direct" else {}
+        params = {"direct": {"lambda_b": 1e-4, "lambda_ortho": 1e-3}, "refined": {"steps": 1}}.get(family, {})
         config = TrialConfig(
             f"r{rank:03d}-{family}-{number:04d}", number, number, family, rank, 1e-3, 1e-5, 4, 5, 5, params
         )

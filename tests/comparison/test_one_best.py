@@ -96,6 +96,19 @@ def test_a_comparison_from_before_the_choice_was_kept_is_chosen_from_by_the_tria
     assert [row.method for row in by_mse.best_of_each_rank()] == ["sketch", "sketch"]
 
 
+def test_a_rank_that_winners_of_several_rank_sets_serve_has_one_best(make_study):
+    study = make_study()
+    small = study.add_trial("sketch", 2, best={"val_residual_ratio": 1.3})
+    large = study.add_trial("refined", 6, best={"val_residual_ratio": 1.1})
+    study.outcomes = [
+        replace(outcome, config=replace(outcome.config, nested_ranks=ranks))
+        for outcome, ranks in zip(study.outcomes, ((), (2, 6)), strict=True)
+    ]
+    rows = study.compare().rows
+    assert {(row.trial_id, row.rank) for row in rows if row.trial_id} == {(small, 2), (large, 2), (large, 6)}
+    assert sorted(row.rank for row in rows if row.chosen) == [2, 6]
+
+
 def test_of_models_that_serve_several_ranks_one_wins_and_is_measured_at_each_on_the_validation_images(make_study):
     study = make_study()
     trial_ids = [study.add_trial("sketch", 6, best={"val_residual_ratio": ratio}) for ratio in (1.3, 1.1)]
