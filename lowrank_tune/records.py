@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -51,6 +53,11 @@ class FeatureSet:
     def write(self, path: Path) -> None:
         """Write this record as JSON."""
         write_json(path, self, indent=None)
+
+    def digest(self, images: Sequence[int]) -> str:
+        """What tells these images' features, in this order, from any others."""
+        told = "\n".join([self.fingerprint, *(self.rows[image].key for image in images)])
+        return hashlib.sha256(told.encode()).hexdigest()
 
     @classmethod
     def read(cls, path: Path) -> FeatureSet:

@@ -78,7 +78,7 @@ def compare(
     axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
     models, repeats, lost = trained(outcomes, confirmations, features, objective, device)
     methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]
-    optimum = kept_optimum(directory / TEST_OPTIMUM, len(split.test), data.batches(split.test, 16))
+    optimum = kept_optimum(directory / TEST_OPTIMUM, features.digest(split.test), data.batches(split.test, 16))
     per_image, left_out = score(data, split.test, optimum, ranks, [*methods, *repeats], device)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,11 +62,11 @@ class Optimum:
             residual_N=residual_N,
         )
 
-    def save(self, path: Path) -> None:
-        """Write the figures as a safetensors file."""
+    def save(self, path: Path, of: str = "") -> None:
+        """Write the figures as a safetensors file; `of` is a digest of the images."""
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self) if f.name != "elements"}
         tensors["elements"] = torch.tensor(self.elements)
-        write_whole(path, lambda temporary: save_file(tensors, temporary))
+        write_whole(path, lambda temporary: save_file(tensors, temporary, {"of": of}))
 
     @classmethod
     def load(cls, path: Path) -> Optimum:
@@ -96,14 +97,17 @@ def measure_optimum(x_batches: Iterable[Tensor]) -> Optimum:
     return Optimum(torch.tensor(energies, dtype=torch.float64), residual_NR, token_cosine_NR, flat_cosine_NR, elements)
 
 
-def kept_optimum(path: Path, images: int, x_batches: Iterable[Tensor]) -> Optimum:
-    """Read the optimum of so many images at `path`, or measure it and keep it there; errors as `measure_optimum`."""
-    if path.is_file():
-        found = Optimum.load(path)
-        if len(found.energy_N) == images:
-            return found
+def kept_optimum(path: Path, of: str, x_batches: Iterable[Tensor]) -> Optimum:
+    """Read the optimum at `path`, or, unless it is `of` these images, measure it; errors as `measure_optimum`."""
+    try:
+        with safe_open(path, "pt") as file:
+            known = file.metadata() or {}
+        if known.get("of") == of:
+            return Optimum.load(path)
+    except (OSError, SafetensorError):
+        pass  # none is there yet, or a machine was lost while it was written
     optimum = measure_optimum(x_batches)
-    optimum.save(path)
+    optimum.save(path, of)
     return optimum
 
 

@@ -70,7 +70,7 @@ def write_report(
     losses = loss_pictures([*trials, *repeats])
     progress(f"writing the report: {count(len(images), 'test image')}, the spectrum and the search")
     batches = FeatureMatrix(features).batches(split.test, 16)
-    spectrum = spectrum_of(kept_optimum(directory / TEST_OPTIMUM, len(split.test), batches))
+    spectrum = spectrum_of(kept_optimum(directory / TEST_OPTIMUM, features.digest(split.test), batches))
     scene = Scene(features, split, outcomes, comparison)
     spatial = spatial_section(scene, directory / "plots", images=images, channels=plan.spec.report.channels)
     first = [spatial] if spatial.pictures else []

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.lowrank.svd import Optimum, measure_optimum
+from lowrank_tune.lowrank.svd import Optimum, kept_optimum, measure_optimum
 
 SHAPES = st.tuples(st.integers(1, 10), st.integers(1, 14))
 FLOAT16 = SHAPES.flatmap(
@@ -98,6 +98,16 @@ def test_a_file_gives_back_the_same_figures(tmp_path, power_law):
     loaded = Optimum.load(tmp_path / "optimum.safetensors")
     assert torch.equal(loaded.token_cosine_NR, optimum.token_cosine_NR)
     assert torch.equal(loaded.at(2).mse_N, optimum.at(2).mse_N)
+
+
+def test_an_optimum_is_kept_for_the_images_that_it_is_of_and_no_others(tmp_path, power_law):
+    path, x_NTD = tmp_path / "optimum.safetensors", power_law(2, 8, 12)
+    path.touch()  # as a machine that was lost may leave it
+    kept_optimum(path, "two", [x_NTD])
+    assert torch.equal(kept_optimum(path, "two", []).energy_N, measure_optimum([x_NTD]).energy_N)
+    others = kept_optimum(path, "two others", [2 * x_NTD])
+    assert torch.equal(others.energy_N, kept_optimum(path, "two others", []).energy_N)
+    torch.testing.assert_close(others.energy_N, 4 * measure_optimum([x_NTD]).energy_N)
 
 
 def test_numbers_that_are_not_finite_and_no_image_are_refused(power_law):

@@ -95,7 +95,7 @@ def report(tmp_path_factory):
     # As the comparison left it; two images are of zeros there, so that one sees that it was read.
     x_NTD = FeatureMatrix(study.features).load(study.split.test)
     x_NTD[2:] = 0
-    measure_optimum([x_NTD]).save(study.directory / TEST_OPTIMUM)
+    measure_optimum([x_NTD]).save(study.directory / TEST_OPTIMUM, study.features.digest(study.split.test))
     times = '{"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:02:05+00:00"}'
     (study.directory / "status.json").write_text(times)
     told = []
