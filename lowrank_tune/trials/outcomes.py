@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json
@@ -15,6 +15,7 @@ from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, Tria
 
 logger = logging.getLogger(__name__)
 
+Found = TypeVar("Found")
 CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"
 CHECKPOINT = "checkpoint.pt"
 """In a trial's folder while it is not over: all that its training needs to go on."""
@@ -160,8 +161,16 @@ def read_trial(directory: Path) -> TrialRecord | None:
 
 
 def read_trials(trials_dir: Path) -> list[TrialRecord]:
-    found = (read_trial(directory) for directory in sorted(trials_dir.glob("*")))
-    return [record for record in found if record is not None]
+    """Every trial that left something, by id; one that is damaged is left out, with a warning."""
+    return [record for record in _readable(trials_dir.glob("*"), read_trial) if record is not None]
+
+
+def _readable(paths: Iterable[Path], read: Callable[[Path], Found]) -> Iterator[Found]:
+    for path in sorted(paths):
+        try:
+            yield read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: cannot be read (%s); the study is looked at without this trial", path, error)
 
 
 def _moment(path: Path) -> int:
@@ -170,7 +179,7 @@ def _moment(path: Path) -> int:
 
 def read_outcomes(trials_dir: Path) -> dict[str, TrialOutcome]:
     """Every outcome on file, of trials and of repetitions, by trial id."""
-    outcomes = (TrialOutcome.read(path) for path in trials_dir.glob(f"*/{OUTCOME}"))
+    outcomes = _readable(trials_dir.glob(f"*/{OUTCOME}"), TrialOutcome.read)
     return {outcome.config.trial_id: outcome for outcome in outcomes}
 
 
@@ -200,15 +209,11 @@ def past_outcomes(study_dir: Path) -> list[TrialOutcome]:
     """Every training that left a model or a reason, by number, whether its study finished or not."""
     search = open_past_search(study_dir / "tune" / "optuna.journal")
     states = {trial.user_attrs.get("trial_id"): trial.state.name for trial in search.trials} if search else {}
-    found = []
-    for folder in sorted((study_dir / "trials").glob("*")):
-        try:
-            record = read_trial(folder)
-            if record and (record.outcome or record.history):
-                state = states.get(record.config.trial_id, "")
-                found.append(record.outcome or recovered_outcome(record.config, folder, state))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s: cannot be read (%s); the study is looked at without this trial", folder, error)
+    found = [
+        record.outcome or recovered_outcome(record.config, record.directory, states.get(record.config.trial_id, ""))
+        for record in read_trials(study_dir / "trials")
+        if record.outcome or record.history
+    ]
     return sorted(found, key=lambda outcome: (outcome.config.number, outcome.config.trial_id))
 
 

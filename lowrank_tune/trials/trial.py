@@ -138,6 +138,10 @@ class TrialSession:
 
     def _checkpoint(self) -> dict[str, Any]:
         path = self._directory / CHECKPOINT
+        older = path.with_suffix(".safetensors")
+        if older.is_file():
+            logger.warning("trial %s begins afresh: an older version has kept %s", self._config.trial_id, older.name)
+            older.unlink()
         try:
             state = read_checkpoint(path) if path.is_file() else {}
         except InputError as error:
