@@ -200,9 +200,11 @@ def run_trial(
         features = local_copy(_extract(plan, progress))
         split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
         progress.stage(f"training {config.trial_id} in this process")
+        progress.trials(1)
         optimum, device = validation_optimum(features, split), device_of(plan.spec)
         outcome = run_one_trial(config, features, split, optimum, directory, progress.trial_epoch, device)
         status.trial_ended(outcome)
+        progress.trial_ended(outcome)
         return outcome
 
 
@@ -282,9 +284,11 @@ def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
     """The other studies of the results directory that no process works on, each claimed while it is looked at."""
     for path in sorted(plan.study_dir.parent.glob("*/plan.json")):
         if path.parent != plan.study_dir:
-            with suppress(InputError), claimed(path.parent):
-                other = read_plan(path.parent)
-                yield other, _comparison_on_file(other)
+            with suppress(InputError, KeyError, TypeError, ValueError), claimed(path.parent):
+                other, comparison = read_plan(path.parent), None
+                with suppress(InputError):  # its trials are told all the same
+                    comparison = _comparison_on_file(other)
+                yield other, comparison
 
 
 def _comparison_on_file(plan: Plan) -> Comparison | None:

@@ -161,19 +161,20 @@ class Cluster:
     def _send(self, job_id: str, arguments: Sequence[str], study: Path | None = None, **settings: Any) -> None:
         """Submit a folder with the package and, as `study.yaml`, the study file."""
         metadata = settings.pop("metadata", None)
-        with TemporaryDirectory(prefix="lowrank-tune-") as folder, self._refusals_told():
+        with TemporaryDirectory(prefix="lowrank-tune-") as folder:
             shutil.copytree(_PACKAGE, Path(folder, _PACKAGE.name), ignore=shutil.ignore_patterns("__pycache__", ".*"))
             # It makes the folder's content the job's own: Ray uploads equal content once, and deletes it with the last
             # job that uses it, even where the next one has just been told that it need not upload it.
             Path(folder, "job").write_text(job_id, encoding="utf-8")
             if study is not None:
                 shutil.copyfile(study, Path(folder, STUDY_FILE))
-            self._client.submit_job(
-                entrypoint=shlex.join([*_LAUNCH, *arguments]),
-                submission_id=job_id,
-                runtime_env={"working_dir": folder, **settings},
-                metadata=metadata,
-            )
+            with self._refusals_told():
+                self._client.submit_job(
+                    entrypoint=shlex.join([*_LAUNCH, *arguments]),
+                    submission_id=job_id,
+                    runtime_env={"working_dir": folder, **settings},
+                    metadata=metadata,
+                )
 
     def _knock(self) -> None:
         """Find out within seconds whether anything listens; Ray's client would wait for minutes."""

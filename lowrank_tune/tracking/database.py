@@ -44,6 +44,8 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
     path = store.database
     if path is None or _usable(path) == "current":
         return
+    own = store.artifacts == path.absolute().with_name("mlartifacts")
+    path = path.resolve()  # a link stays one
     with FileLock(path.with_name(f".{path.name}.lock")):
         state = _usable(path)
         if state == "current":
@@ -54,17 +56,20 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
         if state == "older" and _upgraded(path, making):
             making.replace(path)
             return
-        if state in ("older", "damaged") and store.artifacts != path.absolute().with_name("mlartifacts"):
+        if state in ("older", "damaged") and not own:
             raise TrackingError(f"tracking store {store.shown}: it was left half made or is damaged; {_REMEDY}")
         _migrate(making, fresh=True)
+        aside = path.with_name(f"{path.name}.unusable-{time.strftime('%Y%m%dT%H%M%S')}")
         if state in ("older", "damaged"):
             fill(replace(store, uri=sqlite_uri(making)))
-            aside = path.with_name(f"{path.name}.unusable-{time.strftime('%Y%m%dT%H%M%S')}")
-            for suffix in ("", *_SIDE_FILES):
-                beside = Path(f"{path}{suffix}")
-                if beside.exists():
-                    beside.rename(f"{aside}{suffix}")
-            logger.warning("%s was left half made or is damaged: it is now %s, and made anew", path, aside.name)
+            logger.error("%s was left half made or is damaged: it is now %s, and made anew", path, aside.name)
+        # The database last, and by a link: one is there at every moment, and this is begun again where it is cut off.
+        for suffix in _SIDE_FILES:
+            beside = Path(f"{path}{suffix}")
+            if beside.exists():
+                beside.rename(f"{aside}{suffix}")
+        if state in ("older", "damaged"):
+            os.link(path, aside)
         making.replace(path)
 
 

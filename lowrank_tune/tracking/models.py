@@ -7,6 +7,7 @@ Its one flavour, `python_function`, carries the mathematics along: it loads wher
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,12 +24,16 @@ from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
+from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.pretrained import write_exported
 from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, TrialOutcome
+
+logger = logging.getLogger(__name__)
 
 BEST = "best"
 """The registry's alias of the version that validation holds for the best of all ranks, of the study registered last."""
 _TRIAL, _RANK = "lowrank.trial_id", "lowrank.rank"
+_ALIASED = "lowrank.aliased"
 _MODEL = "lowrank.model_id"  # the database forgets the model_id that a version is made with
 _CARRIED = ("__init__.py", "errors.py", "files.py", "records.py", "lowrank")
 """Of this package, what a decomposer needs to be loaded and to compute."""
@@ -59,7 +64,10 @@ def log_models(
         name = f"rank-{row.rank:03d}-{row.method}"
         model = there.get((name, row.trial_id))
         if model is None and row.trial_id in outcomes:
-            model, lacking = _log_model(client, run, name, row, outcomes[row.trial_id], study_dir), True
+            try:
+                model, lacking = _log_model(client, run, name, row, outcomes[row.trial_id], study_dir), True
+            except InputError as error:  # its file is gone: what else MLflow lacks is told all the same
+                logger.warning("%s is not in MLflow: %s", name, error)
         if model is not None:
             logged.append((row, model))
     if register and logged:
@@ -126,6 +134,9 @@ def _carried(folder: Path) -> Path:
             shutil.copytree(here / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(here / name, package)
+    with (package / "__init__.py").open("a", encoding="utf-8") as file:
+        # Where the package is installed, and the model is loaded first, the rest of it is still found.
+        file.write('\n__path__ = __import__("pkgutil").extend_path(__path__, __name__)\n')
     return package
 
 
@@ -156,8 +167,12 @@ def _register(
                 tags=tags,
                 description=f"{row.method} at rank {row.rank}: test ρ {row.residual_ratio_mean:.4g}",
             )
-    best = logged[-1][1].model_id
-    if best not in new and BEST in client.get_registered_model(name).aliases:
+    best = there[logged[-1][1].model_id]
+    aliased = client.get_registered_model(name).aliases.get(BEST, 0)
+    if aliased and _ALIASED in best.tags:
         return bool(new)
-    client.set_registered_model_alias(name, BEST, there[best].version)
+    if int(aliased) < int(best.version):
+        client.set_registered_model_alias(name, BEST, best.version)
+    # Last: an alias is moved once, and stays where a person moves it to.
+    client.set_model_version_tag(name, best.version, _ALIASED, "true")
     return True

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lowrank_tune.config.plan import Plan
+from lowrank_tune.errors import TrackingError
 from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, TrialOutcome
-from lowrank_tune.tracking.database import open_database
+from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.store import Store, reach_store, resolve_store
-from lowrank_tune.tracking.sync import Repairs, RunStatus, StudySync, reason_of
+from lowrank_tune.tracking.sync import Repairs, RunStatus, StudySync, is_passing, reason_of
 from lowrank_tune.trials.outcomes import read_trials
 
 logger = logging.getLogger(__name__)
+
+_PAUSES_S = (1.0, 3.0, 9.0)
+"""Before a store that was away is tried again."""
 
 Others = Callable[[], Iterable[tuple[Plan, Comparison | None]]]
 """Gives the other studies of the results directory that no process works on, with their figures where they have any."""
@@ -41,14 +46,29 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
     A second reconciliation changes nothing. A trial without an outcome on file is KILLED, so the caller claims the
     study.
     """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
     store = reach_store(plan.spec.tracking.uri, plan.results)
-    return _repair(open_sync(plan, store, others), plan, comparison)
+    for pause in (*_PAUSES_S, None):
+        try:
+            return _repair(open_sync(plan, store, others), plan, comparison)
+        except (MlflowException, RequestException, SQLAlchemyError) as error:
+            if pause is None or not is_passing(error):
+                raise TrackingError(f"tracking store {store.shown}: {reason_of(error)}") from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
     """Tell MLflow an ended study's post-study figures and files; returns why that failed, if so."""
     try:
-        sync = open_sync(plan, reach_store(plan.spec.tracking.uri, plan.results))
+        store = reach_store(plan.spec.tracking.uri, plan.results)
+        fault = database_fault(store.database) if store.database else ""
+        if fault:
+            return f"{store.shown}: {fault}"
+        sync = open_sync(plan, store)
         sync.comparison(comparison, outcomes)
         _end_study(sync, plan.study_dir, running="RUNNING")
     except Exception as error:

@@ -47,6 +47,7 @@ class Tracker:
         self._dirty: dict[str, None] = {}
         self._running: set[str] = set()
         self._failed: dict[str, str] = {}  # why something could not be told
+        self._unsure = False  # whether an answer may have been lost, and its request have been obeyed later
         self._compared: tuple[Comparison, Sequence[TrialOutcome]] | None = None
         self._status: RunStatus = "RUNNING"
         self._closing = threading.Event()
@@ -75,7 +76,11 @@ class Tracker:
             self._mark(*left, _STUDY)
         self._closing.set()
         if self._thread is not None:
-            self._thread.join()
+            try:
+                self._thread.join()
+            except BaseException:  # a second Ctrl-C, while a store that is away is waited for
+                self._failed.setdefault(_STUDY, "interrupted before all was told")
+                raise
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -140,6 +145,7 @@ class Tracker:
                 self._tell(self._sync or self._begin(), key)
                 self._failed.pop(key, None)
             except Exception as error:
+                self._unsure = True
                 if self._sync is not None:
                     self._sync.forget()
                 if _may_pass(error):
@@ -157,13 +163,17 @@ class Tracker:
         return sync
 
     def _tell(self, sync: StudySync, key: str) -> None:
+        trials = self._plan.study_dir / "trials"
         if key == _STUDY:
+            if self._unsure:
+                sync.forget()
+                sync.without_files(folder.name for folder in trials.glob("*"))
             sync.study(self._status, time.time_ns() // 1_000_000)
         elif key == _COMPARISON and self._compared:
             sync.comparison(*self._compared)
         else:
             running = key in self._running
-            record = read_trial(self._plan.study_dir / "trials" / key)
+            record = read_trial(trials / key)
             if record is not None:
                 sync.trial(record, running)
 

@@ -50,7 +50,7 @@ def test_an_exported_model_is_the_best_of_its_rank_and_gives_the_same_numbers(
 ) -> None:
     row = best(ran, 4)
     capsys.readouterr()
-    arguments = ["export", ran.result.study_id[:7], "--rank", "4", str(tmp_path / "model"), "--json"]
+    arguments = ["export", ran.result.study_id[:-1], "--rank", "4", str(tmp_path / "model"), "--json"]
     assert run([*arguments, "--results", str(ran.results)]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["trial"], facts["family"], facts["rank"], facts["ranks"]) == (row.trial_id, row.method, 4, [4])

@@ -78,6 +78,10 @@ def test_a_registered_model_loads_without_this_package_and_unpickles_nothing(pla
     command = [sys.executable, "-I", "-c", ELSEWHERE, local_uri(plan.results), *files]
     done = subprocess.run(command, cwd=location, env=strict, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    both = f"import sys; sys.path.insert(0, {str(location / 'code')!r}); import lowrank_tune.lowrank, lowrank_tune.cli"
+    assert subprocess.run([sys.executable, "-c", both]).returncode == 0, (
+        "where the package is installed, it stays whole"
+    )
     weights = plan.study_dir / "trials" / SKETCH.trial_id / "best_model.safetensors"
     with torch.no_grad():
         ours = load_decomposer(weights).eval()(torch.from_numpy(x_NTD))
