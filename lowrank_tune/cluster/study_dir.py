@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from lowrank_tune.config.schema import StudySpec, TensorSource
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import read_json, results_place, write_json, write_whole
 from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.trials.outcomes import read_outcomes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _SQLITE = "sqlite:///"
@@ -353,16 +354,9 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
         if status["state"] == "running":
             # What a killed driver wrote last may be older than its trials' own files.
             status |= {"state": "failed", "reason": _DIED.format(study_id=directory.name)}
-            counts = _counts(_readable_outcomes(directory))
+            counts = _counts(read_outcomes(directory / "trials").values())
             status["progress"] = {**status["progress"], **counts, "running": 0, "eta_s": None}
     return status | {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
-
-
-def _readable_outcomes(directory: Path) -> Iterator[TrialOutcome]:
-    """One damaged trial must not hide its study, nor the others in a list."""
-    for path in directory.glob("trials/*/outcome.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            yield TrialOutcome.read(path)
 
 
 def unbegun(study_id: str) -> dict[str, Any]:
