@@ -21,11 +21,11 @@ from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.records import Comparison, ComparisonRow, TrialConfig, TrialOutcome
 from lowrank_tune.tracking.store import Store
-from lowrank_tune.trials.outcomes import TrialRecord
+from lowrank_tune.trials.outcomes import OBJECTIVES, TrialRecord
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
-_EPOCH_METRICS = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio", "lr")
+_EPOCH_METRICS = ("train_loss", *OBJECTIVES, "lr")
 _LEARNING_RATE = "lr"
 """The one figure that every epoch has, whatever became of it: its steps are the epochs that MLflow knows."""
 _EPOCHS_A_BATCH, _POINTS_A_BATCH = 150, 900  # MLflow takes 1000 metrics, parameters and tags at a time
