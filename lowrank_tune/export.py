@@ -14,7 +14,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import sync
 from lowrank_tune.lowrank.pretrained import CONFIG, WEIGHTS, ExportedModel, read_exported, write_exported
 from lowrank_tune.past_study import PastStudy, comparison_of, open_study
-from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet
+from lowrank_tune.records import BEST_MODEL, Comparison, ComparisonRow, FeatureSet
 from lowrank_tune.report.text import METHOD_NOTES, cosine_text, rank_summaries, ratio_text
 
 CARD = "README.md"
@@ -118,7 +118,7 @@ def export_study(
             f"study {study_id}: trial {row.trial_id} is compared, but its folder is gone; compare again with "
             f"`lowrank-tune compare {study_id} --again`"
         )
-    weights = Path(trained.directory) / "best_model.safetensors"
+    weights = Path(trained.directory) / BEST_MODEL
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:

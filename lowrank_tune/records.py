@@ -12,6 +12,8 @@ from lowrank_tune.files import read_json, write_json
 
 CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd")
 """The methods without training that a trained family is held against beside the SVD, weakest first."""
+BEST_MODEL = "best_model.safetensors"
+"""In a trial's folder: the weights of its best epoch."""
 TEST_OPTIMUM = "test_optimum.safetensors"
 """In a study's folder: the SVD's figures of the test images, measured once."""
 

@@ -28,7 +28,7 @@ from lowrank_tune.lowrank.decomposers import Decomposer, Factors, load_decompose
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import FeatureSet, TrialOutcome
+from lowrank_tune.records import BEST_MODEL, FeatureSet, TrialOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def trained(
     remarks: list[str] = []
 
     def load(outcome: TrialOutcome, what: str) -> Decomposer | None:
-        config, path = outcome.config, Path(outcome.directory) / "best_model.safetensors"
+        config, path = outcome.config, Path(outcome.directory) / BEST_MODEL
         wanted = (config.family, config.rank, features.tokens, features.dim)
         try:
             model = load_decomposer(path)

@@ -24,7 +24,7 @@ from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import Split, StoppedBy, TrialConfig
+from lowrank_tune.records import BEST_MODEL, Split, StoppedBy, TrialConfig
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Trainer:
         """Write best_model.safetensors when it improved since the last call."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.best_epoch > self._saved_epoch:
-            save_decomposer(self.best_model, directory / "best_model.safetensors")
+            save_decomposer(self.best_model, directory / BEST_MODEL)
             self._saved_epoch = self.best_epoch
 
     def state(self) -> dict[str, Any]:

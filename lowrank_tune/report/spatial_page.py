@@ -20,7 +20,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import BEST_MODEL, Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Picture, Section, render_page
 from lowrank_tune.report.spatial import (
@@ -72,7 +72,7 @@ class Scene:
         if row is None or row.trial_id not in directories:
             return None
         try:
-            return load_decomposer(directories[row.trial_id] / "best_model.safetensors").eval()
+            return load_decomposer(directories[row.trial_id] / BEST_MODEL).eval()
         except InputError as error:
             logger.warning("the spatial pictures go without a network: %s", error)
             return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lowrank_tune.records import CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
+from lowrank_tune.records import BEST_MODEL, CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 ABSENT = "—"
 BOUNDS = ("svd", "svd_rows")
@@ -244,7 +244,7 @@ def study_cost(
     shards = {Path(features.directory) / "shards" / row.shard for row in features.rows}
     cache, models = (
         bytes_text(sum(path.stat().st_size for path in paths if path.is_file()))
-        for paths in (shards, (directory / "trials").glob("*/best_model.safetensors"))
+        for paths in (shards, (directory / "trials").glob(f"*/{BEST_MODEL}"))
     )
     images = count(len(features.rows), "image")
     lines.append(("Feature cache", f"{cache} for {images}; other studies with these features share it"))

@@ -26,7 +26,7 @@ from mlflow.types import Schema, TensorSpec
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.pretrained import write_exported
-from lowrank_tune.records import Comparison, ComparisonRow, FeatureSet, TrialOutcome
+from lowrank_tune.records import BEST_MODEL, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _log_model(
     features = study_dir / "tune" / "features.json"
     with tempfile.TemporaryDirectory() as folder:
         exported, path = Path(folder) / "exported", Path(folder) / "model"
-        weights = Path(outcome.directory) / "best_model.safetensors"
+        weights = Path(outcome.directory) / BEST_MODEL
         trained_on = FeatureSet.read(features) if features.is_file() else None
         model = write_exported(exported, weights, row.rank, study_dir.name, config, trained_on)
         entry = client.create_logged_model(

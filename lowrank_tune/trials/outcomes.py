@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json
-from lowrank_tune.records import FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
+from lowrank_tune.records import BEST_MODEL, FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def begin_trial(directory: Path, config: TrialConfig) -> None:
     if path.is_file():
         if TrialConfig(**read_json(path)) == config:
             return
-        for name in (HISTORY, OUTCOME, CHECKPOINT, "best_model.safetensors"):
+        for name in (HISTORY, OUTCOME, CHECKPOINT, BEST_MODEL):
             (directory / name).unlink(missing_ok=True)
     write_json(path, config)
 
