@@ -63,10 +63,11 @@ def verify(
 ) -> None:
     """Check a cache against its manifest; exit 1 and name every difference when it is damaged."""
     from lowrank_tune.features.cache import verify_cache
-    from lowrank_tune.features.remote import cache_row, find_cache
+    from lowrank_tune.features.places import Place
+    from lowrank_tune.features.remote import find_cache
 
     place = find_cache(results, name)
-    fingerprint, problems = cache_row(place)["fingerprint"], verify_cache(place, full=full)
+    fingerprint, problems = Place(place).last, verify_cache(place, full=full)
     found = "every row matches its checksum" if full else "sealed, and every shard has its size"
     lines = problems or [f"{fingerprint}: {found}"]
     show({"fingerprint": fingerprint, "problems": problems}, as_json, lambda _: print(*lines, sep="\n"))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,22 +48,16 @@ def fingerprint(identity: Identity) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(expected: Identity, found: Identity) -> list[str]:
+def differences(expected: Identity, found: Identity, prefix: str = "") -> list[str]:
     """One text for each field in which two identities differ: `vision.depth: expected 32, found 24`."""
-    wanted, there = dict(_fields(expected)), dict(_fields(found))
-    return [
-        f"{name}: expected {wanted.get(name)!r}, found {there.get(name)!r}"
-        for name in sorted(wanted.keys() | there.keys())
-        if wanted.get(name) != there.get(name)
-    ]
-
-
-def _fields(identity: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in identity.items():
-        if isinstance(value, Mapping):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    texts = []
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, there = expected.get(name), found.get(name)
+        if isinstance(wanted, dict) and isinstance(there, dict):
+            texts += differences(wanted, there, f"{prefix}{name}.")
+        elif wanted != there:
+            texts.append(f"{prefix}{name}: expected {wanted!r}, found {there!r}")
+    return texts
 
 
 def canonical(content: object) -> bytes:
@@ -107,28 +101,35 @@ def recover(directory: Path, identity: Identity) -> Contents:
     for folder in (directory, directory / SHARDS, directory / COMMITS):
         folder.mkdir(exist_ok=True)
         remove_temporaries(folder)
-    cache, sound = Place(directory), dict[str, Commit]()
+    sound: list[Commit] = []
     if (directory / MANIFEST).exists():
-        sound = {commit.shard: commit for commit in _sealed_commits(cache, read_manifest(cache))}
-    sealed = {Path(shard).stem for shard in sound}
-    for path in sorted((directory / COMMITS).glob("*.json")):
-        if path.stem in sealed:
+        sound += _sealed_commits(Place(directory), read_manifest(Place(directory)))
+    sealed = {Path(commit.shard).stem for commit in sound}
+    for path, found in _committed(directory, identity, full=True, besides=sealed):
+        if isinstance(found, Commit):
+            sound.append(found)
             continue
-        try:
-            commit = Commit.read(path.read_bytes())
-            problems = shard_problems(cache, commit, identity, full=True)
-        except (OSError, ValueError) as error:
-            problems = [f"{path}: {error}"]
-        for problem in problems:
+        for problem in found:
             logger.warning("%s; it is extracted anew", problem)
-        if problems:
-            path.unlink()
-        else:
-            sound[commit.shard] = commit
+        path.unlink()
+    shards = {commit.shard for commit in sound}
     for path in (directory / SHARDS).iterdir():
-        if path.name not in sound:
+        if path.name not in shards:
             path.unlink()
-    return Contents.of(sound[shard] for shard in sorted(sound))
+    return Contents.of(sorted(sound, key=lambda commit: commit.shard))
+
+
+def _committed(
+    directory: Path, identity: Identity, *, full: bool, besides: Collection[str] = ()
+) -> Iterator[tuple[Path, Commit | list[str]]]:
+    """Each commit record that is there, and what it says or, where it or its shard is unsound, the problems."""
+    for path in sorted((directory / COMMITS).glob("[!.]*.json")):
+        if path.stem not in besides:
+            try:
+                commit = Commit.read(path.read_bytes())
+                yield path, shard_problems(Place(directory), commit, identity, full=full) or commit
+            except (OSError, ValueError) as error:
+                yield path, [f"{path}: {error}"]
 
 
 def seal(directory: Path, identity: Identity, encoder: str, weights: str) -> Contents:
@@ -216,15 +217,8 @@ def read_committed(directory: Path, identity: Identity) -> Contents:
 
     The values are not read, and the cache need not be sealed; another process may be writing into it.
     """
-    commits = []
-    for path in sorted((directory / COMMITS).glob("[!.]*.json")):
-        try:
-            commit = Commit.read(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if not shard_problems(Place(directory), commit, identity, full=False):
-            commits.append(commit)
-    return Contents.of(commits)
+    found = (found for _, found in _committed(directory, identity, full=False))
+    return Contents.of(commit for commit in found if isinstance(commit, Commit))
 
 
 def verify_cache(place: str | Path, full: bool = True) -> list[str]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,21 +62,22 @@ def local_copy(features: FeatureSet) -> FeatureSet:
         CacheError: what is there is damaged, or what was copied is not what was sealed.
         InputError: the place does not answer, or the staging directory has no room.
     """
-    origin = features.origin or features.directory
-    if not _is_staged(origin):
-        return replace(features, directory=origin, origin="")  # another node may have named a copy of its own
-    return replace(features, directory=str(stage_cache(origin)), origin=origin)
+    directory, origin = _mapped(features.origin or features.directory)  # another node may have named a copy of its own
+    return replace(features, directory=directory, origin=origin)
 
 
 def open_local(place: str | Path) -> FeatureSet:
     """Open a cache wherever it lies, by way of this node's copy where `local_copy` would make one; raises the same."""
-    if not _is_staged(place):
-        return open_cache(Place(place).path)
-    return replace(open_cache(stage_cache(place)), origin=str(place))
+    directory, origin = _mapped(str(place))
+    return replace(open_cache(directory), origin=origin)
 
 
-def _is_staged(place: str | Path) -> bool:
-    return bool(os.environ.get("LOWRANK_TUNE_STAGING")) or not Place(place).is_local
+def _mapped(place: str) -> tuple[str, str]:
+    """The folder to map a cache from and, where that is a copy, the place of which."""
+    cache = Place(place)
+    if cache.is_local and not os.environ.get("LOWRANK_TUNE_STAGING"):
+        return cache.path, ""
+    return str(stage_cache(place)), place
 
 
 def stage_cache(place: str | Path) -> Path:
@@ -93,25 +94,21 @@ def stage_cache(place: str | Path) -> Path:
     cache = Place(place)
     manifest = read_manifest(cache)
     while True:
+        digest = checksum(canonical(manifest))
         try:
-            return _staged(cache, manifest)
+            with _staging() as root, FileLock(root / f"{digest}.lock"):
+                target = root / digest / cache.last
+                if target.exists() and (problems := _copy_problems(target, digest, full=False)):
+                    logger.warning("%s; it is copied again", problems[0])
+                    shutil.rmtree(target)
+                if not target.exists():
+                    logger.info("copying %s to %s", cache.name, target)
+                    _copy(cache, manifest, target)
+                return target
         except CacheError:
             before, manifest = manifest, read_manifest(cache)
             if manifest == before:
                 raise
-
-
-def _staged(cache: Place, manifest: dict[str, Any]) -> Path:
-    digest = checksum(canonical(manifest))
-    with _staging() as root, FileLock(root / f"{digest}.lock"):
-        target = root / digest / cache.last
-        if target.exists() and (problems := _copy_problems(target, digest, full=False)):
-            logger.warning("%s; it is copied again", problems[0])
-            shutil.rmtree(target)
-        if not target.exists():
-            logger.info("copying %s to %s", cache.name, target)
-            _copy(cache, manifest, target)
-    return target
 
 
 def _copy(cache: Place, manifest: dict[str, Any], target: Path) -> None:
@@ -119,15 +116,14 @@ def _copy(cache: Place, manifest: dict[str, Any], target: Path) -> None:
     for abandoned in target.parent.glob(".tmp-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     partial = target.parent / f".tmp-{uuid.uuid4().hex}" / target.name
-    partial.mkdir(parents=True)
+    for folder in (SHARDS, COMMITS, SOURCES):
+        (partial / folder).mkdir(parents=True)
     try:
         try:
             files = _sealed_files(cache, manifest)
             needed, free = sum(files.values()), shutil.disk_usage(partial).free
             if needed + _SPARE_BYTES > free:
                 raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-            for folder in (SHARDS, COMMITS, SOURCES):
-                (partial / folder).mkdir()
 
             def copy(name: str) -> None:
                 copy_files(name, str(partial / name), cache, LocalFileSystem(), chunk_size=_CHUNK_BYTES)
@@ -153,11 +149,10 @@ def _sealed_files(cache: Place, manifest: dict[str, Any]) -> dict[str, int]:
     """Path and bytes of each file of a sealed cache, without what another process is adding to it and may remove."""
     sealed = {Path(name).stem for name in manifest["commits"]}
     return {
-        path: size
+        f"{folder}/{name}".removeprefix("/"): size
         for folder in ("", SHARDS, COMMITS, SOURCES)
         for name, size in cache.entries(FileType.File, folder).items()
         if not name.startswith(".") and (folder in ("", SOURCES) or Path(name).stem in sealed)
-        for path in [f"{folder}/{name}" if folder else name]
     }
 
 
@@ -223,40 +218,28 @@ def find_cache(results: str | Path | None, name: str) -> str:
     return next(iter(found))
 
 
-def cache_row(place: str) -> dict[str, Any]:
-    """A cache as a line of a list; one that cannot be opened says why."""
+def cache_row(place: str, features: FeatureSet | None = None) -> dict[str, Any]:
+    """A cache as a line of a list, unless `features` has it opened by now; one that cannot be opened says why."""
+    cache = Place(place)
+    row: dict[str, Any] = {"fingerprint": cache.last, "images": "-", "shape": "-", "dtype": "-"}
+    row |= {"bytes": sum(cache.entries(FileType.File, SHARDS).values()), "weights": "-"}
     try:
-        return _row(place, open_cache(place))
+        features = features or open_cache(place)
     except LowrankTuneError as error:
-        return _row(place, None) | {"encoder": str(error)}
+        return row | {"encoder": str(error)}
+    row |= {"images": len(features.rows), "shape": [features.tokens, features.dim], "dtype": features.dtype}
+    return row | {"weights": features.weights, "encoder": features.encoder}
 
 
 def describe_cache(place: str) -> dict[str, Any]:
-    """What a cache holds and what made it.
-
-    Raises:
-        CacheError: it is unsealed or damaged.
-    """
+    """What a cache holds and what made it; a CacheError where it is unsealed or damaged."""
     features = open_cache(place)
     return {
-        **_row(place, features),
+        **cache_row(place, features),
         "quarantined": features.quarantined,
         "shards": len({row.shard for row in features.rows}),
         "records": redact(features.records_path),
         "identity": read_manifest(Place(place))["identity"],
-    }
-
-
-def _row(place: str, features: FeatureSet | None) -> dict[str, Any]:
-    cache = Place(place)
-    return {
-        "fingerprint": cache.last,
-        "images": len(features.rows) if features else "-",
-        "shape": [features.tokens, features.dim] if features else "-",
-        "dtype": features.dtype if features else "-",
-        "bytes": sum(cache.entries(FileType.File, SHARDS).values()),
-        "weights": features.weights if features else "-",
-        "encoder": features.encoder if features else "-",
     }
 
 
@@ -296,7 +279,7 @@ def remove_cache(place: str) -> int:
     if directory.is_symlink():
         raise InputError(f"{directory}: is a link, and is left alone; remove the cache where it lies")
     try:
-        with only_writer(directory, timeout=0):
+        with only_writer(directory):
             freed = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
             doomed = directory.with_name(f".removed-{uuid.uuid4().hex}-{directory.name}")
             os.rename(directory, doomed)
@@ -312,14 +295,23 @@ def remove_cache(place: str) -> int:
 
 
 @contextmanager
-def only_writer(directory: Path, timeout: float = -1) -> Iterator[None]:
+def only_writer(directory: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Keep every other process from writing into a cache, whose parent must be there, or removing it.
 
-    Raises:
-        Timeout: another process has it still, after so many seconds; never where they are negative.
+    Where another one has it, `waiting` is called and its end waited for; without `waiting` that is a `Timeout`.
     """
-    with FileLock(directory.with_name(f".{directory.name}.lock")).acquire(timeout=timeout):
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is None:
+            raise
+        waiting()
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _plain(results: str | Path | None) -> str:

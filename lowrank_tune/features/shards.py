@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from filelock import Timeout
-
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError
 from lowrank_tune.features.cache import Contents, read_sealed, recover, seal
 from lowrank_tune.features.commits import SHARD_ROWS, Identity, commit_shard, shard_name
@@ -223,7 +221,8 @@ def fill(
         accept(contents)
         progress(total, total)
         return contents
-    with _only_process(directory, note, doing):
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(directory, lambda: note(f"another process is {doing} into {directory}: waiting for it")):
         claim(note)
         contents = recover(directory, job.identity)
         accept(contents)
@@ -248,19 +247,6 @@ def plan_shards(missing: Sequence[str], paths: Mapping[str, Path | None]) -> lis
         keys = tuple(missing[first : first + SHARD_ROWS])
         plans.append(ShardPlan(shard_name(keys), keys, tuple(str(path) for key in keys if (path := paths[key]))))
     return plans
-
-
-@contextmanager
-def _only_process(directory: Path, note: Notes, doing: str) -> Iterator[None]:
-    """Hold a cache's lock; told that another process does the same, wait for it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(only_writer(directory, timeout=0))
-        except Timeout:
-            note(f"another process is {doing} into {directory}: waiting for it")
-            stack.enter_context(only_writer(directory))
-        yield
 
 
 def _made(
@@ -378,19 +364,12 @@ def _quiet_ray_data() -> Iterator[None]:
         "enable_auto_log_stats": False,
         "wait_for_min_actors_s": START_PATIENCE_S,
     }
-    before = {name: getattr(context, name) for name in quiet}
-    consoles = [
-        handler for handler in logging.getLogger("ray.data").handlers if isinstance(handler, logging.StreamHandler)
-    ]
-    levels = [handler.level for handler in consoles]
-    for name, value in quiet.items():
-        setattr(context, name, value)
-    for console in consoles:
-        console.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+    with contextlib.ExitStack() as restored:
+        for name, value in quiet.items():
+            restored.callback(setattr, context, name, getattr(context, name))
             setattr(context, name, value)
-        for console, level in zip(consoles, levels, strict=True):
-            console.setLevel(level)
+        for handler in logging.getLogger("ray.data").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                restored.callback(handler.setLevel, handler.level)
+                handler.setLevel(logging.ERROR)
+        yield
