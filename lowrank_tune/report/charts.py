@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,16 @@ from numpy.typing import NDArray
 
 from lowrank_tune.lowrank.svd import Optimum, Spectrum
 from lowrank_tune.records import Compression, Front, FrontPoint, PrunedRow, StoredRow, TrialOutcome
-from lowrank_tune.report.page import Picture
+from lowrank_tune.report.page import Chart, Picture
 from lowrank_tune.report.style import (
     ABOVE_ONE,
     INK,
+    QUIET,
     SYMBOLS,
     TOWARDS_ONE,
-    Chart,
     Trial,
-    chart,
     log_ticks,
     look_of,
-    quiet_layout,
     series,
 )
 from lowrank_tune.report.text import STOPPED, cosine_text, count, in_order, ratio_text
@@ -57,12 +55,13 @@ def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> t
                 marker={"symbol": SYMBOLS[_STOP_MARKERS[stop]], "size": 9, "color": "#888888", "line": {"width": 1}},
             )  # fmt: skip
         last = max(outcome.epochs for outcome, _ in own)
-        axes = {"xaxis": {"tickformat": "d", "dtick": max(1, -(-last // 8))}, "yaxis": ABOVE_ONE.on_plotly(values)}
-        figure.update_layout(quiet_layout("epoch", "validation ρ (finer towards 1)", **axes))
+        yaxis = {"title": "validation ρ (finer towards 1)", **ABOVE_ONE.on_plotly(values)}
+        xaxis = {"title": "epoch", "tickformat": "d", "dtick": max(1, -(-last // 8))}
+        figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
         ends = [f"{o.config.trial_id} {STOPPED[o.stopped_by]} at epoch {o.epochs}" for o, _ in own]
         told = ", ".join(ends[:12]) + (f", and {len(ends) - 12} more" if len(ends) > 12 else "")
         alt = f"Validation residual ratio of {count(len(own), 'trial')} of {family} against epochs, coloured by rank: "
-        charts.append(chart(f"learning-{family}", family, figure, f"{alt}{told}. The trials table has them all."))
+        charts.append(Chart(f"learning-{family}", family, figure, f"{alt}{told}. The trials table has them all."))
     return tuple(charts)
 
 
@@ -104,58 +103,45 @@ _FRONTS = {"search": "Every trial: rank against error", "storage": "Every method
 
 
 def tradeoff_picture(fronts: Sequence[Front]) -> Picture:
-    """What a rank and a byte buy."""
+    """What a rank and a byte buy: the front's members filled and joined, the others hollow."""
     return Picture(
         "Filled and joined: the Pareto front, which nothing beats; pareto.json has every figure. Trials by validation "
         "figures, methods by test figures; a rank has the same bytes whatever the method.",
-        tuple(tradeoff_chart(front) for front in fronts),
+        tuple(map(_tradeoff_chart, fronts)),
     )
 
 
-def tradeoff_chart(front: Front) -> Chart:
-    """Draw a trade-off: the front's members filled and joined, the others hollow."""
-
-    def places(points: Sequence[FrontPoint]) -> list[float]:
-        values = [point.y for point in points]
-        return TOWARDS_ONE.place(values) if front.better == "higher" else values
-
-    def said(point: FrontPoint) -> str:
-        y = cosine_text(point.y) if front.better == "higher" else f"{point.y:.4g}"
-        named = f"<b>{point.trial_id or point.method}</b> at rank {point.rank}"
-        return f"{named}<br>{_AXES[front.y].partition(' (')[0]} {y}" + ("<br>on the front" if point.on_front else "")
-
+def _tradeoff_chart(front: Front) -> Chart:
+    cosines, title = front.better == "higher", _FRONTS[front.name]
     figure, members = go.Figure(), [point for point in front.points if point.on_front]
-    figure.add_scatter(
-        x=[point.x for point in members], y=places(members), mode="lines", name="front", hoverinfo="skip",
-        line={"color": "#767676", "width": 1.4, "shape": "hv"},
-    )  # fmt: skip
+
+    def draw(points: Sequence[FrontPoint], **look: Any) -> None:
+        values = [point.y for point in points]
+        figure.add_scatter(x=[point.x for point in points], y=TOWARDS_ONE.place(values) if cosines else values, **look)
+
+    draw(members, mode="lines", name="front", hoverinfo="skip", line={"color": "#767676", "width": 1.4, "shape": "hv"})
     methods = in_order(point.method for point in front.points)
     for method in methods:
         own, look = [point for point in front.points if point.method == method], look_of(method, methods)
         symbol = SYMBOLS[look.marker]
-        figure.add_scatter(
-            x=[point.x for point in own],
-            y=places(own),
-            mode="markers",
-            name=method,
-            marker={
-                # A thin cross has nothing to fill.
-                "symbol": [symbol if point.on_front and symbol != "x-thin" else f"{symbol}-open" for point in own],
-                "color": look.color,
-                "size": 9,
-                "line": {"width": 1.6, "color": look.color},
-            },
-            text=[said(point) for point in own],
-            hovertemplate="%{text}<extra></extra>",
-        )
+        # A thin cross has nothing to fill.
+        symbols = [symbol if point.on_front and symbol != "x-thin" else f"{symbol}-open" for point in own]
+        told = [
+            f"<b>{point.trial_id or method}</b> at rank {point.rank}<br>{_AXES[front.y].partition(' (')[0]} "
+            + (cosine_text(point.y) if cosines else f"{point.y:.4g}")
+            + ("<br>on the front" if point.on_front else "")
+            for point in own
+        ]
+        line = {"width": 1.6, "color": look.color}
+        marker = {"symbol": symbols, "color": look.color, "size": 9, "line": line}
+        draw(own, mode="markers", name=method, marker=marker, text=told, hovertemplate="%{text}<extra></extra>")
     xs, unit = sorted({point.x for point in front.points}), 1024 if front.x == "bytes_per_image" else 1
-    xaxis = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}
-    cosines = TOWARDS_ONE.on_plotly([point.y for point in front.points])
-    yaxis = cosines if front.better == "higher" else {"type": "log", "dtick": 1}
-    figure.update_layout(quiet_layout(_AXES[front.x], _AXES[front.y], xaxis=xaxis, yaxis=yaxis))
+    scale = TOWARDS_ONE.on_plotly([point.y for point in front.points]) if cosines else {"type": "log", "dtick": 1}
+    ticks = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}
+    xaxis, yaxis = {"title": _AXES[front.x], **ticks}, {"title": _AXES[front.y], **scale}
+    figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
     joined = ", ".join(f"{point.trial_id or point.method} at rank {point.rank}" for point in members)
-    title = _FRONTS[front.name]
-    return chart(f"pareto-{front.name}", title, figure, f"Scatter chart: {title}. On the front: {joined}.", 440)
+    return Chart(f"pareto-{front.name}", title, figure, f"Scatter chart: {title}. On the front: {joined}.", 440)
 
 
 def spectrum_of(optimum: Optimum) -> Spectrum | None:
@@ -196,8 +182,9 @@ def spectrum_picture(spectrum: Spectrum, ranks: Sequence[int]) -> Picture:
         hovertemplate="rank %{x}: the SVD leaves %{y:.3g} of the squared norm<extra></extra>",
     )  # fmt: skip
     for figure, names in ((values, ("number", "share of the first")), (left, ("rank", "share of ‖X‖²"))):
-        yaxis = {"type": "log", "dtick": 1, "tickformat": "~g"}
-        figure.update_layout(quiet_layout(*names, xaxis={"type": "log", "dtick": "D2"}, yaxis=yaxis))
+        xaxis = {"title": names[0], "type": "log", "dtick": "D2"}
+        yaxis = {"title": names[1], "type": "log", "dtick": 1, "tickformat": "~g"}
+        figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
         for rank in ranks:
             figure.add_vline(x=rank, line={"color": "#888888", "width": 1, "dash": "dot"})
     at = ", ".join(f"{left_of[rank - 1]:.3g} at rank {rank}" for rank in ranks if rank <= shown)
@@ -208,8 +195,8 @@ def spectrum_picture(spectrum: Spectrum, ranks: Sequence[int]) -> Picture:
         "the ranks of the study. A steep fall means that few directions hold an image; where it is flat, a rank more "
         "buys little.",
         (
-            chart("spectrum", "Singular values over the first", values, told, 380),
-            chart("left", "What the SVD leaves of the squared norm", left, kept, 380),
+            Chart("spectrum", "Singular values over the first", values, told, 380),
+            Chart("left", "What the SVD leaves of the squared norm", left, kept, 380),
         ),
     )
 
@@ -220,78 +207,69 @@ _DTYPES = {"float16": ("#767676", "circle"), "int8": ("#0072B2", "square"), "int
 
 def compression_picture(compression: Compression) -> Picture:
     """Bytes against error: one rank for all images, and as many components as each image needs."""
-    stored = compression.stored
-    whole = next((row for row in stored if (row.method, row.dtype) == ("x", "float16")), None)
-    titles = ("A rank for all images", "As many components as each image needs")
-    charts = []
-    for place, (draw, title) in enumerate(zip((_draw_ranks, _draw_targets), titles, strict=True)):
-        figure = go.Figure()
-        draw(figure, compression)
-        itself = [row for row in stored if row.method == "x" and row.dtype != "float16"]
-        _draw_line(figure, "X itself", "X itself", itself, lambda row: row.dtype, "#D55E00", "x", width=2.4)
-        errors = [error for trace in figure.data for error in trace.y]
-        if whole is not None and errors:
-            figure.add_scatter(
-                x=[whole.bytes_per_image / 1024] * 2, y=[min(errors), max(errors)], mode="lines", name="X in float16",
-                line={"color": "#888888", "width": 1.4, "dash": "dash"}, hoverinfo="skip",
-            )  # fmt: skip
-        axes = {"xaxis": log_ticks([size for trace in figure.data for size in trace.x]), "yaxis": log_ticks(errors)}
-        figure.update_layout(quiet_layout("KiB an image", "relative error, %", **axes))
-        alt = f"Line chart: {title}: relative error against KiB an image. The tables below have the figures."
-        charts.append(chart(f"compression-{place}", title, figure, alt, 470))
+    at_rank = [row for row in compression.stored if row.rank]
+    pruned = [row for row in compression.pruned if row.bytes_per_image is not None]
+    both = {row.method for row in at_rank} > {"svd"}
     return Picture(
         "Lower and further left is better. Orange: X itself with a scale a token, the control that factors must beat. "
         "First: the chosen trained factors of each rank, the SVD's dotted. Second: the SVD's leading components, for "
         "each image as few as meet a target; crosses: the trained ones, up to the highest rank compared. Dashed: X in "
         "float16.",
-        tuple(charts),
+        (
+            _sizes_chart("compression-0", "A rank for all images", compression, at_rank, "svd" if both else ""),
+            _sizes_chart("compression-1", "As many components as each image needs", compression, pruned, ""),
+        ),
     )
 
 
-def _draw_ranks(figure: go.Figure, compression: Compression) -> None:
-    for dtype, (color, symbol) in _DTYPES.items():
-        own = [row for row in compression.stored if row.dtype == dtype and row.rank]
-        svd, trained = ([row for row in own if (row.method == "svd") is bound] for bound in (True, False))
-        if trained:
-            _draw_line(figure, f"svd, {dtype}", "the SVD's", svd, lambda row: f"rank {row.rank}", color, "", "dot")
-        if own:
-            _draw_line(figure, dtype, dtype, trained or svd, lambda row: f"rank {row.rank}", color, symbol)
+def _sizes_chart(
+    name: str, title: str, compression: Compression, rows: Sequence[StoredRow | PrunedRow], dotted: str
+) -> Chart:
+    """Draw error against bytes, a line a method and dtype; the legend has the dtypes, the caption the methods."""
+    figure = go.Figure()
 
+    def draw(found: Sequence[StoredRow | PrunedRow], told: str, **look: Any) -> None:
+        if not found:
+            return
+        found = sorted(found, key=lambda row: row.bytes_per_image or 0.0)
+        sizes = [(row.bytes_per_image or 0.0) / 1024 for row in found]
+        # A logarithmic axis has no place for an exact one.
+        errors = [max(100 * (row.relative_error_mean or 0.0), 1e-3) for row in found]
+        text = [f"<b>{told}</b>, {_components(row)}" for row in found]
+        hover = "%{text}<br>%{x:,.4g} KiB an image<br>relative error %{y:.3g} %<extra></extra>"
+        figure.add_scatter(x=sizes, y=errors, text=text, hovertemplate=hover, **look)
 
-def _draw_targets(figure: go.Figure, compression: Compression) -> None:
-    met = [row for row in compression.pruned if row.bytes_per_image is not None]
-    for method in sorted({row.method for row in met}, key=lambda method: method != "svd"):
+    for method in sorted({row.method for row in rows}, key=lambda method: method != "svd"):
         for dtype, (color, symbol) in _DTYPES.items():
-            own = [row for row in met if (row.method, row.dtype) == (method, dtype)]
-            look, name = (("solid", symbol), dtype) if method == "svd" else (("", "x"), method)
-            if own:
-                full = dtype if method == "svd" else f"{method}, {dtype}"
-                _draw_line(figure, full, name, own, lambda row: f"{row.rank_mean:.0f} components", color, *look[::-1])
+            crosses = method != "svd" and any(isinstance(row, PrunedRow) for row in rows)
+            draw(
+                [row for row in rows if (row.method, row.dtype) == (method, dtype)],
+                f"{method}, {dtype}",
+                name=dtype,
+                legendgroup=dtype,
+                showlegend=not crosses and method != dotted,
+                mode="markers" if crosses else "lines" if method == dotted else "lines+markers",
+                line={"color": color, "width": 1.4, "dash": "dot" if method == dotted else "solid"},
+                marker={"symbol": "x" if crosses else symbol, "size": 9},
+            )
+    control = [row for row in compression.stored if row.method == "x"]
+    orange = {"line": {"color": "#D55E00", "width": 2.4}, "marker": {"symbol": "x", "size": 9}}
+    draw(
+        [row for row in control if row.dtype != "float16"], "X itself", name="X itself", mode="lines+markers", **orange
+    )
+    sizes, errors = ([value for trace in figure.data for value in trace[axis]] for axis in "xy")
+    for whole in (row for row in control if row.dtype == "float16" and errors):
+        dashed = {"color": "#888888", "width": 1.4, "dash": "dash"}
+        x, y = [whole.bytes_per_image / 1024] * 2, [min(errors), max(errors)]
+        figure.add_scatter(x=x, y=y, mode="lines", name="X in float16", line=dashed, hoverinfo="skip")
+    xaxis, yaxis = {"title": "KiB an image", **log_ticks(sizes)}, {"title": "relative error, %", **log_ticks(errors)}
+    figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
+    alt = f"Line chart: {title}: relative error against KiB an image. The tables below have the figures."
+    return Chart(name, title, figure, alt, 470)
 
 
-def _draw_line(
-    figure: go.Figure,
-    name: str,
-    entry: str,
-    found: Sequence[StoredRow | PrunedRow],
-    label: Callable[[Any], str],
-    color: str,
-    symbol: str,
-    dash: str = "solid",
-    width: float = 1.4,
-) -> None:
-    """Draw rows by rising bytes; lines of one legend entry are named there once, and go with their dtype's."""
-    rows = sorted(found, key=lambda row: row.bytes_per_image or 0.0)
-    # A logarithmic axis has no place for an exact one.
-    errors = [max(100 * (row.relative_error_mean or 0.0), 1e-3) for row in rows]
-    sizes = [(row.bytes_per_image or 0.0) / 1024 for row in rows]
-    figure.add_scatter(
-        x=sizes, y=errors, name=entry, legendgroup=name.rpartition(", ")[2],
-        showlegend=entry not in {trace.name for trace in figure.data},
-        mode="+".join(part for part, there in (("lines", dash), ("markers", symbol)) if there),
-        line={"color": color, "width": width, "dash": dash or "solid"},
-        marker={"symbol": symbol or "circle", "size": 9, "color": color, "line": {"width": 1.6, "color": color}},
-        text=[f"<b>{name}</b>, {label(row)}<br>{x:,.4g} KiB an image<br>relative error {y:.3g} %"
-              for row, x, y in zip(rows, sizes, errors, strict=True)],
-        hovertemplate="%{text}<extra></extra>",
-    )  # fmt: skip
+def _components(row: StoredRow | PrunedRow) -> str:
+    """What is kept of an image."""
+    if isinstance(row, PrunedRow):
+        return f"{row.rank_mean:.0f} components"
+    return f"rank {row.rank}" if row.rank else row.dtype

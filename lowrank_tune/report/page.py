@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-from lowrank_tune.report.style import Chart
 from lowrank_tune.report.tables import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """An interactive chart of the page."""
+
+    name: str  # unique in the page
+    title: str  # stands above it, and wraps on a phone
+    figure: Figure
+    alt: str  # what it shows, for those who cannot see it
+    height: int = 420  # pixels
+    wide: bool = False  # whether a phone scrolls it sideways rather than shrink it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,13 @@ def render_page(template: str, **shown: Any) -> str:
     pages.filters["embedded"] = lambda path: (
         f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
     )
+    pages.filters["script_safe"] = script_safe
     return pages.get_template(template).render(**_scripts(), **shown)
+
+
+def script_safe(text: str) -> str:
+    """JSON that cannot end the script element that holds it."""
+    return text.replace("<", "\\u003c")
 
 
 @cache

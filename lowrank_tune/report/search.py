@@ -11,8 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from plotly.graph_objects import Figure
 
-from lowrank_tune.report.page import Picture, Section
-from lowrank_tune.report.style import chart, quiet_layout
+from lowrank_tune.report.page import Chart, Picture, Section
+from lowrank_tune.report.style import QUIET
 from lowrank_tune.report.tables import Table
 from lowrank_tune.report.text import count
 from lowrank_tune.trials.outcomes import open_past_search
@@ -76,11 +76,8 @@ def search_section(journal: Path, objective: str) -> Section:
 
 
 def _optunas(name: str, title: str, figure: Figure, alt: str, caption: str, legend: bool = False) -> Picture:
-    quiet = quiet_layout()
-    figure.update_layout(
-        title=None, template="none", showlegend=legend, margin={"l": 50, "r": 30, "t": 40, "b": 80 if legend else 50}
-    )
-    figure.update_layout({key: quiet[key] for key in ("font", "paper_bgcolor", "plot_bgcolor", "dragmode", "legend")})
-    figure.update_yaxes(automargin=True, title_standoff=12)
+    margin = {"l": 50, "r": 30, "t": 40, "b": 80 if legend else 50}
+    figure.update_layout(title=None, template=QUIET, showlegend=legend, margin=margin)
+    figure.update_yaxes(title_standoff=12)
     figure.update_xaxes(title=None)
-    return Picture(caption, (chart(name, title, figure, alt, wide=name == "coordinates"),))
+    return Picture(caption, (Chart(name, title, figure, alt, wide=name == "coordinates"),))

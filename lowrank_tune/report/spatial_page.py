@@ -22,7 +22,7 @@ from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
 from lowrank_tune.records import BEST_MODEL, Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.curves import saved
-from lowrank_tune.report.page import Picture, Section, render_page
+from lowrank_tune.report.page import Picture, Section, render_page, script_safe
 from lowrank_tune.report.spatial import (
     Box,
     Map,
@@ -35,7 +35,6 @@ from lowrank_tune.report.spatial import (
     read_boxes,
     spatial_views,
 )
-from lowrank_tune.report.style import script_safe
 from lowrank_tune.report.tables import Table
 from lowrank_tune.report.text import cosine_text, count
 

@@ -179,50 +179,26 @@ def quiet_grid(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """An interactive chart of the page."""
-
-    id: str  # its anchor, unique in the page
-    title: str  # stands above it, and wraps on a phone
-    figure: str  # plotly's JSON, safe inside a script element
-    alt: str  # what it shows, for those who cannot see it
-    height: int  # pixels
-    wide: bool = False  # whether a phone scrolls it sideways rather than shrink it
-
-
-def chart(name: str, title: str, figure: go.Figure, alt: str, height: int = 420, wide: bool = False) -> Chart:
-    """Make a chart of a figure."""
-    return Chart(f"chart-{name}", title, script_safe(figure.to_json()), alt, height, wide)
-
-
-def script_safe(text: str) -> str:
-    """JSON that cannot end the script element that holds it."""
-    return text.replace("<", "\\u003c")
-
-
-def quiet_layout(x: str = "", y: str = "", **axes: dict[str, Any]) -> dict[str, Any]:
-    """Plotly's layout, its axes named, with more for `xaxis` and `yaxis`; no drag, for fingers scroll."""
-    axis = {
-        "gridcolor": GRID, "linecolor": SOFT, "zeroline": False, "automargin": True, "ticks": "outside",
-        "tickcolor": SOFT, "fixedrange": False,
-    }  # fmt: skip
-    return {
-        "template": "none",
+_AXIS = {
+    "gridcolor": GRID, "linecolor": SOFT, "showline": True, "zeroline": False, "automargin": True, "ticks": "outside",
+    "tickcolor": SOFT,
+}  # fmt: skip
+QUIET = go.layout.Template(
+    layout={
         "font": {"family": 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif', "size": 13, "color": INK},
-        "paper_bgcolor": "#ffffff",
-        "plot_bgcolor": "#ffffff",
         "margin": {"l": 60, "r": 16, "t": 30, "b": 48},
         "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0, "xanchor": "left"},
         "hoverlabel": {"align": "left"},
-        "dragmode": False,
-        "xaxis": {**axis, "title": {"text": x, "standoff": 6}, **axes.get("xaxis", {})},
-        "yaxis": {**axis, "title": {"text": y, "standoff": 8}, **axes.get("yaxis", {})},
+        "dragmode": False,  # fingers scroll
+        "xaxis": {**_AXIS, "title": {"standoff": 6}},
+        "yaxis": {**_AXIS, "title": {"standoff": 8}},
     }
+)
+"""How plotly draws every chart of the page."""
 
 
 def log_ticks(values: Sequence[float]) -> dict[str, Any]:
     """Plotly's logarithmic axis with three ticks a decade."""
-    low, high = (int(round_(np.log10(end(values)))) for round_, end in ((np.floor, min), (np.ceil, max)))
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.4g}" for tick in ticks]}

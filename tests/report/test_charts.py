@@ -1,6 +1,5 @@
-"""What the interactive charts show, read from the JSON that the page's script draws."""
+"""What the interactive charts show, read from their figures."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from lowrank_tune.report.charts import (
     learning_charts,
     spectrum_of,
     spectrum_picture,
-    tradeoff_chart,
+    tradeoff_picture,
 )
 from lowrank_tune.report.style import ABOVE_ONE
 from tests.report.conftest import history, make_outcome
@@ -22,7 +21,7 @@ from tests.report.test_tables import FOUND, STORED
 
 
 def traces(chart):
-    return {trace.get("name"): trace for trace in json.loads(chart.figure)["data"]}
+    return {trace.name: trace for trace in chart.figure.data}
 
 
 def test_learning_charts_tell_where_and_why_each_trial_stopped_and_what_its_repetitions_gave():
@@ -36,24 +35,22 @@ def test_learning_charts_tell_where_and_why_each_trial_stopped_and_what_its_repe
     direct, sketch = learning_charts(trials, [(replace(trials[0][0], config=config), history(3, start=4.0))])
     assert [chart.title for chart in (direct, sketch)] == ["direct", "sketch"]
     assert "r008-sketch-0001 stopped by ASHA at epoch 2" in sketch.alt
-    whole, pruned, again = json.loads(sketch.figure)["data"][:3]
-    assert [trace["line"]["dash"] for trace in (whole, pruned, again)] == ["solid", "solid", "dot"]
-    assert again["y"] == pytest.approx(ABOVE_ONE.place([5.0, 3.0, 1 + 4 / 3]))
-    assert pruned["x"] == [1, 2]
-    assert pruned["marker"]["symbol"] == ["circle", "triangle-down"]
-    assert pruned["text"][-1].endswith("stopped by ASHA at epoch 2")
-    failed = traces(direct)["rank 8"]["text"][-1]
-    assert "failed at epoch 3: loss is <nan>" in failed
-    assert "<" not in direct.figure, "so that nothing in it ends the page's script element"
+    whole, pruned, again = sketch.figure.data[:3]
+    assert [trace.line.dash for trace in (whole, pruned, again)] == ["solid", "solid", "dot"]
+    assert again.y == pytest.approx(ABOVE_ONE.place([5.0, 3.0, 1 + 4 / 3]))
+    assert pruned.x == (1, 2)
+    assert pruned.marker.symbol == ("circle", "triangle-down")
+    assert pruned.text[-1].endswith("stopped by ASHA at epoch 2")
+    assert "failed at epoch 3: loss is <nan>" in traces(direct)["rank 8"].text[-1]
 
 
 def test_trade_offs_fill_the_front():
     points = (FrontPoint("sketch", 3, 3, 0.25, "t", on_front=True), FrontPoint("direct", 3, 3, 0.5, "u"))
-    chart = tradeoff_chart(Front("search", "rank", "val_mse", "lower", points))
+    (chart,) = tradeoff_picture([Front("search", "rank", "val_mse", "lower", points)]).charts
     drawn = traces(chart)
-    assert drawn["front"]["x"] == [3]
-    assert drawn["sketch"]["marker"]["symbol"] == ["diamond"]
-    assert drawn["direct"]["marker"]["symbol"] == ["square-open"]
+    assert drawn["front"].x == (3,)
+    assert drawn["sketch"].marker.symbol == ("diamond",)
+    assert drawn["direct"].marker.symbol == ("square-open",)
     assert "On the front: t at rank 3" in chart.alt
 
 
@@ -67,32 +64,34 @@ def test_the_spectrum_is_the_singular_values_over_the_first(features):
     assert spectrum.left_K == pytest.approx(left.mean(0).numpy(), abs=1e-9)
     assert spectrum.rank_for(spectrum.cosine_K[4]) == 5
     values, left_chart = spectrum_picture(spectrum, [3]).charts
-    assert traces(values)["mean"]["y"] == pytest.approx(spectrum.values_NK.mean(0))
+    assert traces(values)["mean"].y == pytest.approx(spectrum.values_NK.mean(0))
     assert f"{spectrum.left_K[2]:.3g} at rank 3" in left_chart.alt
     assert spectrum_of(measure_optimum([torch.zeros(1, 12, 20)])) is None
 
 
 def test_bytes_against_error_has_the_chosen_factors_of_each_rank_beside_x_itself():
     left, right = compression_picture(FOUND).charts
-    drawn = traces(left)
-    shown = [trace["name"] for trace in json.loads(left.figure)["data"] if trace.get("showlegend", True)]
-    assert shown == ["the SVD's", "float16", "int8", "X itself", "X in float16"]
-    assert drawn["int8"]["x"] == pytest.approx([1.02, 2.04], rel=1e-2)
-    assert drawn["int8"]["y"] == pytest.approx([28.05, 14.025])
-    assert (drawn["X itself"]["x"], drawn["X itself"]["y"]) == ([33, 65], pytest.approx([13.2, 0.73]))
-    assert "int4" in drawn["X itself"]["text"][0]
-    assert drawn["X in float16"]["x"] == [128, 128]
-    met = traces(right)
-    assert {name: met[name]["x"] for name in ("float16", "int8", "sketch")} == {
-        "float16": [30, 90], "int8": [15.5], "sketch": [5]
-    }  # fmt: skip
-    assert met["sketch"]["mode"] == "markers"
-    axis = json.loads(right.figure)["layout"]["xaxis"]
-    assert axis["type"] == "log" and "50" in axis["ticktext"]
+    drawn = {(trace.name, trace.line.dash): trace for trace in left.figure.data}
+    assert [name for (name, _), trace in drawn.items() if trace.showlegend is not False] == [
+        "float16", "int8", "X itself", "X in float16"
+    ]  # fmt: skip
+    int8, control = drawn["int8", "solid"], drawn["X itself", None]
+    assert "sketch" in int8.text[0] and "svd" in drawn["int8", "dot"].text[0]
+    assert int8.x == pytest.approx((1.02, 2.04), rel=1e-2)
+    assert int8.y == pytest.approx((28.05, 14.025))
+    assert (control.x, control.y) == ((33, 65), pytest.approx((13.2, 0.73)))
+    assert "int4" in control.text[0]
+    assert drawn["X in float16", "dash"].x == (128, 128)
+    met = {(trace.name, trace.mode): trace.x for trace in right.figure.data}
+    assert met["float16", "lines+markers"] == (30, 90)
+    assert met["int8", "lines+markers"] == (15.5,)
+    assert met["int8", "markers"] == (5,), "the trained ones"
+    axis = right.figure.layout.xaxis
+    assert axis.type == "log" and "50" in axis.ticktext
 
 
 def test_bytes_against_error_without_a_trained_model_or_without_an_error():
     alone = compression_picture(Compression(tuple(row for row in STORED if not row.trial_id)))
     assert list(traces(alone.charts[0])) == ["float16", "int8", "X itself", "X in float16"]
     exact = compression_picture(Compression(tuple(replace(row, relative_error_mean=0.0) for row in STORED)))
-    assert traces(exact.charts[0])["int8"]["y"] == [1e-3, 1e-3]
+    assert traces(exact.charts[0])["int8"].y == (1e-3, 1e-3)

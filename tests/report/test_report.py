@@ -144,6 +144,7 @@ def test_the_page_says_what_matters_word_for_word(report):
 def test_what_users_write_is_never_markup(report):
     html = report.files.html.read_text(encoding="utf-8")
     assert "<script>alert" not in html and "loss is &lt;nan&gt; in epoch 1" in html
+    assert "<b>r003-sketch-0000</b>" not in html, "nothing in a chart ends the page's script element"
 
 
 @pytest.mark.parametrize("history", ["", "{", '["epoch"]', "3"])

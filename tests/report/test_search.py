@@ -21,14 +21,14 @@ def journal_of(path, complete, pruned=0):
 
 
 def charts(section):
-    return [chart.id for picture in section.pictures for chart in picture.charts]
+    return [chart.name for picture in section.pictures for chart in picture.charts]
 
 
 def test_optuna_draws_the_search_from_its_journal(tmp_path):
     section = search_section(
         journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3), "val_residual_ratio"
     )
-    assert charts(section) == ["chart-coordinates", "chart-importance", "chart-timeline"]
+    assert charts(section) == ["coordinates", "importance", "timeline"]
     (importances,) = section.tables
     assert importances.rows[0][0] == "rank" and float(importances.rows[0][1]) > 0.5
     assert "10 complete, 3 pruned" in section.notes[0]
@@ -36,10 +36,10 @@ def test_optuna_draws_the_search_from_its_journal(tmp_path):
 
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
     few = search_section(journal_of(tmp_path / "few", 4, pruned=9), "val_residual_ratio")
-    assert charts(few) == ["chart-coordinates", "chart-timeline"]
+    assert charts(few) == ["coordinates", "timeline"]
     assert f"needs {LEAST_FOR_IMPORTANCE} complete trials at least, not 4" in few.notes[-1]
     none = search_section(journal_of(tmp_path / "none", 0, pruned=2), "val_residual_ratio")
-    assert charts(none) == ["chart-timeline"]
+    assert charts(none) == ["timeline"]
     absent = search_section(tmp_path / "absent", "val_residual_ratio")
     assert charts(absent) == [] and "No search journal" in absent.notes[0]
     (tmp_path / "torn").write_text('{"op_code": 0, "worker')
