@@ -209,6 +209,11 @@ class FamiliesSpec(Section):
     refined: RefinedSpace | None = None
     """A basis sharpened by a learned filter, B in closed form; nothing after it, and it has its defaults."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _nothing_after_it(cls, own: Any) -> Any:
+        return {} if own is None else own
+
     @model_validator(mode="after")
     def _at_least_one(self) -> FamiliesSpec:
         if not self.chosen():

@@ -6,6 +6,7 @@ dates, merges and aliases of what a study file means as words.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +23,29 @@ KeyPath = tuple[str | int, ...]
 _DEEPEST = 20
 _STANDARD_TAG = "tag:yaml.org,2002:"
 # Dates, `<<` and `=` are words here: a study file has no dates, and merging needs aliases.
-_TAGS = {
-    _STANDARD_TAG + kind
-    for kind in ("map", "seq", "null", "bool", "int", "float", "str", "timestamp", "merge", "value")
-}
+_TAGS = ("map", "seq", "null", "bool", "int", "float", "str", "timestamp", "merge", "value")
 _UNQUOTED = "a value that begins with {} needs quotes"
 _NO_ALIAS = "`*{0}` is an alias, which study files do not have: write the value out, or quote it if it begins with *"
 _NO_ANCHOR = "`&{0}` is an anchor, which study files do not have: remove it, or quote the value if it begins with &"
+_INDENTATION = "the indentation fits none of the lines above"
+# What ruamel says, and what it means to someone who does not know YAML's grammar; True where the fault begins at the
+# context: the parser noticed it lines later.
+_SYNTAX = (
+    ("expected ',' or '(.)'", "the {} that closes what opens here is missing, or a comma before it", True),
+    ("scanning an (alias|anchor)", _UNQUOTED.format("* or &"), False),
+    ("quoted scalar.*end of stream", "the quote that opens here is never closed", True),
+    (r"found character '\\t'", "a tab where YAML wants spaces: indent with spaces", False),
+    ("found character (.*) that", _UNQUOTED, False),
+    (
+        "mapping values are not",
+        "a `:` that cannot stand here: quote the value before it, or correct the indentation",
+        False,
+    ),
+    ("expected (<block end>|'<document start>')", _INDENTATION, False),
+    ("could not find expected ':'", "`key: value` is expected", True),
+    ("unknown escape character", "a backslash between double quotes is an escape: use single quotes", False),
+    ("found another document", "a second document begins here: a study file holds one", False),
+)
 _NUMBERS = YAML(typ="safe", pure=True).constructor
 
 
@@ -72,7 +89,7 @@ class Document:
         self.places.setdefault(path, place)
         if node is None:
             return None
-        if str(node.tag) not in _TAGS:
+        if str(node.tag).removeprefix(_STANDARD_TAG) not in _TAGS:
             reason: str | None = f"the tag {node.tag} is not one for study files: remove it"
             value: Any = None
         elif isinstance(node, MappingNode):
@@ -109,10 +126,9 @@ class Document:
         if not equals or not all(path):
             self.add((), "key.path=value is expected, such as training.epochs=5", place)
             return
-        try:
-            node = compose(text)
-        except NotYamlError as error:
-            self.problems += [(place, reason) for _, reason in error.found]
+        node, wrong = compose(text)
+        if wrong:
+            self.problems += [(place, reason) for _, reason in wrong]
             return
         mapping: dict[str, Any] = self.value
         for depth, part in enumerate(path[:-1], start=1):
@@ -128,14 +144,6 @@ class Document:
         for known in [known for known in self.places if known[: len(path)] == path]:
             del self.places[known]
         mapping[path[-1]] = self.read(node, path, lambda _: place)
-
-    def fill_empty_families(self) -> None:
-        """Give a family with nothing after it an empty mapping: it is meant with its defaults."""
-        families: Any = self.value
-        for key in ("search", "space", "families"):
-            families = families.get(key) if isinstance(families, dict) else None
-        if isinstance(families, dict):
-            families.update({family: {} for family, own in families.items() if own is None})
 
 
 def _scalar(node: Node) -> tuple[Any, str | None]:
@@ -156,16 +164,8 @@ def _scalar(node: Node) -> tuple[Any, str | None]:
     return text, None
 
 
-class NotYamlError(Exception):
-    """A text is not YAML, or uses what study files do without: lines, from 1, each with its reason."""
-
-    def __init__(self, *found: tuple[int, str]) -> None:
-        super().__init__(found)
-        self.found = found
-
-
-def compose(text: str) -> Node | None:
-    """The nodes of one YAML document without anchors, aliases, other YAML versions and endless nesting."""
+def compose(text: str) -> tuple[Node | None, list[tuple[int, str]]]:
+    """The nodes of one YAML document; or what is wrong with it, or what study files do without, each with its line."""
     found, depth = [], 0
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
@@ -180,46 +180,16 @@ def compose(text: str) -> Node | None:
                 found.append((line, _NO_ALIAS.format(event.anchor)))
             elif isinstance(event, CollectionStartEvent | ScalarEvent) and event.anchor:
                 found.append((line, _NO_ANCHOR.format(event.anchor)))
-        if found:
-            raise NotYamlError(*found)
-        root: Node | None = YAML(typ="safe", pure=True).compose(text)
-        return root
+        return (None if found else YAML(typ="safe", pure=True).compose(text)), found
+    except ReaderError as error:
+        line, character = text.count("\n", 0, error.position) + 1, text[error.position : error.position + 1]
+        return None, [(line, f"character {character!a} cannot stand in YAML: remove it")]
+    except MarkedYAMLError as error:
+        said = f"{error.context or ''}: {error.problem or ''}"
+        for pattern, reason, at_context in _SYNTAX:
+            if told := re.search(pattern, said):
+                mark = error.context_mark if at_context else error.problem_mark
+                return None, [(mark.line + 1, reason.format(*told.groups()))]
+        return None, [(error.problem_mark.line + 1 if error.problem_mark else 1, f"not YAML: {said}")]
     except YAMLError as error:
-        raise NotYamlError(_syntax_reason(error, text)) from None
-
-
-def _syntax_reason(error: YAMLError, text: str) -> tuple[int, str]:
-    """A syntax error's line, and what it means to someone who does not know YAML's grammar."""
-    if isinstance(error, ReaderError):
-        character = text[error.position : error.position + 1]
-        return text.count("\n", 0, error.position) + 1, f"character {character!a} cannot stand in YAML: remove it"
-    if not isinstance(error, MarkedYAMLError):
-        return 1, f"not YAML: {' '.join(str(error).split())}"
-    problem, context, mark = error.problem or "", error.context or "", error.problem_mark
-    if problem.startswith(("expected ',' or", "found unexpected end", "could not find expected ':'")):
-        # What is wrong begins where the context does; the parser noticed it lines later.
-        mark = error.context_mark
-    line = mark.line + 1 if mark else 1
-    if problem.startswith("expected ',' or"):
-        return line, f"the {problem[17]} that closes what opens here is missing, or a comma before it"
-    if "alias" in context or "anchor" in context:
-        return line, _UNQUOTED.format("* or &")
-    if "quoted scalar" in context and "end of stream" in problem:
-        return line, "the quote that opens here is never closed"
-    for beginning, reason in _SYNTAX.items():
-        if problem.startswith(beginning):
-            return line, reason.format(*problem.split()[2:3])
-    return line, f"not YAML: {', '.join(part for part in (context, problem) if part)}"
-
-
-_SYNTAX = {
-    "found character '\\t'": "a tab where YAML wants spaces: indent with spaces",
-    "found character": _UNQUOTED,
-    "mapping values are not allowed here": "a `:` that cannot stand here: quote the value before it, or correct the "
-    "indentation",
-    "expected <block end>": "the indentation fits none of the lines above",
-    "expected '<document start>'": "the indentation fits none of the lines above",
-    "could not find expected ':'": "`key: value` is expected",
-    "found unknown escape character": "a backslash between double quotes is an escape: use single quotes",
-    "but found another document": "a second document begins here: a study file holds one",
-}
+        return None, [(1, f"not YAML: {' '.join(str(error).split())}")]

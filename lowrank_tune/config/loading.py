@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from lowrank_tune.config.axes import Section
-from lowrank_tune.config.document import Document, KeyPath, NotYamlError, Place, compose, key_text, one_line
+from lowrank_tune.config.document import Document, KeyPath, Place, compose, key_text, one_line
 from lowrank_tune.config.schema import SOURCES, StudySpec
 from lowrank_tune.errors import StudyFileError
 
@@ -23,6 +24,7 @@ _LARGEST_FILE = 64 * 1024
 _LONGEST_VALUE = 60
 _FORMS = ("uniform", "loguniform", "int", *SOURCES)
 """The one key of a range or a source."""
+_TWO_ENDS = "a range has two ends: [low, high]"
 _LET_GO = (("resources", "fuse"),)
 """Keys of older versions, which their studies' resolved files hold."""
 
@@ -45,11 +47,11 @@ def parse_study(
     text: str, name: str, overrides: Sequence[str] = (), passed_over: Iterable[tuple[str, str]] = ()
 ) -> StudySpec:
     """Read a study file's text, which problems call `name`; keys to be passed over are no problem in it."""
+    node, wrong = compose(text)
+    if wrong:
+        raise StudyFileError([one_line(f"{name}:{line}: {reason}") for line, reason in wrong])
     document = Document()
-    try:
-        document.value = document.read(compose(text), (), lambda line: Place(0, line, f"{name}:{line}"))
-    except NotYamlError as error:
-        raise StudyFileError([one_line(f"{name}:{line}: {reason}") for line, reason in error.found]) from None
+    document.value = document.read(node, (), lambda line: Place(0, line, f"{name}:{line}"))
     if document.value is None:
         raise StudyFileError([f"{name}:1: empty: a study needs name, features.source and search.space.families"])
     if not isinstance(document.value, dict):
@@ -60,7 +62,6 @@ def parse_study(
             document.value[section].pop(key, None)
     for number, override in enumerate(overrides, start=1):
         document.lay_over(Place(number, 0, one_line(f"--set {override}")), override)
-    document.fill_empty_families()
     try:
         spec = StudySpec.model_validate(document.value)
     except ValidationError as error:
@@ -104,7 +105,7 @@ def _explain(details: ErrorDetails, document: Document) -> None:
         for place in context["places"]:
             _add_with_value((*path, *place), context["reason"], document)
     elif details["type"] == "missing" and isinstance(path[-1], int):
-        _add_with_value(path[:-1], "a range has two ends: [low, high]", document)
+        _add_with_value(path[:-1], _TWO_ENDS, document)
     else:
         _add_with_value(path, _unknown_reason(tagged, path) if unknown else _reason(details), document)
 
@@ -122,88 +123,78 @@ def _add_with_value(path: KeyPath, reason: str, document: Document) -> None:
 
 
 def _untagged(loc: tuple[str | int, ...]) -> KeyPath:
-    return tuple(part for part in loc if not _is_tag(part))
+    return tuple(part for part in loc if not (isinstance(part, str) and part.startswith("<")))
 
 
-def _is_tag(part: str | int) -> bool:
-    return isinstance(part, str) and part.startswith("<")
+_REASONS = {
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must not hold control characters",
+    "tuple_type": "a list is expected",
+    "too_short": "the list must not be empty",
+    "too_long": _TWO_ENDS,
+    "finite_number": "must be finite",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "greater_than": "must be above {gt:.15g}",
+    "greater_than_equal": "must be at least {ge:.15g}",
+    "less_than": "must be below {lt:.15g}",
+    "less_than_equal": "must be at most {le:.15g}",
+}
 
 
 def _reason(details: ErrorDetails) -> str:
-    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    kind, value, loc, context = details["type"], details["input"], details["loc"], details.get("ctx", {})
     if kind == "missing":
-        return f"required, but not given{_needed_keys(details['loc'])}"
+        return f"required, but not given{_needed_keys(loc)}"
     if value is None and kind != "literal_error":
-        return f"nothing is given: write a value{_or_default(details['loc'])}"
+        *section, key = _untagged(loc)
+        field = _fields_at(tuple(section)).get(str(key))
+        default = ", or remove the line for the default" if field and not field.is_required() else ""
+        return f"nothing is given: write a value{default}"
     match kind:
         case "int_type" | "int_from_float" | "float_type":
-            return _number_reason(kind, value, details["loc"])
+            return _number_reason(kind, value, loc)
         case "string_type":
             return "text is expected" + (": put it in quotes" if isinstance(value, int | float) else "")
-        case "string_too_short":
-            return "must not be empty"
-        case "string_pattern_mismatch" if details["loc"] == ("name",):
+        case "string_pattern_mismatch" if loc == ("name",):
             return "letters, digits, - and _ only, beginning with a letter or digit, 63 at most"
-        case "string_pattern_mismatch":
-            return "must not hold control characters"
         case "literal_error":
-            words = ["a count"] if details["loc"][-1] == "<word>" else []
+            words = ["a count"] if loc[-1] == "<word>" else []
             words += re.findall(r"'([^']*)'", context["expected"])
             near = _closest("none" if value is None else str(value), words)
             return f"{' or '.join(filter(None, (', '.join(words[:-1]), words[-1])))} is expected{_did_you_mean(near)}"
         case "model_type":
-            return f"`key: value` lines are expected{_needed_keys(details['loc'])}"
-        case "tuple_type":
-            return "a list is expected"
-        case "too_short":
-            return "the list must not be empty"
-        case "too_long":
-            return "a range has two ends: [low, high]"
-        case "finite_number":
-            return "must be finite"
-        case "multiple_of":
-            return f"must be a multiple of {context['multiple_of']}"
+            return f"`key: value` lines are expected{_needed_keys(loc)}"
         case "range" | "source":
-            keys = list(value) if isinstance(value, dict) else []
-            known = not keys or keys[0] in _FORMS
-            return details["msg"] + ("" if known or len(keys) > 1 else _did_you_mean(_closest(keys[0], _FORMS)))
-        case "less_than" if details["loc"][-1] == "<fraction>":
+            misspelt = isinstance(value, dict) and len(value) == 1 and not value.keys() & set(_FORMS)
+            return details["msg"] + (_did_you_mean(_closest(next(iter(value)), _FORMS)) if misspelt else "")
+        case "less_than" if loc[-1] == "<fraction>":
             return "a fraction must be below 1, and a count is written without a point"
         case _:
-            bounds = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-            broken = [f"must be {word} {context[key]:.15g}" for key, word in bounds.items() if key in context]
-            return " and ".join(broken) or details["msg"]
+            return _REASONS.get(kind, details["msg"]).format(**context)
 
 
 def _number_reason(kind: str, value: Any, loc: tuple[str | int, ...]) -> str:
-    whole = kind != "float_type"
-    expected = "a whole number" if whole else "a number"
+    whole, expected = (False, "a number") if kind == "float_type" else (True, "a whole number")
     if loc[0] == "split":
         whole, expected = False, "a count or a fraction"
-    number = _as_number(value) if isinstance(value, str) else None
-    if isinstance(number, int) or (number is not None and not whole):
-        return f"{expected} is expected: write it without quotes"
     if isinstance(value, float) and value.is_integer():
         return f"{expected} is expected: write {int(value)}"
+    with contextlib.suppress(ValueError):
+        number = float(value if isinstance(value, str) else "nan")
+        if number.is_integer() or not whole and math.isfinite(number):
+            return f"{expected} is expected: write it without quotes"
     forms = ", a list of them or a range" if loc[-1] == "<constant>" else ""
     return f"{expected}{forms} is expected"
-
-
-def _as_number(text: str) -> int | float | None:
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError):
-        return None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _unknown_reason(tagged: tuple[str | int, ...], path: KeyPath) -> str:
     """What an unknown key may have been meant for: a key beside it, or elsewhere; else all that may stand here."""
     key = str(path[-1])
-    known = [name for section in _sections_at(tagged[:-1]) for name in section.model_fields]
+    known = list(_fields_at(tagged[:-1]))
     what = "unknown family" if path[:-1] == ("search", "space", "families") else "unknown key"
-    elsewhere = [name for name in _all_paths(StudySpec) if name.rpartition(".")[2].lower() == key.lower()]
-    close = _closest(key, known) or [name for name in elsewhere if name != key_text(path)]
+    everywhere = [(*place, name) for place, section in _SECTIONS for name in section.model_fields]
+    elsewhere = [key_text(other) for other in everywhere if other[-1].lower() == key.lower() and other != path]
+    close = _closest(key, known) or elsewhere
     return what + (_did_you_mean(close) or (f" (known here: {', '.join(known)})" if known else "; none belong here"))
 
 
@@ -218,38 +209,26 @@ def _did_you_mean(words: Iterable[str]) -> str:
 
 def _needed_keys(loc: tuple[str | int, ...]) -> str:
     """The keys that a section must have, or may have when none is a must."""
-    fields = [item for section in _sections_at(loc) for item in section.model_fields.items()]
-    names = [name for name, field in fields if field.is_required()] or [name for name, _ in fields]
+    fields = _fields_at(loc)
+    names = [name for name, field in fields.items() if field.is_required()] or fields
     return f" ({', '.join(names)})" if names else ""
 
 
-def _or_default(loc: tuple[str | int, ...]) -> str:
-    path = _untagged(loc)
-    fields = [section.model_fields.get(str(path[-1])) for section in _sections_at(path[:-1])]
-    return ", or remove the line for the default" if any(field and not field.is_required() for field in fields) else ""
+def _fields_at(loc: tuple[str | int, ...]) -> dict[str, FieldInfo]:
+    """The keys that may stand in a section, or in the one that the tag at its end chose."""
+    here = [section.model_fields for path, section in _SECTIONS if path == _untagged(loc)]
+    chosen = [fields for fields in here if loc and str(loc[-1]).strip("<>") in fields]
+    return {name: field for fields in chosen or here for name, field in fields.items()}
 
 
-def _sections_at(loc: tuple[str | int, ...]) -> list[type[Section]]:
-    """The sections that may stand at a path, or the one that its last tag chose."""
-    found: list[type[Section]] = [StudySpec]
-    for part in loc:
-        if _is_tag(part):
-            found = [section for section in found if str(part)[1:-1] in section.model_fields]
-        else:
-            fields = [section.model_fields[part] for section in found if part in section.model_fields]
-            found = [section for field in fields for section in _sections_in(field.annotation)]
-    return found
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+def _sections(annotation: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[Section]]]:
+    """Every section within a type, with the keys that lead to it."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
+        yield path, annotation
+        for name, field in annotation.model_fields.items():
+            yield from _sections(field.annotation, (*path, name))
     for part in get_args(annotation):
-        yield from _sections_in(part)
+        yield from _sections(part, path)
 
 
-def _all_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        yield prefix + name
-        for inner in _sections_in(info.annotation):
-            yield from _all_paths(inner, f"{prefix}{name}.")
+_SECTIONS = list(_sections(StudySpec))
