@@ -37,7 +37,7 @@ from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.extract import EncodeImages, plan_extraction
-from lowrank_tune.features.sources import Quarantine, check_shape, hash_files, load_tensor, read_records
+from lowrank_tune.features.sources import hash_files, load_tensor, read_records
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
@@ -135,7 +135,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     contents = read_sealed(Path(extraction.directory), extraction.identity)
     if contents is None or contents.missing(files.paths):
         contents = read_committed(Path(extraction.directory), extraction.identity)
-    Quarantine(files, spec.max_quarantined).check(contents.quarantined)
+    files.check(contents.quarantined, spec.max_quarantined, "features.source", "features.max_quarantined")
     cached = sum(key in contents.rows for key in files.paths)
     usable = sum(key not in contents.quarantined for key in files.paths)
     return {
@@ -178,8 +178,7 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
                 pixels_NHWC = decode_image(path.read_bytes(), size)[None]
                 features_TD, sound = encoder.encode(pixels_NHWC)[0], pixels_NHWC
             else:
-                features_TD = load_tensor(path.read_bytes())
-                check_shape(features_TD, tokens, dim)
+                features_TD = load_tensor(path.read_bytes(), (tokens, dim))
         except (UnusableError, InputError, OSError) as error:
             findings.append(f"{path}: {error}")
             continue

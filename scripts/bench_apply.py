@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
-from lowrank_tune.features.extract import import_tensors
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.features.extract import extract_features
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
 from lowrank_tune.lowrank.pretrained import write_exported
 from lowrank_tune.lowrank.quantization import factor_bytes
@@ -48,7 +49,8 @@ def prepare(home: Path, images: int) -> tuple[Path, str]:
         left = torch.randn(TOKENS, TOKENS, generator=generator) * fall
         x_TD = left @ torch.randn(TOKENS, DIM, generator=generator)
         torch.save(x_TD.half(), tensors / f"features_{number}.pt")
-    return model, import_tensors(tensors, home / "features").directory
+    spec = FeaturesSpec.model_validate({"source": {"tensors": str(tensors)}})
+    return model, extract_features(spec, home / "features", seed=0).directory
 
 
 def bare(model: Path, cache: str) -> float:

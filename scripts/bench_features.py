@@ -213,12 +213,14 @@ def _make_verify_read(tensors: Path, results: Path) -> None:
     """The driver of `bench_memory`, by the library's own functions."""
     import ray
 
+    from lowrank_tune.config.schema import FeaturesSpec
     from lowrank_tune.features.cache import verify_cache
-    from lowrank_tune.features.extract import import_tensors
+    from lowrank_tune.features.extract import extract_features
 
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, log_to_driver=False, configure_logging=False,
              object_store_memory=100_000_000)  # fmt: skip
-    features = import_tensors(tensors, results / "features")
+    spec = FeaturesSpec.model_validate({"source": {"tensors": str(tensors)}})
+    features = extract_features(spec, results / "features", seed=0)
     ray.shutdown()
     if problems := verify_cache(features.directory, full=True):
         raise SystemExit(problems[0])

@@ -89,23 +89,25 @@ def import_directory(
     """Take ready features_N.pt into the cache, each one checked; an import that was cut short is continued."""
     from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.cluster.study_dir import results_directory
-    from lowrank_tune.features.extract import import_tensors
+    from lowrank_tune.config.schema import FeaturesSpec, TensorSource
+    from lowrank_tune.features.extract import extract_features
 
+    source = TensorSource(tensors=str(directory))
+    spec = FeaturesSpec(source=source, store_dtype=store_dtype, max_quarantined=max_quarantined)
     with shown_progress() as progress:
-        features = import_tensors(
-            directory,
+        features = extract_features(
+            spec,
             results_directory(results) / "features",
-            store_dtype=store_dtype,
-            max_quarantined=max_quarantined,
+            seed=0,
             on_progress=progress.images,
             on_note=progress.stage,
             address=address,
         )
     show({"fingerprint": features.fingerprint, **features_facts(features)}, as_json)
     if not as_json:
-        source = json.dumps(str(directory.absolute()))
+        place = json.dumps(str(directory.absolute()))
         dtype = "" if store_dtype == "float16" else f", store_dtype: {store_dtype}"
-        print(f"In a study file, this is    features: {{source: {{tensors: {source}}}{dtype}}}")
+        print(f"In a study file, this is    features: {{source: {{tensors: {place}}}{dtype}}}")
 
 
 @features_app.command("rm", epilog="Example: lowrank-tune features rm 3f9c --yes")

@@ -6,7 +6,6 @@ and what `cache.py` tells; a shard has the tensors that `pack_factors` makes
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,32 +19,28 @@ from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import (
     FACTORS,
-    MANIFEST,
     SOURCES,
     Contents,
     canonical,
     differences,
     fingerprint,
     open_cache,
-    read_manifest,
 )
 from lowrank_tune.features.commits import Identity, UnusableError, layout, stored_as
 from lowrank_tune.features.decoding import read_unchanged
-from lowrank_tune.features.places import Place, is_uri
+from lowrank_tune.features.places import is_uri
 from lowrank_tune.features.remote import find_cache, open_local
 from lowrank_tune.features.shards import Made, Node, Notes, Pool, Progress, Row, ShardJob, ShardPlan, fill
 from lowrank_tune.features.sources import (
-    Quarantine,
+    SourceFiles,
     SourceRecords,
-    check_shape,
     first_shape,
     hash_files,
     load_tensor,
     read_records,
-    too_many,
     write_record_table,
 )
-from lowrank_tune.files import write_durably, write_whole
+from lowrank_tune.files import read_json, write_durably, write_whole
 from lowrank_tune.lowrank.data import open_matrix, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
 from lowrank_tune.lowrank.quantization import STORE_DTYPES
@@ -102,16 +97,18 @@ def apply_decomposer(
         _check_ours(target, job.identity)
         contents = fill(
             job,
-            given.paths,
-            lambda reasons: given.check(reasons, max_quarantined),
+            given.files.paths,
+            lambda quarantined: given.files.check(
+                quarantined, max_quarantined, given.features.directory, "--max-quarantined"
+            ),
             doing="applying a decomposer",
             progress=on_progress,
             note=on_note,
             address=address,
             claim=lambda note: _claim(target, job.identity),
-            accept=lambda contents: given.check_keys(target, contents),
+            accept=lambda contents: _check_keys(target, given, contents),
         )
-        given.write_records(target, contents.quarantined)
+        _write_records(target, given, contents.quarantined)
         return open_cache(target)
     except OSError as error:
         raise InputError(f"{target}: cannot hold the factors ({error}); free it, or choose another folder") from error
@@ -123,44 +120,13 @@ class Given:
 
     Attributes:
         features: what they are; those of tensors have no rows.
-        paths: key -> file, of every image that can be read, in order; None for those of a cache.
-        source: the records of tensors, and how many of those may be quarantined.
+        files: the images that can be read, in order; those of a cache have no paths.
+        records: those of tensors; None for a cache.
     """
 
     features: FeatureSet
-    paths: Mapping[str, Path | None]
-    source: tuple[SourceRecords, Quarantine] | None = None
-
-    def check(self, reasons: Mapping[str, str], limit: float) -> None:
-        """Compare the images that cannot be used with the fraction that may be; an InputError where they are more."""
-        broken = [f"{self.paths[key] or key[:16]}: {reason}" for key, reason in reasons.items() if key in self.paths]
-        total = len(self.paths)
-        if self.source:
-            files = self.source[1].files
-            unread = [f"{path}: {error}" for path, error in zip(files.records, files.errors, strict=True) if error]
-            broken, total = unread + broken, total + len(unread)
-        if (shown := too_many(broken, total, limit)) is not None:
-            raise InputError(
-                f"{self.features.directory}: {len(broken)} of {total} images cannot be decomposed, more than "
-                f"--max-quarantined {limit:g} allows: {'; '.join(shown)}"
-            )
-
-    def check_keys(self, target: Path, contents: Contents) -> None:
-        """Refuse, as an InputError, factors of images that are none of those given."""
-        if strange := sum(key not in self.paths for key in (*contents.rows, *contents.quarantined)):
-            raise InputError(
-                f"{target}: holds {strange} images that {self.features.directory} has not, so it belongs to other "
-                "features; name a new folder"
-            )
-
-    def write_records(self, target: Path, reasons: Mapping[str, str]) -> None:
-        """Write down which record each image is of: those of the tensors, or the table of the cache."""
-        table = Path(self.features.records_path)
-        if self.source:
-            records, quarantine = self.source
-            write_record_table(target, records, quarantine.files.keys, quarantine.errors(reasons))
-        elif table.is_file() and not (copy := target / SOURCES / table.name).exists():
-            write_whole(copy, lambda partial: shutil.copyfile(table, partial))
+    files: SourceFiles
+    records: SourceRecords | None = None
 
 
 def find_given(name: str, results: str | Path | None) -> Given:
@@ -179,9 +145,11 @@ def find_given(name: str, results: str | Path | None) -> Given:
         # It says no more than what they are, for their bytes are their keys.
         mark = fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim})
         features = FeatureSet(str(directory), mark, "imported tensors", "unknown", "", tokens, dim, (), "")
-        return Given(features, files.paths, (records, Quarantine(files, 1)))
+        return Given(features, files, records)
     features = open_local(find_cache(results, str(directory.absolute()) if is_folder else name))
-    return Given(features, dict.fromkeys(row.key for row in features.rows))
+    keys = tuple(row.key for row in features.rows)
+    nothing = (None,) * len(keys)
+    return Given(features, SourceFiles(keys, nothing, nothing, dict.fromkeys(keys)))
 
 
 def _plan(
@@ -208,7 +176,7 @@ def _plan(
         )
     identity = factors_identity(model, rank, features, store_dtype)
     encoder = f"{model.family} of rank {rank} on {features.encoder}"
-    place = "" if given.source else features.origin or features.directory
+    place = "" if given.records else features.origin or features.directory
     return given, Decompose(str(target), identity, encoder, features.weights, str(model.directory), place, device)
 
 
@@ -241,25 +209,39 @@ def _check_ours(target: Path, identity: Identity) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file; name a folder")
-    if (target / MANIFEST).exists():
-        found = read_manifest(Place(target))["identity"]
-    else:
-        try:
-            found = json.loads((target / IDENTITY).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            found = None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{target / IDENTITY}: cannot be read ({error}); remove the folder") from error
-    if not isinstance(found, dict):
+    try:
+        differ = differences(identity, read_json(target / IDENTITY))
+    except FileNotFoundError:
         if others := sorted(path.name for path in target.iterdir() if not path.name.startswith(".tmp-")):
             raise InputError(
                 f"{target}: holds something else ({', '.join(others[:3])}), and is left alone; name a new one"
+            ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{target / IDENTITY}: cannot be read ({error}); remove the folder") from error
+    else:
+        if differ:
+            raise InputError(
+                f"{target}: belongs to another model, other features or another dtype ({'; '.join(differ[:3])}); "
+                "name a new folder"
             )
-    elif differ := differences(identity, found):
+
+
+def _check_keys(target: Path, given: Given, contents: Contents) -> None:
+    """Refuse, as an InputError, factors of images that are none of those given."""
+    if strange := sum(key not in given.files.paths for key in (*contents.rows, *contents.quarantined)):
         raise InputError(
-            f"{target}: belongs to another model, other features or another dtype ({'; '.join(differ[:3])}); "
-            "name a new folder"
+            f"{target}: holds {strange} images that {given.features.directory} has not, so it belongs to other "
+            "features; name a new folder"
         )
+
+
+def _write_records(target: Path, given: Given, quarantined: Mapping[str, str]) -> None:
+    """Write down which record each image is of: those of the tensors, or the table of the cache."""
+    table = Path(given.features.records_path)
+    if given.records:
+        write_record_table(target, given.records, given.files.keys, given.files.errors(quarantined))
+    elif table.is_file() and not (copy := target / SOURCES / table.name).exists():
+        write_whole(copy, lambda partial: shutil.copyfile(table, partial))
 
 
 @dataclass(frozen=True)
@@ -300,8 +282,7 @@ class Decompose(ShardJob):
             if matrix is not None:
                 x_TD = matrix.load([rows[key]])[0]
             else:
-                x_TD = load_tensor(read_unchanged(Path(plan.paths[place]), key)).float()
-                check_shape(x_TD, model.tokens, model.dim)
+                x_TD = load_tensor(read_unchanged(Path(plan.paths[place]), key), (model.tokens, model.dim)).float()
             if not torch.isfinite(x_TD).all():
                 raise UnusableError("the features hold NaN or infinite values")
             return x_TD

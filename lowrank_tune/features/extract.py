@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lowrank_tune.config.schema import FeaturesSpec, TensorSource
 from lowrank_tune.errors import InputError
@@ -31,9 +31,7 @@ from lowrank_tune.features.shards import (
     shown,
 )
 from lowrank_tune.features.sources import (
-    Quarantine,
     SourceRecords,
-    check_shape,
     first_shape,
     hash_files,
     load_tensor,
@@ -106,18 +104,18 @@ def extract_features(
         records = read_records(spec.source, cache_root, seed)
         files = hash_files(records)
         job = plan_extraction(spec, cache_root, records)
-        quarantine, directory = Quarantine(files, spec.max_quarantined), Path(job.directory)
+        directory, limit = Path(job.directory), spec.max_quarantined
         contents = fill(
             job,
             files.paths,
-            quarantine.check,
+            lambda quarantined: files.check(quarantined, limit, "features.source", "features.max_quarantined"),
             doing="extracting",
             progress=on_progress,
             note=on_note,
             address=address,
             claim=lambda note: _explain(job, note),
         )
-        errors = quarantine.errors(contents.quarantined)
+        errors = files.errors(contents.quarantined)
         return FeatureSet(
             directory=job.directory,
             fingerprint=directory.name,
@@ -151,25 +149,6 @@ def _explain(job: ShardJob, note: Notes) -> None:
     if name:
         more = f"; and {len(differ) - FIELDS_SHOWN} more" if len(differ) > FIELDS_SHOWN else ""
         note(f"cache {directory.name} is new; {name} was made differently: {'; '.join(differ[:FIELDS_SHOWN])}{more}")
-
-
-def import_tensors(
-    directory: Path,
-    cache_root: Path,
-    *,
-    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
-    max_quarantined: float = 0.05,
-    on_progress: Progress | None = None,
-    on_note: Notes | None = None,
-    address: str | None = None,
-) -> FeatureSet:
-    """Take ready features into the cache that a study with `source: {tensors: directory}` looks in.
-
-    `directory` has `features_N.pt`, one tensor [T, D] each; see `extract_features` for the rest.
-    """
-    source = TensorSource(tensors=str(directory))
-    spec = FeaturesSpec(source=source, store_dtype=store_dtype, max_quarantined=max_quarantined)
-    return extract_features(spec, cache_root, seed=0, on_progress=on_progress, on_note=on_note, address=address)
 
 
 def known_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[str, list[str]]:
@@ -245,10 +224,10 @@ class ImportTensors(ShardJob):
 
         def make(plan: ShardPlan, row: Row) -> Made:
             keys, tensors, quarantined = [], [], []
+            shape = self.identity["tokens"], self.identity["dim"]
             for key, path in zip(plan.keys, plan.paths, strict=True):
                 try:
-                    tensor = load_tensor(read_unchanged(Path(path), key))
-                    check_shape(tensor, self.identity["tokens"], self.identity["dim"])
+                    tensor = load_tensor(read_unchanged(Path(path), key), shape)
                     tensors.append(to_stored(tensor, self.identity["store_dtype"]))
                     keys.append(key)
                 except UnusableError as error:

@@ -228,12 +228,34 @@ def photograph_paths() -> list[Path]:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source."""
+    """The files of a source, or the images of a cache, which have keys alone."""
 
     keys: tuple[str | None, ...]  # sha256 of each record's file, None where it cannot be read
-    errors: tuple[str | None, ...]  # why not, None where it can
+    unread: tuple[str | None, ...]  # why not, None where it can
     records: tuple[Path | None, ...]
-    paths: dict[str, Path]  # key -> one file that has it, in the order of the records
+    paths: Mapping[str, Path | None]  # key -> one file that has it, in the order of the records
+
+    def errors(self, quarantined: Mapping[str, str]) -> list[str | None]:
+        """Why each record has no features, with what is known of keys; None for those that have or may have."""
+        return [
+            error if key is None else quarantined.get(key) for key, error in zip(self.keys, self.unread, strict=True)
+        ]
+
+    def check(self, quarantined: Mapping[str, str], limit: float, source: str, option: str) -> None:
+        """Refuse, as an InputError, where more than the fraction `limit` of all records, or every one, has no image."""
+        errors = self.errors(quarantined)
+        named = zip(self.records, self.keys, errors, strict=True)
+        broken = [f"{path or (key or 'a record')[:16]}: {error}" for path, key, error in named if error]
+        if len(broken) <= limit * len(errors) and len(broken) < len(errors):
+            return
+        shown = broken[:_REASONS_SHOWN]
+        if len(broken) > len(shown):
+            shown.append(f"and {len(broken) - len(shown)} more")
+        listed = "\n  ".join(shown)
+        raise InputError(
+            f"{source}: {len(broken)} of {len(errors)} files cannot be used, {option} = {limit:g} allows "
+            f"{int(limit * len(errors))}:\n  {listed}\nCorrect or remove them, or raise {option}."
+        )
 
 
 def hash_files(records: SourceRecords) -> SourceFiles:
@@ -249,45 +271,12 @@ def hash_files(records: SourceRecords) -> SourceFiles:
             return None, getattr(error, "strerror", None) or str(error)
 
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        keys, errors = zip(*threads.map(digest, records.paths), strict=True)
-    paths: dict[str, Path] = {}
+        keys, unread = zip(*threads.map(digest, records.paths), strict=True)
+    paths: dict[str, Path | None] = {}
     for key, path in zip(keys, records.paths, strict=True):
-        if key is not None and path is not None:
+        if key is not None:
             paths.setdefault(key, path)
-    return SourceFiles(keys, errors, records.paths, paths)
-
-
-class Quarantine:
-    """Which records have no usable image, and how many may: `limit` is a fraction of all records."""
-
-    def __init__(self, files: SourceFiles, limit: float) -> None:
-        self.files, self.limit = files, limit
-
-    def errors(self, reasons: Mapping[str, str]) -> list[str | None]:
-        """Why each record has no features, with what is known of keys; None for those that have or may have."""
-        files = self.files
-        return [error if key is None else reasons.get(key) for key, error in zip(files.keys, files.errors, strict=True)]
-
-    def check(self, reasons: Mapping[str, str]) -> None:
-        """Refuse where the limit is exceeded, or no record is left."""
-        errors = self.errors(reasons)
-        named = zip(self.files.records, errors, strict=True)
-        broken = [f"{path or 'a record'}: {error}" for path, error in named if error]
-        if (shown := too_many(broken, len(errors), self.limit)) is not None:
-            listed = "\n  ".join(shown)
-            raise InputError(
-                f"features.source: {len(broken)} of {len(errors)} files cannot be used, "
-                f"features.max_quarantined = {self.limit:g} allows {int(self.limit * len(errors))}:\n  {listed}\n"
-                "Correct or remove them, or raise features.max_quarantined."
-            )
-
-
-def too_many(broken: Sequence[str], total: int, limit: float) -> list[str] | None:
-    """The first reasons and how many more, where more than the fraction `limit` is broken or none is sound; or None."""
-    if len(broken) <= limit * total and len(broken) < total:
-        return None
-    more = len(broken) - _REASONS_SHOWN
-    return [*broken[:_REASONS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+    return SourceFiles(keys, unread, records.paths, paths)
 
 
 def write_record_table(
@@ -317,8 +306,8 @@ def write_record_table(
     return path
 
 
-def load_tensor(data: bytes) -> torch.Tensor:
-    """Load one floating tensor [T, D] from a file's bytes, nothing of which is executed.
+def load_tensor(data: bytes, shape: tuple[int, int] | None = None) -> torch.Tensor:
+    """Load one floating tensor [T, D], of this shape where one is given, from a file; nothing in it is executed.
 
     Raises:
         UnusableError: the file holds anything else, or would have to be unpickled.
@@ -339,13 +328,9 @@ def load_tensor(data: bytes) -> torch.Tensor:
         raise UnusableError("holds a sparse or nested tensor, not a dense one; save it again as [tokens, dim]")
     if content.ndim != 2 or not content.is_floating_point() or 0 in content.shape:
         raise UnusableError(f"holds {_describe(content)}, not floating [tokens, dim]")
+    if shape and tuple(content.shape) != shape:
+        raise UnusableError(f"holds {_describe(content)}; the first usable file has {list(shape)}")
     return content.detach()
-
-
-def check_shape(tensor: torch.Tensor, tokens: int, dim: int) -> None:
-    """Refuse, as an UnusableError, a tensor of another shape than the cache has."""
-    if tuple(tensor.shape) != (tokens, dim):
-        raise UnusableError(f"holds {_describe(tensor)}; the first usable file has [{tokens}, {dim}]")
 
 
 def first_shape(paths: Iterable[Path | None]) -> tuple[int, int]:

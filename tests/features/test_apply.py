@@ -14,9 +14,10 @@ from factorkit import DIM, RANK, TOKENS, write_model, write_tensors
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
 from lowrank_tune.cli import run
+from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import verify_cache
-from lowrank_tune.features.extract import import_tensors
+from lowrank_tune.features.extract import extract_features
 from lowrank_tune.lowrank.data import FactorMatrix
 from lowrank_tune.lowrank.quantization import factor_bytes, ordered, restored_factors
 
@@ -26,37 +27,24 @@ FEW = 70
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(tmp_path_factory):
     """Two shards of images."""
     return write_tensors(tmp_path_factory.mktemp("few") / "tensors", range(FEW))
 
 
 @pytest.fixture(scope="module")
-def out(model: Path, few: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def out(model, few, tmp_path_factory, ray_cluster):
     out = tmp_path_factory.mktemp("applied") / "factors"
     apply_decomposer(model, few, out, store_dtype="float32")
     return out
 
 
-def originals(few: Path, out: Path) -> torch.Tensor:
-    """The tensors in the order of the factors, by the table that tells which file each key is."""
-    matrix = open_features(out)
-    table = pd.read_parquet(matrix.features.records_path).set_index("key")
-    return torch.stack([torch.load(table.path[row.key], weights_only=True) for row in matrix.features.rows])
-
-
-def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Exit code and stderr."""
-    capsys.readouterr()
-    code = run([str(argument) for argument in arguments])
-    return code, capsys.readouterr().err
-
-
-def test_what_is_stored_is_what_the_decomposer_gives(model: Path, few: Path, out: Path) -> None:
+def test_what_is_stored_is_what_the_decomposer_gives(model, few, out):
     matrix = open_features(out)
     assert isinstance(matrix, FactorMatrix)
     assert (len(matrix), matrix.tokens, matrix.dim, matrix.rank) == (FEW, TOKENS, DIM, RANK)
-    x_NTD = originals(few, out)
+    table = pd.read_parquet(matrix.features.records_path).set_index("key")
+    x_NTD = torch.stack([torch.load(table.path[row.key], weights_only=True) for row in matrix.features.rows])
     a_NTR, b_NRD = load_decomposer(model)(x_NTD)
     found = matrix.factors(range(FEW))
     torch.testing.assert_close(found.a_NTR, a_NTR.detach(), rtol=1e-5, atol=1e-5)
@@ -68,30 +56,25 @@ def test_what_is_stored_is_what_the_decomposer_gives(model: Path, few: Path, out
     assert manifest["features"] and (manifest["rank"], manifest["store_dtype"]) == (RANK, "float32")
 
 
-def test_factors_in_few_bits_are_read_back_as_they_were_rounded(
-    model: Path, few: Path, out: Path, tmp_path: Path
-) -> None:
-    dtype = "int4"
-    features = apply_decomposer(model, few, tmp_path / "factors", store_dtype=dtype)
+def test_factors_in_few_bits_are_read_back_as_they_were_rounded(model, few, out, tmp_path):
+    features = apply_decomposer(model, few, tmp_path / "factors", store_dtype="int4")
     assert verify_cache(tmp_path / "factors", full=True) == []
     exact, found = open_features(out), open_features(tmp_path / "factors")
     assert [row.key for row in features.rows] == [row.key for row in exact.features.rows]
     # What the comparison of bytes and error measures is what lies on the disk.
-    expected = restored_factors(ordered(exact.factors(range(FEW))), dtype)
+    expected = restored_factors(ordered(exact.factors(range(FEW))), "int4")
     products = [factors.a_NTR @ factors.b_NRD for factors in (found.factors(range(FEW)), expected)]
     torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.load(range(FEW)), products[0])
     shards = (tmp_path / "factors" / "shards").iterdir()
-    bytes_an_image = factor_bytes(TOKENS, DIM, RANK, dtype)
+    bytes_an_image = factor_bytes(TOKENS, DIM, RANK, "int4")
     assert 0 <= sum(shard.stat().st_size for shard in shards) - FEW * bytes_an_image < 2000
 
 
-def test_a_cache_gives_what_its_tensors_give_under_its_name_path_or_address(
-    model: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = tmp_path / "results"
-    features = import_tensors(few, results / "features", store_dtype="float32")
-    target = tmp_path / "factors"
+def test_a_cache_gives_what_its_tensors_give_under_its_name_path_or_address(model, few, tmp_path, capsys):
+    results, target = tmp_path / "results", tmp_path / "factors"
+    spec = FeaturesSpec.model_validate({"source": {"tensors": str(few)}, "store_dtype": "float32"})
+    features = extract_features(spec, results / "features", seed=0)
     for name in (features.fingerprint[:6], features.directory, Path(features.directory).as_uri()):
         capsys.readouterr()
         assert run(["apply", str(model), name, str(target), "--results", str(results), "--json"]) == 0
@@ -99,16 +82,14 @@ def test_a_cache_gives_what_its_tensors_give_under_its_name_path_or_address(
         assert (facts["images"], facts["rank"], facts["dtype"]) == (FEW, RANK, "float16")
         assert json.loads((target / "manifest.json").read_text())["identity"]["features"] == features.fingerprint
     matrix, cache = open_features(target), open_features(features.directory)
-    assert {row.key for row in matrix.features.rows} == {row.key for row in cache.features.rows}
-    x_NTD = cache.load([[row.key for row in cache.features.rows].index(matrix.features.rows[7].key)])
-    a_NTR, b_NRD = load_decomposer(model)(x_NTD)
+    places = {row.key: place for place, row in enumerate(cache.features.rows)}
+    assert {row.key for row in matrix.features.rows} == places.keys()
+    a_NTR, b_NRD = load_decomposer(model)(cache.load([places[matrix.features.rows[7].key]]))
     torch.testing.assert_close(matrix.load([7]), (a_NTR @ b_NRD).detach(), rtol=0.01, atol=0.01)
     assert Path(matrix.features.records_path).read_bytes() == Path(cache.features.records_path).read_bytes()
 
 
-def test_factors_are_features_of_a_nested_model_that_gives_any_of_its_ranks_and_no_other(
-    out: Path, tmp_path: Path
-) -> None:
+def test_factors_are_features_of_a_nested_model_that_gives_any_of_its_ranks_and_no_other(out, tmp_path):
     nested, exact = write_model(tmp_path / "nested", nested=(2, RANK)), open_features(out)
     features = apply_decomposer(nested, out, tmp_path / "again", rank=2, store_dtype="float32")
     assert features.rank == 2
@@ -120,7 +101,7 @@ def test_factors_are_features_of_a_nested_model_that_gives_any_of_its_ranks_and_
         apply_decomposer(nested, out, tmp_path / "other", rank=3)
 
 
-def test_what_is_done_is_not_done_again_and_starts_no_ray(model: Path, few: Path, out: Path) -> None:
+def test_what_is_done_is_not_done_again_and_starts_no_ray(model, few, out):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     command = [sys.executable, "-m", "lowrank_tune", "apply", str(model), str(few), str(out), "--dtype", "float32"]
     dead = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
@@ -129,42 +110,42 @@ def test_what_is_done_is_not_done_again_and_starts_no_ray(model: Path, few: Path
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_broken_files_are_quarantined_each_with_its_reason_and_more_files_are_gone_on_with(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_files_are_quarantined_each_with_its_reason_and_more_files_are_gone_on_with(model, tmp_path):
     folder, target = write_tensors(tmp_path / "tensors", range(8)), tmp_path / "factors"
     torch.save(torch.full((TOKENS, DIM), float("nan")), folder / "features_1.pt")
     torch.save({"features": torch.ones(TOKENS, DIM)}, folder / "features_2.pt")
     torch.save(print, folder / "features_3.pt")
-    code, err = told(capsys, "apply", model, folder, target)
-    assert code == 2 and err.count("\n") == 1 + err.count("images (")
-    assert "3 of 8 images cannot be decomposed, more than --max-quarantined 0.05 allows" in err
-    assert "features_1.pt: the features hold NaN" in err and "features_3.pt: needs pickle" in err
+    with pytest.raises(InputError, match=r"3 of 8 files cannot be used, --max-quarantined = 0.05 allows 0:") as error:
+        apply_decomposer(model, folder, target)
+    for reason in ("features_1.pt: the features hold NaN", "features_3.pt: needs pickle"):
+        assert reason in str(error.value)
     features = apply_decomposer(model, folder, target, max_quarantined=0.5)
     assert (len(features.rows), features.quarantined) == (5, 3)
-    errors = pd.read_parquet(features.records_path).error.tolist()
-    assert [isinstance(error, str) for error in errors] == [False, True, True, True, False, False, False, False]
+    errors = pd.read_parquet(features.records_path).error
+    assert errors.notna().tolist() == [False, True, True, True, False, False, False, False]
     before = snapshot(target / "shards")
     write_tensors(folder, range(8, 12))
     assert len(apply_decomposer(model, folder, target, max_quarantined=0.5).rows) == 9
     assert before.items() < snapshot(target / "shards").items()
 
 
-def test_what_does_not_fit_is_refused_in_one_line(
-    model: Path, few: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(model, few, out, tmp_path, capsys):
     other_shape = write_tensors(tmp_path / "shape", range(2), (TOKENS, DIM + 1))
     other_images = write_tensors(tmp_path / "images", range(1000, 1003))
     other_model = write_model(tmp_path / "other", seed=2)
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
+    foreign, begun, garbled = (tmp_path / name for name in ("foreign", "begun", "garbled"))
+    for folder in (foreign, begun, garbled, tmp_path / "nothing"):
+        folder.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
-    (tmp_path / "nothing").mkdir()
+    (begun / "identity.json").write_bytes((out / "identity.json").read_bytes())
+    (garbled / "identity.json").write_text("[]")
     new = tmp_path / "new"
     for arguments, reason in [
         ((model, other_shape, new), f"images of [16, {DIM + 1}], but {model} takes [16, {DIM}]"),
         ((model, other_images, out, "--dtype", "float32"), f"holds {FEW} images that {other_images} has not"),
         ((other_model, few, out, "--dtype", "float32"), "belongs to another model, other features or another dtype"),
+        ((other_model, few, begun, "--dtype", "float32"), "belongs to another model"),
+        ((model, few, garbled), "identity.json: cannot be read"),
         ((model, few, out, "--dtype", "int8"), "store_dtype: expected 'int8', found 'float32'"),
         ((model, few, foreign), "holds something else (thesis.tex), and is left alone"),
         ((model, few, foreign / "thesis.tex"), "is a file; name a folder"),
@@ -175,16 +156,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ((model, few, new, "--device", "cuda"), "the Ray cluster has no GPU"),
         ((model, few, "s3://bucket/factors"), "only local and mounted paths"),
     ]:
-        code, err = told(capsys, "apply", "--quiet", *arguments)
-        assert code == 2, (arguments, err)
-        assert reason in err
-        assert err.startswith("error: ") and err.count("\n") == 1, err
+        capsys.readouterr()
+        code = run(["apply", "--quiet", *map(str, arguments)])
+        err = capsys.readouterr().err
+        assert (code, err.count("\n")) == (2, 1) and err.startswith("error: ") and reason in err, (arguments, err)
     assert (foreign / "thesis.tex").read_text() == "years of work"
-
-
-def test_an_unsealed_folder_of_another_model_is_not_added_to(few: Path, out: Path, tmp_path: Path) -> None:
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    (begun / "identity.json").write_bytes((out / "identity.json").read_bytes())
-    with pytest.raises(InputError, match="belongs to another model"):
-        apply_decomposer(write_model(tmp_path / "other", seed=2), few, begun, store_dtype="float32")

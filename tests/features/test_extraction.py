@@ -197,7 +197,7 @@ def test_ready_tensors_are_imported_in_numeric_order_and_unusable_ones_quarantin
     folder, root = tmp_path / "feature_cache_real", tmp_path / "features"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    contents = [torch.randn(6, 10, generator=generator) for _ in range(12)]
+    contents = [torch.randn(6, 10, generator=generator) for _ in range(13)]
     spoilt = {
         1: (torch.zeros(6, 10).fill_(float("nan")), "NaN"),
         2: (torch.zeros(5, 10), "float32 [5, 10]; the first usable file has [6, 10]"),
@@ -205,18 +205,22 @@ def test_ready_tensors_are_imported_in_numeric_order_and_unusable_ones_quarantin
         4: ({"features": torch.zeros(6, 10)}, "a dict, not one tensor"),
         5: (pd.DataFrame({"a": [1]}), "needs pickle"),
         6: (torch.zeros(6, 10, dtype=torch.int64), "int64 [6, 10], not floating"),
+        12: (
+            torch.eye(6, 10).to_sparse(),
+            "a sparse or nested tensor, not a dense one; save it again as [tokens, dim]",
+        ),
     }
     for number, tensor in enumerate(contents):
         torch.save(spoilt[number][0] if number in spoilt else tensor, folder / f"features_{number}.pt")
     (folder / "features_7.pt").write_bytes(b"")
-    spec = tensors_spec(folder, max_quarantined=0.6)
+    spec = tensors_spec(folder, max_quarantined=0.7)
     assert probe_shape(spec, root, 0) == (6, 10)
     features = extract_features(spec, root, seed=0)
     assert (features.tokens, features.dim, features.weights) == (6, 10, "unknown")
     for number, row in zip((0, 8, 9, 10, 11), features.rows, strict=True):
         assert torch.equal(stored(features, row), contents[number].half())
     table = pd.read_parquet(features.records_path)
-    assert table.number.tolist() == list(range(12))
+    assert table.number.tolist() == list(range(13))
     for number, (_, reason) in spoilt.items():
         assert reason in table.error[number]
     assert "not a readable .pt file" in table.error[7]

@@ -1,6 +1,6 @@
 import hashlib
 import json
-from io import BytesIO
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,8 @@ from PIL import Image
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features import sources
-from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.extract import extract_features
-from lowrank_tune.features.sources import SourceRecords, load_tensor, read_records, too_many, write_record_table
+from lowrank_tune.features.sources import SourceFiles, SourceRecords, read_records, write_record_table
 
 GROUNDING = [
     {
@@ -51,24 +50,6 @@ def test_a_directory_is_searched_for_images_and_a_glob_takes_what_it_matches_her
     monkeypatch.chdir(tree.parent)
     assert records_of({"images": "photos/**/*.PNG"}).paths == (tree / "a/2.PNG",)
     assert [path.name for path in records_of({"images": "photos/*"}).paths] == ["b.jpg", "notes.txt"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("nowhere", "no such directory"),
-        ("empty", "no images in it"),
-        ("photos/*.tiff", "matches no file"),
-        ("photos/notes.txt", "is a file"),
-    ],
-)
-def test_a_place_without_images_is_named(tree, monkeypatch, pattern, message):
-    monkeypatch.chdir(tree.parent)
-    (tree.parent / "empty").mkdir()
-    with pytest.raises(InputError, match=message) as error:
-        records_of({"images": pattern})
-    assert pattern in str(error.value)
-    assert "features.source.images" in str(error.value)
 
 
 def write_manifest(path, records):
@@ -135,38 +116,45 @@ def test_root_replaces_the_manifests_folder_and_absolute_paths_stay(tmp_path):
     assert records_of(source).paths == (root / "1.jpg", Path("/data/2.jpg"), None)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("data.json", '[{"imag": "1.jpg", "question": "?"}]', "did you mean imag"),
-        ("data.json", "[{", "cannot be read as JSON"),
-        ("data.json", '{"train": [{"image": "1"}], "test": [{"image": "2"}]}', "2 lists of records"),
-        ("data.json", "[]", "has no records"),
-        ("data.json", '[{"image": 7}]', "holds int64, not paths"),
-        ("data.jsonl", '{"image": "1.jpg"}\n{"image"\n', "line 2"),
-        ("data.csv", "image\n1.jpg,too,many\n", "cannot be read as CSV"),
-        ("data.parquet", "no parquet", "cannot be read as PARQUET"),
-    ],
-)
-def test_an_unreadable_manifest_says_what_is_wrong(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message) as error:
-        records_of({"manifest": str(tmp_path / name)})
-    assert name in str(error.value)
+TEXTS = {
+    "misspelt.json": '[{"imag": "1.jpg", "question": "?"}]',
+    "half.json": "[{",
+    "two.json": '{"train": [{"image": "1"}], "test": [{"image": "2"}]}',
+    "empty.json": "[]",
+    "number.json": '[{"image": 7}]',
+    "line.jsonl": '{"image": "1.jpg"}\n{"image"\n',
+    "wide.csv": "image\n1.jpg,too,many\n",
+    "no.parquet": "no parquet",
+    "annotations.json": '[{"image": "1.jpg"}]',
+}
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"manifest": "annotation.json"}, r"no such file.*did you mean annotations\.json"),
+        ({"images": "nowhere"}, r"/nowhere: no such directory; correct features\.source\.images"),
+        ({"images": "empty"}, r"/empty: no images in it .*; correct features\.source\.images"),
+        ({"images": "photos/*.tiff"}, r"photos/\*\.tiff: matches no file .*; correct features\.source\.images"),
+        ({"images": "half.json"}, r"/half.json: is a file; .*`manifest: half.json`"),
+        ({"manifest": "misspelt.json"}, r"/misspelt.json: has no column 'image', .*did you mean imag\?"),
+        ({"manifest": "half.json"}, "/half.json: cannot be read as JSON"),
+        ({"manifest": "two.json"}, "/two.json: .*2 lists of records"),
+        ({"manifest": "empty.json"}, "/empty.json: has no records"),
+        ({"manifest": "number.json"}, "/number.json: column 'image' holds int64, not paths"),
+        ({"manifest": "line.jsonl"}, "/line.jsonl: .*line 2"),
+        ({"manifest": "wide.csv"}, "/wide.csv: cannot be read as CSV"),
+        ({"manifest": "no.parquet"}, "/no.parquet: cannot be read as PARQUET"),
+        ({"manifest": "annotation.json"}, r"/annotation.json: no such file.*did you mean annotations\.json"),
         ({"manifest": "annotations.json", "root": "gone"}, r"gone: no such directory; correct features\.source\.root"),
-        ({"tensors": "gone"}, "no such directory"),
+        ({"tensors": "gone"}, "/gone: no such directory"),
         ({"tensors": "."}, "no file named features_N.pt"),
     ],
 )
-def test_a_source_that_is_not_there_is_named(tmp_path, monkeypatch, source, message):
+def test_a_source_that_gives_no_files_is_named_with_what_is_wrong(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "annotations.json").write_text('[{"image": "1.jpg"}]')
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         records_of(source)
 
@@ -216,14 +204,6 @@ def test_missing_photographs_name_the_package_to_install(tmp_path, monkeypatch):
         records_of({"samples": 3}, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_a_sparse_tensor_is_refused_with_the_remedy():
-    file = BytesIO()
-    torch.save(torch.eye(3).to_sparse(), file)
-    with pytest.raises(UnusableError, match=r"holds a sparse or nested tensor, .*save it again as \[tokens, dim\]"):
-        load_tensor(file.getvalue())
-
-
 def test_what_cannot_be_read_or_written_is_named_for_what_it_is(tmp_path):
     torch.save(torch.ones(3, 5), tmp_path / "features_0.pt")
     (tmp_path / "results").write_text("in the way")
@@ -235,14 +215,17 @@ def test_what_cannot_be_read_or_written_is_named_for_what_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("broken", "total", "limit", "shown"),
+    ("broken", "total", "limit", "told"),
     [
         (2, 8, 0.25, None),
-        (2, 9, 0.2, ["0", "1"]),
-        (7, 8, 0.5, ["0", "1", "2", "3", "4", "and 2 more"]),
-        (2, 2, 1, ["0", "1"]),
-        (0, 0, 1, []),
+        (2, 9, 0.2, "S: 2 of 9 files cannot be used, O = 0.2 allows 1:\n  /0: E\n  /1: E\nCorrect"),
+        (7, 8, 0.5, "S: 7 of 8 .* O = 0.5 allows 4:(\n  /[01234]: E){5}\n  and 2 more\nCorrect"),
+        (2, 2, 1, "S: 2 of 2 .* O = 1 allows 2:"),
+        (0, 0, 1, "S: 0 of 0"),
     ],
 )
-def test_more_than_the_limit_or_none_that_is_sound_is_too_many(broken, total, limit, shown):
-    assert too_many([str(number) for number in range(broken)], total, limit) == shown
+def test_more_than_the_limit_or_none_that_is_sound_is_refused(broken, total, limit, told):
+    keys = tuple(str(number) for number in range(total))
+    files = SourceFiles(keys, (None,) * total, tuple(Path("/", key) for key in keys), {})
+    with pytest.raises(InputError, match=told) if told else nullcontext():
+        files.check(dict.fromkeys(keys[:broken], "E"), limit, "S", "O")
