@@ -15,7 +15,6 @@ from lowrank_tune.cluster.study_dir import find_study, read_plan, read_status, r
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import read_json
 from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_channels, check_images
 from lowrank_tune.study import device_of
@@ -53,15 +52,11 @@ def open_study(results: str | Path | None, name: str) -> PastStudy:
     Raises:
         InputError: there is no such study, it never began to train, or its files are damaged.
     """
-    return read_study(find_study(results_path(results), name))
-
-
-def read_study(directory: Path) -> PastStudy:
-    """Read a study's folder; errors as `open_study`."""
+    directory = find_study(results_path(results), name)
     try:
         plan = read_plan(directory)
         state = str(read_status(directory)["state"])
-        split = Split(**{name: tuple(images) for name, images in read_json(directory / "tune" / "split.json").items()})
+        split = Split.read(directory / "tune" / "split.json")
         features = _moved(FeatureSet.read(directory / "tune" / "features.json"), directory.parent.parent)
     except FileNotFoundError as error:
         raise InputError(

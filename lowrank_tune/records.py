@@ -77,6 +77,11 @@ class Split:
     validation: tuple[int, ...]
     test: tuple[int, ...]
 
+    @classmethod
+    def read(cls, path: Path) -> Split:
+        """Read what `write_json` wrote."""
+        return cls(**{name: tuple(images) for name, images in read_json(path).items()})
+
 
 @dataclass(frozen=True, slots=True)
 class TrialConfig:

@@ -51,7 +51,7 @@ from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.tracker import Tracker
-from lowrank_tune.trials.cluster_share import taking_part, trials_that_fit
+from lowrank_tune.trials.cluster_share import taking_part, trials_at_once
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
 from lowrank_tune.trials.search import migrate_search
 from lowrank_tune.trials.trial import run_one_trial
@@ -270,7 +270,7 @@ def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[
     """Ray with room for a trial, a results directory that its nodes share, and MLflow, which the stack ends."""
     with ray_session(address), ExitStack() as opened:
         check_shared(plan.results)
-        trials_that_fit(plan.spec.resources, ray.nodes())
+        trials_at_once(plan.spec.resources, ray.nodes())
         if begun:
             _repair_tracking(plan)
         yield opened.enter_context(Tracker(plan, lambda: _others(plan))), opened

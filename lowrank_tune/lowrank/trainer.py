@@ -147,8 +147,7 @@ class Trainer:
         return row
 
     def save(self, directory: Path) -> None:
-        """Write best_model.safetensors when it improved since the last call."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write best_model.safetensors into a folder that is there, when it improved since the last call."""
         if self.best_epoch > self._saved_epoch:
             save_decomposer(self.best_model, directory / BEST_MODEL)
             self._saved_epoch = self.best_epoch

@@ -17,42 +17,24 @@ from lowrank_tune.errors import InputError
 _SLACK = 1e-9  # 4 trials of 0.25 GPUs fit on one, whatever floating point says
 
 
-def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """As many as fit, or fewer where the study file says so."""
-    fit = trials_that_fit(spec, nodes)
-    return min(fit, spec.max_concurrent or fit)
-
-
-def trials_that_fit(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many trials the nodes, as of `ray.nodes()`, have room for; each worker must fit on one.
+def trials_at_once(spec: ResourcesSpec, nodes: Iterable[Mapping[str, Any]], studies: int = 1) -> int:
+    """How many trials a study has at work on the nodes, as of `ray.nodes()`: its part, at least one, of those that fit.
 
     Raises:
         InputError: no node can hold a trial's worker, or all together not all of its workers.
     """
-    needs = {"CPU": ("cpus_per_trial", spec.cpus_per_trial), "GPU": ("gpus_per_trial", spec.gpus_per_trial)}
+    needs = {"CPU": spec.cpus_per_trial, "GPU": spec.gpus_per_trial}
     owned = [node["Resources"] for node in nodes if node["Alive"]]
-    for resource, (key, need) in needs.items():
-        most = max((has.get(resource, 0.0) for has in owned), default=0.0)
-        if need > most + _SLACK:
-            raise InputError(
-                f"resources.{key}: a trial asks for {need:g} {resource}, but no node of this Ray has more than "
-                f"{most:g}; lower it, or run where there are enough"
-            )
-    wanted = [(resource, need) for resource, (_, need) in needs.items() if need > 0]
-    fit = sum(min(int(has.get(resource, 0.0) / need + _SLACK) for resource, need in wanted) for has in owned)
-    if fit == 0:
+    fit = sum(min(int(has.get(name, 0) / need + _SLACK) for name, need in needs.items() if need) for has in owned)
+    if fit < spec.workers_per_trial:
+        most = {name: max((has.get(name, 0) for has in owned), default=0) for name in needs}
         raise InputError(
-            f"resources: no node of this Ray has {spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU together; "
-            "lower cpus_per_trial or gpus_per_trial"
+            f"resources.cpus_per_trial, gpus_per_trial, workers_per_trial: a trial asks for {spec.workers_per_trial} x "
+            f"({needs['CPU']:g} CPU and {needs['GPU']:g} GPU of one node), and this Ray has room for {fit}: its nodes "
+            f"have at most {most['CPU']:g} CPU and {most['GPU']:g} GPU; lower them, or run where there is more"
         )
-    trials = fit // spec.workers_per_trial
-    if trials == 0:
-        raise InputError(
-            f"resources.workers_per_trial: a trial asks for {spec.workers_per_trial} workers of "
-            f"{spec.cpus_per_trial:g} CPU and {spec.gpus_per_trial:g} GPU each, but this Ray has room for {fit}; "
-            "lower it, or run where there are enough"
-        )
-    return trials
+    part = math.ceil(fit // spec.workers_per_trial / max(1, studies))
+    return min(part, spec.max_concurrent or part)
 
 
 _NAME = "lowrank-tune study "
@@ -75,11 +57,6 @@ def studies_at_work() -> int:
     return sum(group["name"].startswith(_NAME) and group["state"] != "REMOVED" for group in groups)
 
 
-def fair_part(resources: ResourcesSpec) -> int:
-    """A study's part of as many trials as fit, at least one, whatever others leave unused; InputError for none."""
-    return math.ceil(trials_that_fit(resources, ray.nodes()) / max(1, studies_at_work()))
-
-
 class FairShare:
     """How many trials a study may have at work while it runs; looked up at most every two seconds."""
 
@@ -93,6 +70,5 @@ class FairShare:
             self._looked_at = now
             # While a node is lost, nothing may fit; what fitted before is the best guess.
             with suppress(InputError):
-                part = fair_part(self._resources)
-                self._share = min(part, self._resources.max_concurrent or part)
+                self._share = trials_at_once(self._resources, ray.nodes(), studies_at_work())
         return self._share

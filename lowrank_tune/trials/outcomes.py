@@ -44,13 +44,11 @@ _RECOVERED = {
 
 def stopped_by(last: Mapping[str, Any]) -> StoppedBy:
     """What ended a trial: what the trainer said at its last epoch, else the scheduler."""
-    said = last.get("stopped_by", "")
-    return next((word for word in _STATUS if word == said), "asha")
+    said: StoppedBy = last.get("stopped_by") or "asha"
+    return said
 
 
-def outcome_of(
-    config: TrialConfig, last: Mapping[str, Any], directory: Path, seconds: float, crash: str = ""
-) -> TrialOutcome:
+def outcome_of(config: TrialConfig, last: Mapping[str, Any], directory: Path, crash: str = "") -> TrialOutcome:
     """How a trial ended, from its last epoch's figures as `train_epoch` gives them, or why it died without a word."""
     ended: StoppedBy = "error" if crash else stopped_by(last)
     best_epoch = int(last.get("best_epoch", 0))
@@ -63,7 +61,7 @@ def outcome_of(
         best_epoch=best_epoch,
         best={name: value for name, value in best.items() if math.isfinite(value)},
         directory=str(directory),
-        seconds=seconds,
+        seconds=last.get("trained_seconds", 0.0),
         reason=crash or str(last.get("reason", "")),
     )
 
@@ -96,16 +94,25 @@ def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_pa
 
 
 def begin_trial(directory: Path, config: TrialConfig) -> None:
-    """Write a trial's config.json as it starts; what another configuration has left there is removed."""
+    """Write a trial's config.json as it starts; what another configuration, or damage, has left there is removed."""
     path = directory / CONFIG
-    for folder in (directory.parent, directory):
-        folder.mkdir(exist_ok=True)
+    _make_folder(directory)
     if path.is_file():
-        if TrialConfig(**read_json(path)) == config:
-            return
+        try:
+            read_history(directory)
+            if TrialConfig(**read_json(path)) == config:
+                return
+        except (ValueError, TypeError) as error:
+            logger.warning("trial %s begins afresh: its files are damaged (%s)", config.trial_id, error)
         for name in (HISTORY, OUTCOME, CHECKPOINT, BEST_MODEL):
             (directory / name).unlink(missing_ok=True)
     write_json(path, config)
+
+
+def _make_folder(directory: Path) -> None:
+    """Make a trial's folder in its study's, which must be there: one made anew would hide that its mount has gone."""
+    for folder in (directory.parent, directory):
+        folder.mkdir(exist_ok=True)
 
 
 def write_history(directory: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -125,12 +132,11 @@ def read_history(directory: Path) -> list[dict[str, float]]:
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
-def write_outcome(trials_dir: Path, outcome: TrialOutcome) -> None:
+def write_outcome(outcome: TrialOutcome) -> None:
     """Write a trial's outcome.json; what it would have needed to go on is removed."""
-    directory = trials_dir / outcome.config.trial_id
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / OUTCOME, outcome)
-    (directory / CHECKPOINT).unlink(missing_ok=True)
+    _make_folder(Path(outcome.directory))
+    write_json(Path(outcome.directory) / OUTCOME, outcome)
+    remove_checkpoint(outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +189,9 @@ def read_outcomes(trials_dir: Path) -> dict[str, TrialOutcome]:
     return {outcome.config.trial_id: outcome for outcome in outcomes}
 
 
-def remove_checkpoints(trials_dir: Path, outcomes: Iterable[TrialOutcome]) -> None:
-    """Remove what trials that are over have kept to go on: an actor may write once more while it is stopped."""
-    for outcome in outcomes:
-        (trials_dir / outcome.config.trial_id / CHECKPOINT).unlink(missing_ok=True)
+def remove_checkpoint(outcome: TrialOutcome) -> None:
+    """Remove what a trial that is over has kept to go on: an actor may write once more while it is stopped."""
+    Path(outcome.directory, CHECKPOINT).unlink(missing_ok=True)
 
 
 def recovered_outcome(config: TrialConfig, directory: Path, state: str) -> TrialOutcome:
@@ -200,9 +205,9 @@ def recovered_outcome(config: TrialConfig, directory: Path, state: str) -> Trial
         ended = by_itself
     elif state == "PRUNED":
         ended = "asha"
-    reason = _RECOVERED.get(ended, "")
     seconds = sum(row.get("seconds", 0.0) for row in history)
-    return outcome_of(config, last | {"stopped_by": ended, "reason": reason}, directory, seconds)
+    said = {"stopped_by": ended, "reason": _RECOVERED.get(ended, ""), "trained_seconds": seconds}
+    return outcome_of(config, last | said, directory)
 
 
 def past_outcomes(study_dir: Path) -> list[TrialOutcome]:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from lowrank_tune.errors import InputError, LowrankTuneError, redact
+from lowrank_tune.errors import LowrankTuneError, redact
 from lowrank_tune.features.remote import local_copy
-from lowrank_tune.files import read_json, write_whole
+from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum
@@ -32,32 +32,14 @@ _CHECKPOINT_SHARE = 0.05
 """The part of a trial's time that its checkpoints may take."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what a training has kept, tensors and plain values alone, on the CPU; an InputError if it is damaged."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: no checkpoint that can be read ({error}); delete it to train afresh") from error
-    return state
-
-
-class TrialInputs(NamedTuple):
-    """What a study's trials share, in memory or mapped into it."""
-
-    data: FeatureMatrix
-    split: Split
-    optimum: Optimum
-
-
 @lru_cache(maxsize=1)
-def read_inputs(features: str, split: str, optimum: str) -> TrialInputs:
+def read_inputs(features: str, split: str, optimum: str) -> tuple[FeatureMatrix, Split, Optimum]:
     """Read what `write_inputs` wrote; the same objects again for every later trial of this process.
 
     Features that do not lie on a local disk are copied to this node by its first trial; the others wait for it.
     """
-    indices = {name: tuple(images) for name, images in read_json(Path(split)).items()}
     data = FeatureMatrix(local_copy(FeatureSet.read(Path(features))))
-    return TrialInputs(data, Split(**indices), Optimum.load(Path(optimum)))
+    return data, Split.read(Path(split)), Optimum.load(Path(optimum))
 
 
 class TrialSession:
@@ -142,10 +124,12 @@ class TrialSession:
         if older.is_file():
             logger.warning("trial %s begins afresh: an older version has kept %s", self._config.trial_id, older.name)
             older.unlink()
+        if not path.is_file():
+            return {}
         try:
-            state = read_checkpoint(path) if path.is_file() else {}
-        except InputError as error:
-            logger.warning("trial %s begins afresh: %s", self._config.trial_id, error)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            logger.warning("trial %s begins afresh: %s cannot be read (%s)", self._config.trial_id, path, error)
             return {}
         return state if state.get("config") == asdict(self._config) else {}
 
@@ -228,10 +212,9 @@ def run_one_trial(
     """Train one trial to its end, with the numbers that it has inside a study."""
     trainer = Trainer(config, FeatureMatrix(features), split, optimum, device)
     begin_trial(directory, config)
-    started = time.perf_counter()
     last: dict[str, Any] = {}
     while trainer.stopped_by is None:
         last = train_epoch(trainer, directory)
         if on_epoch is not None:
             on_epoch(config.trial_id, int(last["epoch"]), last)
-    return outcome_of(config, last, directory, time.perf_counter() - started)
+    return outcome_of(config, last, directory)

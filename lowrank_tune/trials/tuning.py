@@ -21,14 +21,14 @@ from ray.tune.experiment import Trial
 from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.errors import StudyFailedError
 from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
-from lowrank_tune.trials.cluster_share import FairShare, fair_part, trials_at_once
+from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, trials_at_once
 from lowrank_tune.trials.outcomes import (
     OBJECTIVES,
     begin_trial,
     outcome_of,
     read_outcomes,
     recovered_outcome,
-    remove_checkpoints,
+    remove_checkpoint,
     write_inputs,
     write_outcome,
 )
@@ -54,7 +54,6 @@ class WatchTrials(Callback):
         self.outcomes = outcomes
         self._trials_dir = trials_dir
         self._observers = observers
-        self._seconds: dict[str, float] = {}
         self._epochs: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,8 +72,6 @@ class WatchTrials(Callback):
     ) -> None:
         trial_id = _trial_id(trial)
         metrics = {key: result[key] for key in EPOCH_METRICS if key in result}
-        # Tune's own clock would count the imports of an actor's first trial as training.
-        self._seconds[trial_id] = result["trained_seconds"]
         if metrics["epoch"] <= self._epochs.get(trial_id, 0):
             # A retry begins at its checkpoint, which may lie some epochs back.
             return
@@ -89,12 +86,11 @@ class WatchTrials(Callback):
         self._end(trial, crash=_crash(trial))
 
     def _end(self, trial: Trial, crash: str) -> None:
-        config, last = _config(trial), trial.last_result or {}
-        directory = self._trials_dir / config.trial_id
-        outcome = outcome_of(config, last, directory, self._seconds.pop(config.trial_id, 0.0), crash)
+        config = _config(trial)
+        outcome = outcome_of(config, trial.last_result or {}, self._trials_dir / config.trial_id, crash)
         self._epochs.pop(config.trial_id, None)
         self.outcomes[config.trial_id] = outcome
-        _tell(write_outcome, self._trials_dir, outcome)
+        _tell(write_outcome, outcome)
         for observer in self._observers:
             _tell(observer.trial_ended, outcome)
         _forget(trial)
@@ -161,10 +157,8 @@ def run_on_tune(
     searcher suggests it; `search` is `TuneConfig`'s `search_alg`, `scheduler`, `num_samples`.
     """
     resources = plan.spec.resources
-    at_once = trials_at_once(resources, ray.nodes())
-    if space is not None:
-        # No searcher is asked what this study's part is.
-        at_once = min(at_once, fair_part(resources))
+    # A searcher is asked for each trial what this study's part is.
+    at_once = trials_at_once(resources, ray.nodes(), studies_at_work() if space else 1)
     shared = {
         "inputs": inputs,
         "trials_dir": str((plan.study_dir / "trials").absolute()),
@@ -252,7 +246,7 @@ def run_trials(
         past.append(PastTrial(config, trial.intermediate_values, trial.state.is_finished()))
         if trial.state.is_finished() and config.trial_id not in ended:
             ended[config.trial_id] = recovered_outcome(config, trials_dir / config.trial_id, trial.state.name)
-            write_outcome(trials_dir, ended[config.trial_id])
+            write_outcome(ended[config.trial_id])
     watch = WatchTrials(trials_dir, observers, ended)
     if len(ended) < plan.n_trials:
         run_on_tune(
@@ -267,7 +261,8 @@ def run_trials(
     if len(watch.outcomes) < plan.n_trials:
         raise KeyboardInterrupt
     outcomes = tuple(sorted(watch.outcomes.values(), key=lambda outcome: outcome.config.number))
-    remove_checkpoints(trials_dir, outcomes)
+    for outcome in outcomes:
+        remove_checkpoint(outcome)
     if any(outcome.status != "failed" for outcome in outcomes):
         return outcomes
     reasons = Counter(outcome.reason for outcome in outcomes).most_common()
@@ -307,5 +302,6 @@ def confirm_trials(
     if any(config.trial_id not in watch.outcomes for config in configs):
         raise KeyboardInterrupt
     repetitions = tuple(watch.outcomes[config.trial_id] for config in configs)
-    remove_checkpoints(trials_dir, repetitions)
+    for outcome in repetitions:
+        remove_checkpoint(outcome)
     return repetitions

@@ -47,7 +47,7 @@ def disagreeing(make_study, tmp_path):
         study.add_trial("direct", rank, best=best)
     write_inputs(plan.study_dir / "tune", study.features, study.split, plan.study_dir / "optimum.safetensors")
     for outcome in study.outcomes:
-        write_outcome(plan.study_dir / "trials", outcome)
+        write_outcome(outcome)
     ended = {"state": "finished", "started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:10+00:00"}
     write_json(plan.study_dir / "status.json", ended)
     return study
@@ -86,7 +86,7 @@ def test_what_validation_chose_is_confirmed_starred_pictured_stored_registered_a
 def test_a_comparison_from_before_the_choice_was_kept_is_chosen_from_by_the_trials_own_figures(disagreeing):
     written = disagreeing.compare()
     for outcome in disagreeing.outcomes:
-        write_outcome(disagreeing.directory / "trials", outcome)
+        write_outcome(outcome)
     rows = [asdict(row) for row in written.rows]
     for row in rows:
         del row["chosen"], row["val_token_cosine"]

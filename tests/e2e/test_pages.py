@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from lowrank_tune.past_study import read_study, visualize
+from lowrank_tune.past_study import open_study, visualize
 from tests.e2e.browser import chromium, chromium_or_skip, complaints, resize, shows, wait
 from tests.e2e.conftest import Ran
 
@@ -118,7 +118,7 @@ def test_print_shows_the_pictures_in_place_of_the_choosers_and_every_chart(repor
 
 
 def test_the_page_of_places_works_by_itself(window: Chrome, ran: Ran) -> None:
-    *pictures, page = visualize(read_study(ran.result.directory), [4], rank=4, channels=[2, 0])
+    *pictures, page = visualize(open_study(ran.results, ran.result.study_id), [4], rank=4, channels=[2, 0])
     assert [path.name for path in pictures] == ["spatial-004-r004.png"]
     window.get(page.as_uri())
     shows(window, "Test image 4 at rank 4", "channel 2: original", "sketch: error")

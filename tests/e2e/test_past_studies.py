@@ -11,7 +11,7 @@ import pytest
 from lowrank_tune.cli import run
 from lowrank_tune.cli.options import parse_channels
 from lowrank_tune.errors import InputError
-from lowrank_tune.past_study import comparability, comparison_of, open_study, read_study
+from lowrank_tune.past_study import comparability, comparison_of, open_study
 from lowrank_tune.records import ReportFiles
 from tests.e2e.conftest import Ran, older
 
@@ -52,7 +52,7 @@ def stopped(ran: Ran, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_tells_the_outcomes_that_the_study_had(ran: Ran) -> None:
-    past = read_study(ran.result.directory)
+    past = open_study(ran.results, ran.result.study_id)
     assert past.state == "finished"
     assert past.split == ran.result.split
     assert past.features == ran.result.features
@@ -147,7 +147,7 @@ def test_what_cannot_be_written_to_is_compared_and_otherwise_refused_in_words(
 
 
 def test_studies_side_by_side_say_what_keeps_them_apart(stopped: Path, ran: Ran) -> None:
-    past, whole = open_study(stopped, ran.result.study_id), read_study(ran.result.directory)
+    past, whole = open_study(stopped, ran.result.study_id), open_study(ran.results, ran.result.study_id)
     assert comparability([past, whole]) == []
     fewer = replace(past, split=replace(past.split, test=past.split.test[:4]))
     (said,) = comparability([whole, fewer])

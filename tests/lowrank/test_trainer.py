@@ -117,8 +117,8 @@ def test_training_stops_after_its_patience_and_writes_its_model_when_it_improved
     written = []
     while trainer.stopped_by is None:
         trainer.step()
-        trainer.save(tmp_path / "trial")
-        written.append((tmp_path / "trial/best_model.safetensors").stat().st_mtime_ns)
+        trainer.save(tmp_path)
+        written.append((tmp_path / "best_model.safetensors").stat().st_mtime_ns)
     assert trainer.stopped_by == "patience"
     assert len(written) == trainer.best_epoch + 3
     assert len(set(written)) == len({row["best_epoch"] for row in trainer.history}) < len(written)
@@ -156,15 +156,14 @@ def test_a_diverging_training_keeps_its_best_model(make_trainer, tmp_path):
     assert (trainer.stopped_by, trainer.best_epoch, trainer.epoch) == ("error", 2, 2)
     assert "epoch 3: train_loss, val_mse" in trainer.reason
     assert row["best_val_mse"] == best["val_mse"]
-    trainer.save(tmp_path / "trial")
-    assert all(
-        weight.isfinite().all() for weight in load_decomposer(tmp_path / "trial/best_model.safetensors").parameters()
-    )
+    trainer.save(tmp_path)
+    assert all(weight.isfinite().all() for weight in load_decomposer(tmp_path / "best_model.safetensors").parameters())
 
 
 @BOTH
 def test_saved_files_hold_the_trial(make_trainer, tmp_path, config):
-    directory = tmp_path / "trials" / config.trial_id
+    directory = tmp_path / "trial"
+    directory.mkdir()
     trainer = make_trainer(config)
     run(trainer)
     trainer.save(directory)

@@ -123,9 +123,13 @@ def test_validation_chooses_what_is_logged_and_the_alias_and_each_model_is_regis
     assert (len(versions(plan)), aliases(plan)) == (3, {"best": "3"}), "the older study takes nothing back"
 
 
-def test_what_the_registry_lost_is_registered_again_by_a_reconciliation(plan: Plan) -> None:
-    comparison = write_study(plan, [SKETCH])
-    track(plan, [SKETCH], comparison)
+def test_what_the_registry_lost_is_registered_again_and_a_model_whose_file_is_gone_costs_no_other(
+    plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    comparison = write_study(plan, [SKETCH, DIRECT])
+    (plan.study_dir / "trials" / DIRECT.trial_id / "best_model.safetensors").unlink()
+    track(plan, [SKETCH, DIRECT], comparison)
+    assert "rank-004-direct is not in MLflow: " in caplog.text
     client = mlflow.MlflowClient(local_uri(plan.results))
     assert not reconcile(plan, comparison).comparison_added
     client.delete_registered_model_alias("decomposer", "best")

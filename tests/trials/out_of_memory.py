@@ -19,7 +19,7 @@ from tiny_study import World, write_features
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Split, TrialConfig
-from lowrank_tune.trials.outcomes import write_inputs
+from lowrank_tune.trials.outcomes import begin_trial, write_inputs
 from lowrank_tune.trials.trial import TrialSession
 
 TOKENS, DIM, BATCH = 256, 1024, 64
@@ -42,8 +42,11 @@ def main(folder: Path) -> None:
     inputs = make_inputs(folder, BATCH)
 
     def session(name: str, batch_size: int) -> TrialSession:
-        trial = asdict(config_of(name, batch_size))
-        return TrialSession({"trial": trial, "inputs": inputs, "trials_dir": str(folder), "cpus": 1, "gpus": 0})
+        config = config_of(name, batch_size)
+        begin_trial(folder / name, config)
+        return TrialSession(
+            {"trial": asdict(config), "inputs": inputs, "trials_dir": str(folder), "cpus": 1, "gpus": 0}
+        )
 
     session("warm", 1).epoch()
     limit(SPARE)

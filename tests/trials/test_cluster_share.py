@@ -34,14 +34,10 @@ def test_as_many_trials_run_as_fit_on_the_nodes(spec: dict[str, Any], nodes: lis
 @pytest.mark.parametrize(
     ("spec", "nodes", "said"),
     [
-        ({"gpus_per_trial": 1}, [node(CPU=4)], r"gpus_per_trial: .* 1 GPU, .* more than 0"),
-        ({"gpus_per_trial": 1}, [node(CPU=1, GPU=4)], r"cpus_per_trial: .* 2 CPU, .* more than 1"),
-        ({"gpus_per_trial": 1}, [node(CPU=8), node(CPU=1, GPU=4)], r"2 CPU and 1 GPU together"),
-        (
-            {"workers_per_trial": 4},
-            [node(CPU=5), node(CPU=3)],
-            r"workers_per_trial: a trial asks for 4 workers of 2 CPU and 0 GPU each, .* has room for 3; lower",
-        ),
+        ({"gpus_per_trial": 1}, [node(CPU=4)], r"1 x \(2 CPU and 1 GPU .* room for 0: .* at most 4 CPU and 0 GPU"),
+        ({"gpus_per_trial": 1}, [node(CPU=8), node(CPU=1, GPU=4)], r"room for 0: .* at most 8 CPU and 4 GPU; lower"),
+        ({"workers_per_trial": 4}, [node(CPU=5), node(CPU=3)], r"4 x \(2 CPU and 0 GPU .* room for 3: .* at most 5"),
+        ({}, [], "room for 0"),
     ],
 )
 def test_a_trial_that_fits_nowhere_is_refused(spec: dict[str, Any], nodes: list[Any], said: str) -> None:

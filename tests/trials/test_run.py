@@ -52,6 +52,9 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been_and_trains_nothing_
     assert [(trial_id, epoch) for trial_id, epoch, _ in told.epochs] == [
         (outcome.config.trial_id, epoch) for outcome in outcomes for epoch in range(1, outcome.epochs + 1)
     ]
+    for status in ("finished", "pruned"):
+        over = next(outcome for outcome in outcomes if outcome.status == status)
+        Path(over.directory, "outcome.json").write_text('{"config": ')
     assert run(plan, world) == outcomes
 
 

@@ -14,16 +14,17 @@ import pytest
 import torch
 from tiny_study import World
 
-from lowrank_tune.errors import InputError
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
     begin_trial,
+    outcome_of,
     read_history,
     write_history,
     write_inputs,
+    write_outcome,
 )
-from lowrank_tune.trials.trial import TrialSession, read_checkpoint
+from lowrank_tune.trials.trial import TrialSession
 
 SessionOf = Callable[..., TrialSession]
 
@@ -96,11 +97,23 @@ def test_another_trials_files_are_no_start(session_of: SessionOf) -> None:
     assert [row["epoch"] for row in train(session_of(replace(CONFIG, seed=99)))] == [1, 2, 3, 4]
 
 
-def test_a_damaged_checkpoint_costs_its_epochs_only(session_of: SessionOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [CHECKPOINT, "config.json", "history.json"])
+def test_a_damaged_file_costs_its_epochs_only(session_of: SessionOf, tmp_path: Path, name: str) -> None:
     train(session_of(), 1)
-    checkpoint = tmp_path / "trial" / CHECKPOINT
-    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    path = tmp_path / "trial" / name
+    path.write_bytes(path.read_bytes()[:20])
     assert [row["epoch"] for row in train(session_of())] == [1, 2, 3, 4]
+
+
+def test_a_pickle_in_a_checkpoints_place_runs_nothing(session_of: SessionOf, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    session = session_of()
+    torch.save({"model": Payload()}, tmp_path / "trial" / CHECKPOINT)
+    assert [row["epoch"] for row in train(session)] == [1, 2, 3, 4]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_another_process_would_meet_again_is_told(session_of: SessionOf) -> None:
@@ -121,9 +134,12 @@ def test_a_figure_that_is_not_finite_is_null_on_file(tmp_path: Path) -> None:
 def test_a_file_system_that_is_gone_is_another_machines_chance(session_of: SessionOf, tmp_path: Path) -> None:
     session = session_of()
     shutil.rmtree(tmp_path / "trial")
-    (tmp_path / "trial").write_text("not a folder")
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         session.epoch()
+    outcome = outcome_of(CONFIG, {"stopped_by": "budget"}, tmp_path / "study" / "trials" / "trial")
+    with pytest.raises(FileNotFoundError):
+        write_outcome(outcome)
+    assert not (tmp_path / "trial").exists() and not (tmp_path / "study").exists()
 
 
 def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path: Path) -> None:
@@ -134,14 +150,3 @@ def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path
     assert trained == "epochs 1 2 3, budget, micro-batch 16"
     assert failed.startswith("error after 0 epochs: out of memory with 16 images in it at a time; lower batch_size (")
     assert "can't allocate memory" in failed
-
-
-def test_a_pickle_is_no_checkpoint_and_runs_nothing(tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "ran",)
-
-    torch.save({"model": Payload()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match="no checkpoint that can be read"):
-        read_checkpoint(tmp_path / "checkpoint.pt")
-    assert not (tmp_path / "ran").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
@@ -41,7 +41,7 @@ def save_decomposer(model: Decomposer, path: Path) -> None:
         "params": json.dumps(model.family_params),
     }
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-    write_whole(path, lambda temporary: save_file(weights, temporary, metadata))
+    write_whole(path, lambda temporary: temporary.write_bytes(save(weights, metadata)))
 
 
 def load_decomposer(path: Path) -> Decomposer:
