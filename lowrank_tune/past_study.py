@@ -16,7 +16,7 @@ from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
-from lowrank_tune.report.spatial import check_channels, check_images
+from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import device_of
 from lowrank_tune.tracking.reconcile import report_comparison
 from lowrank_tune.trials.outcomes import past_outcomes
@@ -133,11 +133,7 @@ def visualize(
     """
     from lowrank_tune.report.spatial_page import Scene, write_spatial_page
 
-    highest = min(study.features.tokens, study.features.dim)
-    if rank is not None and not 1 <= rank <= highest:
-        raise InputError(f"rank {rank}: these features have ranks 1 to {highest}; choose among them")
-    check_images(images, len(study.split.test), "images")
-    check_channels([] if isinstance(channels, int) else channels, study.features.dim)
+    check_shown(study.features, study.split, images, channels, rank)
     scene = Scene(study.features, study.split, study.outcomes, comparison_of(study))
     with _writing(study):
         return write_spatial_page(scene, study.directory, images=images, channels=channels, rank=rank)

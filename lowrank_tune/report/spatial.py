@@ -89,11 +89,18 @@ def check_images(images: Sequence[int], test_images: int, said: str = "report.im
             raise InputError(f"{said}: there is no image {image}; the test split has {has}: choose among them")
 
 
-def check_channels(channels: Sequence[int], dim: int) -> None:
-    """Refuse channels that the features do not have, as an InputError."""
-    for channel in channels:
-        if not 0 <= channel < dim:
-            raise InputError(f"channel {channel}: these features have channels 0 to {dim - 1}; choose among them")
+def check_shown(
+    features: FeatureSet, split: Split, images: Sequence[int], channels: Sequence[int] | int, rank: int | None
+) -> None:
+    """Refuse images, channels or a rank that a study does not have, as an InputError."""
+    check_images(images, len(split.test), "images")
+    for channel in () if isinstance(channels, int) else channels:
+        if not 0 <= channel < features.dim:
+            has = f"channels 0 to {features.dim - 1}"
+            raise InputError(f"channel {channel}: these features have {has}; choose among them")
+    highest = min(features.tokens, features.dim)
+    if rank is not None and not 1 <= rank <= highest:
+        raise InputError(f"rank {rank}: these features have ranks 1 to {highest}; choose among them")
 
 
 def spatial_views(
@@ -106,8 +113,6 @@ def spatial_views(
     boxes: BoxColumn | None = None,
 ) -> Iterator[SpatialView]:
     """Reconstruct a test image, the SVD's way and by each rank's network, where it has one: a view a rank."""
-    check_images([image], len(split.test))
-    check_channels(channels, data.dim)
     key, x_TD = data.features.rows[split.test[image]].key, data.load([split.test[image]])[0]
     grid, shown = grid_shape(data.tokens), list(channels)
     picture, placed = photograph(data.features, key), grid[0] == grid[1]

@@ -29,8 +29,6 @@ from lowrank_tune.report.spatial import (
     Reconstruction,
     Regions,
     SpatialView,
-    check_channels,
-    check_images,
     compare_regions,
     read_boxes,
     spatial_views,
@@ -51,13 +49,10 @@ class Scene:
     comparison: Comparison
 
     def rank(self, wanted: int | None) -> int:
-        """The rank to show: the wanted one, an InputError where there is none such; else the best trained model's."""
-        highest = min(self.features.tokens, self.features.dim)
-        if wanted is not None and not 1 <= wanted <= highest:
-            raise InputError(f"rank {wanted}: these features have ranks 1 to {highest}; choose among them")
+        """The rank to show: the wanted one, else the best trained model's, else the highest compared."""
         best = min(self.comparison.best_of_each_rank(), key=lambda row: row.chosen, default=None)
         compared = max((row.rank for row in self.comparison.rows), default=1)
-        return min(wanted or (best.rank if best else compared), highest)
+        return wanted or (best.rank if best else min(compared, self.features.tokens, self.features.dim))
 
     def ranks(self, shown: int) -> list[int]:
         """The ranks to choose from, each of which adds to the page: the one shown and about five of those compared."""
@@ -82,14 +77,12 @@ def spatial_section(
 ) -> Section:
     """Write the spatial pictures of some test images into `plots`, and gather what the interactive view of them shows.
 
-    Images are positions in the test split, channels may be how many of the first ones; see `Scene.rank`.
+    Images are positions in the test split, channels may be how many of the first ones; see `check_shown`.
     """
-    check_images(images, len(scene.split.test))
-    shown = scene.rank(rank)
-    wanted = range(min(channels, scene.features.dim)) if isinstance(channels, int) else channels
-    check_channels(wanted, scene.features.dim)
     if not images:
         return Section("places", "Where on the image")
+    shown = scene.rank(rank)
+    wanted = range(min(channels, scene.features.dim)) if isinstance(channels, int) else channels
     data, boxes = FeatureMatrix(scene.features), read_boxes(scene.features)
     networks = {each: scene.network(each) for each in scene.ranks(shown)}
     views = [
@@ -160,7 +153,6 @@ def write_spatial_page(
     scene: Scene, directory: Path, *, images: Sequence[int], channels: Sequence[int] | int, rank: int | None = None
 ) -> tuple[Path, ...]:
     """Write `spatial_section`'s pictures and, returned last, `spatial.html` with choosers into a study's `plots/`."""
-    check_images(images, len(scene.split.test), "images")
     section = spatial_section(scene, directory / "plots", images=images, channels=channels, rank=rank)
     title = f"Study {directory.name}: where on the image"
     subtitle = f"{directory.name}: {scene.comparison.data}" if scene.comparison.data else directory.name
@@ -174,74 +166,64 @@ def write_spatial_page(
 _SIDE, _GAP, _TITLE, _BARS, _HEAD = 1.7, 0.1, 0.28, 0.95, 0.65
 
 
-class _Canvas:
-    """Maps in rows, all on one axes: making an axes takes longer than drawing a map."""
-
-    def __init__(self, rows: int, columns: int, grid: tuple[int, int]) -> None:
-        self.columns, self.tall = columns, _SIDE * min(max(grid[0] / grid[1], 0.25), 1.0)
-        width, height = columns * (_SIDE + _GAP) + _GAP + _BARS, rows * (self.tall + _TITLE) + _HEAD
-        self.figure = Figure(figsize=(width, height))
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.set_axis_off()
-        self.axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-
-    def show(self, row: int, column: int, title: str, values: Any, boxes: Iterable[Box] = (), **scale: Any) -> None:
-        """Draw one map, or a photograph."""
-        left, top = _GAP + column * (_SIDE + _GAP), _HEAD + row * (self.tall + _TITLE)
-        extent = (left, left + _SIDE, top + self.tall, top)
-        self.axes.imshow(values, extent=extent, aspect="auto", **scale)
-        if title:
-            self.axes.text(left + _SIDE / 2, top - 0.06, title, ha="center", va="bottom", fontsize=8)
-        for x0, y0, x1, y1 in boxes:
-            corner = (left + x0 * _SIDE, top + y0 * self.tall)
-            sides = ((x1 - x0) * _SIDE, (y1 - y0) * self.tall)
-            for color, line in (("#000000", 2.2), ("#00E5FF", 1.2)):
-                self.axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=color, linewidth=line))
-
-    def bar(self, row: int, label: str, low: float, high: float, colors: str) -> None:
-        """Draw the colour bar at a row's end."""
-        left, top = _GAP + self.columns * (_SIDE + _GAP), _HEAD + row * (self.tall + _TITLE)
-        ramp = np.linspace(1, 0, 128)[:, None]
-        self.axes.imshow(ramp, extent=(left, left + 0.12, top + self.tall, top), aspect="auto", cmap=colors)
-        for share in (0.0, 0.5, 1.0):
-            text = f"{high + share * (low - high):.3g}"
-            self.axes.text(left + 0.18, top + (0.04 + 0.92 * share) * self.tall, text, va="center", fontsize=8)
-        self.axes.text(left + 0.75, top + self.tall / 2, label, rotation=90, va="center", ha="center", fontsize=8)
-
-    def row(
-        self, row: int, titles: Sequence[str], maps: Sequence[Map], colors: str, label: str = "", **more: Any
-    ) -> None:
-        """Draw maps that are compared, at the row's end, on one scale with its bar."""
-        finite = np.concatenate([values[np.isfinite(values)] for values in maps])
-        low, high = more.pop("low", finite.min(initial=np.inf)), finite.max(initial=-np.inf)
-        for place, (title, values) in enumerate(zip(titles, maps, strict=True)):
-            self.show(row, self.columns - len(maps) + place, title, values, cmap=colors, vmin=low, vmax=high, **more)
-        self.bar(row, label, float(low), float(high), colors)
-
-
 def spatial_figure(view: SpatialView) -> Figure:
-    """Draw one image: the photograph and each method's error; token lengths and cosines; a row a channel."""
-    methods, picture = view.reconstructions, view.photograph
-    canvas = _Canvas(2 + len(view.channels), 1 + len(methods), (view.norm_HW.shape[0], view.norm_HW.shape[1]))
-    if picture is not None:
-        canvas.show(0, 0, "photograph" + (" and boxes" if view.boxes else ""), np.asarray(picture), view.boxes)
-    else:
-        canvas.show(0, 0, "token lengths", view.norm_HW, cmap="cividis")
+    """Draw one image: the photograph and each method's error; token lengths and cosines; a row a channel.
+
+    All maps lie on one axes: making an axes takes longer than drawing a map.
+    """
+    methods, picture, (rows, columns) = view.reconstructions, view.photograph, view.norm_HW.shape
+    tall = _SIDE * min(max(rows / columns, 0.25), 1.0)
+    width = (1 + len(methods)) * (_SIDE + _GAP) + _GAP + _BARS
+    height = (2 + len(view.channels)) * (tall + _TITLE) + _HEAD
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    axes.set_axis_off()
+    axes.text(width / 2, 0.2, f"Test image {view.image} at rank {view.rank}", ha="center", va="center", fontsize=11)
+
+    def show(row: int, column: int, title: str, values: Any, boxes: Iterable[Box] = (), **scale: Any) -> None:
+        left, top = _GAP + column * (_SIDE + _GAP), _HEAD + row * (tall + _TITLE)
+        axes.imshow(values, extent=(left, left + _SIDE, top + tall, top), aspect="auto", **scale)
+        axes.text(left + _SIDE / 2, top - 0.06, title, ha="center", va="bottom", fontsize=8)
+        for x0, y0, x1, y1 in boxes:
+            place = (left + x0 * _SIDE, top + y0 * tall), (x1 - x0) * _SIDE, (y1 - y0) * tall
+            for color, line in (("#000000", 2.2), ("#00E5FF", 1.2)):
+                axes.add_patch(Rectangle(*place, fill=False, edgecolor=color, linewidth=line))
+
+    def compare(
+        row: int, titles: Sequence[str], maps: Sequence[Map], colors: str, label: str = "", **more: Any
+    ) -> None:
+        """Draw maps at a row's end on one scale, with its bar."""
+        finite = np.concatenate([values[np.isfinite(values)] for values in maps])
+        scale = {"vmin": finite.min(initial=np.inf), "vmax": finite.max(initial=-np.inf), "cmap": colors} | more
+        first = 1 + len(methods) - len(maps)
+        for column, (title, values) in enumerate(zip(titles, maps, strict=True), first):
+            show(row, column, title, values, **scale)
+        left, top = width - _BARS, _HEAD + row * (tall + _TITLE)
+        axes.imshow(
+            np.linspace(1, 0, 128)[:, None], extent=(left, left + 0.12, top + tall, top), aspect="auto", cmap=colors
+        )
+        for share in (0.0, 0.5, 1.0):
+            text = f"{scale['vmax'] + share * (scale['vmin'] - scale['vmax']):.3g}"
+            axes.text(left + 0.18, top + (0.04 + 0.92 * share) * tall, text, va="center", fontsize=8)
+        axes.text(left + 0.75, top + tall / 2, label, rotation=90, va="center", ha="center", fontsize=8)
+
     titles = [f"{method.method}: error\ntoken cosine {method.token_cosine:.4f}" for method in methods]
     errors = [method.error_HW for method in methods]
-    canvas.row(0, titles, errors, "magma", "RMS error of a token", low=0.0, boxes=view.boxes)
-    canvas.show(1, 0, "token lengths", view.norm_HW, cmap="cividis")
+    compare(0, titles, errors, "magma", "RMS error of a token", vmin=0.0, boxes=view.boxes)
+    show(1, 0, "token lengths", view.norm_HW, cmap="cividis")
+    if picture is None:
+        show(0, 0, "token lengths", view.norm_HW, cmap="cividis")
+    else:
+        show(0, 0, "photograph" + (" and boxes" if view.boxes else ""), np.asarray(picture), view.boxes)
     over = picture is not None and view.placed
     for place in range(len(methods)) if over else ():
-        canvas.show(1, 1 + place, "", np.asarray(picture))
+        show(1, 1 + place, "", np.asarray(picture))
     titles, cosines = [f"{method.method}: token cosine" for method in methods], [method.cosine_HW for method in methods]
-    canvas.row(1, titles, cosines, "viridis", "token cosine", alpha=0.6 if over else 1.0)
-    for place, channel in enumerate(view.channels):
-        maps = [view.original_KHW[place], *(method.maps_KHW[place] for method in methods)]
-        canvas.row(2 + place, [f"channel {channel}", *(method.method for method in methods)], maps, "viridis")
-    heading = f"Test image {view.image} at rank {view.rank}"
-    canvas.figure.text(0.5, 1 - 0.2 / canvas.figure.get_figheight(), heading, ha="center", va="center", fontsize=11)
-    return canvas.figure
+    compare(1, titles, cosines, "viridis", "token cosine", alpha=0.6 if over else 1.0)
+    for row, channel in enumerate(view.channels, 2):
+        maps = [view.original_KHW[row - 2], *(method.maps_KHW[row - 2] for method in methods)]
+        compare(row, [f"channel {channel}", *(method.method for method in methods)], maps, "viridis")
+    return figure
 
 
 def spatial_json(images: Sequence[Sequence[SpatialView]], note: str = "") -> str:

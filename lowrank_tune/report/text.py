@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lowrank_tune.files import read_json
 from lowrank_tune.records import BEST_MODEL, CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 ABSENT = "—"
@@ -236,7 +236,7 @@ def study_cost(
         epochs = count(sum(outcome.epochs for outcome in confirmations), "epoch")
         lines.append(("Trained again with fresh seeds", f"{len(confirmations)}, {epochs}, {again}"))
     try:
-        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+        status = read_json(directory / "status.json")
         end = datetime.fromisoformat(status["ended"]) if status.get("ended") else datetime.now(UTC)
         lines.append(("Start to end", duration_text((end - datetime.fromisoformat(status["started"])).total_seconds())))
     except (OSError, ValueError, KeyError, TypeError):

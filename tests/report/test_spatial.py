@@ -19,6 +19,7 @@ from lowrank_tune.records import FeatureRow, FeatureSet, Split
 from lowrank_tune.report.spatial import (
     BoxColumn,
     check_images,
+    check_shown,
     compare_regions,
     grid_shape,
     inside_boxes,
@@ -127,16 +128,17 @@ def test_the_photograph_is_shown_upright_where_it_is_at_hand(study, view, tmp_pa
 
 
 def test_an_image_a_channel_or_a_rank_that_is_not_there_is_an_input_error(study):
-    with pytest.raises(InputError, match=r"no image 4; the test split has 4 images, numbers 0 to 3"):
-        spatial_view(FeatureMatrix(study.features), study.split, 4, rank=3, channels=range(1), network=None)
-    with pytest.raises(InputError, match="channel 20: these features have channels 0 to 19"):
-        spatial_view(FeatureMatrix(study.features), study.split, 0, rank=1, channels=[20], network=None)
-    for rank in (0, 13):
-        with pytest.raises(InputError, match=f"rank {rank}: these features have ranks 1 to 12"):
-            spatial_section(scene(study), study.directory, images=[0], channels=1, rank=rank)
-    with pytest.raises(InputError, match="no image -1"):
-        check_images([0, -1], 4)
-    with pytest.raises(InputError, match="1 image, number 0"):
+    check_shown(study.features, study.split, [0, 3], [0, 19], 12)
+    for images, channels, rank, said in (
+        ([4], 1, 3, "images: there is no image 4; the test split has 4 images, numbers 0 to 3"),
+        ([0, -1], 1, 3, "no image -1"),
+        ([0], [20], 1, "channel 20: these features have channels 0 to 19"),
+        ([0], 1, 0, "rank 0: these features have ranks 1 to 12"),
+        ([0], 1, 13, "rank 13: these features have ranks 1 to 12"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_shown(study.features, study.split, images, channels, rank)
+    with pytest.raises(InputError, match="report.images: there is no image 1; the test split has 1 image, number 0"):
         check_images([1], 1)
 
 
