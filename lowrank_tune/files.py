@@ -62,6 +62,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file is missing or damaged."""
+    try:
+        fields = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
 def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
     """Make a folder with these files in one step, unless it, or another process's copy, is there."""
     if directory.exists():

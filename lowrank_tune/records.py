@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from lowrank_tune.files import read_json, write_json
 
@@ -278,8 +278,8 @@ class ReportFiles:
     loss_curves: tuple[Path, ...]
 
 
-class TrialTracker(Protocol):
-    """What a tracker is told of trials, in the driver; none of these may raise."""
+class TrialTracker:
+    """What is told of trials, in the driver; any method may be overridden, and none may raise."""
 
     def trial_started(self, config: TrialConfig) -> None:
         """A trial begins."""
@@ -291,7 +291,7 @@ class TrialTracker(Protocol):
         """A trial is over, whichever way."""
 
 
-class StudyProgress:
+class StudyProgress(TrialTracker):
     """What a study tells while it runs; any method may be overridden."""
 
     def stage(self, text: str) -> None:
@@ -302,12 +302,3 @@ class StudyProgress:
 
     def trials(self, total: int) -> None:
         """So many trainings begin: the search's trials, then the repetitions of its best."""
-
-    def trial_started(self, config: TrialConfig) -> None:
-        """A trial begins."""
-
-    def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
-        """A trial finished an epoch."""
-
-    def trial_ended(self, outcome: TrialOutcome) -> None:
-        """A trial is over."""

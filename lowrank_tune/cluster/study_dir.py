@@ -26,8 +26,8 @@ from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec, TensorSource
 from lowrank_tune.errors import InputError, redact
-from lowrank_tune.files import read_json, results_place, write_json, write_whole
-from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_whole
+from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcomes import read_outcomes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -202,7 +202,7 @@ _LOCK, _STATUS = ".driver.lock", "status.json"
 _DIED = "its driver died without a word; go on with `lowrank-tune resume {study_id}`"
 
 
-class Status:
+class Status(TrialTracker):
     """status.json of a claimed study, written once a second: its state, stage and, as an observer, trials.
 
     As a context manager it tells how the block ended.
@@ -210,7 +210,7 @@ class Status:
 
     def __init__(self, directory: Path, trials: int, known: Iterable[TrialOutcome] = ()) -> None:
         self._path = directory / _STATUS
-        before = _read(directory)
+        before = read_fields(directory / _STATUS)
         self._fields: dict[str, Any] = {
             "study_id": directory.name,
             "state": "running",
@@ -333,7 +333,7 @@ def claimed(directory: Path) -> Iterator[None]:
     try:
         claim = FileLock(directory / _LOCK).acquire(timeout=_CLAIM_PATIENCE_S)
     except Timeout:
-        at_work = _read(directory)
+        at_work = read_fields(directory / _STATUS)
         where = f"process {at_work.get('pid')} on {at_work.get('host')}"
         raise InputError(
             f"study {directory.name}: {where} works on it; `lowrank-tune stop {directory.name}` ends that"
@@ -348,9 +348,9 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
     `ours` says that this process has claimed the study, so that no driver works on it.
     """
     record = _read_record(directory)
-    status = unbegun(directory.name) | _read(directory)
+    status = unbegun(directory.name) | read_fields(directory / _STATUS)
     if status["state"] == "running" and (ours or not _is_claimed(directory)):
-        status |= _read(directory)  # it may just have ended
+        status |= read_fields(directory / _STATUS)  # it may just have ended
         if status["state"] == "running":
             # What a killed driver wrote last may be older than its trials' own files.
             status |= {"state": "failed", "reason": _DIED.format(study_id=directory.name)}
@@ -373,14 +373,6 @@ def _is_claimed(directory: Path) -> bool:
     except (Timeout, OSError):
         # Where the folder cannot be written to, the file must be believed.
         return True
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    try:
-        fields: dict[str, Any] = read_json(directory / _STATUS)
-    except (OSError, ValueError):
-        return {}
-    return fields
 
 
 def _now() -> str:

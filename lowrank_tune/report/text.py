@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lowrank_tune.files import read_json
+from lowrank_tune.files import read_fields
 from lowrank_tune.records import BEST_MODEL, CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 ABSENT = "—"
@@ -236,10 +236,10 @@ def study_cost(
         epochs = count(sum(outcome.epochs for outcome in confirmations), "epoch")
         lines.append(("Trained again with fresh seeds", f"{len(confirmations)}, {epochs}, {again}"))
     try:
-        status = read_json(directory / "status.json")
+        status = read_fields(directory / "status.json")
         end = datetime.fromisoformat(status["ended"]) if status.get("ended") else datetime.now(UTC)
         lines.append(("Start to end", duration_text((end - datetime.fromisoformat(status["started"])).total_seconds())))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         pass  # a study of a program that was killed while it began
     shards = {Path(features.directory) / "shards" / row.shard for row in features.rows}
     cache, models = (

@@ -42,12 +42,12 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
         TrackingError: it is of a newer MLflow, or of another program, or not the results directory's own and unusable.
     """
     path = store.database
-    if path is None or _usable(path) == "current":
+    if path is None or database_state(path) == "current":
         return
     own = store.artifacts == path.absolute().with_name("mlartifacts")
     path = path.resolve()  # a link stays one
     with FileLock(path.with_name(f".{path.name}.lock")):
-        state = _usable(path)
+        state = database_state(path)
         if state == "current":
             return
         for left in path.parent.glob(f"{path.name}.*.making*"):
@@ -56,11 +56,12 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
         if state == "older" and _upgraded(path, making):
             making.replace(path)
             return
-        if state in ("older", "damaged") and not own:
+        unusable = state != "absent"
+        if unusable and not own:
             raise TrackingError(f"tracking store {store.shown}: it was left half made or is damaged; {_REMEDY}")
         _migrate(making, fresh=True)
         aside = path.with_name(f"{path.name}.unusable-{time.strftime('%Y%m%dT%H%M%S')}")
-        if state in ("older", "damaged"):
+        if unusable:
             fill(replace(store, uri=sqlite_uri(making)))
             logger.error("%s was left half made or is damaged: it is now %s, and made anew", path, aside.name)
         # The database last, and by a link: one is there at every moment, and this is begun again where it is cut off.
@@ -68,30 +69,30 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
             beside = Path(f"{path}{suffix}")
             if beside.exists():
                 beside.rename(f"{aside}{suffix}")
-        if state in ("older", "damaged"):
+        if unusable:
             os.link(path, aside)
         making.replace(path)
 
 
-def check_database(store: Store) -> None:
-    """Refuse a database that `open_database` would, as far as that is seen without trying, which takes seconds."""
-    if store.database:
-        _usable(store.database)
-
-
 def database_fault(path: Path) -> str:
-    """What keeps MLflow from using a database file, in a few words, if anything; errors as `check_database`."""
-    if _usable(path) not in ("older", "damaged"):
+    """What keeps MLflow from using a database file, in a few words, if anything; errors as `database_state`."""
+    state = database_state(path)
+    if state in ("absent", "current"):
         return ""
     copy = path.with_name(f"{path.name}.{os.getpid()}.making")
     try:
-        usable = _state(path) == "older" and _upgraded(path, copy)
+        usable = state == "older" and _upgraded(path, copy)
     finally:
         copy.unlink(missing_ok=True)
     return "" if usable else "left half made, or damaged; the next study sets it aside and tells MLflow all again"
 
 
-def _usable(path: Path) -> State:
+def database_state(path: Path) -> State:
+    """How a database file is, as far as that is seen without trying, which takes seconds.
+
+    Raises:
+        TrackingError: it is of a newer MLflow, or of another program.
+    """
     state = _state(path)
     if state == "newer":
         raise TrackingError(f"tracking store {path}: a newer MLflow has written it; install that, or {_REMEDY}")

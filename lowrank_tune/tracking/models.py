@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
+from mlflow.utils import get_results_from_paginated_fn
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.pretrained import write_exported
@@ -149,12 +149,10 @@ def _register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    there: dict[str, ModelVersion] = {}
-    token: str | None = ""
-    while token is not None:
-        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token or None)
-        there |= {version.tags[_MODEL]: version for version in page if _MODEL in version.tags}
-        token = page.token or None
+    found = get_results_from_paginated_fn(
+        lambda size, token: client.search_model_versions(f"name = '{name}'", size, page_token=token), 1000
+    )
+    there = {version.tags[_MODEL]: version for version in found if _MODEL in version.tags}
     new = {model.model_id for _, model in logged} - there.keys()
     for row, model in logged:
         if model.model_id in new:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import TrackingError
-from lowrank_tune.files import read_json
+from lowrank_tune.files import read_fields
 from lowrank_tune.records import Comparison, TrialOutcome
 from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.store import Store, reach_store, resolve_store
@@ -51,14 +51,15 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
     from sqlalchemy.exc import SQLAlchemyError
 
     store = reach_store(plan.spec.tracking.uri, plan.results)
-    for pause in (*_PAUSES_S, None):
+    pauses = iter(_PAUSES_S)
+    while True:
         try:
             return _repair(open_sync(plan, store, others), plan, comparison)
         except (MlflowException, RequestException, SQLAlchemyError) as error:
+            pause = next(pauses, None)
             if pause is None or not is_passing(error):
                 raise TrackingError(f"tracking store {store.shown}: {reason_of(error)}") from error
             time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
@@ -90,7 +91,6 @@ def _repair(sync: StudySync, plan: Plan, comparison: Comparison | None) -> Repai
 
 def _end_study(sync: StudySync, directory: Path, running: RunStatus) -> None:
     path = directory / "status.json"
-    state = read_json(path)["state"] if path.is_file() else ""
     ended: dict[str, RunStatus] = {"finished": "FINISHED", "failed": "FAILED", "running": running}
     at = (path if path.is_file() else directory).stat().st_mtime_ns // 1_000_000
-    sync.study(ended.get(state, "KILLED"), at)
+    sync.study(ended.get(read_fields(path).get("state", ""), "KILLED"), at)

@@ -98,13 +98,18 @@ def probe(store: Store) -> None:
 def _probe_server(store: Store) -> None:
     try:
         with urllib.request.urlopen(store.shown.rstrip("/") + "/health", timeout=_PROBE_TIMEOUT_S):
-            pass
+            return
     except urllib.error.HTTPError as error:
         # Any other status comes from something that is alive; MLflow itself says later what it refuses.
-        if error.code >= 500:
-            raise TrackingError(_unreachable(store, f"it answers {error.code} {error.reason}")) from None
+        if error.code < 500:
+            return
+        why = f"it answers {error.code} {error.reason}"
     except (OSError, ValueError) as error:
-        raise TrackingError(_unreachable(store, str(getattr(error, "reason", error)))) from None
+        why = str(getattr(error, "reason", error))
+    raise TrackingError(
+        f"tracking server {store.shown} does not answer ({why}); start it, or name another in tracking.uri or "
+        "MLFLOW_TRACKING_URI, or leave both unset to use a database in the results directory"
+    )
 
 
 def _probe_database(store: Store, path: Path) -> None:
@@ -126,10 +131,3 @@ def _probe_database(store: Store, path: Path) -> None:
 
 def open_sqlite(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout_s, isolation_level=None)
-
-
-def _unreachable(store: Store, why: str) -> str:
-    return (
-        f"tracking server {store.shown} does not answer ({why}); start it, or name another in tracking.uri or "
-        "MLFLOW_TRACKING_URI, or leave both unset to use a database in the results directory"
-    )

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -19,7 +20,7 @@ from urllib.parse import quote
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import TrackingError, redact
-from lowrank_tune.records import Comparison, ComparisonRow, TrialConfig, TrialOutcome
+from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.store import Store
 from lowrank_tune.trials.outcomes import OBJECTIVES, TrialRecord
 
@@ -28,11 +29,12 @@ RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 _EPOCH_METRICS = ("train_loss", *OBJECTIVES, "lr")
 _LEARNING_RATE = "lr"
 """The one figure that every epoch has, whatever became of it: its steps are the epochs that MLflow knows."""
-_EPOCHS_A_BATCH, _POINTS_A_BATCH = 150, 900  # MLflow takes 1000 metrics, parameters and tags at a time
+_GROUPS_A_BATCH = 180  # of at most five metrics: MLflow takes 1000 metrics, parameters and tags at a time
 _PARAM_LENGTH = 6000
 # The 3.17 UI opens an experiment without this as "GenAI", without metric columns.
 _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 _STOPPED_BY, _REASON, _COMPARED = "lowrank.stopped_by", "lowrank.reason", "lowrank.compared"
+_TRIAL_ID, _PARENT = "lowrank.trial_id", "mlflow.parentRunId"
 _INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR"}
 _PASSING |= {"REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}  # 429, which MLflow knows by two names
@@ -50,7 +52,7 @@ class Repairs:
 
     Attributes:
         runs_made: trials that MLflow did not know.
-        runs_removed: second runs of one trial, which are deleted as MLflow's UI does and can be restored.
+        runs_removed: second runs of the study or of one trial, deleted as MLflow's UI does: they can be restored.
         runs_ended: runs whose status or reason was not the truth.
         epochs_added: epochs whose figures were missing.
         comparison_added: whether the post-study figures were missing.
@@ -76,7 +78,7 @@ class _Run:
 
 
 class StudySync:
-    """Tells MLflow what it lacks of a study; each method may be called again and again, and after an error must be."""
+    """Tells MLflow what it lacks of a study; each method may be called again and again, after an error and `forget`."""
 
     def __init__(self, plan: Plan, store: Store) -> None:
         from mlflow import MlflowClient
@@ -95,16 +97,40 @@ class StudySync:
 
     def trial(self, record: TrialRecord, running: bool) -> None:
         """Tell of a trial or a repetition; one without an outcome is KILLED unless a process trains it."""
+        from mlflow.entities import Metric, RunTag
+
         self._look()
         config, outcome = record.config, record.outcome
         run = self._runs.get(config.trial_id) or self._make_trial(record)
+        if run.epochs is None:
+            history = self._client.get_metric_history(run.run_id, _LEARNING_RATE) if run.metrics else []
+            run.epochs = {metric.step for metric in history}
+        new = [epoch for epoch in _epochs(record) if epoch[0] not in run.epochs]
+        metrics = [
+            [Metric(key, row[key], at, step) for key in _EPOCH_METRICS if _finite(row, key)] for step, at, row in new
+        ]
+        best: dict[str, float] = {}
+        if outcome:
+            figures = {f"best_{key}": value for key, value in outcome.best.items()}
+            figures |= {"best_epoch": outcome.best_epoch} if outcome.best_epoch else {}
+            best = {
+                key: figures[key] for key in figures if _finite(figures, key) and run.metrics.get(key) != figures[key]
+            }
+            metrics.append([Metric(key, value, record.changed, outcome.epochs) for key, value in best.items()])
+        names = ("family", "rank", "lr", "weight_decay", "batch_size", "seed")
+        params = {name: getattr(config, name) for name in names} | config.family_params
         status, tags = _ending(outcome, running)
         missing = {key: value for key, value in tags.items() if run.tags.get(key) != value}
-        self._tell_figures(run, record, missing)
+        said = [RunTag(key, value) for key, value in missing.items()]
+        self._log(run.run_id, metrics, [] if run.params else _params(params), said)
         for key in {_STOPPED_BY, _REASON} & run.tags.keys() - tags.keys():
             self._client.delete_tag(run.run_id, key)
             del run.tags[key]
+        run.params = run.params or {"family": config.family}
+        run.epochs |= {step for step, _, _ in new}
+        run.metrics |= best
         run.tags |= tags
+        self.repairs.epochs_added += len(new)
         self._set_status(run, status, record.changed, bool(missing))
 
     def study(self, status: RunStatus, at: int) -> None:
@@ -130,42 +156,39 @@ class StudySync:
 
         study, register = self._study_run(), self._plan.spec.tracking.register_as
         digest = _digest(self._plan.study_dir)
-        entity = self._client.get_run(study.run_id)
-        same = entity.data.tags.get(_COMPARED) == digest
+        same = study.tags.get(_COMPARED) == digest
         if not same:
-            self._tell_comparison(study.run_id, list(entity.data.metrics), comparison, outcomes)
+            self._tell_comparison(study.run_id, comparison, outcomes)
         lacking = log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
         if lacking or not same:
             # Last: whatever is cut off before is told again.
             self._client.set_tag(study.run_id, _COMPARED, digest)
+            study.tags[_COMPARED] = digest
             self.repairs.comparison_added = True
 
     def _look(self) -> None:
+        from mlflow.utils import get_results_from_paginated_fn
+
         if self._experiment:
             return
-        experiment = _open_experiment(
-            self._client, self._plan.spec.tracking.experiment or self._plan.spec.name, self._store
+        spec = self._plan.spec
+        experiment = _open_experiment(self._client, spec.tracking.experiment or spec.name, self._store)
+        query, order = f"tags.`lowrank.study_id` = '{self._plan.study_id}'", ["start_time ASC"]
+        found = get_results_from_paginated_fn(
+            lambda size, token: self._client.search_runs([experiment], query, 1, size, order, token), 1000
         )
-        query, token = f"tags.`lowrank.study_id` = '{self._plan.study_id}'", None
-        while True:
-            page = self._client.search_runs(
-                [experiment], query, max_results=1000, order_by=["start_time ASC"], page_token=token
-            )
-            for entity in page:
-                self._take(entity)
-            token = page.token
-            if not token:
-                break
+        runs = [
+            _Run(run.info.run_id, run.info.status, run.data.params, dict(run.data.tags), dict(run.data.metrics))
+            for run in found
+        ]
+        below = Counter(run.tags.get(_PARENT) for run in runs)
+        studies = [run for run in runs if _TRIAL_ID not in run.tags]
+        self._parent = max(studies, key=lambda run: below[run.run_id], default=None)
+        self._second = [run.run_id for run in studies if run is not self._parent]
+        for run in runs:
+            if _TRIAL_ID in run.tags and self._runs.setdefault(run.tags[_TRIAL_ID], run) is not run:
+                self._second.append(run.run_id)
         self._experiment = experiment
-
-    def _take(self, entity: Any) -> None:
-        data = entity.data
-        run = _Run(entity.info.run_id, entity.info.status, data.params, dict(data.tags), dict(data.metrics))
-        trial_id = run.tags.get("lowrank.trial_id")
-        if trial_id is None:
-            self._parent = self._parent or run
-        elif self._runs.setdefault(trial_id, run) is not run:
-            self._second.append(run.run_id)
 
     def _study_run(self) -> _Run:
         self._look()
@@ -195,8 +218,8 @@ class StudySync:
         tags = {
             "lowrank.kind": "confirmation" if config.confirms else "trial",
             "lowrank.study_id": self._plan.study_id,
-            "lowrank.trial_id": config.trial_id,
-            "mlflow.parentRunId": self._study_run().run_id,
+            _TRIAL_ID: config.trial_id,
+            _PARENT: self._study_run().run_id,
         } | ({"lowrank.confirms": config.confirms} if config.confirms else {})
         started = record.trained - round(1000 * sum(row["seconds"] for row in record.history))
         run = self._runs[config.trial_id] = self._make(config.trial_id, started, tags)
@@ -207,38 +230,17 @@ class StudySync:
         entity = self._client.create_run(self._experiment, start_time=at, tags=tags, run_name=name)
         return _Run(str(entity.info.run_id), tags=tags)
 
-    def _tell_figures(self, run: _Run, record: TrialRecord, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        if run.epochs is None:
-            history = self._client.get_metric_history(run.run_id, _LEARNING_RATE) if run.metrics else []
-            run.epochs = {metric.step for metric in history}
-        outcome = record.outcome
-        best = {f"best_{key}": value for key, value in outcome.best.items()} if outcome else {}
-        if outcome and outcome.best_epoch:
-            best["best_epoch"] = outcome.best_epoch
-        best = {key: value for key, value in best.items() if math.isfinite(value) and run.metrics.get(key) != value}
-        new = [epoch for epoch in _epochs(record) if epoch[0] not in run.epochs]
-        for start in range(0, max(1, len(new)), _EPOCHS_A_BATCH):
-            # What stands together of one epoch arrives together or not at all.
-            epochs = new[start : start + _EPOCHS_A_BATCH]
-            metrics = [
-                Metric(key, row[key], at, step)
-                for step, at, row in epochs
-                for key in _EPOCH_METRICS
-                if math.isfinite(row.get(key, math.nan))
-            ]
-            last = start + _EPOCHS_A_BATCH >= len(new)
-            if last and outcome:
-                metrics += [Metric(key, value, record.changed, outcome.epochs) for key, value in best.items()]
-            params = [] if run.params else _params(_trial_params(record.config))
-            said = [RunTag(key, value) for key, value in tags.items()] if last else []
-            if metrics or params or said:
-                self._client.log_batch(run.run_id, metrics, params, said)
-            run.params = run.params or {"family": record.config.family}
-            run.epochs |= {step for step, _, _ in epochs}
-            self.repairs.epochs_added += len(epochs)
-        run.metrics |= best
+    def _log(
+        self, run_id: str, metrics: Sequence[Sequence[Any]], params: Sequence[Any] = (), tags: Sequence[Any] = ()
+    ) -> None:
+        """Metrics that stand in one group arrive together or not at all; parameters come first, tags last."""
+        for start in range(0, max(1, len(metrics)), _GROUPS_A_BATCH):
+            end = start + _GROUPS_A_BATCH
+            batch = [metric for group in metrics[start:end] for metric in group]
+            said = tags if end >= len(metrics) else ()
+            if batch or params or said:
+                self._client.log_batch(run_id, batch, params, said)
+            params = ()
 
     def _set_status(self, run: _Run, status: RunStatus, at: int, told: bool = False) -> None:
         if run.status != status:
@@ -249,19 +251,18 @@ class StudySync:
         self.repairs.runs_ended += status != "RUNNING" and (told or run.status != status)
         run.status = status
 
-    def _tell_comparison(
-        self, run_id: str, known: Sequence[str], comparison: Comparison, outcomes: Sequence[TrialOutcome]
-    ) -> None:
+    def _tell_comparison(self, run_id: str, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
+        import pandas as pd
         from mlflow.entities import Metric
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
         client, directory, at = self._client, self._plan.study_dir, _now()
-        keys = {key for key, _, _ in _points(comparison)} & set(known)
+        points = [point for row in comparison.rows for point in _points(row)]
+        keys = {key for key, _, _ in points} & client.get_run(run_id).data.metrics.keys()
         there = {(key, point.step, point.value) for key in keys for point in client.get_metric_history(run_id, key)}
-        metrics = [Metric(key, value, at, rank) for key, rank, value in _points(comparison)]
-        metrics = [metric for metric in metrics if (metric.key, metric.step, metric.value) not in there]
-        for start in range(0, len(metrics), _POINTS_A_BATCH):
-            client.log_batch(run_id, metrics[start : start + _POINTS_A_BATCH])
+        self._log(
+            run_id, [[Metric(key, value, at, rank)] for key, rank, value in points if (key, rank, value) not in there]
+        )
         if comparison.remarks:
             client.set_tag(run_id, "mlflow.note.content", "\n\n".join(comparison.remarks))
         for name in _FILES:
@@ -270,9 +271,8 @@ class StudySync:
         if (directory / "plots").is_dir():
             client.log_artifacts(run_id, str(directory / "plots"), "plots")
         # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
-        columns = [each.name for each in fields(ComparisonRow)]
-        data = [[_json_value(value) for value in astuple(row)] for row in comparison.rows]
-        client.log_dict(run_id, {"columns": columns, "data": data}, _TABLE)
+        table = pd.DataFrame([asdict(row) for row in comparison.rows])
+        client.log_text(run_id, table.to_json(orient="split", index=False, double_precision=15), _TABLE)
         client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": _TABLE, "type": "table"}]))
         for outcome in outcomes:
             curves, run = Path(outcome.directory) / "loss_curves.png", self._runs.get(outcome.config.trial_id)
@@ -285,14 +285,11 @@ def is_passing(error: Exception) -> bool:
     import sqlite3
 
     import requests
-    from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError
 
-    if isinstance(error, MlflowException):
-        return error.error_code in _PASSING
     # MLflow lets some of its database's own errors through, a lock that outlasts its patience among them.
     passing = (requests.ConnectionError, requests.Timeout, OperationalError, sqlite3.OperationalError)
-    return isinstance(error, passing)
+    return isinstance(error, passing) or getattr(error, "error_code", "") in _PASSING
 
 
 def reason_of(error: Exception) -> str:
@@ -339,33 +336,28 @@ def _epochs(record: TrialRecord) -> Iterator[tuple[int, int, Mapping[str, float]
         yield int(row["epoch"]), record.trained - round(1000 * left), row
 
 
-def _trial_params(config: TrialConfig) -> dict[str, Any]:
-    names = ("family", "rank", "lr", "weight_decay", "batch_size", "seed")
-    return {name: getattr(config, name) for name in names} | config.family_params
-
-
 def _params(values: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import Param
 
     return [Param(key, redact(str(value))[:_PARAM_LENGTH]) for key, value in values.items()]
 
 
-def _points(comparison: Comparison) -> Iterator[tuple[str, int, float]]:
-    for row in comparison.rows:
-        figures = {
-            "token_cosine": row.token_cosine_mean,
-            "residual_ratio": row.residual_ratio_mean,
-            "token_cosine_minus_svd": row.token_cosine_minus_svd,
-            "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
-            "residual_ratio_seed_sd": row.residual_ratio_seed_sd,
-        }
-        for figure, value in figures.items():
-            if value is not None and math.isfinite(value):
-                yield f"test.{row.method}.{figure}", row.rank, value
+def _points(row: ComparisonRow) -> Iterator[tuple[str, int, float]]:
+    """A row's figures, each as metric, step and value."""
+    figures = {
+        "token_cosine": row.token_cosine_mean,
+        "residual_ratio": row.residual_ratio_mean,
+        "token_cosine_minus_svd": row.token_cosine_minus_svd,
+        "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
+        "residual_ratio_seed_sd": row.residual_ratio_seed_sd,
+    }
+    for figure, value in figures.items():
+        if value is not None and math.isfinite(value):
+            yield f"test.{row.method}.{figure}", row.rank, value
 
 
-def _json_value(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(figures: Mapping[str, float], key: str) -> bool:
+    return math.isfinite(figures.get(key, math.nan))
 
 
 def _digest(directory: Path) -> str:

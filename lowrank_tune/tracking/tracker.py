@@ -11,8 +11,8 @@ from typing import Self
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import TrackingError, redact
-from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome
-from lowrank_tune.tracking.database import check_database
+from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.tracking.database import database_state
 from lowrank_tune.tracking.reconcile import Others, open_sync
 from lowrank_tune.tracking.store import reach_store
 from lowrank_tune.tracking.sync import RunStatus, StudySync, is_passing, reason_of
@@ -27,7 +27,7 @@ _COMPARISON, _STUDY = "/comparison", "/study"
 """What is told beside trials, after them; no trial's id has a slash."""
 
 
-class Tracker:
+class Tracker(TrialTracker):
     """Tracks one study in MLflow: a parent run, and a child a trial.
 
     As a context manager it ends every run with the status that the block ended with. A server is asked for the study's
@@ -40,14 +40,14 @@ class Tracker:
 
     def __init__(self, plan: Plan, others: Others = tuple) -> None:
         self.store = reach_store(plan.spec.tracking.uri, plan.results)
-        check_database(self.store)
+        if self.store.database:
+            database_state(self.store.database)
         self._plan, self._others = plan, others
         self._sync: StudySync | None = None
         self._lock = threading.Lock()
         self._dirty: dict[str, None] = {}
         self._running: set[str] = set()
         self._failed: dict[str, str] = {}  # why something could not be told
-        self._unsure = False  # whether an answer may have been lost, and its request have been obeyed later
         self._compared: tuple[Comparison, Sequence[TrialOutcome]] | None = None
         self._status: RunStatus = "RUNNING"
         self._closing = threading.Event()
@@ -115,27 +115,20 @@ class Tracker:
             self._thread.start()
 
     def _work(self) -> None:
-        pause, deadline = PAUSE_S, 0.0
-        while True:
-            closing = self._closing.wait(pause)
-            if closing and not deadline:
-                deadline = time.monotonic() + PATIENCE_S
-                self._mark(*self._failed)  # what was refused has its last chance
-            passing = self._tell_all()
-            if passing is None:
-                pause = PAUSE_S
-                if closing and not self._dirty:
-                    return
-                continue
-            logger.debug("tracking delayed: %s", passing)
-            if closing:
-                if time.monotonic() >= deadline:
-                    self._failed |= dict.fromkeys(self._dirty, passing)
-                    return
-                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+        pause = PAUSE_S
+        while not self._closing.wait(pause):
+            pause = min(2 * pause, _LONGEST_PAUSE_S) if self._tell_all() else PAUSE_S
+        deadline, pause = time.monotonic() + PATIENCE_S, PAUSE_S
+        self._mark(*self._failed)  # what was refused has its last chance
+        while away := self._tell_all():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._failed |= dict.fromkeys(self._dirty, away)
+                return
+            time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _tell_all(self) -> str | None:
+    def _tell_all(self) -> str:
         """Tell all that is new; where the store is away, what is left stays for later, and why is returned."""
         with self._lock:
             keys = sorted(self._dirty, key=lambda key: (key == _STUDY, key == _COMPARISON))
@@ -145,16 +138,16 @@ class Tracker:
                 self._tell(self._sync or self._begin(), key)
                 self._failed.pop(key, None)
             except Exception as error:
-                self._unsure = True
+                reason = reason_of(error)
+                logger.debug("MLflow was not told of %s: %s", key, reason)
                 if self._sync is not None:
                     self._sync.forget()
-                if _may_pass(error):
+                if is_passing(error):
                     with self._lock:
                         self._dirty = dict.fromkeys(keys[done:]) | self._dirty
-                    return reason_of(error)
-                self._failed[key] = reason_of(error)
-                logger.debug("tracking failed: %s", self._failed[key])
-        return None
+                    return reason
+                self._failed[key] = reason
+        return ""
 
     def _begin(self) -> StudySync:
         sync = open_sync(self._plan, self.store, self._others)
@@ -165,22 +158,13 @@ class Tracker:
     def _tell(self, sync: StudySync, key: str) -> None:
         trials = self._plan.study_dir / "trials"
         if key == _STUDY:
-            if self._unsure:
-                sync.forget()
-                sync.without_files(folder.name for folder in trials.glob("*"))
+            # An answer may have been lost, and its request have been obeyed since.
+            sync.forget()
+            sync.without_files(folder.name for folder in trials.glob("*"))
             sync.study(self._status, time.time_ns() // 1_000_000)
         elif key == _COMPARISON and self._compared:
             sync.comparison(*self._compared)
         else:
-            running = key in self._running
-            record = read_trial(trials / key)
-            if record is not None:
+            running = key in self._running  # before its files are read: it may end meanwhile
+            if record := read_trial(trials / key):
                 sync.trial(record, running)
-
-
-def _may_pass(error: Exception) -> bool:
-    try:
-        return is_passing(error)
-    except Exception:
-        logger.debug("cannot tell whether a failure may pass", exc_info=True)
-        return False

@@ -10,11 +10,9 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
-from urllib.parse import quote
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.tracking.store import local_uri, set_mlflow_defaults
+from lowrank_tune.tracking.store import local_uri, open_sqlite, set_mlflow_defaults
 
 _GRACE_S = 5.0
 
@@ -36,7 +34,7 @@ def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     # A session of its own: MLflow's workers and job runners outlive their parent unless the whole group is ended.
     server = subprocess.Popen(command, start_new_session=True)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return server.wait()
     except KeyboardInterrupt:
@@ -51,10 +49,9 @@ def first_page(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> s
 
     MLflow 3.17 opens an experiment as GenAI, whatever its kind is tagged as, unless the address says otherwise.
     """
-    store = f"file:{quote(str(results / 'mlflow.db'))}?mode=ro"
     newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
     try:
-        with contextlib.closing(sqlite3.connect(store, uri=True)) as connection:
+        with contextlib.closing(open_sqlite(results / "mlflow.db")) as connection:
             found = connection.execute(newest).fetchone()
     except sqlite3.Error:
         found = None
@@ -84,7 +81,3 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
             server.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             continue
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

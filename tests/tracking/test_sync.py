@@ -228,11 +228,12 @@ def test_a_store_that_knows_nothing_is_told_everything_once(plan: Plan) -> None:
     before = snapshot(plan)
     assert reconcile(plan) == Repairs()
     assert snapshot(plan) == before
-    tags = dict(reader.trial(FINISHED.trial_id).data.tags)
-    reader.client.create_run(reader.experiment.experiment_id, tags=tags, run_name=FINISHED.trial_id)
+    for again, began in ((reader.trial(FINISHED.trial_id), None), *3 * [(reader.parent(), plan.started)]):
+        moment = began and int(began.timestamp() * 1000)
+        reader.client.create_run(reader.experiment.experiment_id, moment, again.data.tags, again.info.run_name)
     shutil.rmtree(plan.study_dir / "trials" / CUT.trial_id)
     reader.client.update_run(reader.trial(CUT.trial_id).info.run_id, status="RUNNING")
-    assert reconcile(plan) == Repairs(runs_removed=1, runs_ended=1), "a second run, and one of a trial without a file"
+    assert reconcile(plan) == Repairs(runs_removed=4, runs_ended=1), "further runs, and one of a trial without a file"
     check_truth(plan)
 
 
