@@ -10,6 +10,7 @@ from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.compression import COUNT_BYTES, DTYPES, TARGETS
 from lowrank_tune.comparison.remarks import compression_texts, which_are_beaten
 from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
+from tests.comparison.small_study import images
 
 LEVELS = {"int8": 127, "int5": 15, "int4": 7}
 BITS = {"float16": 16, "int8": 8, "int5": 5, "int4": 4}
@@ -99,7 +100,7 @@ def test_every_trained_model_is_quantised(compared):
 
 
 def test_what_float16_cannot_hold_is_left_out_and_the_rest_is_there(make_study):
-    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1.5, 24)
+    x_NTD = images()
     x_NTD[19] *= 1e8
     study = make_study(x_NTD)
     study.add_trial("sketch", 4)

@@ -19,7 +19,7 @@ from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import TEST_OPTIMUM, TrialConfig
-from tests.comparison.conftest import find_row
+from tests.comparison.small_study import find_row, images
 
 CONTRACT = [
     "method", "rank", "n_images", "token_cosine_mean", "token_cosine_sd", "flat_cosine_mean", "mse_mean",
@@ -161,7 +161,7 @@ def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(compared):
 
 
 def test_in_small_batches_only_speeds_differ_and_images_of_zeros_are_left_out_and_told(make_study, monkeypatch):
-    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1.5, 24)
+    x_NTD = images()
     x_NTD[[15, 18]] = 0
     study = make_study(x_NTD)
     study.add_trial("sketch", 4)
@@ -264,7 +264,7 @@ def test_an_image_of_the_ranks_own_rank_has_ratio_one_where_it_is_reproduced(mak
 
 
 def test_nothing_to_compare_is_an_input_error(make_study):
-    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(1))
+    x_NTD = images()
     x_NTD[14:] = 0
     study = make_study(x_NTD)
     with pytest.raises(InputError, match="no trials to compare"):

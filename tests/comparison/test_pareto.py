@@ -6,21 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_tune.comparison.compare import pareto_fronts
-from lowrank_tune.records import ComparisonRow, TrialConfig, TrialOutcome
+from tests.comparison.small_study import make_outcome, make_row
 
 
 def trial(number, rank, mse, **fields):
-    config = TrialConfig(f"r{rank:03d}-sketch-{number:04d}", number, 0, "sketch", rank, 1e-3, 0.0, 4, 5, 5)
-    return TrialOutcome(
-        **{
-            "config": config, "status": "finished", "stopped_by": "budget", "epochs": 5, "best_epoch": 5,
-            "best": {"val_mse": mse}, "directory": "", "seconds": 1.0, **fields,
-        }
-    )  # fmt: skip
-
-
-def row(method, rank, size, cosine, trial_id=""):
-    return ComparisonRow(method, rank, 20, cosine, 0.01, 0.9, 0.1, 1.1, 1.2, size, 100.0, trial_id)
+    return make_outcome("sketch", rank, number, **{"best": {"val_mse": mse}, **fields})
 
 
 few = st.integers(1, 5)  # so that ties are common
@@ -29,7 +19,9 @@ few = st.integers(1, 5)  # so that ties are common
 @given(st.lists(st.tuples(few, few), min_size=1, max_size=12), st.booleans())
 def test_the_front_is_what_nothing_dominates(pairs, storage):
     if storage:
-        (front,) = pareto_fronts([], [row(str(n), 1, size, -y / 10) for n, (size, y) in enumerate(pairs)])
+        (front,) = pareto_fronts(
+            [], [make_row(str(n), 1, cosine=-y / 10, bytes_per_image=size) for n, (size, y) in enumerate(pairs)]
+        )
         assert (front.x, front.y, front.better) == ("bytes_per_image", "token_cosine_mean", "higher")
     else:
         (front,) = pareto_fronts([trial(n, rank, y / 10) for n, (rank, y) in enumerate(pairs)], [])

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from lowrank_tune.comparison.remarks import about_data, about_rivals, about_trials
-from lowrank_tune.records import ComparisonRow
+from tests.comparison.small_study import make_row
 
 
 def row(method, ratio, speed, rank=4, trial_id=""):
-    return ComparisonRow(method, rank, 20, 0.9, 0.01, 0.9, 0.1, ratio, ratio, 100, speed, trial_id)
+    return make_row(method, rank, ratio, images_per_second=speed, trial_id=trial_id)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Compression, Front, FrontPoint
 from lowrank_tune.report.charts import (
@@ -16,7 +15,8 @@ from lowrank_tune.report.charts import (
     tradeoff_picture,
 )
 from lowrank_tune.report.style import ABOVE_ONE
-from tests.report.conftest import history, make_outcome
+from tests.comparison.small_study import images, make_outcome
+from tests.report.conftest import history
 from tests.report.test_tables import FOUND, STORED
 
 
@@ -54,10 +54,10 @@ def test_trade_offs_fill_the_front():
     assert "On the front: t at rank 3" in chart.alt
 
 
-def test_the_spectrum_is_the_singular_values_over_the_first(features):
-    data = FeatureMatrix(features)
-    spectrum = spectrum_of(measure_optimum([data.load([5, 6, 7]), torch.zeros(1, 12, 20)]))
-    expected = torch.linalg.svdvals(data.load([5, 6, 7]).double())
+def test_the_spectrum_is_the_singular_values_over_the_first():
+    x_NTD = images()[:3]
+    spectrum = spectrum_of(measure_optimum([x_NTD, torch.zeros(1, 16, 24)]))
+    expected = torch.linalg.svdvals(x_NTD.double())
     assert spectrum.values_NK == pytest.approx((expected / expected[:, :1]).numpy(), abs=1e-6)
     energy = expected.square()
     left = 1 - energy.cumsum(1) / energy.sum(1, keepdim=True)
@@ -66,7 +66,7 @@ def test_the_spectrum_is_the_singular_values_over_the_first(features):
     values, left_chart = spectrum_picture(spectrum, [3]).charts
     assert traces(values)["mean"].y == pytest.approx(spectrum.values_NK.mean(0))
     assert f"{spectrum.left_K[2]:.3g} at rank 3" in left_chart.alt
-    assert spectrum_of(measure_optimum([torch.zeros(1, 12, 20)])) is None
+    assert spectrum_of(measure_optimum([torch.zeros(1, 16, 24)])) is None
 
 
 def test_bytes_against_error_has_the_chosen_factors_of_each_rank_beside_x_itself():

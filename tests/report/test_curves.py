@@ -11,7 +11,8 @@ from lowrank_tune.lowrank.svd import Spectrum
 from lowrank_tune.report.curves import draw_losses, loss_pictures, rank_curve
 from lowrank_tune.report.style import look_of, thinned
 from lowrank_tune.report.text import BOUNDS, CONTROLS, in_order
-from tests.report.conftest import history, make_outcome, make_row
+from tests.comparison.small_study import make_outcome, make_row
+from tests.report.conftest import history
 
 
 def drawn(figure: Figure) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint, ReportFiles
 from lowrank_tune.report.report import write_report
-from tests.report.conftest import make_features, make_study
+from lowrank_tune.trials.outcomes import write_history
+from tests.report.conftest import history, make_study
 from tests.report.test_tables import FOUND
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -76,16 +76,13 @@ class Report:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("report")
-    study = make_study(path, make_features(path))
-    first, second = study.outcomes[:2]
-    config = replace(first.config, trial_id="r003-sketch-0000-s1", confirms=first.config.trial_id)
-    repetition = replace(second, config=config, directory=str(study.directory / "trials" / config.trial_id))
-    Path(repetition.directory).mkdir(parents=True)
-    (Path(repetition.directory) / "history.json").write_text((Path(second.directory) / "history.json").read_text())
+    study = make_study(path)
+    repetition = study.repeat("r003-sketch-0000", 1, epochs=2)
+    write_history(Path(repetition.directory), history(2))
     svd, control, trained = study.comparison.rows
     seeds = {"seeds": 1, "residual_ratio_seed_mean": 1.31, "token_cosine_seed_mean": 0.94}
     ends = {"token_cosine_minus_svd_low": -0.07, "token_cosine_minus_svd_high": -0.03}
-    point = FrontPoint("sketch", 3, 3, 0.25, first.config.trial_id, on_front=True)
+    point = FrontPoint("sketch", 3, 3, 0.25, "r003-sketch-0000", on_front=True)
     comparison = replace(
         study.comparison,
         rows=(svd, control, replace(trained, token_cosine_minus_svd=-0.05, **seeds, **ends)),
@@ -93,7 +90,7 @@ def report(tmp_path_factory):
         compression=FOUND,
     )
     # As the comparison left it; two images are of zeros there, so that one sees that it was read.
-    x_NTD = FeatureMatrix(study.features).load(study.split.test)
+    x_NTD = study.test_images()
     x_NTD[2:] = 0
     measure_optimum([x_NTD]).save(study.directory / TEST_OPTIMUM, study.features.digest(study.split.test))
     times = '{"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:02:05+00:00"}'

@@ -10,12 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.records import FeatureRow, FeatureSet, Split
 from lowrank_tune.report.spatial import (
     BoxColumn,
     check_images,
@@ -28,26 +25,28 @@ from lowrank_tune.report.spatial import (
     spatial_views,
 )
 from lowrank_tune.report.spatial_page import Scene, spatial_figure, spatial_section, write_spatial_page
-from tests.report.conftest import make_row
+from tests.comparison.small_study import images, make_row
+from tests.report.conftest import make_study
 
-WIDE = (200, 100)
+
+def scene(study):
+    return Scene(study.features, study.split, study.outcomes, study.comparison)
 
 
-def spatial_view(data, split, image, *, rank, channels, network, boxes=None):
-    (view,) = spatial_views(data, split, image, networks={rank: network}, channels=channels, boxes=boxes)
-    return view
+def views(study, image, networks, channels, boxes=None):
+    data = FeatureMatrix(study.features)
+    return list(spatial_views(data, study.split, image, networks=networks, channels=channels, boxes=boxes))
 
 
 @pytest.fixture
 def network(study):
-    return load_decomposer(study.directory / "trials" / "r003-sketch-0000" / "best_model.safetensors").eval()
+    return scene(study).network(3)
 
 
 @pytest.fixture
 def view(study, network):
     """Of two ranks, as the page has them, and channels in the order asked for."""
-    data = FeatureMatrix(study.features)
-    other, view = spatial_views(data, study.split, 1, networks={7: None, 3: network}, channels=(17, 3))
+    other, view = views(study, 1, {7: None, 3: network}, (17, 3))
     assert (other.rank, view.rank, view.channels) == (7, 3, (17, 3))
     assert [method.method for method in other.reconstructions] == ["svd"]
     return view
@@ -61,27 +60,32 @@ def test_the_grid_follows_from_the_number_of_tokens(tokens, grid):
 
 
 def test_a_views_maps_are_numpys(study, view, network):
-    x_TD = FeatureMatrix(study.features).load([6])[0].double().numpy()
+    x_TD = study.x_NTD[17].double().numpy()
     u, s, vh = np.linalg.svd(x_TD, full_matrices=False)
     svd_TD = (u[:, :3] * s[:3]) @ vh[:3]
     with torch.inference_mode():
-        a_NTR, b_NRD = network(torch.from_numpy(x_TD).float()[None])
+        a_NTR, b_NRD = network(study.x_NTD[17:18])
     sketch_TD = (a_NTR @ b_NRD)[0].double().numpy()
-    assert view.original_KHW == pytest.approx(np.stack([x_TD[:, k].reshape(3, 4) for k in (17, 3)]))
-    assert view.norm_HW == pytest.approx(np.linalg.norm(x_TD, axis=1).reshape(3, 4))
+    assert view.original_KHW == pytest.approx(np.stack([x_TD[:, k].reshape(4, 4) for k in (17, 3)]))
+    assert view.norm_HW == pytest.approx(np.linalg.norm(x_TD, axis=1).reshape(4, 4))
     for shown, made_TD, method in zip(view.reconstructions, (svd_TD, sketch_TD), ("svd", "sketch"), strict=True):
         assert shown.method == method
-        assert shown.maps_KHW == pytest.approx(np.stack([made_TD[:, k].reshape(3, 4) for k in (17, 3)]), abs=1e-5)
-        assert shown.error_HW == pytest.approx(np.sqrt(((x_TD - made_TD) ** 2).mean(1)).reshape(3, 4), abs=1e-5)
+        assert shown.maps_KHW == pytest.approx(np.stack([made_TD[:, k].reshape(4, 4) for k in (17, 3)]), abs=1e-5)
+        assert shown.error_HW == pytest.approx(np.sqrt(((x_TD - made_TD) ** 2).mean(1)).reshape(4, 4), abs=1e-5)
         cosines = (x_TD * made_TD).sum(1) / (np.linalg.norm(x_TD, axis=1) * np.linalg.norm(made_TD, axis=1))
         assert shown.token_cosine == pytest.approx(cosines.mean(), abs=1e-6)
 
 
-def test_a_guessed_grid_is_told_and_carries_no_boxes(study, view):
-    assert not view.placed
-    boxes = BoxColumn({study.features.rows[6].key: ((0, 0, 20, 10),)}, True, "")
-    data = FeatureMatrix(study.features)
-    assert spatial_view(data, study.split, 1, rank=3, channels=[0], network=None, boxes=boxes).boxes == ()
+def test_a_guessed_grid_is_told_and_carries_no_boxes(tmp_path):
+    study = make_study(tmp_path, images(tokens=12))
+    boxes = BoxColumn({study.features.rows[17].key: ((0, 0, 20, 10),)}, True, "")
+    (view,) = views(study, 1, {3: None}, [0], boxes)
+    assert (view.placed, view.boxes, view.norm_HW.shape) == (False, (), (3, 4))
+    section = spatial_section(scene(study), study.directory / "plots", images=[1, 1], channels=3, rank=7)
+    (picture,) = section.pictures
+    assert picture.path.name == "spatial-001-r007.png"
+    assert "svd" in picture.alt and "sketch" not in picture.alt, "no trial had this rank"
+    assert any("12 tokens are no square number" in note for note in section.notes)
 
 
 def test_maps_that_are_compared_share_a_scale(view):
@@ -96,7 +100,7 @@ def test_maps_that_are_compared_share_a_scale(view):
     for image in axes.images:
         rows.setdefault(round(image.get_extent()[3], 3), []).append(image)
     errors, cosines, *channels = (
-        [image for image in row if image.get_array().shape == (3, 4)] for row in rows.values()
+        [image for image in row if image.get_array().shape == (4, 4)] for row in rows.values()
     )
     highest = max(method.error_HW.max() for method in view.reconstructions)
     assert [image.get_clim() for image in errors] == [(0.0, highest)] * 2
@@ -110,8 +114,8 @@ def test_maps_that_are_compared_share_a_scale(view):
 
 def test_the_photograph_is_shown_upright_where_it_is_at_hand(study, view, tmp_path):
     assert view.photograph.size == (448, 448)
-    assert set(np.unique(view.photograph)) == {150}
-    without = spatial_view(FeatureMatrix(study.features), study.split, 3, rank=3, channels=range(1), network=None)
+    assert set(np.unique(view.photograph)) == {12 * 17}
+    (without,) = views(study, 3, {3: None}, [0])
     assert without.photograph is None
     assert "photograph" not in {text.get_text() for text in spatial_figure(without).axes[0].texts}
     picture, exif = Image.new("RGB", (40, 20)), Image.Exif()
@@ -127,31 +131,22 @@ def test_the_photograph_is_shown_upright_where_it_is_at_hand(study, view, tmp_pa
     assert photograph(unrecorded, study.features.rows[2].key) is None
 
 
-def test_an_image_a_channel_or_a_rank_that_is_not_there_is_an_input_error(study):
-    check_shown(study.features, study.split, [0, 3], [0, 19], 12)
-    for images, channels, rank, said in (
+@pytest.mark.parametrize(
+    ("images", "channels", "rank", "said"),
+    [
         ([4], 1, 3, "images: there is no image 4; the test split has 4 images, numbers 0 to 3"),
         ([0, -1], 1, 3, "no image -1"),
-        ([0], [20], 1, "channel 20: these features have channels 0 to 19"),
-        ([0], 1, 0, "rank 0: these features have ranks 1 to 12"),
-        ([0], 1, 13, "rank 13: these features have ranks 1 to 12"),
-    ):
-        with pytest.raises(InputError, match=said):
-            check_shown(study.features, study.split, images, channels, rank)
+        ([0], [24], 1, "channel 24: these features have channels 0 to 23"),
+        ([0], 1, 0, "rank 0: these features have ranks 1 to 16"),
+        ([0], 1, 17, "rank 17: these features have ranks 1 to 16"),
+    ],
+)
+def test_an_image_a_channel_or_a_rank_that_is_not_there_is_an_input_error(study, images, channels, rank, said):
+    check_shown(study.features, study.split, [0, 3], [0, 23], 16)
+    with pytest.raises(InputError, match=said):
+        check_shown(study.features, study.split, images, channels, rank)
     with pytest.raises(InputError, match="report.images: there is no image 1; the test split has 1 image, number 0"):
         check_images([1], 1)
-
-
-def scene(study):
-    return Scene(study.features, study.split, study.outcomes, study.comparison)
-
-
-def test_spatial_pictures_at_a_rank_that_no_trial_had_show_the_svd(study):
-    section = spatial_section(scene(study), study.directory / "plots", images=[1, 1], channels=3, rank=7)
-    (picture,) = section.pictures
-    assert picture.path.name == "spatial-001-r007.png"
-    assert "svd" in picture.alt and "sketch" not in picture.alt
-    assert any("12 tokens are no square number" in note for note in section.notes)
 
 
 def test_the_spatial_page_holds_every_image_rank_and_channel(study):
@@ -159,14 +154,14 @@ def test_the_spatial_page_holds_every_image_rank_and_channel(study):
     assert [path.name for path in pictures] == ["spatial-000-r007.png", "spatial-003-r007.png"]
     text = page.read_text(encoding="utf-8")
     data = json.loads(text.split('id="places-data">')[1].split("</script>")[0])
-    assert (data["grid"], data["ranks"], data["channels"]) == ([3, 4], [3, 7], [4, 1])
+    assert (data["grid"], data["ranks"], data["channels"]) == ([4, 4], [3, 7], [4, 1])
     assert [image["image"] for image in data["images"]] == [0, 3]
     assert [[method["name"] for method in data["images"][0]["ranks"][rank]] for rank in ("3", "7")] == [
         ["svd", "sketch"], ["svd"]
     ]  # fmt: skip
-    original = np.frombuffer(base64.b64decode(data["images"][0]["original"]), "<f4").reshape(2, 3, 4)
-    x_TD = FeatureMatrix(study.features).load([5])[0].numpy()
-    assert original == pytest.approx(np.stack([x_TD[:, channel].reshape(3, 4) for channel in (4, 1)]))
+    original = np.frombuffer(base64.b64decode(data["images"][0]["original"]), "<f4").reshape(2, 4, 4)
+    x_TD = study.x_NTD[16].numpy()
+    assert original == pytest.approx(np.stack([x_TD[:, channel].reshape(4, 4) for channel in (4, 1)]))
 
 
 def test_the_rank_that_is_shown_is_the_validation_images_best(study):
@@ -178,14 +173,14 @@ def test_the_rank_that_is_shown_is_the_validation_images_best(study):
 
 
 @pytest.fixture
-def boxed(features, tmp_path):
+def boxed(study):
     """Write the records' boxes, a value for each of the first images, under a column's name."""
 
     def write(name, *values):
-        records = pd.read_parquet(features.records_path)
-        path = tmp_path / f"{name}.parquet"
-        records.assign(**{name: [*values, *[None] * (len(records) - len(values))]}).to_parquet(path)
-        return read_boxes(replace(features, records_path=str(path))), features.rows
+        records = pd.read_parquet(study.features.records_path)
+        values = [*values, *[None] * (20 - len(values))]
+        records.assign(**{name: values}).to_parquet(study.features.records_path)
+        return read_boxes(study.features)
 
     return write
 
@@ -203,17 +198,17 @@ def boxed(features, tmp_path):
         ("bbox", [[150, 50, 100, 80], [1, 1, 1, 1]], (0.75, 0.5, 1.0, 1.0)),
     ],
 )
-def test_boxes_are_read_by_the_rule(boxed, name, values, expected):
-    column, rows = boxed(name, *values)
-    (box,) = column.of(rows[0].key, *WIDE)
+def test_boxes_are_read_by_the_rule(study, boxed, name, values, expected):
+    column = boxed(name, *values)
+    (box,) = column.of(study.features.rows[0].key, 200, 100)
     assert box == pytest.approx(expected)
     assert name in column.note
 
 
-def test_no_column_of_boxes_or_no_box_in_it_is_none(boxed, features):
-    assert read_boxes(features) is None
-    assert boxed("bbox", "not a box", "[1, 2, 3]", '{"x": 1}')[0] is None
-    assert read_boxes(replace(features, records_path="nowhere.parquet")) is None
+def test_no_column_of_boxes_or_no_box_in_it_is_none(study, boxed):
+    assert read_boxes(study.features) is None
+    assert boxed("bbox", "not a box", "[1, 2, 3]", '{"x": 1}') is None
+    assert read_boxes(replace(study.features, records_path="nowhere.parquet")) is None
 
 
 def test_a_box_marks_the_tokens_whose_centre_it_holds_and_one_at_least():
@@ -222,36 +217,18 @@ def test_a_box_marks_the_tokens_whose_centre_it_holds_and_one_at_least():
     assert np.argwhere(inside_boxes([(0.9, 0.9, 0.91, 0.91)], 4, 4)).tolist() == [[3, 3]]
 
 
-@pytest.fixture
-def grounded(tmp_path):
-    """Three images of 4 x 4 tokens, each with a photograph and a box over its upper left quarter."""
-    (tmp_path / "shards").mkdir()
-    x_NTD = torch.randn(3, 16, 20, generator=torch.Generator().manual_seed(1))
-    x_NTD[:, [0, 1, 4, 5]] *= 5
-    save_file({"features": x_NTD}, tmp_path / "shards" / "0.safetensors")
-    for n in range(3):
-        Image.new("RGB", (80, 40)).save(tmp_path / f"{n}.png")
-    rows = tuple(FeatureRow(f"{n:064x}", "0.safetensors", n) for n in range(3))
-    table = {"key": [row.key for row in rows], "path": [str(tmp_path / f"{n}.png") for n in range(3)]}
-    pd.DataFrame({**table, "bbox_xywh": [[0, 0, 40, 20]] * 3}).to_parquet(tmp_path / "records.parquet")
-    records = str(tmp_path / "records.parquet")
-    features = FeatureSet(str(tmp_path), "0" * 16, "synthetic", "random", "float32", 16, 20, rows, records)
-    return features, Split((0,), (), (1, 2))
-
-
-def test_the_error_inside_the_boxes_is_held_against_the_error_outside(grounded):
-    features, split = grounded
-    data, boxes = FeatureMatrix(features), read_boxes(features)
-    (view,) = spatial_views(data, split, 0, networks={3: None}, channels=[0], boxes=boxes)
-    assert view.boxes == ((0.0, 0.0, 0.5, 0.5),)
-    error = view.reconstructions[0].error_HW
-    inside = np.sqrt(np.square(error[:2, :2]).mean())
-    assert view.reconstructions[0].regions.error_inside == pytest.approx(inside)
-    others = np.concatenate([error[:2, 2:].ravel(), error[2:].ravel()])
-    assert view.reconstructions[0].regions.error_outside == pytest.approx(np.sqrt(np.square(others).mean()))
-    images, regions = compare_regions(data, split, boxes, 3, None)
-    assert (images, list(regions)) == (2, ["svd"])
-    other = next(iter(spatial_views(data, split, 1, networks={3: None}, channels=[0], boxes=boxes)))
-    mean = (inside + other.reconstructions[0].regions.error_inside) / 2
-    assert regions["svd"].error_inside == pytest.approx(mean)
-    assert compare_regions(data, split, boxes, 3, None, most=1)[0] == 1
+def test_the_error_inside_the_boxes_is_held_against_the_error_outside(study, boxed):
+    boxes, expected = boxed("bbox_xywh", *[[0, 0, 20, 10]] * 20), []
+    for image in range(3):
+        (view,) = views(study, image, {3: None}, [0], boxes)
+        assert view.boxes == ((0.0, 0.0, 0.5, 0.5),)
+        (svd,) = view.reconstructions
+        inside = svd.error_HW[:2, :2]
+        outside = np.concatenate([svd.error_HW[:2, 2:].ravel(), svd.error_HW[2:].ravel()])
+        expected.append([np.sqrt(np.square(errors).mean()) for errors in (inside, outside)])
+        assert svd.regions[:2] == pytest.approx(expected[-1])
+    given = FeatureMatrix(study.features), study.split, boxes, 3, None
+    seen, regions = compare_regions(*given)
+    assert (seen, list(regions)) == (3, ["svd"]), "the last test image has no photograph"
+    assert regions["svd"][:2] == pytest.approx(np.mean(expected, axis=0))
+    assert compare_regions(*given, most=1)[0] == 1

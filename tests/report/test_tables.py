@@ -13,7 +13,8 @@ from lowrank_tune.report.tables import (
     summary_table,
     trained_table,
 )
-from tests.report.conftest import make_comparison, make_row
+from tests.comparison.small_study import make_row
+from tests.report.conftest import make_comparison
 
 KIB = 1024
 STORED = (

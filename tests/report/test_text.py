@@ -17,7 +17,8 @@ from lowrank_tune.report.text import (
     ratio_text,
     seed_texts,
 )
-from tests.report.conftest import make_comparison, make_row
+from tests.comparison.small_study import make_row
+from tests.report.conftest import make_comparison
 
 
 @pytest.mark.parametrize(
