@@ -9,6 +9,7 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,47 +69,36 @@ def measure_compression(
     Raises:
         CacheError: features cannot be read.
     """
+    chosen, ranks = {(row.method, row.rank) for row in rows if row.chosen}, sorted({row.rank for row in rows})
+    found: list[pd.DataFrame] = []
+    errors: dict[Method, list[Tensor]] = defaultdict(list)
     try:
-        return _measure(data, test, optimum, rows, methods, device), []
+        trained = {method: QuantisedDecomposer(method.model) for method in methods if method.model is not None}
+        best = sorted((method for method in trained if method.kind in chosen), key=lambda method: method.rank)
+        for _, x_NTD in batches(data, test, optimum):
+            with torch.inference_mode():
+                batch = _Batch(x_NTD.to(device))
+                batch.add_factors("svd", _svd_factors(batch.x_NTD), ranks, pruned=True)
+                made = {method: method.decompose(batch.x_NTD) for method in trained}
+                for method in best:
+                    batch.add_factors(method.name, ordered(made[method]), [method.rank], pruned=method is best[-1])
+                for method, quantised in trained.items():
+                    errors[method].append(batch.before_and_after(made[method], quantised))
+            found += batch.frames
+        models = []
+        for method, quantised in trained.items():
+            before, after = torch.cat(errors[method], dim=1).mean(dim=1).tolist()
+            if math.isfinite(after) and method.model is not None:
+                sizes = model_bytes(method.model), model_bytes(quantised.model)
+                models.append(QuantisedRow(method.name, method.rank, method.trial_id, *sizes, before, after))
+        trials = {method.kind: method.trial_id for method in best}
+        stored, pruned = _rows(pd.concat(found), (data.tokens, data.dim), trials)
+        return Compression(stored, pruned, tuple(models), tuple(compression_texts(stored, pruned, models))), []
     except CacheError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Compression(), [f"bytes against error are left out: {reason}"]
-
-
-def _measure(
-    data: FeatureMatrix,
-    test: Sequence[int],
-    optimum: Optimum,
-    rows: Sequence[ComparisonRow],
-    methods: Sequence[Method],
-    device: str,
-) -> Compression:
-    trained = {method: QuantisedDecomposer(method.model) for method in methods if method.model is not None}
-    chosen, ranks = {(row.method, row.rank) for row in rows if row.chosen}, sorted({row.rank for row in rows})
-    best = sorted((method for method in trained if method.kind in chosen), key=lambda method: method.rank)
-    found: list[pd.DataFrame] = []
-    errors: dict[Method, list[Tensor]] = {method: [] for method in trained}
-    for _, x_NTD in batches(data, test, optimum):
-        with torch.inference_mode():
-            batch = _Batch(x_NTD.to(device))
-            batch.add_factors("svd", _svd_factors(batch.x_NTD), ranks, pruned=True)
-            made = {method: method.decompose(batch.x_NTD) for method in trained}
-            for method in best:
-                batch.add_factors(method.name, ordered(made[method]), [method.rank], pruned=method is best[-1])
-            for method, quantised in trained.items():
-                errors[method].append(batch.before_and_after(made[method], quantised))
-        found += batch.frames
-    models = []
-    for method, quantised in trained.items():
-        before, after = torch.cat(errors[method], dim=1).mean(dim=1).tolist()
-        if math.isfinite(after) and method.model is not None:
-            sizes = model_bytes(method.model), model_bytes(quantised.model)
-            models.append(QuantisedRow(method.name, method.rank, method.trial_id, *sizes, before, after))
-    trials = {method.kind: method.trial_id for method in best}
-    stored, pruned = _rows(pd.concat(found), (data.tokens, data.dim), trials)
-    return Compression(stored, pruned, tuple(models), tuple(compression_texts(stored, pruned, models)))
 
 
 def _svd_factors(x_NTD: Tensor) -> Factors:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rich import filesize
+
 from lowrank_tune.files import read_fields
 from lowrank_tune.records import BEST_MODEL, CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
@@ -108,21 +110,15 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def bytes_text(size: int) -> str:
-    """A size in the largest unit that gives three digits: `12.6 MB`."""
-    value = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
 def training_sentence(outcomes: Sequence[TrialOutcome]) -> str:
     """Say what the trials took."""
-    epochs, seconds = sum(trial.epochs for trial in outcomes), sum(trial.seconds for trial in outcomes)
-    took = f"{count(epochs, 'epoch')} in all, {duration_text(seconds)} of training"
-    return f"{count(len(outcomes), 'trial')} trained for {took}."
+    epochs, took = _spent(outcomes)
+    return f"{count(len(outcomes), 'trial')} trained for {count(epochs, 'epoch')} in all, {took} of training."
+
+
+def _spent(outcomes: Sequence[TrialOutcome]) -> tuple[int, str]:
+    """The epochs and the time that trainings took."""
+    return sum(outcome.epochs for outcome in outcomes), duration_text(sum(outcome.seconds for outcome in outcomes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,16 +221,15 @@ def study_cost(
     """List what a study took, as names and texts."""
     ends: Counter[str] = Counter(outcome.stopped_by for outcome in outcomes)
     ended = ", ".join(f"{ends[stop]} {words}" for stop, words in STOPPED.items() if ends[stop])
-    spent, budget = sum(trial.epochs for trial in outcomes), sum(trial.config.epochs for trial in outcomes)
+    (spent, seconds), (again, more) = map(_spent, (outcomes, confirmations))
+    budget = sum(trial.config.epochs for trial in outcomes)
     lines = [
         ("Trials", f"{len(outcomes)}: {ended}" if outcomes else "0"),
         ("Epochs", f"{spent} of {budget} that no early stop would have taken" if spent < budget else str(spent)),
-        ("Training time of the trials", duration_text(sum(outcome.seconds for outcome in outcomes))),
+        ("Training time of the trials", seconds),
     ]
     if confirmations:
-        again = duration_text(sum(outcome.seconds for outcome in confirmations))
-        epochs = count(sum(outcome.epochs for outcome in confirmations), "epoch")
-        lines.append(("Trained again with fresh seeds", f"{len(confirmations)}, {epochs}, {again}"))
+        lines.append(("Trained again with fresh seeds", f"{len(confirmations)}, {count(again, 'epoch')}, {more}"))
     try:
         status = read_fields(directory / "status.json")
         end = datetime.fromisoformat(status["ended"]) if status.get("ended") else datetime.now(UTC)
@@ -243,7 +238,7 @@ def study_cost(
         pass  # a study of a program that was killed while it began
     shards = {Path(features.directory) / "shards" / row.shard for row in features.rows}
     cache, models = (
-        bytes_text(sum(path.stat().st_size for path in paths if path.is_file()))
+        filesize.decimal(sum(path.stat().st_size for path in paths if path.is_file()))
         for paths in (shards, (directory / "trials").glob(f"*/{BEST_MODEL}"))
     )
     images = count(len(features.rows), "image")

@@ -6,7 +6,6 @@ import pytest
 
 from lowrank_tune.report.text import (
     at_rank,
-    bytes_text,
     choices,
     cosine_text,
     difference_text,
@@ -40,8 +39,6 @@ from tests.report.conftest import make_comparison
         (duration_text(0.42), "0.4 s"),
         (duration_text(59.6), "1 min 00 s"),
         (duration_text(7505), "2 h 05 min"),
-        (bytes_text(999), "999 bytes"),
-        (bytes_text(4_600_000_000), "4.6 GB"),
     ],
 )
 def test_figures_read_well(text, expected):
