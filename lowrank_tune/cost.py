@@ -77,10 +77,10 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     return {
         "name": spec.name,
         "method": spec.search.method,
-        "trials": cost.n_trials,
-        "epochs_at_most": cost.max_epochs,
-        "confirmations_at_most": cost.confirmations,
-        "combinations": cost.combinations,
+        "trials": plan.n_trials,
+        "epochs_at_most": cost["max_epochs"],
+        "confirmations_at_most": cost["confirmations"],
+        "combinations": cost["combinations"],
         "split": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
         **survey,
         **calibrate(plan, tokens, dim, split, each * missing),
@@ -227,10 +227,10 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_second
     if torch.cuda.is_available():
         per_gpu = int(USABLE * torch.cuda.get_device_properties(0).total_memory / memory)
 
-    cost = plan_cost(plan)
-    trainings = cost.n_trials + cost.confirmations
-    expected = cost.n_trials * expected_share(plan.spec.scheduler, epochs) + cost.confirmations
-    ranks = len(space.nested_ranks) or combinations([space.axes(next(iter(families)))["rank"]]) or cost.n_trials
+    confirmations = plan_cost(plan)["confirmations"]
+    trainings = plan.n_trials + confirmations
+    expected = plan.n_trials * expected_share(plan.spec.scheduler, epochs) + confirmations
+    ranks = len(space.nested_ranks) or combinations([space.axes(next(iter(families)))["rank"]]) or plan.n_trials
     fixed = START_S + FINISH_S + ROW_S * ranks * (len(families) + METHODS_WITHOUT_TRAINING) + TRIAL_S * trainings
     fixed, whole = fixed + extraction_seconds, trial_seconds / min(at_once, trainings)
     return {

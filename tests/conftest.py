@@ -1,7 +1,7 @@
 """What every room's tests share: quiet libraries and one Ray."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -28,6 +28,21 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Runs a command as a person types it: its exit code, stdout and stderr."""
+    from lowrank_tune.cli import run
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return run([str(word) for word in arguments]), *capsys.readouterr()
+
+    return call
 
 
 DEAR = {"ran": "study", "cluster": "cluster", "world": "trials"}

@@ -30,6 +30,7 @@ from lowrank_tune.cli.options import (
     parse_channels,
 )
 from lowrank_tune.cli.output import show
+from lowrank_tune.cli.progress import shown_progress
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.render import render_study, study_schema
 from lowrank_tune.errors import InputError, StudyFileError
@@ -96,7 +97,6 @@ def run(
 
     spec = load_study(study, overrides or ())  # a wrong file is told before anything starts
     with ray_session(address, meanwhile=_WITH_RAY):
-        from lowrank_tune.cli.progress import shown_progress
         from lowrank_tune.study import run_study
 
         with shown_progress(spec.training.epochs, quiet) as progress:
@@ -122,7 +122,6 @@ def trial(
 ) -> None:
     """Train one trial, the first point of the space, in this very process: breakpoints work."""
     spec = load_study(study, overrides or ())
-    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.study import run_trial
 
     with shown_progress(spec.training.epochs, quiet) as progress:
@@ -143,7 +142,6 @@ def extract(
 ) -> None:
     """Extract and cache a study's features, and train nothing."""
     spec = load_study(study, overrides or ())
-    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.study import extract_study
 
     with shown_progress(quiet=quiet) as progress:
@@ -293,7 +291,6 @@ def _go_on(
 
     with ray_session(address, meanwhile=_WITH_RAY):
         from lowrank_tune import study
-        from lowrank_tune.cli.progress import shown_progress
 
         library = {"resume": study.resume_study, "extend": study.extend_study, "clone": study.clone_study}
         with shown_progress() as progress:
@@ -343,7 +340,6 @@ def visualize(
 @app.command(epilog="Example: lowrank-tune report quickstart-0d7fdaae")
 def report(study_id: StudyId, again: Again = False, results: Results = None, as_json: Json = False) -> None:
     """Write a study's report anew and log it to MLflow; a stopped one with the trials that it has."""
-    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.past_study import open_study, report_of
 
     study = open_study(results, study_id)

@@ -10,6 +10,7 @@ import typer
 
 from lowrank_tune.cli.options import Address, Json, MaxQuarantined, Quiet, Results
 from lowrank_tune.cli.output import factors_facts, features_facts, print_facts, print_rows, show
+from lowrank_tune.cli.progress import shown_progress
 
 features_app = typer.Typer(help="List, show, verify, import and remove feature caches.", no_args_is_help=True)
 apply_app = typer.Typer()
@@ -87,7 +88,6 @@ def import_directory(
     as_json: Json = False,
 ) -> None:
     """Take ready features_N.pt into the cache, each one checked; an import that was cut short is continued."""
-    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.cluster.study_dir import results_directory
     from lowrank_tune.config.schema import FeaturesSpec, TensorSource
     from lowrank_tune.features.extract import extract_features
@@ -155,7 +155,6 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Decompose every image of a cache or a directory of tensors; one that was cut short is continued."""
-    from lowrank_tune.cli.progress import shown_progress
     from lowrank_tune.features.decompose import apply_decomposer
 
     with shown_progress(quiet=quiet, doing="decomposing") as progress:

@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetPydanticSchema,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -79,42 +80,35 @@ _BOUNDS: dict[Kind, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class _Axis:
+def _axis(item: Any, remedy: str, *kinds: Kind) -> GetPydanticSchema:
     """How pydantic reads an axis: by its form, else one wrong number would be an error of every form.
 
     A form's tag stands between `<` and `>`, so that an error's path can be told from the file's keys.
     """
 
-    item: Any
-    kinds: tuple[Kind, ...]
-    remedy: str
+    def form(value: Any) -> str | None:
+        if isinstance(value, dict):
+            return f"<{next(iter(value))}>" if len(value) == 1 and set(value) <= set(kinds) else None
+        return "<list>" if isinstance(value, list | tuple) else "<constant>"
 
-    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        item: Any = self.item
+    def schema(_: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         unique = Field(min_length=1, json_schema_extra={"uniqueItems": True})
         some = Annotated[tuple[item, ...], unique, AfterValidator(distinct)]
         forms = {"<constant>": handler.generate_schema(item), "<list>": handler.generate_schema(some)}
-        for kind in self.kinds:
+        for kind in kinds:
             values = core_schema.typed_dict_field(handler.generate_schema(_BOUNDS.get(kind, some)))
             mapping = core_schema.typed_dict_schema({kind: values}, extra_behavior="forbid")
             forms[f"<{kind}>"] = core_schema.no_info_after_validator_function(
                 lambda given: Range(*next(iter(given.items()))), mapping
             )
+        serialization = core_schema.plain_serializer_function_ser_schema(
+            lambda axis: {axis.kind: list(axis.values)} if isinstance(axis, Range) else axis
+        )
         return core_schema.tagged_union_schema(
-            forms,
-            self._form,
-            custom_error_type="range",
-            custom_error_message=self.remedy,
-            serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda axis: {axis.kind: list(axis.values)} if isinstance(axis, Range) else axis
-            ),
+            forms, form, custom_error_type="range", custom_error_message=remedy, serialization=serialization
         )
 
-    def _form(self, value: Any) -> str | None:
-        if isinstance(value, dict):
-            return f"<{next(iter(value))}>" if len(value) == 1 and set(value) <= set(self.kinds) else None
-        return "<list>" if isinstance(value, list | tuple) else "<constant>"
+    return GetPydanticSchema(schema)
 
 
 MOST_STEPS = 8
@@ -123,13 +117,13 @@ MOST_STEPS = 8
 Whole = int | tuple[int, ...] | Range
 Axis = float | tuple[float, ...] | Range
 
-_REAL = (("uniform", "loguniform"), "a range is {uniform: [low, high]} or {loguniform: [low, high]}")
+_REALS = "a range is {uniform: [low, high]} or {loguniform: [low, high]}"
 _RANKS = "ranks are a list, {int: [low, high]}, or {nested: [rank, rank]} for one training of all"
 
-CountAxis = Annotated[Whole, _Axis(PositiveInt, ("int",), "a range of whole numbers is {int: [low, high]}")]
-RankAxis = Annotated[Whole, _Axis(PositiveInt, ("int", "nested"), _RANKS)]
-LrAxis = Annotated[Axis, _Axis(PositiveFloat, *_REAL)]
-WeightAxis = Annotated[Axis, _Axis(NonNegativeFloat, *_REAL)]
+CountAxis = Annotated[Whole, _axis(PositiveInt, "a range of whole numbers is {int: [low, high]}", "int")]
+RankAxis = Annotated[Whole, _axis(PositiveInt, _RANKS, "int", "nested")]
+LrAxis = Annotated[Axis, _axis(PositiveFloat, _REALS, "uniform", "loguniform")]
+WeightAxis = Annotated[Axis, _axis(NonNegativeFloat, _REALS, "uniform", "loguniform")]
 
 
 def _few_steps(axis: Whole) -> Whole:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,6 @@ class Plan:
     n_trials: int  # how many trials are tried at most
     grid: tuple[dict[str, Any], ...]
     started: datetime  # in UTC
-
-
-@dataclass(frozen=True, slots=True)
-class PlanCost:
-    """What a study costs, as far as it is known before its images are seen."""
-
-    n_trials: int  # at most
-    max_epochs: int  # of all trials together when none is stopped early
-    confirmations: int  # trainings that repeat the best of each rank with fresh seeds, at most
-    combinations: dict[str, int | None]  # points of each family's space; None where a range makes them endless
 
 
 def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
@@ -174,16 +164,21 @@ def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
     return Split(train=tuple(sorted(train)), validation=tuple(sorted(validation)), test=tuple(sorted(test)))
 
 
-def plan_cost(plan: Plan) -> PlanCost:
+def plan_cost(plan: Plan) -> dict[str, Any]:
+    """What a study costs at most, as far as it is known before its images are seen.
+
+    `max_epochs` are those of all trials when none is stopped early, `confirmations` the trainings that repeat the best
+    of each rank, `combinations` the points of each family's space, None where a range makes them endless.
+    """
     space = plan.spec.search.space
     axes = {family: space.axes(family) for family in space.families.chosen()}
     ranks = combinations([next(iter(axes.values()))["rank"]]) or plan.n_trials
-    return PlanCost(
-        n_trials=plan.n_trials,
-        max_epochs=plan.n_trials * plan.spec.training.epochs,
-        confirmations=min(ranks, plan.n_trials) * plan.spec.report.confirm_seeds,
-        combinations={family: combinations(own.values()) for family, own in axes.items()},
-    )
+    return {
+        "n_trials": plan.n_trials,
+        "max_epochs": plan.n_trials * plan.spec.training.epochs,
+        "confirmations": min(ranks, plan.n_trials) * plan.spec.report.confirm_seeds,
+        "combinations": {family: combinations(own.values()) for family, own in axes.items()},
+    }
 
 
 def cache_bytes(n_images: int, tokens: int, dim: int, dtype: str) -> int:
@@ -202,7 +197,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "features_root": str(plan.features_root),
         "method": plan.spec.search.method,
         "objective": plan.spec.objective,
-        **asdict(plan_cost(plan)),
+        **plan_cost(plan),
         "grid": list(plan.grid),
     }
 

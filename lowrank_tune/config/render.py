@@ -7,24 +7,17 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from lowrank_tune.config.axes import FamiliesSpec, Range, Section
 from lowrank_tune.config.schema import FeaturesSpec, StudySpec, TensorSource
 
-_SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_INDENT = 2
-
 
 class _Representer(RoundTripRepresenter):
     """Writes `null`, where ruamel's own leaves a value out and a reader in doubt."""
 
-    def represent_null(self, _: None) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:null", "null")
 
-
-_Representer.add_representer(type(None), _Representer.represent_null)
+_Representer.add_representer(type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 def render_study(spec: StudySpec) -> str:
@@ -40,7 +33,7 @@ def render_study(spec: StudySpec) -> str:
 
 def study_schema() -> dict[str, Any]:
     """JSON Schema, draft 2020-12; checks across keys are `load_study`'s alone."""
-    return {"$schema": _SCHEMA_DIALECT, **StudySpec.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **StudySpec.model_json_schema()}
 
 
 def _mapping(section: Section, depth: int) -> CommentedMap:
@@ -51,7 +44,7 @@ def _mapping(section: Section, depth: int) -> CommentedMap:
         value = getattr(section, name)
         mapping[name] = _node(value, depth + 1)
         described = field.description or (type(value).__doc__ if isinstance(value, Section) else "") or ""
-        mapping.yaml_set_comment_before_after_key(name, before=described.strip(), indent=depth * _INDENT)
+        mapping.yaml_set_comment_before_after_key(name, before=described.strip(), indent=2 * depth)
     return mapping
 
 
@@ -67,8 +60,7 @@ def _node(value: Any, depth: int) -> Any:
         return _mapping(value, depth)
     if not isinstance(value, Range | tuple):
         return value
-    node: Any = (
-        CommentedSeq(value) if isinstance(value, tuple) else CommentedMap({value.kind: _node(value.values, depth)})
-    )
+    ranged = {value.kind: _node(value.values, depth)} if isinstance(value, Range) else None
+    node: Any = CommentedMap(ranged) if ranged else CommentedSeq(value)
     node.fa.set_flow_style()
     return node

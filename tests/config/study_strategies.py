@@ -84,7 +84,11 @@ def studies(draw: st.DrawFn) -> StudySpec:
                     objective=st.sampled_from(["val_residual_ratio", "val_mse", "val_token_cosine"]),
                     resources=optional(cpus_per_trial=positives, gpus_per_trial=st.floats(0, 1), max_concurrent=counts)
                     | optional(gpus_per_trial=st.integers(0, 4), workers_per_trial=counts),
-                    tracking=optional(uri=texts, experiment=texts, register_as=st.just("decomposer 1.0")),
+                    tracking=optional(
+                        uri=texts.filter(lambda text: "@" not in text),
+                        experiment=texts,
+                        register_as=st.just("decomposer 1.0"),
+                    ),
                     report=optional(
                         images=st.just([0]) | st.just([]), channels=counts, confirm_seeds=st.integers(0, 5)
                     ),

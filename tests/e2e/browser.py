@@ -21,19 +21,13 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def chromium_or_skip() -> tuple[str, str]:
-    """The browser and its driver."""
+@contextmanager
+def chromium() -> Iterator[webdriver.Chrome]:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not browser or not driver:
         lacking = "chromium" if not browser else "chromedriver"
         pytest.skip(f"no {lacking} on the PATH: on Debian, apt-get install chromium chromium-driver")
-    return browser, driver
-
-
-@contextmanager
-def chromium() -> Iterator[webdriver.Chrome]:
-    browser, driver = chromium_or_skip()
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -12,11 +12,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from lowrank_tune import export_study, load_decomposer, open_features
-from lowrank_tune.cli import run
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers import load_decomposer as load_weights
 from lowrank_tune.lowrank.metrics import measure
 from lowrank_tune.records import ComparisonRow
+from tests.conftest import Typed
 from tests.e2e.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,21 +38,12 @@ def model(ran: Ran, tmp_path: Path) -> Path:
     return export_study(ran.result.study_id, tmp_path / "model", rank=4, results=ran.results).directory
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of a command that prints one line of error."""
-    capsys.readouterr()
-    code = run(list(arguments))
-    return code, capsys.readouterr().err
-
-
 def test_an_exported_model_is_the_best_of_its_rank_and_gives_the_same_numbers(
-    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Ran, tmp_path: Path, typed: Typed
 ) -> None:
     row = best(ran, 4)
-    capsys.readouterr()
-    arguments = ["export", ran.result.study_id[:-1], "--rank", "4", str(tmp_path / "model"), "--json"]
-    assert run([*arguments, "--results", str(ran.results)]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    arguments = ("export", ran.result.study_id[:-1], "--rank", 4, tmp_path / "model", "--json")
+    facts = json.loads(typed(*arguments, "--results", ran.results)[1])
     assert (facts["trial"], facts["family"], facts["rank"], facts["ranks"]) == (row.trial_id, row.method, 4, [4])
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     loaded = load_decomposer(tmp_path / "model")
@@ -84,15 +75,15 @@ def test_the_figures_on_the_card_are_the_models_own(ran: Ran, model: Path) -> No
 
 
 def test_a_rank_must_be_named_where_there_are_several_and_must_have_a_model(
-    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Ran, tmp_path: Path, typed: Typed
 ) -> None:
-    study, target = ran.result.study_id, str(tmp_path / "model")
+    study = ran.result.study_id
     for asked, reason in (
         ([study], f"study {study}: it has models of ranks 2, 4; choose one with --rank\n"),
         ([study, "--rank", "3"], "rank 3 has no trained model; those that have: 2, 4"),
         (["nope", "--rank", "2"], "study nope: not in"),
     ):
-        code, err = told(capsys, "export", *asked, target, "--results", str(ran.results))
+        code, _, err = typed("export", *asked, tmp_path / "model", "--results", ran.results)
         assert (code, err.count("\n")) == (2, 1)
         assert err.startswith("error: ") and reason in err
     assert not (tmp_path / "model").exists()
@@ -109,29 +100,28 @@ def test_only_finished_studies_are_exported(ran: Ran, tmp_path: Path) -> None:
 
 
 def test_an_earlier_export_is_replaced_and_anything_else_is_left_alone(
-    ran: Ran, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Ran, model: Path, tmp_path: Path, typed: Typed
 ) -> None:
-    arguments = ("export", ran.result.study_id, "--rank", "2", "--results", str(ran.results))
+    arguments = ("export", ran.result.study_id, "--rank", 2, "--results", ran.results)
     before = (model / "model.safetensors").stat().st_ino
     assert export_study(ran.result.study_id, model, rank=4, results=ran.results).rank == 4
     assert (model / "model.safetensors").stat().st_ino == before, "the same model is not written again"
-    assert run([*arguments, str(model)]) == 0
+    assert typed(*arguments, model)[0] == 0
     assert load_decomposer(model).rank == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left beside it"
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
-    code, err = told(capsys, *arguments, str(foreign))
+    code, _, err = typed(*arguments, foreign)
     assert code == 2 and "holds something else (thesis.tex), and is left alone" in err
     (foreign / "thesis.tex").rename(foreign / "config.json")
-    code, err = told(capsys, *arguments, str(foreign))
+    code, _, err = typed(*arguments, foreign)
     assert code == 2 and "is no export of this program" in err
     assert (foreign / "config.json").read_text() == "years of work"
-    code, err = told(capsys, *arguments, str(foreign / "config.json"))
+    code, _, err = typed(*arguments, foreign / "config.json")
     assert code == 2 and "is a file" in err
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert run([*arguments, str(empty)]) == 0
+    (tmp_path / "empty").mkdir()
+    assert typed(*arguments, tmp_path / "empty")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -175,14 +165,12 @@ def test_mlflow_holds_the_same_model(ran: Ran, model: Path) -> None:
 
 
 def test_a_model_applied_to_the_studys_cache_has_the_error_that_its_card_tells(
-    ran: Ran, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Ran, model: Path, tmp_path: Path, typed: Typed
 ) -> None:
-    capsys.readouterr()
-    arguments = ["apply", str(model), ran.result.features.fingerprint[:8], str(tmp_path / "factors"), "--json"]
-    assert run([*arguments, "--dtype", "float32", "--quiet", "--results", str(ran.results)]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    arguments = ("apply", model, ran.result.features.fingerprint[:8], tmp_path / "factors", "--json")
+    facts = json.loads(typed(*arguments, "--dtype", "float32", "--quiet", "--results", ran.results)[1])
     assert (facts["images"], facts["rank"], facts["bytes_per_image"]) == (30, 4, 4 * 4 * sum(facts["shape"]))
-    assert run(["features", "verify", str(tmp_path / "factors"), "--full"]) == 0
+    assert typed("features", "verify", tmp_path / "factors", "--full")[0] == 0
     caches = (open_features(ran.result.features.directory), open_features(tmp_path / "factors"))
     x_NTD, approximated_NTD = (of_test_images(ran, cache) for cache in caches)
     error = (approximated_NTD - x_NTD).square().mean()

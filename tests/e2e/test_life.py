@@ -22,6 +22,7 @@ from lowrank_tune.cli import run
 from lowrank_tune.cluster.study_dir import read_plan, read_status
 from lowrank_tune.study import StudyResult, reconcile_study
 from lowrank_tune.tracking.store import local_uri
+from tests.conftest import Typed
 from tests.e2e.conftest import Witness, write_tensors
 from tests.tracked_once import assert_tracked_once
 
@@ -177,12 +178,10 @@ def test_the_searcher_knows_the_old_trials_in_the_new_space(extended: Any) -> No
         assert len(trial.intermediate_values) == outcome.epochs
 
 
-def test_an_extension_is_on_record(extended: Any, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_extension_is_on_record(extended: Any, home: Path, typed: Typed) -> None:
     _, after, _ = extended
     (extension,) = json.loads((after.directory / "plan.json").read_text())["extensions"]
     assert (extension["trials_before"], extension["trials"]) == (5, 8)
     assert extension["overrides"][0] == "search.space.rank=[2, 4, 8]"
     assert read_plan(after.directory).n_trials == 8
-    capsys.readouterr()
-    assert run(["list", "--results", str(home / "results")]) == 0
-    assert "extended 5 → 8 trials" in capsys.readouterr().out
+    assert "extended 5 → 8 trials" in typed("list", "--results", home / "results")[1]

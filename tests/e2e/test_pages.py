@@ -5,7 +5,6 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -16,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from lowrank_tune.past_study import open_study, visualize
-from tests.e2e.browser import chromium, chromium_or_skip, complaints, resize, shows, wait
+from tests.e2e.browser import chromium, complaints, resize, shows, wait
 from tests.e2e.conftest import Ran
 
 # Every failure of a script or of a request counts; these two are MLflow's own, on a server without accounts.
@@ -126,8 +125,7 @@ def test_the_page_of_places_works_by_itself(window: Chrome, ran: Ran) -> None:
 
 
 @pytest.fixture(scope="module")
-def ui(ran: Ran) -> Iterator[str]:
-    chromium_or_skip()
+def ui(ran: Ran, window: Chrome) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -157,15 +155,12 @@ def unexpected(window: Chrome) -> list[str]:
     return [message for message in entries if not any(own in message for own in MLFLOWS_OWN)]
 
 
-def runs_of(ran: Ran) -> tuple[str, str]:
-    """The parent's run and that of the best trial."""
+def page_of(ui: str, ran: Ran, name: str) -> str:
+    """The address of a run's page, by the run's name: the study's or a trial's id."""
     client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("small")
-    found = {}
-    for run in client.search_runs([experiment.experiment_id], max_results=200):
-        if run.data.tags["lowrank.study_id"] == ran.result.study_id:
-            found[run.info.run_name] = run.info.run_id
-    return found[ran.result.study_id], found[ran.result.outcomes[-1].config.trial_id]
+    wanted = f"tags.`lowrank.study_id` = '{ran.result.study_id}' and attributes.run_name = '{name}'"
+    (run,) = client.search_runs([client.get_experiment_by_name("small").experiment_id], wanted)
+    return f"{ui.partition('?')[0]}/{run.info.run_id}"
 
 
 def test_mlflow_shows_the_parent_and_its_children(window: Chrome, ui: str, ran: Ran) -> None:
@@ -192,7 +187,7 @@ def test_mlflow_shows_the_parent_and_its_children(window: Chrome, ui: str, ran: 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_mlflow_draws_a_trials_metrics(window: Chrome, ui: str, ran: Ran, width: int) -> None:
     resize(window, width)
-    window.get(f"{ui.partition('?')[0]}/{runs_of(ran)[1]}/model-metrics")
+    window.get(f"{page_of(ui, ran, ran.result.outcomes[-1].config.trial_id)}/model-metrics")
     shows(window, "best_val_residual_ratio" if width == 1280 else "Model metrics")
     wait(window, lambda page: page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot svg.main-svg"), "a metric's chart")
     assert unexpected(window) == []
@@ -200,7 +195,7 @@ def test_mlflow_draws_a_trials_metrics(window: Chrome, ui: str, ran: Ran, width:
 
 def test_mlflow_has_the_studys_artifacts_and_rank_curves(window: Chrome, ui: str, ran: Ran) -> None:
     resize(window, 1280)
-    run = f"{ui.partition('?')[0]}/{runs_of(ran)[0]}"
+    run = page_of(ui, ran, ran.result.study_id)
     window.get(f"{run}/artifacts")
     shows(window, "report.html", "comparison.json", "per_image.parquet", "pareto.json", "study.yaml", "plots")
     window.get(f"{run}/model-metrics")
@@ -210,7 +205,7 @@ def test_mlflow_has_the_studys_artifacts_and_rank_curves(window: Chrome, ui: str
 
 def test_the_report_opens_inside_mlflow(window: Chrome, ui: str, ran: Ran) -> None:
     resize(window, 1280)
-    window.get(f"{ui.partition('?')[0]}/{runs_of(ran)[0]}/artifacts/report.html")
+    window.get(f"{page_of(ui, ran, ran.result.study_id)}/artifacts/report.html")
     frame = wait(window, lambda page: page.find_elements(By.TAG_NAME, "iframe"), "the report's frame")[0]
     window.switch_to.frame(frame)
     try:
@@ -218,9 +213,3 @@ def test_the_report_opens_inside_mlflow(window: Chrome, ui: str, ran: Ran) -> No
         wait(window, lambda page: drawn(page, "left"), "a chart of the report")
     finally:
         window.switch_to.default_content()
-
-
-def test_the_report_in_mlflow_is_the_one_on_disk(ran: Ran, tmp_path: Path) -> None:
-    client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
-    logged = client.download_artifacts(runs_of(ran)[0], "report.html", str(tmp_path))
-    assert Path(logged).read_bytes() == (ran.result.directory / "report.html").read_bytes()

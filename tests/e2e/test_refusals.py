@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from pytest import CaptureFixture, MonkeyPatch
+from pytest import MonkeyPatch
 
 from lowrank_tune import resume_study, run_study
 from lowrank_tune.cli import run
@@ -16,6 +16,7 @@ from lowrank_tune.cluster.study_dir import claimed, read_status
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.tracking.tracker import Tracker
+from tests.conftest import Typed
 from tests.e2e.conftest import Witness, older, write_tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "no_report")
@@ -85,13 +86,17 @@ def spoilt(request: pytest.FixtureRequest, home: Home) -> Iterator[str]:
     resolved.write_text(text)
 
 
-def refused(home: Home, capsys: CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+@pytest.fixture
+def refused(home: Home, typed: Typed) -> Callable[..., str]:
     """What a command says that is refused; nothing in the results has changed."""
-    before = home.bytes()
-    capsys.readouterr()
-    assert run([*arguments, "--results", str(home.results)]) == code
-    assert home.bytes() == before
-    return capsys.readouterr().err
+
+    def call(*arguments: object, code: int = 2) -> str:
+        before = home.bytes()
+        found, _, err = typed(*arguments, "--results", home.results)
+        assert (found, home.bytes()) == (code, before)
+        return err
+
+    return call
 
 
 SAID = {
@@ -103,12 +108,12 @@ SAID = {
 
 @pytest.mark.parametrize("command", ["resume", "extend"])
 def test_a_finished_study_stays_so_when_its_images_are_not_there(
-    home: Home, spoilt: str, elsewhere: Path, command: str, capsys: CaptureFixture[str]
+    home: Home, spoilt: str, elsewhere: Path, command: str, refused: Callable[..., str]
 ) -> None:
     more = ["--trials", "1"] if command == "extend" else []
-    assert SAID[spoilt] in refused(home, capsys, command, home.study_id, *more)
+    assert SAID[spoilt] in refused(command, home.study_id, *more)
     if spoilt != "others":
-        assert SAID[spoilt] in refused(home, capsys, "clone", home.study_id)
+        assert SAID[spoilt] in refused("clone", home.study_id)
 
 
 def test_an_older_study_goes_on_where_it_was_started_and_does_no_work_again(
@@ -127,16 +132,15 @@ def test_an_older_study_goes_on_where_it_was_started_and_does_no_work_again(
 
 
 def test_a_clone_from_another_directory_records_its_parent_and_what_mlflow_was_not_told(
-    home: Home, elsewhere: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+    home: Home, elsewhere: Path, monkeypatch: MonkeyPatch, typed: Typed
 ) -> None:
     assert (home.directory / "study.yaml").read_text() == STUDY
     source = load_study(home.directory / "study.resolved.yaml").features.source
     assert source == TensorSource(tensors=str(home.tensors))
     monkeypatch.setattr(Tracker, "problems", ("1 record could not be delivered",))
     before = set((home.results / "studies").iterdir())
-    capsys.readouterr()
-    assert run(["clone", home.study_id, "--set", "search.trials=1", "--results", str(home.results)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "not in MLflow: 1 record could not be delivered"
+    _, out, _ = typed("clone", home.study_id, "--set", "search.trials=1", "--results", home.results)
+    assert out.splitlines()[-1] == "not in MLflow: 1 record could not be delivered"
     (clone,) = set((home.results / "studies").iterdir()) - before
     record = json.loads((clone / "plan.json").read_text())
     assert record["parent"] == home.study_id
@@ -147,9 +151,9 @@ def test_a_clone_from_another_directory_records_its_parent_and_what_mlflow_was_n
 
 
 @pytest.mark.parametrize("command", ["resume", "extend", "reconcile"])
-def test_two_processes_never_work_on_one_study(home: Home, command: str, capsys: CaptureFixture[str]) -> None:
+def test_two_processes_never_work_on_one_study(home: Home, command: str, refused: Callable[..., str]) -> None:
     with claimed(home.directory):
-        assert "works on it; `lowrank-tune stop" in refused(home, capsys, command, home.study_id)
+        assert "works on it; `lowrank-tune stop" in refused(command, home.study_id)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +162,7 @@ def test_two_processes_never_work_on_one_study(home: Home, command: str, capsys:
         (["run", "FILE", "--set", SOURCE % "nowhere"], "nowhere: no such directory"),
         (["run", "FILE", "--set", "search.space.rank=9"], "search.space.rank: 9 is above min(tokens, dim)"),
         (["run", "FILE", "--set", "split={validation: 2, test: 7}"], "leave none of 9 to train"),
-        (
-            ["run", "FILE", "--set", "split.test=0.25", "--set", "report.images=[2]"],
-            "report.images: there is no image 2",
-        ),
+        (["run", "FILE", "--set", "split.test=0.25", "--set", "report.images=[2]"], "report.images: there is no image"),
         (["run", "FILE", "--set", "resources.cpus_per_trial=64"], "resources.cpus_per_trial"),
         (["run", "FILE", "--id", "ID"], "is there already"),
         (["trial", "FILE", "--set", SOURCE % "nowhere"], "nowhere: no such directory"),
@@ -182,23 +183,23 @@ def test_two_processes_never_work_on_one_study(home: Home, command: str, capsys:
     ids=lambda value: " ".join(value[:1] + value[2:]) if isinstance(value, list) else "",
 )
 def test_what_is_refused_changes_nothing(
-    home: Home, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str], arguments: list[str], said: str
+    home: Home, monkeypatch: MonkeyPatch, refused: Callable[..., str], arguments: list[str], said: str
 ) -> None:
     monkeypatch.chdir(home.path)
-    names = {"ID": home.study_id, "FILE": str(home.file), "OUT": str(home.path / "out")}
-    assert said in refused(home, capsys, *(names.get(word, word) for word in arguments))
+    names = {"ID": home.study_id, "FILE": home.file, "OUT": home.path / "out"}
+    assert said in refused(*(names.get(word, word) for word in arguments))
     assert not (home.path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "resume", "extend", "clone", "reconcile"])
 def test_a_tracking_server_that_is_away_is_told_before_anything_is_touched(
-    home: Home, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str], command: str
+    home: Home, monkeypatch: MonkeyPatch, refused: Callable[..., str], command: str
 ) -> None:
     monkeypatch.chdir(home.path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     more = ["--trials", "1"] if command == "extend" else []
-    arguments = [command, str(home.file) if command == "run" else home.study_id, *more]
-    assert "http://127.0.0.1:9 does not answer" in refused(home, capsys, *arguments, code=1)
+    arguments = [command, home.file if command == "run" else home.study_id, *more]
+    assert "http://127.0.0.1:9 does not answer" in refused(*arguments, code=1)
 
 
 def test_a_wrong_study_makes_no_results_directory(home: Home, elsewhere: Path) -> None:

@@ -14,6 +14,7 @@ from lowrank_tune.errors import InputError, StudyFileError, TrackingError
 from lowrank_tune.features.remote import find_cache
 from lowrank_tune.study import plan_study
 from lowrank_tune.tracking.tracker import Tracker
+from tests.conftest import Typed
 
 STUDY = """\
 name: {name}
@@ -65,23 +66,19 @@ def test_a_ray_that_does_not_answer_is_told_at_once_without_its_password(tmp_pat
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(
-    ("raises", "act"),
-    [
-        (TrackingError, "tracking"),
-        (InputError, "results"),
-    ],
-)
-def test_no_address_shows_its_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: type[Exception], act: str
-) -> None:
+def test_no_address_shows_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:
     address = "http://someone:s3cret@127.0.0.1:9/?token=s3cret"
     spec = parse_study(STUDY.format(name="x"), "study.yaml")
-    with pytest.raises(raises) as caught:
-        if act == "tracking":
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-            Tracker(plan_study(spec, tmp_path))
-        else:
-            plan_study(spec, address)
-    assert "127.0.0.1" in str(caught.value)
-    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as tracking:
+        Tracker(plan_study(spec, tmp_path))
+    with pytest.raises(InputError, match=r"127\.0\.0\.1") as results:
+        plan_study(spec, address)
+    (tmp_path / "x.yaml").write_text(STUDY.format(name="x"))
+    said = [str(tracking.value), str(results.value)]
+    for key in ("uri", "urri"):
+        code, *printed = typed("run", tmp_path / "x.yaml", "--results", tmp_path, "--set", f"tracking.{key}={address}")
+        assert code == 2
+        said += printed
+    assert "MLFLOW_TRACKING_PASSWORD" in " ".join(said)
+    assert "s3cret" not in " ".join(said)
