@@ -45,14 +45,6 @@ def test_no_id_leads_out_of_the_results_directory(tmp_path: Path, name: str) -> 
     assert run(["reconcile", "--results", str(tmp_path / "results"), "--", name]) == 2
 
 
-def test_a_study_file_is_only_read(tmp_path: Path) -> None:
-    trap = tmp_path / "ran"
-    call = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{trap}]]"
-    with pytest.raises(StudyFileError):
-        parse_study(STUDY.format(name="x") + f"seed: {call}\n", "study.yaml")
-    assert not trap.exists()
-
-
 def test_a_ray_that_does_not_answer_is_told_at_once_without_its_password(tmp_path: Path) -> None:
     # In a process of its own: one that has a Ray already stays in it.
     study = tmp_path / "x.yaml"
