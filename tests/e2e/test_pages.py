@@ -1,21 +1,24 @@
 """report.html and the MLflow UI as a person meets them, in a real browser."""
 
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from lowrank_tune.past_study import open_study, visualize
-from tests.e2e.browser import chromium, complaints, resize, shows, wait
 from tests.e2e.conftest import Ran
 
 # Every failure of a script or of a request counts; these two are MLflow's own, on a server without accounts.
@@ -24,10 +27,64 @@ CHARTS = ("learning-direct", "learning-sketch", "coordinates", "timeline", "pare
           "compression-0", "compression-1", "spectrum", "left")  # fmt: skip
 
 
+_FLAGS = (
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "disable-dev-shm-usage", "hide-scrollbars",
+)  # fmt: skip
+
+
+def resize(window: Chrome, width: int) -> None:
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+
+def wait(window: Chrome, condition: Callable[[Chrome], Any], what: str) -> Any:
+    return WebDriverWait(window, 60, 0.2).until(condition, f"{what} did not appear in {window.current_url}")
+
+
+def shows(window: Chrome, *texts: str) -> None:
+    """Wait until every text stands on the page."""
+
+    def all_there(page: Chrome) -> bool:
+        body = page.find_element(By.TAG_NAME, "body").text
+        return all(text in body for text in texts)
+
+    wait(window, all_there, f"one of {texts}")
+
+
+def complaints(window: Chrome, levels: tuple[str, ...] = ("SEVERE", "WARNING")) -> list[str]:
+    """What the console has said since the last call."""
+    messages = [entry["message"] for entry in window.get_log("browser") if entry["level"] in levels]
+    return [message for message in messages if not any(own in message for own in MLFLOWS_OWN)]
+
+
+def failures(window: Chrome) -> list[str]:
+    # MLflow's own grid warns of its own deprecated options: only failures count here.
+    return complaints(window, ("SEVERE",))
+
+
 @pytest.fixture(scope="module")
 def window() -> Iterator[Chrome]:
-    with chromium() as opened:
-        yield opened
+    """A headless Chromium, with its console's log."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not browser or not driver:
+        lacking = "chromium" if not browser else "chromedriver"
+        pytest.skip(f"no {lacking} on the PATH: on Debian, apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*_FLAGS, f"user-data-dir={profile}"):
+            options.add_argument(f"--{flag}")
+        try:
+            opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        except WebDriverException as error:
+            pytest.skip(f"Chromium does not start here: {str(error).splitlines()[0]}")
+        try:
+            yield opened
+        finally:
+            opened.quit()
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +206,6 @@ def answers(url: str) -> bool:
         return False
 
 
-def unexpected(window: Chrome) -> list[str]:
-    # MLflow's own grid warns of its own deprecated options: only failures count here.
-    entries = [entry["message"] for entry in window.get_log("browser") if entry["level"] == "SEVERE"]
-    return [message for message in entries if not any(own in message for own in MLFLOWS_OWN)]
-
-
 def page_of(ui: str, ran: Ran, name: str) -> str:
     """The address of a run's page, by the run's name: the study's or a trial's id."""
     client = MlflowClient(f"sqlite:///{ran.results / 'mlflow.db'}")
@@ -181,7 +232,7 @@ def test_mlflow_shows_the_parent_and_its_children(window: Chrome, ui: str, ran: 
 
     wait(window, opened, "a trial below its study")
     shows(window, *names)
-    assert unexpected(window) == []
+    assert failures(window) == []
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -190,7 +241,7 @@ def test_mlflow_draws_a_trials_metrics(window: Chrome, ui: str, ran: Ran, width:
     window.get(f"{page_of(ui, ran, ran.result.outcomes[-1].config.trial_id)}/model-metrics")
     shows(window, "best_val_residual_ratio" if width == 1280 else "Model metrics")
     wait(window, lambda page: page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot svg.main-svg"), "a metric's chart")
-    assert unexpected(window) == []
+    assert failures(window) == []
 
 
 def test_mlflow_has_the_studys_artifacts_and_rank_curves(window: Chrome, ui: str, ran: Ran) -> None:
@@ -200,7 +251,7 @@ def test_mlflow_has_the_studys_artifacts_and_rank_curves(window: Chrome, ui: str
     shows(window, "report.html", "comparison.json", "per_image.parquet", "pareto.json", "study.yaml", "plots")
     window.get(f"{run}/model-metrics")
     shows(window, "test.direct.residual_ratio", "test.direct.token_cosine")
-    assert unexpected(window) == []
+    assert failures(window) == []
 
 
 def test_the_report_opens_inside_mlflow(window: Chrome, ui: str, ran: Ran) -> None:
