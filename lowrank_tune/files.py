@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def results_place(results: str | Path | None) -> str:
-    """The results directory's name: the given one, else LOWRANK_TUNE_RESULTS, else `results`."""
-    return str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
+    """The results directory, absolute unless it is an address: the given, else LOWRANK_TUNE_RESULTS, else `results`."""
+    name = str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
+    return name if "://" in name else os.path.abspath(Path(name).expanduser())
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
@@ -69,6 +71,11 @@ def read_fields(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_tune.cluster.study_dir import find_study, read_plan, read_status, results_path
-from lowrank_tune.comparison.compare import compare, read_comparison
+from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
-from lowrank_tune.study import device_of
+from lowrank_tune.study import compare_study
 from lowrank_tune.tracking.reconcile import report_comparison
-from lowrank_tune.trials.outcomes import past_outcomes
+from lowrank_tune.trials.outcomes import FEATURES, SPLIT, past_outcomes
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
@@ -56,8 +56,8 @@ def open_study(results: str | Path | None, name: str) -> PastStudy:
     try:
         plan = read_plan(directory)
         state = str(read_status(directory)["state"])
-        split = Split.read(directory / "tune" / "split.json")
-        features = _moved(FeatureSet.read(directory / "tune" / "features.json"), directory.parent.parent)
+        split = Split.read(directory / "tune" / SPLIT)
+        features = _moved(FeatureSet.read(directory / "tune" / FEATURES), directory.parent.parent)
     except FileNotFoundError as error:
         raise InputError(
             f"study {directory.name}: {error.filename} is not there: it never began to train, so there is nothing to "
@@ -80,16 +80,7 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
     """
     if again or not (study.directory / "comparison.json").is_file():
         with _writing(study):
-            comparison = compare(
-                study.features,
-                study.split,
-                study.outcomes,
-                objective=study.plan.spec.objective,
-                seed=study.plan.spec.seed,
-                directory=study.directory,
-                confirmations=study.confirmations,
-                device=device_of(study.plan.spec),
-            )
+            comparison = compare_study(study.plan, study.features, study.split, study.outcomes, study.confirmations)
     else:
         comparison = read_comparison(study.directory, study.plan.spec.objective)
     return replace(comparison, remarks=(*study.remarks, *comparison.remarks))

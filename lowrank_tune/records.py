@@ -14,8 +14,8 @@ CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd")
 """The methods without training that a trained family is held against beside the SVD, weakest first."""
 BEST_MODEL = "best_model.safetensors"
 """In a trial's folder: the weights of its best epoch."""
-TEST_OPTIMUM = "test_optimum.safetensors"
-"""In a study's folder: the SVD's figures of the test images, measured once."""
+VALIDATION_OPTIMUM, TEST_OPTIMUM = "optimum.safetensors", "test_optimum.safetensors"
+"""In a study's folder: the SVD's figures of these images, measured once."""
 
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]

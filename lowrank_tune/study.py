@@ -6,7 +6,7 @@ A command that is refused changes nothing: data, Ray, results directory and MLfl
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -44,8 +44,14 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.remote import local_copy, open_local
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
-from lowrank_tune.lowrank.svd import Optimum, measure_optimum
-from lowrank_tune.records import Comparison, FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
+from lowrank_tune.records import (
+    Comparison,
+    FeatureSet,
+    Split,
+    StudyProgress,
+    TrialOutcome,
+    TrialTracker,
+)
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.reconcile import reconcile
@@ -54,8 +60,10 @@ from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.cluster_share import taking_part, trials_at_once
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
 from lowrank_tune.trials.search import migrate_search
-from lowrank_tune.trials.trial import run_one_trial
+from lowrank_tune.trials.trial import run_one_trial, write_inputs
 from lowrank_tune.trials.tuning import confirm_trials, run_trials
+
+Trials = Sequence[TrialOutcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +203,11 @@ def run_trial(
     plan = plan_study(_spec_of(study, overrides), results)
     config = trial_config(plan, 0, first_params(plan.spec))
     create_study(plan, _text_of(file or study), overrides)
-    directory = plan.study_dir / "trials" / config.trial_id
     with claimed(plan.study_dir), Status(plan.study_dir, 1) as status:
-        features = local_copy(_extract(plan, progress))
-        split = split_images([row.key for row in features.rows], plan.spec.split, plan.spec.seed)
+        _prepare(plan, progress, progress.stage)
         progress.stage(f"training {config.trial_id} in this process")
         progress.trials(1)
-        optimum, device = validation_optimum(features, split), device_of(plan.spec)
-        outcome = run_one_trial(config, features, split, optimum, directory, progress.trial_epoch, device)
+        outcome = run_one_trial(config, plan.study_dir, progress.trial_epoch, device_of(plan.spec))
         status.trial_ended(outcome)
         progress.trial_ended(outcome)
         return outcome
@@ -218,7 +223,8 @@ def extract_study(
 ) -> FeatureSet:
     """Extract the features that a study's cache still lacks, and train nothing."""
     plan = plan_study(_spec_of(study, overrides), results, trains=False)
-    return _extract(plan, progress or StudyProgress(), address)
+    progress = progress or StudyProgress()
+    return _extract(plan, progress, progress.stage, address)
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
@@ -234,9 +240,20 @@ def open_features(directory: str | Path) -> FeatureMatrix:
     return open_matrix(open_local(directory))
 
 
-def validation_optimum(features: FeatureSet, split: Split) -> Optimum:
-    """The SVD's figures of the validation images, in the order of `split.validation`."""
-    return measure_optimum(FeatureMatrix(features).batches(split.validation, 16))
+def compare_study(
+    plan: Plan, features: FeatureSet, split: Split, outcomes: Trials, confirmations: Trials
+) -> Comparison:
+    """Compare what a study's trials left, on its test split; errors as `compare`."""
+    return compare(
+        features,
+        split,
+        outcomes,
+        objective=plan.spec.objective,
+        seed=plan.spec.seed,
+        directory=plan.study_dir,
+        confirmations=confirmations,
+        device=device_of(plan.spec),
+    )
 
 
 def device_of(spec: StudySpec) -> str:
@@ -292,9 +309,8 @@ def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
 
 
 def _comparison_on_file(plan: Plan) -> Comparison | None:
-    return (
-        read_comparison(plan.study_dir, plan.spec.objective) if (plan.study_dir / "comparison.json").is_file() else None
-    )
+    there = (plan.study_dir / "comparison.json").is_file()
+    return read_comparison(plan.study_dir, plan.spec.objective) if there else None
 
 
 def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:
@@ -314,7 +330,8 @@ def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyP
             status.update(untracked=list(tracker.problems))
             if tracker.problems:
                 progress.stage(f"not in MLflow: {'; '.join(tracker.problems)}")
-    return replace(result, untracked=tracker.problems)
+    server = "" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown
+    return replace(result, untracked=tracker.problems, tracked_by=server)
 
 
 def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress) -> StudyResult:
@@ -327,47 +344,40 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
 
     say(READY.format(study_id=plan.study_id))
     with taking_part(plan.study_id):
-        features = local_copy(_extract(plan, progress, say=say))
-        check_same_images(directory / "tune", features.fingerprint, [row.key for row in features.rows])
-        split = split_images([row.key for row in features.rows], spec.split, spec.seed)
-        check_images(spec.report.images, len(split.test))
-        say(f"measuring the optimum of {len(split.validation)} validation images at every rank")
-        optimum = directory / "optimum.safetensors"
-        validation_optimum(features, split).save(optimum)
+        features, split = _prepare(plan, progress, say)
         say(f"training {status.trials_left} trials on {len(split.train)} images")
         progress.trials(status.trials_left)
-        outcomes = run_trials(plan, features, split, optimum, observers)
+        outcomes = run_trials(plan, observers)
         best = winners(outcomes, spec.objective)
         repetitions = len(best) * spec.report.confirm_seeds
         status.expect_confirmations([outcome.config.trial_id for outcome in best], repetitions)
         if repetitions:
             say(f"training the best of each rank again: {repetitions} with fresh seeds")
             progress.trials(repetitions)
-        confirmations = confirm_trials(plan, best, features, split, optimum, observers)
+        confirmations = confirm_trials(plan, best, observers)
     say(f"comparing with the SVD and the controls on {len(split.test)} test images")
-    comparison = compare(
-        features,
-        split,
-        outcomes,
-        objective=spec.objective,
-        seed=spec.seed,
-        directory=directory,
-        confirmations=confirmations,
-        device=device_of(spec),
-    )
+    comparison = compare_study(plan, features, split, outcomes, confirmations)
     # Here, for it imports what draws, which takes seconds.
     from lowrank_tune.report.report import write_report
 
     write_report(plan, features, split, outcomes, comparison, directory, confirmations, say)
     tracker.compared(comparison, (*outcomes, *confirmations))
-    server = "" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown
-    return StudyResult(
-        plan.study_id, directory, features, split, outcomes, comparison, confirmations, tracked_by=server
-    )
+    return StudyResult(plan.study_id, directory, features, split, outcomes, comparison, confirmations)
 
 
-def _extract(plan: Plan, progress: StudyProgress, address: str | None = None, say: Any = None) -> FeatureSet:
-    say = say or progress.stage
+def _prepare(plan: Plan, progress: StudyProgress, say: Callable[[str], None]) -> tuple[FeatureSet, Split]:
+    """A study's features and their split, and in its folder what its trials need of them."""
+    features = local_copy(_extract(plan, progress, say))
+    keys = [row.key for row in features.rows]
+    check_same_images(plan.study_dir / "tune", features.fingerprint, keys)
+    split = split_images(keys, plan.spec.split, plan.spec.seed)
+    check_images(plan.spec.report.images, len(split.test))
+    say(f"measuring the optimum of {len(split.validation)} validation images at every rank")
+    write_inputs(plan.study_dir, features, split)
+    return features, split
+
+
+def _extract(plan: Plan, progress: StudyProgress, say: Callable[[str], None], address: str | None = None) -> FeatureSet:
     say("looking for the features in the cache")
     features = extract_features(
         plan.spec.features,

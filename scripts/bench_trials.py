@@ -35,10 +35,9 @@ from safetensors.torch import save_file
 
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.tracking.tracker import Tracker
+from lowrank_tune.trials.trial import write_inputs
 from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, IMAGES = 8, 12, 24
@@ -92,17 +91,17 @@ def main() -> None:
     print(f"{sizes.trials} trials of {sizes.epochs} epochs, {sizes.at_once} at once\n")
     print(f"{'tracked by':<16}{'first trial, s':>16}{'start, s':>10}{'of wanted':>11}{'training, s':>13}")
     with tempfile.TemporaryDirectory() as folder:
-        features, optimum_path = _features(Path(folder))
+        features = _features(Path(folder))
         for name in ("nobody", "MLflow, sqlite"):
             plan = _plan(Path(folder) / name.split(",")[0], sizes.trials, sizes.epochs, sizes.at_once)
-            plan.results.mkdir()
+            write_inputs(plan.study_dir, features, SPLIT)
             clock = Clock()
             began = time.perf_counter()
             if name == "nobody":
-                outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
+                outcomes = run_trials(plan, [clock])
             else:
                 with Tracker(plan) as clock.behind:
-                    outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
+                    outcomes = run_trials(plan, [clock])
             start, training = _costs(clock, outcomes, sizes.at_once)
             first = clock.starts[0] - began
             print(f"{name:<16}{first:>16.2f}{start:>10.3f}{start / WANTED_S:>11.2f}{training:>13.3f}")
@@ -124,12 +123,12 @@ def _one_of_many(count: int, method: str) -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
              logging_level=logging.ERROR, object_store_memory=200_000_000)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        features, optimum_path = _features(Path(folder))
+        features = _features(Path(folder))
         plan = _plan(Path(folder) / "results", count, 1, 1, method)
-        plan.study_dir.mkdir(parents=True)
+        write_inputs(plan.study_dir, features, SPLIT)
         with Tracker(plan) as tracker:
             clock = Clock(tracker)
-            outcomes = run_trials(plan, features, SPLIT, optimum_path, [clock])
+            outcomes = run_trials(plan, [clock])
             ended = time.perf_counter()
         behind = time.perf_counter() - ended
     ray.shutdown()
@@ -168,13 +167,13 @@ def _plan(results: Path, trials: int, epochs: int, at_once: int, method: str = "
     return make_plan(StudySpec.model_validate(study), results, datetime.now(UTC))
 
 
-def _features(folder: Path) -> tuple[FeatureSet, Path]:
-    """A cache of random features, and the optimum of its validation split."""
+def _features(folder: Path) -> FeatureSet:
+    """A cache of random features."""
     (folder / "shards").mkdir()
     x_NTD = torch.randn(IMAGES, TOKENS, DIM, generator=torch.Generator().manual_seed(0))
     save_file({"features": x_NTD}, folder / "shards" / "00000.safetensors")
     rows = tuple(FeatureRow(f"{number:064x}", "00000.safetensors", number) for number in range(IMAGES))
-    features = FeatureSet(
+    return FeatureSet(
         directory=str(folder),
         fingerprint="0" * 16,
         encoder="synthetic",
@@ -185,9 +184,6 @@ def _features(folder: Path) -> tuple[FeatureSet, Path]:
         rows=rows,
         records_path=str(folder / "records.parquet"),
     )
-    optimum_path = folder / "optimum.safetensors"
-    measure_optimum([FeatureMatrix(features).load(SPLIT.validation)]).save(optimum_path)
-    return features, optimum_path
 
 
 if __name__ == "__main__":

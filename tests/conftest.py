@@ -45,7 +45,7 @@ def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
     return call
 
 
-DEAR = {"ran": "study", "cluster": "cluster", "world": "trials"}
+DEAR = {"ran": "study", "cluster": "cluster", "tiny_cache": "trials"}
 """By fixture that is built once, the group of the files that look at it."""
 
 

@@ -57,7 +57,7 @@ def results_path(results: str | Path | None) -> Path:
             f"results directory {redact(name)}: only local and mounted paths can be used; mount it, or pass "
             "--results DIR"
         )
-    return Path(os.path.abspath(Path(name).expanduser()))
+    return Path(name)
 
 
 def check_id(name: str) -> str:

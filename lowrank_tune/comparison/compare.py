@@ -28,9 +28,10 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
-from lowrank_tune.lowrank.svd import kept_optimum, measure_optimum
+from lowrank_tune.lowrank.svd import kept_optimum
 from lowrank_tune.records import (
     TEST_OPTIMUM,
+    VALIDATION_OPTIMUM,
     Comparison,
     ComparisonRow,
     Compression,
@@ -85,7 +86,7 @@ def compare(
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if method.kind in measured]
     rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
-    rows = choose(rows, outcomes, objective, _validated(data, split, outcomes, models, device))
+    rows = choose(rows, outcomes, objective, _validated(data, split, directory, outcomes, models, device))
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
     comparison = Comparison(
         rows=tuple(rows),
@@ -173,14 +174,20 @@ def over_images(per_image: pd.DataFrame) -> pd.DataFrame:
 
 
 def _validated(
-    data: FeatureMatrix, split: Split, outcomes: Sequence[TrialOutcome], models: Sequence[Method], device: str
+    data: FeatureMatrix,
+    split: Split,
+    directory: Path,
+    outcomes: Sequence[TrialOutcome],
+    models: Sequence[Method],
+    device: str,
 ) -> dict[Kind, dict[str, float]]:
     """Measure the models that serve several ranks on the validation split, at each rank."""
     several = {outcome.config.trial_id for outcome in outcomes if outcome.config.nested_ranks}
     nested = [model for model in models if model.trial_id in several]
     if not nested:
         return {}
-    optimum = measure_optimum(data.batches(split.validation, 16))
+    of = data.features.digest(split.validation)
+    optimum = kept_optimum(directory / VALIDATION_OPTIMUM, of, data.batches(split.validation, 16))
     table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
     if table.empty:
         return {}

@@ -187,7 +187,7 @@ def list_caches(results: str | Path | None) -> list[str]:
     Raises:
         InputError: the place does not answer.
     """
-    root = join(_plain(results), FEATURES)
+    root = join(results_place(results), FEATURES)
     folder = Place(root)
     try:
         return [join(root, name) for name in sorted(folder.entries(FileType.Directory)) if _is_cache(join(root, name))]
@@ -212,7 +212,7 @@ def find_cache(results: str | Path | None, name: str) -> str:
     if len(found) != 1:
         known = ", ".join((found or places).values()) or "none"
         raise InputError(
-            f"feature cache {name}: {'several begin so' if found else f'not in {redact(_plain(results))}'}; "
+            f"feature cache {name}: {'several begin so' if found else f'not in {redact(results_place(results))}'}; "
             f"caches: {known}"
         )
     return next(iter(found))
@@ -312,11 +312,6 @@ def only_writer(directory: Path, waiting: Callable[[], None] | None = None) -> I
         yield
     finally:
         lock.release()
-
-
-def _plain(results: str | Path | None) -> str:
-    name = results_place(results)
-    return name if is_uri(name) else os.path.abspath(Path(name).expanduser())
 
 
 def _is_cache(place: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 import importlib.util
 import io
 import json
@@ -26,7 +25,7 @@ from lowrank_tune.config.schema import ImageSource, ManifestSource, SampleSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import SOURCES
 from lowrank_tune.features.commits import UnusableError, checksum
-from lowrank_tune.files import write_durably
+from lowrank_tune.files import file_sha256, write_durably
 
 if TYPE_CHECKING:
     import torch
@@ -265,8 +264,7 @@ def hash_files(records: SourceRecords) -> SourceFiles:
         if path is None:
             return None, "the record names no file"
         try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest(), None
+            return file_sha256(path), None
         except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
             return None, getattr(error, "strerror", None) or str(error)
 

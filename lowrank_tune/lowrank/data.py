@@ -6,7 +6,6 @@ N images, T tokens, D dim.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -38,6 +37,7 @@ class FeatureMatrix:
         self.dim = features.dim
         self.dtype = DTYPES[features.dtype]
         self._shards: dict[str, Tensor] = {}
+        self._lent_NTD = torch.empty(0, self.tokens, self.dim)
 
     def __len__(self) -> int:
         return len(self.features.rows)
@@ -67,6 +67,12 @@ class FeatureMatrix:
             torch._foreach_copy_([piece for x_TD in x_NTD for piece in x_TD.chunk(parts)], pieces)
         return x_NTD
 
+    def lend(self, indices: Sequence[int]) -> Tensor:
+        """As `load`, into memory that the next call uses again."""
+        if len(indices) > len(self._lent_NTD):
+            self._lent_NTD = torch.empty(len(indices), self.tokens, self.dim)
+        return self.load(indices, out=self._lent_NTD[: len(indices)])
+
     def batches(self, indices: Sequence[int], size: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         """Yield some images in order, [size, T, D] at a time, the last perhaps fewer; errors as `load`."""
         for start in range(0, len(indices), size):
@@ -90,23 +96,11 @@ room for its own work."""
 _COPIED_AT_ONCE = 64
 
 
-class MiniBatches(ABC):
-    """Gives the features of some images on one device."""
-
-    @abstractmethod
-    def load(self, indices: Sequence[int]) -> Tensor:
-        """Return some images, float32 [n, T, D], for the caller to keep."""
-
-    def lend(self, indices: Sequence[int]) -> Tensor:
-        """As `load`, but the tensor may be overwritten by the next call."""
-        return self.load(indices)
-
-
 @lru_cache(maxsize=1)
-def batches_on(data: FeatureMatrix, device: str) -> MiniBatches:
+def batches_on(data: FeatureMatrix, device: str) -> FeatureMatrix | Resident | Streamed:
     """The mini-batches for a device, the same object for the next trial of this process."""
     if torch.device(device).type != "cuda":
-        return Mapped(data)
+        return data
     size = len(data) * data.tokens * data.dim * data.dtype.itemsize
     if fits(size, torch.cuda.mem_get_info(device)[0]):
         try:
@@ -121,25 +115,7 @@ def fits(size: int, free: int) -> bool:
     return size <= RESIDENT_FRACTION * free
 
 
-class Mapped(MiniBatches):
-    """Batches on the CPU, copied out of the mapped cache."""
-
-    def __init__(self, data: FeatureMatrix) -> None:
-        self._data = data
-        self._buffer_NTD = torch.empty(0, data.tokens, data.dim)
-
-    def load(self, indices: Sequence[int]) -> Tensor:
-        """Copy them out of the cache."""
-        return self._data.load(indices)
-
-    def lend(self, indices: Sequence[int]) -> Tensor:
-        """Copy them into memory that is used again."""
-        if len(indices) > len(self._buffer_NTD):
-            self._buffer_NTD = torch.empty(len(indices), self._data.tokens, self._data.dim)
-        return self._data.load(indices, out=self._buffer_NTD[: len(indices)])
-
-
-class Resident(MiniBatches):
+class Resident:
     """Batches of features that a device holds whole, in the cache's dtype."""
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
@@ -153,8 +129,10 @@ class Resident(MiniBatches):
         chosen = torch.tensor(indices, dtype=torch.int64).to(self._all_NTD.device)
         return self._all_NTD.index_select(0, chosen).float()
 
+    lend = load
 
-class Streamed(MiniBatches):
+
+class Streamed:
     """Batches copied to a device, in the cache's dtype, through two page-locked buffers that take turns."""
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
@@ -178,6 +156,8 @@ class Streamed(MiniBatches):
         if self._sent:
             self._sent[self._turn].record(torch.cuda.current_stream(self._device))
         return x_NTD.float()
+
+    lend = load
 
 
 def pack_factors(a_TR: Tensor, b_RD: Tensor, dtype: str) -> dict[str, Tensor]:

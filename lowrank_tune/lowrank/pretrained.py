@@ -5,8 +5,6 @@ Needs neither Ray nor MLflow.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lowrank_tune.errors import InputError
+from lowrank_tune.files import file_sha256, read_json, write_json
 from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.lowrank.decomposers import load_decomposer as load_weights
 from lowrank_tune.records import FeatureSet, TrialConfig
@@ -90,13 +89,13 @@ def write_exported(
         ranks=tuple(sorted(trained.ranks)),
         max_rank=decomposer.rank,
         dtype=str(next(iter(decomposer.state_dict().values())).dtype).removeprefix("torch."),
-        weights_sha256=_digest(directory / WEIGHTS),
+        weights_sha256=file_sha256(directory / WEIGHTS),
         features={name: getattr(features, name) for name in _FEATURES} if features else {},
         training={"study_id": study_id, **training, **trained.family_params},
     )
     config = {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(model)}
     del config["directory"]
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, config, indent=2)
     return model
 
 
@@ -104,7 +103,7 @@ def read_exported(directory: str | Path) -> ExportedModel:
     """Read what an exported folder says of itself, without its weights; an InputError where it is none of ours."""
     path = Path(directory).expanduser().absolute() / CONFIG
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
     except FileNotFoundError:
         raise InputError(
             f"{path.parent}: no exported model, it has no {CONFIG}; `lowrank-tune export` writes one"
@@ -138,7 +137,7 @@ def load_decomposer(directory: str | Path) -> Decomposer:
     model = read_exported(directory)
     weights = model.directory / WEIGHTS
     try:
-        digest = _digest(weights)
+        digest = file_sha256(weights)
     except OSError as error:
         raise InputError(f"{weights}: cannot be read ({error.strerror}); {_REMEDY}") from error
     if digest != model.weights_sha256:
@@ -165,8 +164,3 @@ class PyfuncDecomposer:
 
 
 _load_pyfunc = PyfuncDecomposer  # the name that MLflow calls in a `loader_module`
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from plotly.graph_objects import Figure
 
@@ -15,7 +18,8 @@ from lowrank_tune.report.page import Chart, Picture, Section
 from lowrank_tune.report.style import QUIET
 from lowrank_tune.report.tables import Table
 from lowrank_tune.report.text import count
-from lowrank_tune.trials.outcomes import open_past_search
+
+logger = logging.getLogger(__name__)
 
 LEAST_FOR_IMPORTANCE = 10
 """Complete trials below which an importance is an accident."""
@@ -23,7 +27,12 @@ LEAST_FOR_IMPORTANCE = 10
 
 def search_section(journal: Path, objective: str) -> Section:
     """Let Optuna draw a search from its journal, and say why a chart is missing."""
-    if not (study := open_past_search(journal)):
+    try:
+        # Opening a journal makes one where there is none.
+        backend = JournalFileBackend(str(journal.resolve(strict=True)))
+        study = optuna.load_study(study_name=None, storage=JournalStorage(backend))
+    except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
+        logger.warning("%s cannot be read (%s); what Optuna knows of the trials is left out", journal, error)
         lacking = "No search journal lies with this study, so there is nothing for Optuna to draw."
         return Section("search", "The search", notes=(lacking,))
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]

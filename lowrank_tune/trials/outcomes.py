@@ -11,15 +11,16 @@ from typing import Any, Literal, TypeVar
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json
-from lowrank_tune.records import BEST_MODEL, FeatureSet, Split, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
+from lowrank_tune.records import BEST_MODEL, FeatureSet, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
 
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 CONFIG, HISTORY, OUTCOME = "config.json", "history.json", "outcome.json"
+FEATURES, SPLIT = "features.json", "split.json"
+"""In the folder `tune` of a study: what its trials share, references and never the features."""
 CHECKPOINT = "checkpoint.pt"
 """In a trial's folder while it is not over: all that its training needs to go on."""
-FEATURES = "features.json"
 
 OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     "val_residual_ratio": "minimize",
@@ -82,15 +83,6 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
             f"features.source: the study began with {len(before.rows)} images, and they {what}; restore them, or run "
             "a new study with `lowrank-tune clone`"
         )
-
-
-def write_inputs(directory: Path, features: FeatureSet, split: Split, optimum_path: Path) -> dict[str, str]:
-    """Write what a study's trials share, references and never the features, for `read_inputs`; returns its places."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {"features": directory / FEATURES, "split": directory / "split.json", "optimum": optimum_path}
-    features.write(paths["features"])
-    write_json(paths["split"], split, indent=None)
-    return {name: str(path.absolute()) for name, path in paths.items()}
 
 
 def begin_trial(directory: Path, config: TrialConfig) -> None:
@@ -160,7 +152,7 @@ def read_trial(directory: Path) -> TrialRecord | None:
     config = outcome.config if outcome else TrialConfig(**read_json(config_path))
     history = read_history(directory)
     if outcome is None and history and config.ends_at(int(history[-1]["epoch"]), int(history[-1]["best_epoch"])):
-        outcome = recovered_outcome(config, directory, "")
+        outcome = recovered_outcome(config, directory)
     paths = [path for path in (history_path, config_path, outcome_path) if path.is_file()]
     trained, last = _moment(paths[0]), _moment(outcome_path if outcome_path.is_file() else paths[0])
     return TrialRecord(config, tuple(history), outcome, directory, trained, last)
@@ -194,7 +186,7 @@ def remove_checkpoint(outcome: TrialOutcome) -> None:
     Path(outcome.directory, CHECKPOINT).unlink(missing_ok=True)
 
 
-def recovered_outcome(config: TrialConfig, directory: Path, state: str) -> TrialOutcome:
+def recovered_outcome(config: TrialConfig, directory: Path, state: str = "") -> TrialOutcome:
     """How a trial ended whose driver died before it wrote an outcome; `state`, if known, names Optuna's TrialState."""
     history = read_history(directory)
     last: dict[str, Any] = dict(history[-1]) if history else {}
@@ -212,26 +204,9 @@ def recovered_outcome(config: TrialConfig, directory: Path, state: str) -> Trial
 
 def past_outcomes(study_dir: Path) -> list[TrialOutcome]:
     """Every training that left a model or a reason, by number, whether its study finished or not."""
-    search = open_past_search(study_dir / "tune" / "optuna.journal")
-    states = {trial.user_attrs.get("trial_id"): trial.state.name for trial in search.trials} if search else {}
     found = [
-        record.outcome or recovered_outcome(record.config, record.directory, states.get(record.config.trial_id, ""))
+        record.outcome or recovered_outcome(record.config, record.directory)
         for record in read_trials(study_dir / "trials")
         if record.outcome or record.history
     ]
     return sorted(found, key=lambda outcome: (outcome.config.number, outcome.config.trial_id))
-
-
-def open_past_search(journal: Path) -> Any:
-    """The Optuna study that a search has left, if it can be read."""
-    if not journal.is_file():
-        return None
-    import optuna  # which takes a while, and whoever asks for a trial's folder has no need of it
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    try:
-        return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
-    except Exception as error:  # a journal cut off by a kill fails wherever Optuna trips over it
-        logger.warning("%s cannot be read (%s); what Optuna knows of the trials is left out", journal, error)
-        return None

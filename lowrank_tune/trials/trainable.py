@@ -17,7 +17,7 @@ from ray.tune import PlacementGroupFactory
 class TrialActor(tune.Trainable):
     """Trains the trial that its configuration describes, and the next one in the same process.
 
-    The configuration holds numbers and paths only: `trial` (a TrialConfig), `inputs` (of `write_inputs`), `trials_dir`,
+    The configuration holds numbers and paths only: `trial` (a TrialConfig), `study_dir` (where `write_inputs` wrote),
     `cpus`, `gpus`, `workers` and, for a trial that goes on, `reported`: its last epoch that the study has heard of.
     """
 

@@ -16,13 +16,21 @@ import torch
 
 from lowrank_tune.errors import LowrankTuneError, redact
 from lowrank_tune.features.remote import local_copy
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.distributed import ALONE, World
-from lowrank_tune.lowrank.svd import Optimum
+from lowrank_tune.lowrank.svd import Optimum, kept_optimum
 from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
-from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
-from lowrank_tune.trials.outcomes import CHECKPOINT, begin_trial, outcome_of, read_history, write_history
+from lowrank_tune.records import VALIDATION_OPTIMUM, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.trials.outcomes import (
+    CHECKPOINT,
+    FEATURES,
+    SPLIT,
+    begin_trial,
+    outcome_of,
+    read_history,
+    write_history,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +40,24 @@ _CHECKPOINT_SHARE = 0.05
 """The part of a trial's time that its checkpoints may take."""
 
 
+def write_inputs(study_dir: Path, features: FeatureSet, split: Split) -> None:
+    """Write what a study's trials share; the optimum of its validation images is measured, once."""
+    tune = study_dir / "tune"
+    tune.mkdir(parents=True, exist_ok=True)
+    features.write(tune / FEATURES)
+    write_json(tune / SPLIT, split, indent=None)
+    batches = FeatureMatrix(features).batches(split.validation, 16)
+    kept_optimum(study_dir / VALIDATION_OPTIMUM, features.digest(split.validation), batches)
+
+
 @lru_cache(maxsize=1)
-def read_inputs(features: str, split: str, optimum: str) -> tuple[FeatureMatrix, Split, Optimum]:
+def read_inputs(study_dir: Path) -> tuple[FeatureMatrix, Split, Optimum]:
     """Read what `write_inputs` wrote; the same objects again for every later trial of this process.
 
     Features that do not lie on a local disk are copied to this node by its first trial; the others wait for it.
     """
-    data = FeatureMatrix(local_copy(FeatureSet.read(Path(features))))
-    return data, Split.read(Path(split)), Optimum.load(Path(optimum))
+    data = FeatureMatrix(local_copy(FeatureSet.read(study_dir / "tune" / FEATURES)))
+    return data, Split.read(study_dir / "tune" / SPLIT), Optimum.load(study_dir / VALIDATION_OPTIMUM)
 
 
 class TrialSession:
@@ -53,8 +71,8 @@ class TrialSession:
     def __init__(self, settings: dict[str, Any], world: World = ALONE) -> None:
         torch.set_num_threads(max(1, int(settings["cpus"])))
         self._config = TrialConfig(**settings["trial"])
-        self._inputs = settings["inputs"]
-        self._directory = Path(settings["trials_dir"]) / self._config.trial_id
+        self._study_dir = Path(settings["study_dir"])
+        self._directory = self._study_dir / "trials" / self._config.trial_id
         self._device = "cuda" if settings["gpus"] and torch.cuda.is_available() else "cpu"
         self._reported = settings.get("reported", 0)
         self._world = world
@@ -111,8 +129,8 @@ class TrialSession:
     def _open(self) -> Trainer:
         state = self._world.of_first(self._checkpoint() if self._world.first else {})
         self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
-        data, split, optimum = read_inputs(**self._inputs)
-        trainer = Trainer(self._config, data, split, optimum, self._device, self.micro_batch, self._world)
+        inputs = read_inputs(self._study_dir)
+        trainer = Trainer(self._config, *inputs, self._device, self.micro_batch, self._world)
         if state:
             trainer.restore(state["trainer"])
             self._kept_epoch = trainer.epoch
@@ -202,19 +220,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run_one_trial(
     config: TrialConfig,
-    features: FeatureSet,
-    split: Split,
-    optimum: Optimum,
-    directory: Path,
-    on_epoch: Callable[[str, int, dict[str, Any]], None] | None = None,
+    study_dir: Path,
+    on_epoch: Callable[[str, int, dict[str, Any]], None],
     device: str = "cpu",
 ) -> TrialOutcome:
-    """Train one trial to its end, with the numbers that it has inside a study."""
-    trainer = Trainer(config, FeatureMatrix(features), split, optimum, device)
+    """Train one trial to its end in this process, with the numbers that it has inside a study."""
+    trainer, directory = Trainer(config, *read_inputs(study_dir), device), study_dir / "trials" / config.trial_id
     begin_trial(directory, config)
     last: dict[str, Any] = {}
     while trainer.stopped_by is None:
         last = train_epoch(trainer, directory)
-        if on_epoch is not None:
-            on_epoch(config.trial_id, int(last["epoch"]), last)
+        on_epoch(config.trial_id, int(last["epoch"]), last)
     return outcome_of(config, last, directory)

@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 
 from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.errors import StudyFailedError
-from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, trials_at_once
 from lowrank_tune.trials.outcomes import (
     OBJECTIVES,
@@ -29,7 +29,6 @@ from lowrank_tune.trials.outcomes import (
     read_outcomes,
     recovered_outcome,
     remove_checkpoint,
-    write_inputs,
     write_outcome,
 )
 from lowrank_tune.trials.scheduler import PastTrial, make_scheduler
@@ -144,7 +143,6 @@ _ENVIRONMENT = {
 
 def run_on_tune(
     plan: Plan,
-    inputs: Mapping[str, str],
     watch: WatchTrials,
     name: str,
     *,
@@ -160,8 +158,7 @@ def run_on_tune(
     # A searcher is asked for each trial what this study's part is.
     at_once = trials_at_once(resources, ray.nodes(), studies_at_work() if space else 1)
     shared = {
-        "inputs": inputs,
-        "trials_dir": str((plan.study_dir / "trials").absolute()),
+        "study_dir": str(plan.study_dir),
         "cpus": resources.cpus_per_trial,
         "gpus": resources.gpus_per_trial,
         "workers": resources.workers_per_trial,
@@ -179,7 +176,7 @@ def run_on_tune(
             ),
             run_config=tune.RunConfig(
                 name=name,
-                storage_path=str((plan.study_dir / "tune").absolute()),
+                storage_path=str(plan.study_dir / "tune"),
                 callbacks=[watch],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 # Of what a trial meets only a lost process, node or file system reaches Tune; the rest it tells itself.
@@ -216,14 +213,8 @@ def _quiet_tune() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_trials(
-    plan: Plan,
-    features: FeatureSet,
-    split: Split,
-    optimum_path: Path,
-    observers: Sequence[TrialTracker],
-) -> tuple[TrialOutcome, ...]:
-    """Run the trials of a study that are not over yet; returns one outcome a trial, by number.
+def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutcome, ...]:
+    """Run the trials of a study that are not over yet on what `write_inputs` wrote; returns one outcome a trial.
 
     One that was being trained goes on from its checkpoint, and Optuna's journal holds all that searcher and scheduler
     knew. Tune itself starts afresh: its `restore` can neither extend a search nor trust refs that a killed cluster took
@@ -234,9 +225,8 @@ def run_trials(
         StudyFailedError: every trial failed.
         KeyboardInterrupt: the study was interrupted; trials that had ended are on file, and those at work can go on.
     """
-    tune_dir, trials_dir = plan.study_dir / "tune", plan.study_dir / "trials"
-    inputs = write_inputs(tune_dir, features, split, optimum_path)
-    study = open_optuna_study(plan, tune_dir / "optuna.journal")
+    trials_dir = plan.study_dir / "trials"
+    study = open_optuna_study(plan, plan.study_dir / "tune" / "optuna.journal")
     ended = {key: outcome for key, outcome in read_outcomes(trials_dir).items() if not outcome.config.confirms}
     past = []
     for trial in sync_search(plan, study, ended):
@@ -251,7 +241,6 @@ def run_trials(
     if len(ended) < plan.n_trials:
         run_on_tune(
             plan,
-            inputs,
             watch,
             "ray",
             search_alg=StudySearcher(plan, study, FairShare(plan.spec.resources)),
@@ -271,12 +260,7 @@ def run_trials(
 
 
 def confirm_trials(
-    plan: Plan,
-    winners: Sequence[TrialOutcome],
-    features: FeatureSet,
-    split: Split,
-    optimum_path: Path,
-    observers: Sequence[TrialTracker],
+    plan: Plan, winners: Sequence[TrialOutcome], observers: Sequence[TrialTracker]
 ) -> tuple[TrialOutcome, ...]:
     """Train each winner's configuration `report.confirm_seeds` times, without a scheduler; errors as `run_trials`.
 
@@ -285,16 +269,12 @@ def confirm_trials(
     """
     repeats = range(1, plan.spec.report.confirm_seeds + 1)
     configs = [confirmation_config(plan, winner.config, repeat) for winner in winners for repeat in repeats]
-    if not configs:
-        return ()
     trials_dir = plan.study_dir / "trials"
-    inputs = write_inputs(plan.study_dir / "tune", features, split, optimum_path)
     watch = WatchTrials(trials_dir, observers, read_outcomes(trials_dir))
     missing = [config for config in configs if config.trial_id not in watch.outcomes]
     if missing:
         run_on_tune(
             plan,
-            inputs,
             watch,
             "ray-confirmation",
             space={"trial": tune.grid_search([asdict(config) for config in missing])},

@@ -21,7 +21,8 @@ from lowrank_tune.lowrank.decomposers import load_decomposer
 from lowrank_tune.past_study import open_study, report_of
 from lowrank_tune.report.spatial_page import Scene
 from lowrank_tune.tracking.store import local_uri
-from lowrank_tune.trials.outcomes import write_inputs, write_outcome
+from lowrank_tune.trials.outcomes import write_outcome
+from lowrank_tune.trials.trial import write_inputs
 
 TEXT = """\
 name: disagreement
@@ -45,7 +46,7 @@ def disagreeing(make_study, tmp_path):
         study.add_trial("sketch", rank, best={"val_residual_ratio": 1.5, "val_mse": 0.1, "val_token_cosine": 0.8})
         best = {"val_residual_ratio": 1.2 + rank / 100, "val_mse": 0.2, "val_token_cosine": cosine}
         study.add_trial("direct", rank, best=best)
-    write_inputs(plan.study_dir / "tune", study.features, study.split, plan.study_dir / "optimum.safetensors")
+    write_inputs(plan.study_dir, study.features, study.split)
     for outcome in study.outcomes:
         write_outcome(outcome)
     ended = {"state": "finished", "started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:10+00:00"}

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.lowrank.data import RESIDENT_FRACTION, FeatureMatrix, Mapped, Resident, Streamed, batches_on, fits
+from lowrank_tune.lowrank.data import RESIDENT_FRACTION, FeatureMatrix, Resident, Streamed, batches_on, fits
 
 WAYS = {
-    "mapped": Mapped,
+    "mapped": lambda data: data,
     "resident": lambda data: Resident(data, "cpu"),
     "streamed": lambda data: Streamed(data, "cpu"),
 }

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_study import DIM, IMAGES, TOKENS, World, build_plan, make_world
+from tiny_study import DIM, IMAGES, TOKENS, build_plan, write_features
 
 from lowrank_tune.config.plan import Plan
+from lowrank_tune.records import FeatureSet
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +17,8 @@ def images_NTD() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, images_NTD: torch.Tensor) -> World:
-    return make_world(tmp_path_factory.mktemp("features"), images_NTD)
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, images_NTD: torch.Tensor) -> FeatureSet:
+    return write_features(tmp_path_factory.mktemp("features") / "cache", images_NTD)
 
 
 @pytest.fixture

@@ -14,39 +14,32 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from tiny_study import World, write_features
+from tiny_study import write_features
 
-from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import Split, TrialConfig
-from lowrank_tune.trials.outcomes import begin_trial, write_inputs
-from lowrank_tune.trials.trial import TrialSession
+from lowrank_tune.trials.outcomes import begin_trial
+from lowrank_tune.trials.trial import TrialSession, write_inputs
 
 TOKENS, DIM, BATCH = 256, 1024, 64
-SPARE = 260 * 2**20  # a batch is 64 MiB, and training holds several times as much
+SPARE = 340 * 2**20  # a batch is 64 MiB, and training holds several times as much
 
 
 def config_of(name: str, batch_size: int) -> TrialConfig:
     return TrialConfig(name, 0, 1, "direct", 4, 1e-3, 0.0, batch_size, 3, 3, {"lambda_b": 0.0, "lambda_ortho": 0.0})
 
 
-def make_inputs(folder: Path, images: int) -> dict[str, str]:
-    split = Split(tuple(range(images)), (images, images + 1), ())
-    features = write_features(folder, torch.randn(images + 2, TOKENS, DIM, generator=torch.Generator().manual_seed(0)))
-    world = World(features, folder / "optimum.safetensors", split)
-    measure_optimum([FeatureMatrix(features).load(split.validation)]).save(world.optimum_path)
-    return write_inputs(folder / "tune", features, split, world.optimum_path)
+def make_inputs(folder: Path, images: int) -> None:
+    x_NTD = torch.randn(images + 2, TOKENS, DIM, generator=torch.Generator().manual_seed(0))
+    write_inputs(folder, write_features(folder, x_NTD), Split(tuple(range(images)), (images, images + 1), ()))
 
 
 def main(folder: Path) -> None:
-    inputs = make_inputs(folder, BATCH)
+    make_inputs(folder, BATCH)
 
     def session(name: str, batch_size: int) -> TrialSession:
         config = config_of(name, batch_size)
-        begin_trial(folder / name, config)
-        return TrialSession(
-            {"trial": asdict(config), "inputs": inputs, "trials_dir": str(folder), "cpus": 1, "gpus": 0}
-        )
+        begin_trial(folder / "trials" / name, config)
+        return TrialSession({"trial": asdict(config), "study_dir": str(folder), "cpus": 1, "gpus": 0})
 
     session("warm", 1).epoch()
     limit(SPARE)

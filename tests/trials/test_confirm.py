@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_study import Interrupter, Listener, World
+from tiny_study import SPLIT, Interrupter, Listener
 
 from lowrank_tune.config.plan import Plan, trial_config
-from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import TrialOutcome
-from lowrank_tune.trials.trial import run_one_trial
+from lowrank_tune.records import FeatureSet, TrialOutcome
+from lowrank_tune.trials.trial import run_one_trial, write_inputs
 from lowrank_tune.trials.tuning import confirm_trials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -28,18 +27,21 @@ def winner(plan: Plan, number: int, **params: Any) -> TrialOutcome:
     return TrialOutcome(config, "pruned", "asha", 1, 1, FOUND, "/nowhere", 1.0)
 
 
-def confirm(plan: Plan, winners: list[TrialOutcome], world: World, told: Listener) -> tuple[TrialOutcome, ...]:
-    return confirm_trials(plan, winners, world.features, world.split, world.optimum_path, [told])
+def confirm(
+    plan: Plan, winners: list[TrialOutcome], tiny_cache: FeatureSet, told: Listener
+) -> tuple[TrialOutcome, ...]:
+    write_inputs(plan.study_dir, tiny_cache, SPLIT)
+    return confirm_trials(plan, winners, [told])
 
 
 def test_every_winner_is_repeated_to_its_end_with_seeds_of_its_own(
-    plan_of: PlanOf, world: World, tmp_path: Path
+    plan_of: PlanOf, tiny_cache: FeatureSet, tmp_path: Path
 ) -> None:
     asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
     plan = plan_of(scheduler=asha, report={"confirm_seeds": 2})
     direct = {"family": "direct", "lambda_b": 0.0, "lambda_ortho": 0.0}
     winners, told = [winner(plan, 0), winner(plan, 1, **direct, lr=BROKEN)], Listener()
-    repeats = confirm(plan, winners, world, told)
+    repeats = confirm(plan, winners, tiny_cache, told)
     ids = [f"{found.config.trial_id}-s{repeat}" for found in winners for repeat in (1, 2)]
     assert [outcome.config.trial_id for outcome in repeats] == ids
     assert [outcome.config.confirms for outcome in repeats] == [trial_id[:-3] for trial_id in ids]
@@ -57,22 +59,20 @@ def test_every_winner_is_repeated_to_its_end_with_seeds_of_its_own(
     assert sorted(config.trial_id for config in told.started) == sorted(ids)
     assert sorted(outcome.config.trial_id for outcome in told.ended) == sorted(ids)
     torch.set_num_threads(1)
-    alone = run_one_trial(
-        repeats[1].config, world.features, world.split, Optimum.load(world.optimum_path), tmp_path / "alone"
-    )
+    write_inputs(tmp_path, tiny_cache, SPLIT)
+    alone = run_one_trial(repeats[1].config, tmp_path, told.trial_epoch)
     assert (alone.config, alone.best) == (repeats[1].config, repeats[1].best)
 
 
-def test_none_asked_for_is_none_run(plan_of: PlanOf, world: World) -> None:
+def test_none_asked_for_is_none_run(plan_of: PlanOf, tiny_cache: FeatureSet) -> None:
     plan, told = plan_of(report={"confirm_seeds": 0}), Listener()
-    assert confirm(plan, [winner(plan, 0)], world, told) == ()
-    assert confirm(plan_of(report={"confirm_seeds": 2}), [], world, told) == ()
+    assert confirm(plan, [winner(plan, 0)], tiny_cache, told) == ()
+    assert confirm(plan_of(report={"confirm_seeds": 2}), [], tiny_cache, told) == ()
     assert told.started == []
-    assert not plan.study_dir.exists()
 
 
-def test_an_interruption_is_passed_on(plan_of: PlanOf, world: World) -> None:
+def test_an_interruption_is_passed_on(plan_of: PlanOf, tiny_cache: FeatureSet) -> None:
     plan, told = plan_of(report={"confirm_seeds": 3}), Interrupter(3)
     with pytest.raises(KeyboardInterrupt):
-        confirm(plan, [winner(plan, 0)], world, told)
+        confirm(plan, [winner(plan, 0)], tiny_cache, told)
     assert len(told.ended) < 3

@@ -9,17 +9,16 @@ from typing import Any
 import psutil
 import pytest
 from optuna.trial import TrialState
-from tiny_study import Interrupter, Killer, Listener, World, build_plan, optuna_trials, processes, run
+from tiny_study import SPLIT, Interrupter, Killer, Listener, build_plan, optuna_trials, processes, run
 from torch.distributed import get_rank
 
 from lowrank_tune.config.plan import Plan, trial_config
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.records import FeatureSet, TrialConfig, TrialOutcome
 from lowrank_tune.trials import tuning
 from lowrank_tune.trials.outcomes import CHECKPOINT, read_history
 from lowrank_tune.trials.trainable import WorkerGroup
-from lowrank_tune.trials.trial import run_one_trial
+from lowrank_tune.trials.trial import run_one_trial, write_inputs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -56,25 +55,27 @@ def four_ways(results: Path, resources: dict[str, int]) -> Plan:
     )
 
 
-def train_alone(config: TrialConfig, world: World, folder: Path, told: Listener | None = None) -> TrialOutcome:
-    optimum, told = Optimum.load(world.optimum_path), told or Listener()
-    return run_one_trial(
-        config, world.features, world.split, optimum, folder / "alone" / config.trial_id, told.trial_epoch
-    )
+def train_alone(
+    config: TrialConfig, tiny_cache: FeatureSet, folder: Path, told: Listener | None = None
+) -> TrialOutcome:
+    write_inputs(folder / "alone", tiny_cache, SPLIT)
+    return run_one_trial(config, folder / "alone", (told or Listener()).trial_epoch)
 
 
 @pytest.fixture(scope="module")
-def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def alone(tiny_cache: FeatureSet, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder, told = tmp_path_factory.mktemp("alone"), Listener()
-    (folder / "alone").mkdir()
     plan = four_ways(folder, ACTOR)
     configs = [trial_config(plan, number, point) for number, point in enumerate(plan.grid)]
-    return Ran(plan, tuple(train_alone(config, world, folder, told) for config in configs), told, frozenset())
+    return Ran(plan, tuple(train_alone(config, tiny_cache, folder, told) for config in configs), told, frozenset())
 
 
 @pytest.fixture(scope="module", params=["actor", "workers"])
 def study(
-    request: pytest.FixtureRequest, ray_cluster: None, world: World, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    ray_cluster: None,
+    tiny_cache: FeatureSet,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Ran:
     pids: set[int] = set()
 
@@ -85,7 +86,7 @@ def study(
 
     told = Watching()
     plan = four_ways(tmp_path_factory.mktemp(request.param), RESOURCES[request.param])
-    return Ran(plan, run(plan, world, told), told, frozenset(pids))
+    return Ran(plan, run(plan, tiny_cache, told), told, frozenset(pids))
 
 
 def ends(outcomes: tuple[TrialOutcome, ...]) -> list[tuple[str, str, int, int]]:
@@ -165,19 +166,22 @@ def test_trials_share_their_processes_which_end_with_the_study(study: Ran) -> No
 
 @pytest.mark.parametrize("executor", list(RESOURCES))
 def test_a_trial_that_loses_a_process_goes_on_and_one_that_keeps_losing_them_fails_alone(
-    plan_of: Callable[..., Plan], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str
+    plan_of: Callable[..., Plan],
+    tiny_cache: FeatureSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    executor: str,
 ) -> None:
     monkeypatch.setattr(tuning, "MAX_RETRIES", 1)
     space, training = {"batch_size": 3}, {"epochs": 4, "patience": 4}
     plan, told = plan_of(space, training=training, resources=RESOURCES[executor]), Killer(PROCESS[executor])
-    first, second = run(plan, world, told)
+    first, second = run(plan, tiny_cache, told)
     assert (second.status, second.stopped_by) == ("failed", "error")
     assert "actor died" in second.reason
     assert ("worker " in second.reason) == (executor == "workers")
-    (tmp_path / "alone").mkdir()
     assert (first.status, first.epochs) == ("finished", 4)
     assert [epoch for trial_id, epoch, _ in told.epochs if trial_id == first.config.trial_id] == [1, 2, 3, 4]
-    assert_equal_epochs(first, train_alone(first.config, world, tmp_path))
+    assert_equal_epochs(first, train_alone(first.config, tiny_cache, tmp_path))
     assert not list(plan.study_dir.rglob(CHECKPOINT))
     assert [trial.state for trial in optuna_trials(plan)] == [TrialState.COMPLETE, TrialState.FAIL]
 
@@ -195,13 +199,12 @@ def test_of_a_group_of_workers_the_one_that_ran_out_of_memory_is_named() -> None
 
 
 def test_an_interrupted_trial_of_two_workers_goes_on_where_it_was(
-    plan_of: Callable[..., Plan], world: World, tmp_path: Path
+    plan_of: Callable[..., Plan], tiny_cache: FeatureSet, tmp_path: Path
 ) -> None:
     plan, told = plan_of({"rank": 2}, training={"epochs": 4, "patience": 4}, resources=WORKERS), Interrupter(2)
     with pytest.raises(KeyboardInterrupt):
-        run(plan, world, told)
+        run(plan, tiny_cache, told)
     assert len(list(plan.study_dir.rglob(CHECKPOINT))) == 1
-    (outcome,) = run(plan, world, told)
+    (outcome,) = run(plan, tiny_cache, told)
     assert [epoch for _, epoch, _ in told.epochs] == [1, 2, 3, 4]
-    (tmp_path / "alone").mkdir()
-    assert_equal_epochs(outcome, train_alone(outcome.config, world, tmp_path))
+    assert_equal_epochs(outcome, train_alone(outcome.config, tiny_cache, tmp_path))

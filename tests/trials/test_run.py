@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from optuna.trial import TrialState
-from tiny_study import Interrupter, Listener, World, make_world, optuna_trials, run
+from tiny_study import SPLIT, Interrupter, Listener, optuna_trials, run, write_features
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import ResourcesSpec
 from lowrank_tune.errors import StudyFailedError
-from lowrank_tune.records import TrialConfig, TrialOutcome
+from lowrank_tune.records import FeatureSet, TrialConfig, TrialOutcome
 from lowrank_tune.trials import cluster_share
 from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, taking_part
+from lowrank_tune.trials.trial import write_inputs
+from lowrank_tune.trials.tuning import run_trials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -33,19 +35,19 @@ def figures(outcomes: tuple[TrialOutcome, ...]) -> list[Any]:
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been_and_trains_nothing_twice(
-    plan_of: PlanOf, world: World, tmp_path: Path
+    plan_of: PlanOf, tiny_cache: FeatureSet, tmp_path: Path
 ) -> None:
     space = {"lr": {"loguniform": [1e-4, 1e-1]}, "families": {"direct": {}, "sketch": {}}}
     asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
     plan = plan_of(space, method="tpe", trials=12, scheduler=asha)
-    whole = run(replace(plan, study_dir=tmp_path / "whole"), world)
+    whole = run(replace(plan, study_dir=tmp_path / "whole"), tiny_cache)
     assert {outcome.status for outcome in whole} == {"finished", "pruned"}
     told, handler = Interrupter(8), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        run(plan, world, told)
+        run(plan, tiny_cache, told)
     assert signal.getsignal(signal.SIGINT) is handler
     assert len(told.ended) < 12
-    outcomes = run(plan, world, told)
+    outcomes = run(plan, tiny_cache, told)
     assert figures(outcomes) == figures(whole)
     assert tuple(sorted(told.ended, key=lambda outcome: outcome.config.number)) == outcomes
     assert not list(plan.study_dir.rglob("checkpoint*"))
@@ -55,16 +57,16 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been_and_trains_nothing_
     for status in ("finished", "pruned"):
         over = next(outcome for outcome in outcomes if outcome.status == status)
         Path(over.directory, "outcome.json").write_text('{"config": ')
-    assert run(plan, world) == outcomes
+    assert run(plan, tiny_cache) == outcomes
 
 
 def test_random_trials_run_two_at_a_time_whatever_an_observer_does_and_say_nothing(
-    plan_of: PlanOf, world: World, capfd: pytest.CaptureFixture[str]
+    plan_of: PlanOf, tiny_cache: FeatureSet, capfd: pytest.CaptureFixture[str]
 ) -> None:
     space = {"families": {"direct": {}, "sketch": {}}, "lr": {"loguniform": [1e-4, 1e-2]}}
     plan, told = plan_of(space, method="random", trials=6, resources={"max_concurrent": 2}), Listener()
     capfd.readouterr()
-    outcomes = run(plan, world, Broken(), told)
+    outcomes = run(plan, tiny_cache, Broken(), told)
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
     assert [outcome.config.number for outcome in outcomes] == list(range(6))
@@ -77,11 +79,11 @@ def test_random_trials_run_two_at_a_time_whatever_an_observer_does_and_say_nothi
 def test_a_study_whose_trials_all_fail_fails_with_the_reasons_counted(
     plan_of: PlanOf, tmp_path: Path, images_NTD: torch.Tensor
 ) -> None:
-    world, told = make_world(tmp_path / "features", images_NTD), Listener()
+    plan, told = plan_of({"rank": [2, 3, 4]}), Listener()
+    write_inputs(plan.study_dir, write_features(tmp_path / "features", images_NTD), SPLIT)
     (tmp_path / "features" / "shards" / "00000.safetensors").unlink()
-    plan = plan_of({"rank": [2, 3, 4]})
     with pytest.raises(StudyFailedError, match=r"all 3 trials failed: 3x .*00000.safetensors.*cannot be read"):
-        run(plan, world, told)
+        run_trials(plan, [told])
     assert [outcome.status for outcome in told.ended] == ["failed"] * 3
     assert [trial.state for trial in optuna_trials(plan)] == [TrialState.FAIL] * 3
 

@@ -31,25 +31,30 @@ def survivors(scheduler: Any, objective: str = "val_mse") -> set[tuple[int, int]
     return alive
 
 
-def fair(plan_of: PlanOf, **scheduler: Any) -> FairASHA:
+def fair(plan_of: PlanOf, objective: str = "val_mse", **scheduler: Any) -> FairASHA:
     plan = plan_of(
         training={"epochs": 9, "patience": 9},
         scheduler={"kind": "asha", "grace_epochs": 3, "reduction_factor": 3, **scheduler},
-        objective="val_mse",
+        objective=objective,
     )
     made = make_scheduler(plan.spec)
     assert isinstance(made, FairASHA)
     return made
 
 
-def test_plain_asha_kills_the_low_ranks_and_ours_does_not(plan_of: PlanOf) -> None:
+FAIR, PLAIN = {(16, 0), (64, 0), (256, 0)}, {(256, 0)}
+
+
+@pytest.mark.parametrize(
+    ("within", "objective", "alive"),
+    [(["rank"], "val_mse", FAIR), (["rank"], "val_token_cosine", FAIR), ([], "val_mse", PLAIN)],
+)
+def test_plain_asha_kills_the_low_ranks_and_ours_does_not(
+    plan_of: PlanOf, within: list[str], objective: str, alive: set[tuple[int, int]]
+) -> None:
     plain = AsyncHyperBandScheduler("epoch", "val_mse", "min", max_t=9, grace_period=3, reduction_factor=3)
-    assert survivors(plain) == {(256, 0)}
-    assert survivors(fair(plan_of)) == {(16, 0), (64, 0), (256, 0)}
-
-
-def test_competing_within_nothing_is_plain_asha(plan_of: PlanOf) -> None:
-    assert survivors(fair(plan_of, compete_within=[])) == {(256, 0)}
+    assert survivors(plain) == PLAIN
+    assert survivors(fair(plan_of, objective, compete_within=within), objective) == alive
 
 
 def test_families_compete_apart_where_the_file_says_so(plan_of: PlanOf) -> None:
@@ -70,11 +75,6 @@ def test_nobody_is_stopped_before_the_grace_epochs_end(plan_of: PlanOf) -> None:
         for epoch in (1, 2):
             result = {"epoch": epoch, "val_mse": value, "stopped_by": ""}
             assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
-
-
-def test_a_cosine_is_better_when_it_is_higher(plan_of: PlanOf) -> None:
-    plan = plan_of(training={"epochs": 9}, scheduler={"kind": "asha", "grace_epochs": 3}, objective="val_token_cosine")
-    assert survivors(FairASHA(plan.spec), "val_token_cosine") == {(16, 0), (64, 0), (256, 0)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -12,19 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_study import World
+from tiny_study import SPLIT
 
-from lowrank_tune.records import TrialConfig
+from lowrank_tune.records import FeatureSet, TrialConfig
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
     begin_trial,
     outcome_of,
     read_history,
     write_history,
-    write_inputs,
     write_outcome,
 )
-from lowrank_tune.trials.trial import TrialSession
+from lowrank_tune.trials.trial import TrialSession, write_inputs
 
 SessionOf = Callable[..., TrialSession]
 
@@ -38,17 +37,16 @@ def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.fixture
-def session_of(world: World, tmp_path: Path) -> SessionOf:
-    inputs = write_inputs(tmp_path / "tune", world.features, world.split, world.optimum_path)
+def session_of(tiny_cache: FeatureSet, tmp_path: Path) -> SessionOf:
+    write_inputs(tmp_path, tiny_cache, SPLIT)
 
     def make(config: TrialConfig = CONFIG, reported: int = 0) -> TrialSession:
         config = replace(config, trial_id="trial")
-        begin_trial(tmp_path / "trial", config)
+        begin_trial(tmp_path / "trials" / "trial", config)
         return TrialSession(
             {
                 "trial": asdict(config),
-                "inputs": inputs,
-                "trials_dir": str(tmp_path),
+                "study_dir": str(tmp_path),
                 "cpus": 1,
                 "gpus": 0,
                 "reported": reported,
@@ -69,8 +67,8 @@ def test_a_second_process_goes_on_where_the_first_one_was_killed(session_of: Ses
     first = train(session_of(), 1)
     rest = train(session_of(reported=1))
     assert [row["epoch"] for row in (*first, *rest)] == [1, 2, 3, 4]
-    (tmp_path / "trial" / CHECKPOINT).unlink()
-    (tmp_path / "trial" / "history.json").unlink()
+    (tmp_path / "trials" / "trial" / CHECKPOINT).unlink()
+    (tmp_path / "trials" / "trial" / "history.json").unlink()
     assert without_seconds(first + rest) == without_seconds(train(session_of()))
 
 
@@ -85,7 +83,7 @@ def test_an_epoch_that_nobody_heard_of_is_told_before_the_next_is_trained(sessio
 
 def test_a_training_that_has_ended_is_told_and_not_trained_again(session_of: SessionOf, tmp_path: Path) -> None:
     whole = train(session_of())
-    model = tmp_path / "trial" / "best_model.safetensors"
+    model = tmp_path / "trials" / "trial" / "best_model.safetensors"
     before = model.stat().st_mtime_ns
     assert train(session_of()) == whole
     assert train(session_of(reported=3)) == train(session_of(reported=4)) == whole[-1:]
@@ -100,7 +98,7 @@ def test_another_trials_files_are_no_start(session_of: SessionOf) -> None:
 @pytest.mark.parametrize("name", [CHECKPOINT, "config.json", "history.json"])
 def test_a_damaged_file_costs_its_epochs_only(session_of: SessionOf, tmp_path: Path, name: str) -> None:
     train(session_of(), 1)
-    path = tmp_path / "trial" / name
+    path = tmp_path / "trials" / "trial" / name
     path.write_bytes(path.read_bytes()[:20])
     assert [row["epoch"] for row in train(session_of())] == [1, 2, 3, 4]
 
@@ -111,7 +109,7 @@ def test_a_pickle_in_a_checkpoints_place_runs_nothing(session_of: SessionOf, tmp
             return Path.touch, (tmp_path / "ran",)
 
     session = session_of()
-    torch.save({"model": Payload()}, tmp_path / "trial" / CHECKPOINT)
+    torch.save({"model": Payload()}, tmp_path / "trials" / "trial" / CHECKPOINT)
     assert [row["epoch"] for row in train(session)] == [1, 2, 3, 4]
     assert not (tmp_path / "ran").exists()
 
@@ -133,13 +131,13 @@ def test_a_figure_that_is_not_finite_is_null_on_file(tmp_path: Path) -> None:
 
 def test_a_file_system_that_is_gone_is_another_machines_chance(session_of: SessionOf, tmp_path: Path) -> None:
     session = session_of()
-    shutil.rmtree(tmp_path / "trial")
+    shutil.rmtree(tmp_path / "trials" / "trial")
     with pytest.raises(FileNotFoundError):
         session.epoch()
     outcome = outcome_of(CONFIG, {"stopped_by": "budget"}, tmp_path / "study" / "trials" / "trial")
     with pytest.raises(FileNotFoundError):
         write_outcome(outcome)
-    assert not (tmp_path / "trial").exists() and not (tmp_path / "study").exists()
+    assert not (tmp_path / "trials" / "trial").exists() and not (tmp_path / "study").exists()
 
 
 def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path: Path) -> None:

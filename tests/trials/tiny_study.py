@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.trials.trial import write_inputs
 from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, IMAGES = 12, 20, 16
@@ -80,15 +79,6 @@ class Interrupter(Listener):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@dataclass(frozen=True)
-class World:
-    """What `run_trials` needs beside a plan."""
-
-    features: FeatureSet
-    optimum_path: Path
-    split: Split = SPLIT
-
-
 def write_features(directory: Path, x_NTD: torch.Tensor) -> FeatureSet:
     """A one-shard cache that `FeatureMatrix` can open."""
     (directory / "shards").mkdir(parents=True)
@@ -104,13 +94,6 @@ def write_features(directory: Path, x_NTD: torch.Tensor) -> FeatureSet:
         rows=tuple(FeatureRow(f"{n:064x}", "00000.safetensors", n) for n in range(len(x_NTD))),
         records_path=str(directory / "records.parquet"),
     )
-
-
-def make_world(directory: Path, x_NTD: torch.Tensor) -> World:
-    features = write_features(directory, x_NTD)
-    path = directory / "optimum.safetensors"
-    measure_optimum([FeatureMatrix(features).load(SPLIT.validation)]).save(path)
-    return World(features, path)
 
 
 def build_plan(
@@ -136,8 +119,9 @@ def build_plan(
     return make_plan(StudySpec.model_validate(study | sections), results, datetime(2026, 1, 1, tzinfo=UTC))
 
 
-def run(plan: Plan, world: World, *observers: Any) -> tuple[TrialOutcome, ...]:
-    return run_trials(plan, world.features, world.split, world.optimum_path, observers)
+def run(plan: Plan, tiny_cache: FeatureSet, *observers: Any) -> tuple[TrialOutcome, ...]:
+    write_inputs(plan.study_dir, tiny_cache, SPLIT)
+    return run_trials(plan, observers)
 
 
 def optuna_trials(plan: Plan) -> list[optuna.trial.FrozenTrial]:
