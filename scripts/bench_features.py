@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lowrank_tune.features.cache import fingerprint, open_cache, recover, seal
 from lowrank_tune.features.commits import SHARD_ROWS, TENSOR, commit_shard, shard_name
-from lowrank_tune.lowrank.data import FeatureMatrix, Mapped
+from lowrank_tune.lowrank.data import FeatureMatrix
 
 CORES = 2
 TOKENS, DIM, BATCH = 256, 2048, 32
@@ -105,12 +105,11 @@ def _print_reading(data: FeatureMatrix, folder: Path, chosen: list[list[int]], d
     """A line: all three routes give the same tensor, in fresh memory or in the same memory again."""
     source_NTD = torch.cat([data.load(indices, data.dtype) for indices in chosen])
     kept = torch.empty(BATCH, TOKENS, DIM, dtype=dtype) if memory == "reused" else None
-    training = Mapped(data)
 
     def cached(place: int) -> Tensor:
         if kept is None or dtype != torch.float32:
             return data.load(chosen[place], dtype, kept)
-        return training.lend(chosen[place])
+        return data.lend(chosen[place])
 
     def copy(place: int) -> Tensor:
         part = source_NTD[place * BATCH : (place + 1) * BATCH]

@@ -48,7 +48,7 @@ from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.tracking.tracker import Tracker
-from lowrank_tune.trials.trial import train_epoch
+from lowrank_tune.trials.trial import train_epoch, write_inputs
 from lowrank_tune.trials.tuning import run_trials
 
 TOKENS, DIM, TRAIN, VALIDATION = 16, 32, 600, 56
@@ -203,11 +203,11 @@ class _World:
     def study(self, results: Path) -> Run:
         """A study with MLflow on sqlite."""
         plan = self._plan(results)
-        plan.study_dir.mkdir(parents=True)
+        write_inputs(plan.study_dir, self._features, SPLIT)
         started = time.perf_counter()
         with Tracker(plan) as tracker:
             clock = Clock(tracker)
-            run_trials(plan, self._features, SPLIT, self._optimum, [clock])
+            run_trials(plan, [clock])
         ended = time.perf_counter()
         assert {outcome.status for outcome in clock.ended} == {"finished"}
         return Run(ended - started, clock.first - started)
