@@ -15,7 +15,7 @@ from lowrank_tune.cluster.study_dir import find_study, read_plan, read_status, r
 from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
-from lowrank_tune.records import Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
+from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import compare_study
 from lowrank_tune.tracking.reconcile import report_comparison
@@ -88,8 +88,12 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
 
 def report_of(
     study: PastStudy, *, again: bool = False, progress: Callable[[str], None] = lambda text: None
-) -> tuple[ReportFiles, str]:
-    """Write the study's report anew and log it to MLflow; returns the files, and what MLflow was not told and why."""
+) -> tuple[tuple[Path, ...], str]:
+    """Write the study's report anew and log it to MLflow; the page is the last file.
+
+    Returns:
+        The files, and what MLflow was not told and why.
+    """
     from lowrank_tune.report.report import write_report
 
     comparison = comparison_of(study, again=again)

@@ -269,15 +269,6 @@ class Comparison:
         return tuple(sorted((row for row in self.rows if row.chosen), key=lambda row: row.rank))
 
 
-@dataclass(frozen=True, slots=True)
-class ReportFiles:
-    """What a report wrote: the page, `plots/`, and a `loss_curves.png` a trial."""
-
-    html: Path
-    plots: tuple[Path, ...]
-    loss_curves: tuple[Path, ...]
-
-
 class TrialTracker:
     """What is told of trials, in the driver; any method may be overridden, and none may raise."""
 

@@ -346,9 +346,9 @@ def report(study_id: StudyId, again: Again = False, results: Results = None, as_
     with shown_progress(quiet=as_json) as progress:
         files, untracked = report_of(study, again=again, progress=progress.stage)
     if as_json:
-        show({"report": files.html, "plots": files.plots, "untracked": untracked}, as_json)
+        show({"report": files[-1], "plots": files[:-1], "untracked": untracked}, as_json)
     else:
-        _print_files((files.html, *files.plots))
+        _print_files(files)
         if untracked:
             typer.echo(f"not in MLflow: {untracked}", err=True)
 

@@ -12,7 +12,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Comparison, FeatureSet, ReportFiles, Split, TrialOutcome
+from lowrank_tune.records import TEST_OPTIMUM, Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.charts import (
     compression_picture,
     learning_charts,
@@ -57,8 +57,12 @@ def write_report(
     directory: Path,
     confirmations: Sequence[TrialOutcome] = (),
     progress: Callable[[str], None] = lambda text: None,
-) -> ReportFiles:
-    """Write all that a person looks at after a study into its `directory`; `progress` is told what is being written."""
+) -> tuple[Path, ...]:
+    """Write all that a person looks at after a study into its `directory`; `progress` is told what is being written.
+
+    Returns:
+        The pictures in `plots/`, and the page last.
+    """
     images = [image for image in plan.spec.report.images if image < len(split.test)]
     try:
         check_images(plan.spec.report.images, len(split.test))
@@ -102,9 +106,7 @@ def write_report(
         study_file=_text_of(directory / "study.yaml"),
     )
     write_whole(directory / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
-    plots = tuple(path for section in first for path in section.files)
-    curves = (picture.path for picture in losses if picture.path is not None)
-    return ReportFiles(directory / "report.html", plots, tuple(curves))
+    return (*(path for section in first for path in section.files), directory / "report.html")
 
 
 def _with_history(outcome: TrialOutcome) -> Trial:

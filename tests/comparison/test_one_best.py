@@ -60,7 +60,7 @@ def test_what_validation_chose_is_confirmed_starred_pictured_stored_registered_a
     assert confirmed == ["r002-direct-0001", "r006-direct-0003"]
 
     past = open_study(results, study_id)
-    files, untold = report_of(past)
+    (*_, report), untold = report_of(past)
     assert untold == ""
     rows = json.loads((disagreeing.directory / "comparison.json").read_text())
     ratios = {(row["method"], row["rank"]): row["residual_ratio_mean"] for row in rows}
@@ -71,7 +71,7 @@ def test_what_validation_chose_is_confirmed_starred_pictured_stored_registered_a
     comparison = read_comparison(disagreeing.directory, "val_residual_ratio")
     assert [row.trial_id for row in comparison.best_of_each_rank()] == confirmed
     assert {row.trial_id for row in comparison.compression.stored if row.trial_id} == set(confirmed)
-    page = files.html.read_text(encoding="utf-8")
+    page = report.read_text(encoding="utf-8")
     assert page.count("direct ★") >= 2 and "sketch ★" not in page
     assert "take rank 6, the lowest of those compared whose model does on the validation images (direct" in page
     scene = Scene(past.features, past.split, past.outcomes, comparison)

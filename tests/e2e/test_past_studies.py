@@ -11,7 +11,6 @@ import pytest
 from lowrank_tune.cli.options import parse_channels
 from lowrank_tune.errors import InputError
 from lowrank_tune.past_study import comparability, comparison_of, open_study
-from lowrank_tune.records import ReportFiles
 from tests.conftest import Typed
 from tests.e2e.conftest import Ran, older
 
@@ -117,7 +116,7 @@ def test_a_report_is_written_without_a_tracking_server(
 ) -> None:
     page = moved / "studies" / ran.result.study_id / "report.html"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr("lowrank_tune.report.report.write_report", lambda *_: ReportFiles(page, (), ()))
+    monkeypatch.setattr("lowrank_tune.report.report.write_report", lambda *_: (page,))
     code, _, err = typed("report", ran.result.study_id, "--results", moved)
     assert code == 0 and "not in MLflow: tracking server http://127.0.0.1:9 does not answer" in err
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint, ReportFiles
+from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint
 from lowrank_tune.report.report import write_report
 from lowrank_tune.trials.outcomes import write_history
 from tests.report.conftest import history, make_study
@@ -68,7 +68,7 @@ class Report:
     """A report with everything that one may have."""
 
     directory: Path
-    files: ReportFiles
+    plots: list[Path]
     told: list[str]
     page: Page
 
@@ -97,25 +97,24 @@ def report(tmp_path_factory):
     (study.directory / "status.json").write_text(times)
     told = []
     given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory, [repetition])
-    files = write_report(*given, told.append)
-    return Report(study.directory, files, told, Page(files.html.read_text(encoding="utf-8")))
+    *plots, page = write_report(*given, told.append)
+    assert page == study.directory / "report.html"
+    return Report(study.directory, plots, told, Page(page.read_text(encoding="utf-8")))
 
 
 def test_a_report_writes_its_files_and_no_others(report):
-    files = report.files
     assert [text.partition(": ")[0] for text in report.told] == ["writing the report"] * 3
-    assert files.html == report.directory / "report.html"
-    assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"]
-    trials = ["r003-sketch-0000", "r003-sketch-0001", "r003-sketch-0000-s1"]
-    assert [path.parent.name for path in files.loss_curves] == trials
-    for path in (*files.plots, *files.loss_curves):
+    assert [path.name for path in report.plots] == ["rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"]
+    curves = list(report.directory.glob("trials/*/loss_curves.png"))
+    assert {path.parent.name for path in curves} == {"r003-sketch-0000", "r003-sketch-0001", "r003-sketch-0000-s1"}
+    for path in (*report.plots, *curves):
         with Image.open(path) as picture:
             picture.load()
             assert picture.width >= 300
         assert path.stat().st_size < 200_000
     left = {path.name for path in report.directory.rglob("*") if path.is_file()}
     given = {"study.yaml", "status.json", "history.json", "best_model.safetensors", TEST_OPTIMUM}
-    assert left == given | {"report.html", "loss_curves.png"} | {path.name for path in files.plots}
+    assert left == given | {"report.html", "loss_curves.png"} | {path.name for path in report.plots}
 
 
 def test_the_page_is_whole_by_itself(report):
@@ -139,7 +138,7 @@ def test_the_page_says_what_matters_word_for_word(report):
 
 
 def test_what_users_write_is_never_markup(report):
-    html = report.files.html.read_text(encoding="utf-8")
+    html = (report.directory / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in html and "loss is &lt;nan&gt; in epoch 1" in html
     assert "<b>r003-sketch-0000</b>" not in html, "nothing in a chart ends the page's script element"
 
@@ -151,12 +150,13 @@ def test_what_is_missing_or_damaged_is_told_and_costs_nothing_else(study, caplog
         (Path(outcome.directory) / "history.json").write_text(history)
     (Path(study.outcomes[1].directory) / "history.json").unlink()
     split = replace(study.split, test=study.split.test[:2])
-    files = write_report(study.plan, study.features, split, study.outcomes, study.comparison, study.directory)
-    assert files.loss_curves == ()
+    given = (study.plan, study.features, split, study.outcomes, study.comparison, study.directory)
+    *plots, page = write_report(*given)
+    assert list(study.directory.glob("trials/*/loss_curves.png")) == []
     assert str(Path(study.outcomes[0].directory) / "history.json") in caplog.text
-    assert [path.name for path in files.plots] == ["rank_curve.png", "spatial-000-r003.png"]
+    assert [path.name for path in plots] == ["rank_curve.png", "spatial-000-r003.png"]
     assert (study.directory / TEST_OPTIMUM).is_file(), "measured now, and kept"
-    html = files.html.read_text(encoding="utf-8")
+    html = page.read_text(encoding="utf-8")
     assert "report.images: there is no image 3; the test split has 2 images" in html
     assert "Of 2 test images." in html
     assert 'id="compression"' not in html and 'id="learning"' not in html
