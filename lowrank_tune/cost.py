@@ -106,6 +106,13 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
         except (LowrankTuneError, OSError) as error:
             checks.append(Check(name, False, str(error)))
 
+    def device() -> str:
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            gpus.append(f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        return "; ".join(gpus) or f"no GPU; {os.cpu_count()} CPU cores"
+
     def tracking() -> str:
         store = resolve_store(spec.tracking.uri if spec else None, results_directory(results))
         probe(store)
@@ -115,7 +122,7 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     check("python", lambda: f"{platform.python_version()}; {versions}")
-    check("device", _describe_device)
+    check("device", device)
     check("results", lambda: f"{results_directory(results)} is writable")
     if checks[-1].passed:
         check("tracking", tracking)
@@ -301,14 +308,6 @@ def _measure(config: TrialConfig, data: FeatureMatrix, split: Split, device: str
     return whole, 5 * weights + 4 * 4 * config.batch_size * data.tokens * data.dim
 
 
-def _describe_device() -> str:
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        gpus.append(f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    return "; ".join(gpus) or f"no GPU; {os.cpu_count()} CPU cores"
-
-
 def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:
     """What the source and its cache hold; how many images are left to extract is kept for the next check."""
     survey = survey_features(spec.features, cache_root, spec.seed)
@@ -327,7 +326,8 @@ def _describe_images(spec: StudySpec, cache_root: Path, left: Sequence[int]) -> 
     each, lines, sound = try_images(spec.features, cache_root, spec.seed)
     if not sound:
         raise InputError("; ".join(lines))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for images in left:
-        whole, device = timedelta(seconds=math.ceil(images * each)), "cuda" if torch.cuda.is_available() else "cpu"
+        whole = timedelta(seconds=math.ceil(images * each))
         lines.append(f"{images} images are left to extract: about {whole} with one such worker on {device}")
     return "; ".join(lines)

@@ -66,12 +66,12 @@ def test_a_study_file_is_checked_without_waiting_for_a_heavy_library() -> None:
 
 
 def test_a_family_with_nothing_after_it_has_its_defaults_and_an_absent_one_is_not_tried() -> None:
-    families = parse_study(VALID, "study.yaml").search.space.families
-    assert families.chosen() == {"sketch": SketchSpace()}
-    families = parse_study(VALID, "s", ["search.space.families.direct="]).search.space.families
-    assert families.chosen() == {"direct": DirectSpace(), "sketch": SketchSpace()}
-    families = parse_study(VALID, "s", ["search.space.families={direct: {}}"]).search.space.families
-    assert families.chosen() == {"direct": DirectSpace()}
+    sketch, direct = {"sketch": SketchSpace()}, {"direct": DirectSpace()}
+    families = "search.space.families"
+    for overrides, chosen in (
+        ([], sketch), ([f"{families}.direct="], direct | sketch), ([f"{families}={{direct: {{}}}}"], direct)
+    ):  # fmt: skip
+        assert parse_study(VALID, "s", overrides).search.space.families.chosen() == chosen
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_a_file_is_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> Non
         (b"a: " + b"[" * 60_000, "levels of nesting"),
         (b"? " * 30_000, "levels of nesting"),
     ],
+    ids=lambda value: value if isinstance(value, str) else str(value[:9]),
 )
 def test_a_file_that_is_no_study_gets_one_clear_line(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "study.yaml"
@@ -137,15 +138,18 @@ def test_a_file_that_is_no_study_gets_one_clear_line(tmp_path: Path, content: by
     assert said in problem
 
 
-def test_a_path_that_is_no_file_gets_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(StudyFileError, match="missing.yaml: no such file"):
-        load_study(tmp_path / "missing.yaml")
-    with pytest.raises(StudyFileError, match="a directory"):
-        load_study(tmp_path)
-    with pytest.raises(StudyFileError, match="cannot be read"):
-        load_study(tmp_path / "nul\0.yaml")
-    with pytest.raises(StudyFileError, match="cannot be read"):
-        load_study(tmp_path / ("long" * 100))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing.yaml", "missing.yaml: no such file"),
+        ("", "a directory"),
+        ("nul\0", "cannot be"),
+        ("x" * 300, "cannot be"),
+    ],
+)
+def test_a_path_that_is_no_file_gets_one_clear_line(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(StudyFileError, match=said):
+        load_study(tmp_path / name)
 
 
 @settings(deadline=None, max_examples=60)
