@@ -53,10 +53,14 @@ def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
     write_whole(path, write, durable=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
     """Write a value or record as JSON, whole; NaN is a ValueError."""
-    text = json.dumps(value, indent=indent, allow_nan=False, default=asdict) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False, default=asdict) + "\n")
 
 
 def read_json(path: Path) -> Any:

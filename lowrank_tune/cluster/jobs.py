@@ -14,8 +14,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,9 +71,8 @@ class Cluster:
         for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging", "_private.authentication"):
             logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they tell each step of an upload
         token, self._token_place = find_token()
-        with self._refusals_told():
-            headers = {"Authorization": f"Bearer {token}"} if token else None
-            self._client = JobSubmissionClient(self.address, headers=headers)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._client = self._ask(JobSubmissionClient, self.address, headers=headers)
 
     def submit(self, study_id: str, arguments: Sequence[str], results: Path, study: Path | None = None) -> Job:
         """Let the cluster run `lowrank-tune`, `study.yaml` its study file; returns once the driver found all sound.
@@ -86,7 +84,7 @@ class Cluster:
         job_id = study_id if study_id not in known and study else f"{study_id}.{time.time_ns() // 1_000_000:x}"
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), JOB_VARIABLE: job_id, **_tracking_variables()}
         metadata = {_STUDY: study_id, _RESULTS: str(results)}
-        self._send(job_id, [*arguments, "--results", str(results)], study, env_vars=environment, metadata=metadata)
+        self._send(job_id, [*arguments, "--results", str(results)], study, environment, metadata)
         ready, deadline = READY.format(study_id=study_id), time.monotonic() + _START_TIMEOUT_S
         while True:
             job = self.job(job_id)
@@ -99,12 +97,11 @@ class Cluster:
 
     def read(self, arguments: Sequence[str], results: Path) -> Any:
         """What `lowrank-tune … --json` prints on the cluster; takes seconds."""
-        with self._refusals_told():
-            for details in self._client.list_jobs():
-                # Ray may bring back a job that is deleted as soon as it ends.
-                ended = (details.end_time or math.inf) / 1000
-                if str(details.submission_id).startswith(_READING) and time.time() - _FORGET_AFTER_S > ended:
-                    self._client.delete_job(details.submission_id)
+        for details in self._ask(self._client.list_jobs):
+            # Ray may bring back a job that is deleted as soon as it ends.
+            ended = (details.end_time or math.inf) / 1000
+            if str(details.submission_id).startswith(_READING) and time.time() - _FORGET_AFTER_S > ended:
+                self._ask(self._client.delete_job, details.submission_id)
         job_id = f"{_READING}{uuid.uuid4().hex[:8]}"
         self._send(job_id, [*arguments, "--json", "--results", str(results)])
         job, printed = self.wait_over(job_id), self.logs(job_id)
@@ -116,14 +113,12 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """Every job on a study, oldest first."""
-        with self._refusals_told():
-            found = self._client.list_jobs()
+        found = self._ask(self._client.list_jobs)
         jobs = [_job(details) for details in found if _STUDY in (details.metadata or {})]
         return sorted(jobs, key=lambda job: job.started)
 
     def job(self, job_id: str) -> Job:
-        with self._refusals_told():
-            return _job(self._client.get_job_info(job_id))
+        return _job(self._ask(self._client.get_job_info, job_id))
 
     def latest(self, name: str) -> Job | None:
         """The last job, if any, of the one study whose id begins with `name`; several studies are an InputError."""
@@ -136,8 +131,7 @@ class Cluster:
         return next((job for job in reversed(jobs) if job.study_id == wanted), None)
 
     def logs(self, job_id: str) -> str:
-        with self._refusals_told():
-            return str(self._client.get_job_logs(job_id))
+        return str(self._ask(self._client.get_job_logs, job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
         shown, over = 0, False
@@ -151,16 +145,21 @@ class Cluster:
 
     def stop(self, job_id: str) -> None:
         """End a job by SIGTERM within a minute."""
-        with self._refusals_told():
-            self._client.stop_job(job_id)
+        self._ask(self._client.stop_job, job_id)
         self.wait_over(job_id, STOP_TIMEOUT_S)
 
     def wait_over(self, job_id: str, timeout_s: float = math.inf) -> Job:
         return wait_until(lambda: self.job(job_id), lambda job: job.is_over, timeout_s)
 
-    def _send(self, job_id: str, arguments: Sequence[str], study: Path | None = None, **settings: Any) -> None:
+    def _send(
+        self,
+        job_id: str,
+        arguments: Sequence[str],
+        study: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Submit a folder with the package and, as `study.yaml`, the study file."""
-        metadata = settings.pop("metadata", None)
         with TemporaryDirectory(prefix="lowrank-tune-") as folder:
             shutil.copytree(_PACKAGE, Path(folder, _PACKAGE.name), ignore=shutil.ignore_patterns("__pycache__", ".*"))
             # It makes the folder's content the job's own: Ray uploads equal content once, and deletes it with the last
@@ -168,13 +167,13 @@ class Cluster:
             Path(folder, "job").write_text(job_id, encoding="utf-8")
             if study is not None:
                 shutil.copyfile(study, Path(folder, STUDY_FILE))
-            with self._refusals_told():
-                self._client.submit_job(
-                    entrypoint=shlex.join([*_LAUNCH, *arguments]),
-                    submission_id=job_id,
-                    runtime_env={"working_dir": folder, **settings},
-                    metadata=metadata,
-                )
+            self._ask(
+                self._client.submit_job,
+                entrypoint=shlex.join([*_LAUNCH, *arguments]),
+                submission_id=job_id,
+                runtime_env={"working_dir": folder, "env_vars": environment or {}},
+                metadata=metadata,
+            )
 
     def _knock(self) -> None:
         """Find out within seconds whether anything listens; Ray's client would wait for minutes."""
@@ -195,12 +194,12 @@ class Cluster:
             "dashboard, port 8265, which needs ray[default]: start it with `ray start --head`, or correct --address"
         )
 
-    @contextmanager
-    def _refusals_told(self) -> Iterator[None]:
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+        """Call Ray's client; what it refuses, or that nobody answers, is a LowrankTuneError."""
         from ray.exceptions import AuthenticationError
 
         try:
-            yield
+            return call(*arguments, **settings)
         except AuthenticationError as error:
             lacks = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token hold none"
             place = self._token_place
@@ -285,20 +284,17 @@ def check_shared(results: Path) -> None:
         Path(folder, _DRIVERS).touch()
         looks = {}
         for node in nodes:
-            there = {
-                "num_cpus": 0,
-                "max_retries": 0,
-                "scheduling_strategy": NodeAffinitySchedulingStrategy(node, False),
-            }
-            looks[ray.remote(_look).options(**there).remote(str(folder), node)] = node
-        answered, _ = ray.wait(list(looks), num_returns=len(looks), timeout=_PROBE_TIMEOUT_S)
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_look)
+            looks[look.remote(str(folder), node)] = node
+        ray.wait(list(looks), num_returns=len(looks), timeout=_PROBE_TIMEOUT_S)
         for task, node in looks.items():
-            finding = f"did not answer in {_PROBE_TIMEOUT_S:.0f} s"
-            if task in answered:
-                try:
-                    finding = ray.get(task) or ("" if Path(folder, node).exists() else "writes to another place")
-                except ray.exceptions.RayError as error:
-                    finding = f"could not look ({str(error).splitlines()[0]})"
+            try:
+                finding = ray.get(task, timeout=0) or ("" if Path(folder, node).exists() else "writes to another place")
+            except ray.exceptions.GetTimeoutError:
+                finding = f"did not answer in {_PROBE_TIMEOUT_S:.0f} s"
+            except ray.exceptions.RayError as error:
+                finding = f"could not look ({str(error).splitlines()[0]})"
             if finding:
                 problems.append(f"node {nodes[node]} {finding}")
     finally:

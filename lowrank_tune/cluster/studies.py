@@ -14,15 +14,7 @@ from typing import Any
 import psutil
 
 from lowrank_tune.cluster.jobs import STOP_TIMEOUT_S, STUDY_FILE, Cluster, Job, wait_until
-from lowrank_tune.cluster.study_dir import (
-    OVER,
-    anchors,
-    check_id,
-    find_study,
-    read_status,
-    results_path,
-    unbegun,
-)
+from lowrank_tune.cluster.study_dir import OVER, anchors, check_id, find_study, read_status, results_path, unbegun
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.plan import make_study_id, spec_hash
 from lowrank_tune.errors import InputError, LowrankTuneError
@@ -90,19 +82,22 @@ def study_status(name: str, *, address: str | None = None, results: str | Path |
 
 def list_studies(*, address: str | None = None, results: str | Path | None = None) -> list[dict[str, Any]]:
     """Where every study stands, by its start: those of one results directory, or of a cluster's jobs."""
-    if address is None:
-        return _by_start(_known_in(results_path(results)))
-    cluster = Cluster(address)
-    latest = {job.study_id: job for job in cluster.jobs()}
-    homes = {job.results for job in latest.values()} if results is None else {results_path(results)}
+    cluster = Cluster(address) if address is not None else None
+    latest = {job.study_id: job for job in cluster.jobs()} if cluster else {}
+    homes = {job.results for job in latest.values()} if cluster and results is None else {results_path(results)}
     found: dict[str, dict[str, Any]] = {}
     for home in sorted(homes):
-        known = _known_in(home) if _sees(home) else cluster.read(["list"], home)
+        if cluster is None or _sees(home):
+            known = [read_status(path.parent) for path in (home / "studies").glob("*/plan.json")]
+        else:
+            known = cluster.read(["list"], home)
         found |= {status["study_id"]: status for status in known}
     for study_id, job in latest.items():
         if job.results in homes:
             found[study_id] = _corrected(found.get(study_id) or unbegun(study_id), job)
-    return _by_start(found.values())
+    return sorted(
+        found.values(), key=lambda status: (status["started"] is None, status["started"] or "", status["study_id"])
+    )
 
 
 def study_logs(name: str, *, address: str | None, follow: bool = False) -> Iterator[str]:
@@ -191,14 +186,6 @@ def _corrected(status: dict[str, Any], job: Job) -> dict[str, Any]:
 
 def _sees(home: Path) -> bool:
     return (home / "studies").is_dir()
-
-
-def _known_in(home: Path) -> list[dict[str, Any]]:
-    return [read_status(path.parent) for path in (home / "studies").glob("*/plan.json")]
-
-
-def _by_start(statuses: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(statuses, key=lambda status: (status["started"] is None, status["started"] or "", status["study_id"]))
 
 
 def _terminate(status: dict[str, Any]) -> None:

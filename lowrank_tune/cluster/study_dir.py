@@ -26,7 +26,7 @@ from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec, TensorSource
 from lowrank_tune.errors import InputError, redact
-from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_whole
+from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_text
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcomes import read_outcomes
 
@@ -132,7 +132,7 @@ def create_study(
             f"study {plan.study_id}: {directory} is there already; go on with it by `resume`, or begin again, which "
             "draws another id"
         ) from None
-    _write(directory / "study.yaml", text)
+    write_text(directory / "study.yaml", text)
     from_parent = {"difference": difference} if parent else {}
     _write_plan(plan, {"overrides": list(overrides), "parent": parent, "extensions": [], **from_parent})
 
@@ -172,12 +172,8 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def _write_plan(plan: Plan, record: Mapping[str, Any]) -> None:
-    _write(plan.study_dir / "study.resolved.yaml", render_study(plan.spec))
+    write_text(plan.study_dir / "study.resolved.yaml", render_study(plan.spec))
     write_json(plan.study_dir / "plan.json", {**plan_summary(plan), **record}, indent=2)
-
-
-def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _read_record(directory: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 import contextlib
 import shutil
-import socket
 import sqlite3
-import time
 from pathlib import Path
 
 import alembic.command
@@ -27,21 +25,6 @@ def test_the_study_file_comes_before_the_environment_and_that_before_the_results
     assert resolve_store("http://mine:1", tmp_path) == Store("http://mine:1", None)
 
 
-def test_a_server_that_refuses_the_connection_is_named_without_its_credentials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
-        plan = build_plan(tmp_path)
-        started = time.monotonic()
-        with pytest.raises(TrackingError, match=f"http://127.0.0.1:{port} does not answer .*tracking.uri") as raised:
-            Tracker(plan)
-    assert time.monotonic() - started < 10
-    assert "secret" not in str(raised.value)
-
-
 def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +43,7 @@ def test_a_server_that_answers_anything_but_500_is_alive() -> None:
         gate.status = 500
         with pytest.raises(TrackingError, match="answers 500"):
             probe(Store(gate.uri, None))
-    with pytest.raises(TrackingError, match="http://no-such-host.invalid"):
+    with pytest.raises(TrackingError, match="http://no-such-host.invalid:5000 does not answer .*tracking.uri"):
         probe(Store("http://no-such-host.invalid:5000", None))
 
 

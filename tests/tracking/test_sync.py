@@ -237,18 +237,6 @@ def test_a_store_that_knows_nothing_is_told_everything_once(plan: Plan) -> None:
     check_truth(plan)
 
 
-def test_a_trial_that_goes_on_keeps_its_run_and_its_figures(plan: Plan) -> None:
-    write_all(plan)
-    reconcile(plan)
-    with Tracker(plan) as tracker:
-        tracker.trial_started(CUT)
-        write_trial(plan, CUT, 3, outcome_of(plan, CUT))
-        tracker.trial_ended(outcome_of(plan, CUT))
-        write_trial(plan, UNHEARD, 3, outcome_of(plan, UNHEARD))
-    assert tracker.problems == ()
-    assert_tracked_once(local_uri(plan.results), plan.study_dir)
-
-
 def test_a_database_that_another_process_locks_for_a_while_costs_nothing(plan: Plan) -> None:
     # MLflow itself waits for 20 s.
     def impatient(connection: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
