@@ -29,14 +29,10 @@ def test_what_to_change_is_marked_and_is_little(name: str) -> None:
     assert 1 <= (SCRIPTS / name).read_text().count("# CHANGE") <= 3
 
 
-def test_ray_accepts_the_cluster_file() -> None:
+def test_ray_accepts_the_cluster_file_which_shows_its_dashboard_to_nobody_and_asks_for_a_token() -> None:
     config = read("ray-up.yaml")
     assert config["max_workers"] == config["min_workers"] == len(config["provider"]["worker_ips"])
     validate_config(prepare_config(config))
-
-
-def test_the_cluster_file_shows_its_dashboard_to_nobody_and_asks_for_a_token() -> None:
-    config = read("ray-up.yaml")
     commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     starts = [command for command in commands if "ray start" in command]
     assert len(starts) == 2

@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -29,10 +28,8 @@ SERVE = (
 )
 
 
-@dataclass(frozen=True)
-class Served:
-    process: subprocess.Popen[bytes]
-    port: int
+Served = tuple[subprocess.Popen[bytes], int]
+"""The server's process, and its port."""
 
 
 def free_port() -> int:
@@ -54,7 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
                     break
                 assert time.monotonic() < deadline, "the server did not answer"
                 time.sleep(0.2)
-            yield Served(process, port)
+            yield process, port
         finally:
             process.terminate()
             process.wait(20)
@@ -63,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
 @pytest.fixture
 def gate(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(tracker_module, "PAUSE_S", 0.1)
-    gate = Gate(served.port)
+    gate = Gate(served[1])
     yield gate
     gate.close()
 
@@ -138,8 +135,9 @@ def test_there_must_be_something_to_show_and_a_free_port(tmp_path: Path) -> None
 
 def test_nothing_of_the_server_survives_it(served: Served) -> None:
     # The last test here, for it ends the server.
-    helpers = psutil.Process(served.process.pid).children(recursive=True)
+    process = served[0]
+    helpers = psutil.Process(process.pid).children(recursive=True)
     assert len(helpers) > 1
-    served.process.terminate()
-    assert served.process.wait(20) == 0
+    process.terminate()
+    assert process.wait(20) == 0
     assert psutil.wait_procs(helpers, timeout=5)[1] == []
