@@ -23,7 +23,7 @@ from torch import Tensor
 from lowrank_tune.comparison.choice import Kind, ranked
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
-from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, Factors, load_decomposer
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
@@ -116,14 +116,10 @@ def trained(
     return methods, repeats, remarks
 
 
-BATCH_NUMBERS = 2**23
-"""Numbers of features in memory at a time: 16 images of [256, 2048]."""
-
-
 def batches(data: FeatureMatrix, images: Sequence[int], optimum: Optimum) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the positions and features of the images that are not all zeros."""
     seen = np.flatnonzero(optimum.energy_N.numpy() > 0).tolist()
-    size = max(1, BATCH_NUMBERS // (data.tokens * data.dim))
+    size = max(1, NUMBERS_AT_ONCE // (data.tokens * data.dim))
     for start in range(0, len(seen), size):
         places = seen[start : start + size]
         yield places, data.load([images[place] for place in places])

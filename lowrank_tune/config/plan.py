@@ -16,7 +16,8 @@ from lowrank_tune.config.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
 
-_SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
+SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
+"""What every family is searched for; a point's other values are its family's own."""
 _BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 _EXTENSIBLE = {"search", "resources", "report", "tracking"}
 _ID_EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -131,7 +132,7 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
         batch_size=int(params["batch_size"]),
         epochs=plan.spec.training.epochs,
         patience=plan.spec.training.patience,
-        family_params={name: value for name, value in params.items() if name not in _SHARED_PARAMS},
+        family_params={name: value for name, value in params.items() if name not in SHARED_PARAMS},
         nested_ranks=plan.spec.search.space.nested_ranks,
     )
 

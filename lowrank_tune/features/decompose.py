@@ -41,7 +41,7 @@ from lowrank_tune.features.sources import (
     write_record_table,
 )
 from lowrank_tune.files import read_json, write_durably, write_whole
-from lowrank_tune.lowrank.data import open_matrix, pack_factors
+from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, open_matrix, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
 from lowrank_tune.lowrank.quantization import STORE_DTYPES
 from lowrank_tune.records import FeatureSet
@@ -49,8 +49,6 @@ from lowrank_tune.records import FeatureSet
 VERSION = 1
 """Counts up with every change of the code that can change a stored factor."""
 IDENTITY = "identity.json"
-NUMBERS_AT_ONCE = 2**23
-"""Numbers of features in memory at a time: 16 images of [256, 2048]."""
 
 
 def apply_decomposer(

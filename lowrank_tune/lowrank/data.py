@@ -22,6 +22,8 @@ from lowrank_tune.records import FeatureSet
 
 _SERIAL_ELEMENTS = 32768
 """The most that torch copies on the calling thread when it has several."""
+NUMBERS_AT_ONCE = 2**23
+"""Of features, in memory at a time where nothing is trained: 16 images of [256, 2048]."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -7,35 +7,26 @@ which cannot reach the high ones' error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
+from optuna.trial import FrozenTrial
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.outcomes import OBJECTIVES
-
-
-class PastTrial(NamedTuple):
-    """A trial that an earlier process of the study has seen."""
-
-    config: TrialConfig
-    values: Mapping[int, float]  # the objective after each epoch that was reported
-    is_over: bool  # otherwise it goes on in this process
 
 
 class FairASHA(FIFOScheduler):
     """One asynchronous successive halving for each group of trials that agree in `compete_within`.
 
-    Trials compete with those of earlier processes as if all had run in one.
+    Trials compete with those of earlier processes, which `sync_search` gives, as if all had run in one.
     """
 
-    def __init__(self, spec: StudySpec, past: Sequence[PastTrial] = ()) -> None:
+    def __init__(self, spec: StudySpec, past: Sequence[FrozenTrial] = ()) -> None:
         super().__init__()
         self._objective = spec.objective
         self._within = spec.scheduler.compete_within
@@ -48,11 +39,13 @@ class FairASHA(FIFOScheduler):
             "reduction_factor": spec.scheduler.reduction_factor,
         }
         self._groups: dict[tuple[Any, ...], AsyncHyperBandScheduler] = {}
-        self._unfinished = {trial.config.trial_id: trial for trial in past if not trial.is_over}
+        self._unfinished: dict[str, FrozenTrial] = {}
         for trial in past:
-            if trial.is_over:
-                tunes = SimpleNamespace(trial_id=trial.config.trial_id, config={"trial": asdict(trial.config)})
-                self._replay(tunes, trial)
+            trial_id, config = trial.user_attrs["trial_id"], trial.user_attrs["config"]
+            if trial.state.is_finished():
+                self._replay(SimpleNamespace(trial_id=trial_id, config={"trial": config}), trial)
+            else:
+                self._unfinished[trial_id] = trial
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """A trial that goes on is where it was."""
@@ -83,13 +76,13 @@ class FairASHA(FIFOScheduler):
     def debug_string(self) -> str:
         return f"FairASHA: {len(self._groups)} groups by {', '.join(self._within) or 'nothing'}"
 
-    def _replay(self, trial: Any, past: PastTrial) -> None:
+    def _replay(self, trial: Any, past: FrozenTrial) -> None:
         """Fill the rungs with what is known of a trial; whether it goes on was decided when it was reported."""
         group = self._group(trial)
         group.on_trial_add(None, trial)
-        for epoch, value in sorted(past.values.items()):
+        for epoch, value in sorted(past.intermediate_values.items()):
             group.on_trial_result(None, trial, {"epoch": epoch, self._objective: value})
-        if past.is_over:
+        if past.state.is_finished():
             group.on_trial_remove(None, trial)
 
     def _is_comparable(self, result: dict[str, Any]) -> bool:
@@ -102,5 +95,5 @@ class FairASHA(FIFOScheduler):
         return self._groups[key]
 
 
-def make_scheduler(spec: StudySpec, past: Sequence[PastTrial] = ()) -> TrialScheduler:
+def make_scheduler(spec: StudySpec, past: Sequence[FrozenTrial] = ()) -> TrialScheduler:
     return FairASHA(spec, past) if spec.scheduler.kind == "asha" else FIFOScheduler()

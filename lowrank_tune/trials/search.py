@@ -28,11 +28,9 @@ from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
-from lowrank_tune.config.plan import Plan, trial_config
+from lowrank_tune.config.plan import SHARED_PARAMS, Plan, trial_config
 from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import OBJECTIVES, stopped_by
-
-_SHARED = ("family", "rank", "lr", "weight_decay", "batch_size")
 
 
 def suggest(trial: BaseTrial, space: SpaceSpec) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def optuna_params(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _optuna_name(family: str, name: str) -> str:
-    return name if name in _SHARED else f"{family}.{name}"
+    return name if name in SHARED_PARAMS else f"{family}.{name}"
 
 
 def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> Any:
@@ -153,12 +151,12 @@ class StudySearcher(Searcher):
 
 
 def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
-    """Tell Optuna of outcomes that it missed, as the driver died; returns every trial but a point that waits."""
+    """Tell Optuna of outcomes that it missed, as the driver died; returns every trial that has a configuration."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
         if outcome is not None:
             _tell(study, trial.number, outcome.stopped_by, outcome.best.get(plan.spec.objective, math.nan))
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+    return [trial for trial in study.get_trials(deepcopy=False) if config_of(trial)]
 
 
 def migrate_search(plan: Plan, path: Path) -> None:
@@ -185,7 +183,7 @@ def _moved(trial: FrozenTrial, space: SpaceSpec) -> FrozenTrial:
 
 def _drawn(config: TrialConfig, space: SpaceSpec) -> FixedTrial | None:
     """A trial that drew this configuration from the space; None when the space has no such point."""
-    point = {name: getattr(config, name) for name in _SHARED} | config.family_params
+    point = {name: getattr(config, name) for name in SHARED_PARAMS} | config.family_params
     fixed = FixedTrial(optuna_params(point))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of a value outside its range

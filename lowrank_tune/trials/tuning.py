@@ -31,8 +31,8 @@ from lowrank_tune.trials.outcomes import (
     remove_checkpoint,
     write_outcome,
 )
-from lowrank_tune.trials.scheduler import PastTrial, make_scheduler
-from lowrank_tune.trials.search import StudySearcher, config_of, open_optuna_study, sync_search
+from lowrank_tune.trials.scheduler import make_scheduler
+from lowrank_tune.trials.search import StudySearcher, open_optuna_study, sync_search
 from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)
@@ -228,12 +228,9 @@ def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutc
     trials_dir = plan.study_dir / "trials"
     study = open_optuna_study(plan, plan.study_dir / "tune" / "optuna.journal")
     ended = {key: outcome for key, outcome in read_outcomes(trials_dir).items() if not outcome.config.confirms}
-    past = []
-    for trial in sync_search(plan, study, ended):
-        config = config_of(trial)
-        if config is None:
-            continue
-        past.append(PastTrial(config, trial.intermediate_values, trial.state.is_finished()))
+    past = sync_search(plan, study, ended)
+    for trial in past:
+        config = TrialConfig(**trial.user_attrs["config"])
         if trial.state.is_finished() and config.trial_id not in ended:
             ended[config.trial_id] = recovered_outcome(config, trials_dir / config.trial_id, trial.state.name)
             write_outcome(ended[config.trial_id])

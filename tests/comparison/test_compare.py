@@ -170,7 +170,7 @@ def test_in_small_batches_only_speeds_differ_and_images_of_zeros_are_left_out_an
     assert {row.n_images for row in (*whole.rows, *whole.compression.stored, *whole.compression.pruned)} == {4}
     assert set(per_image["index"]) == {0, 2, 3, 5}
     assert "2 of 6 test images hold nothing but zeros and are left out" in whole.remarks
-    monkeypatch.setattr("lowrank_tune.comparison.methods.BATCH_NUMBERS", 16 * 24)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.NUMBERS_AT_ONCE", 16 * 24)
     single = study.compare()
     again = pd.read_parquet(whole.per_image_path).sort_values(["method", "index"], ignore_index=True)
     pd.testing.assert_frame_equal(per_image, again, rtol=1e-5)
@@ -284,7 +284,7 @@ def test_a_damaged_comparison_is_an_input_error(tmp_path):
 
 
 def test_a_method_that_raises_on_a_later_batch_leaves_no_row_behind(study, monkeypatch):
-    monkeypatch.setattr("lowrank_tune.comparison.methods.BATCH_NUMBERS", 2 * 16 * 24)
+    monkeypatch.setattr("lowrank_tune.comparison.methods.NUMBERS_AT_ONCE", 2 * 16 * 24)
     calls = []
 
     def fails_second(x_NTD, rank, generator):
