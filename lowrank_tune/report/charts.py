@@ -26,7 +26,9 @@ from lowrank_tune.report.style import (
 )
 from lowrank_tune.report.text import STOPPED, cosine_text, count, in_order, ratio_text
 
-_STOP_MARKERS = {"budget": "o", "patience": "s", "asha": "v", "interruption": "d", "error": "X"}
+_ENDINGS = {
+    "budget": "circle", "patience": "square", "asha": "triangle-down", "interruption": "diamond-tall", "error": "x",
+}  # fmt: skip
 
 
 def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> tuple[Chart, ...]:
@@ -52,7 +54,7 @@ def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> t
         for stop in dict.fromkeys(outcome.stopped_by for outcome, _ in own):
             figure.add_scatter(
                 x=[None], y=[None], mode="markers", name=STOPPED[stop], hoverinfo="skip",
-                marker={"symbol": SYMBOLS[_STOP_MARKERS[stop]], "size": 9, "color": "#888888", "line": {"width": 1}},
+                marker={"symbol": _ENDINGS[stop], "size": 9, "color": "#888888", "line": {"width": 1}},
             )  # fmt: skip
         last = max(outcome.epochs for outcome, _ in own)
         yaxis = {"title": "validation ρ (finer towards 1)", **ABOVE_ONE.on_plotly(values)}
@@ -82,7 +84,7 @@ def _draw_trial(figure: go.Figure, outcome: TrialOutcome, history: list[dict[str
         showlegend=rank not in {trace.name for trace in figure.data},
         line={"color": color, "width": 1.6, "dash": "dot" if config.confirms else "solid"},
         marker={
-            "symbol": [*["circle"] * last, SYMBOLS[_STOP_MARKERS[outcome.stopped_by]]],
+            "symbol": [*["circle"] * last, _ENDINGS[outcome.stopped_by]],
             "size": [*[3] * last, 10],
             "color": color,
             "line": {"color": INK, "width": [*[0] * last, 1]},

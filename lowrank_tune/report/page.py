@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,9 @@ def render_page(template: str, **shown: Any) -> str:
         f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
     )
     pages.filters["script_safe"] = script_safe
-    return pages.get_template(template).render(**_scripts(), **shown)
+    return pages.get_template(template).render(plotly_script=get_plotlyjs(), **shown)
 
 
 def script_safe(text: str) -> str:
     """JSON that cannot end the script element that holds it."""
     return text.replace("<", "\\u003c")
-
-
-@cache
-def _scripts() -> dict[str, str]:
-    page = (Path(__file__).parent / "templates" / "page.js").read_text(encoding="utf-8")
-    return {"plotly_script": get_plotlyjs(), "page_script": page}

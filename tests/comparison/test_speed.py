@@ -6,7 +6,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lowrank_tune.comparison.methods import device_name, images_per_second
+from lowrank_tune.comparison.methods import images_per_second
 
 
 def test_the_rate_is_images_over_a_runs_seconds_and_quick_methods_are_run_several_times(monkeypatch):
@@ -41,7 +41,3 @@ def test_torch_and_numpy_have_one_thread_only_while_it_runs_even_when_it_raises(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-def test_the_processor_is_named():
-    assert device_name("cpu").removeprefix("one CPU thread (").removesuffix(")").strip()

@@ -20,14 +20,6 @@ def drawn(figure: Figure) -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
-def losses(*trials):
-    figure = Figure()
-    for trial in trials:
-        draw_losses(figure, *trial)
-        drawn(figure)
-    return figure
-
-
 def lines(axes):
     return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
 
@@ -95,10 +87,20 @@ def test_every_method_of_a_plot_looks_different():
     assert len({look.marker for look in looks}) == len(methods)
 
 
-def test_loss_curves_show_four_series_their_drop_and_their_best_epoch():
-    failed = make_outcome(status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="x")
-    # The figure is used again: nothing of the trial before may stay.
-    figure = losses((failed, history(2, start=1e6)), (make_outcome(stopped_by="patience", best_epoch=4), history(5)))
+def test_loss_curves_show_four_series_their_drop_their_best_epoch_and_why_a_trial_failed():
+    figure = Figure()
+    failed = make_outcome(
+        status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _"
+    )
+    draw_losses(figure, failed, [{"epoch": 1.0, "lr": 0.01}])
+    drawn(figure)
+    assert figure.get_suptitle() == "r003-sketch-0000: failed (1 epoch)\ncost $5^{ and _"
+    assert not any("best epoch" in lines(axes) for axes in figure.axes)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no finite values"]
+    # The figure is used again: nothing of the trials before may stay.
+    draw_losses(figure, failed, history(2, start=1e6))
+    draw_losses(figure, make_outcome(stopped_by="patience"), history(5))
+    drawn(figure)
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "training loss", "validation MSE", "validation residual ratio ρ", "learning rate"
     ]  # fmt: skip
@@ -109,16 +111,6 @@ def test_loss_curves_show_four_series_their_drop_and_their_best_epoch():
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (4, pytest.approx(0.25))
     assert [line.get_xdata()[0] for line in mse.get_lines() if line.get_linestyle() == ":"] == [2.5]
     assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (4 epochs), best at epoch 4 (★)"
-
-
-def test_a_failed_trials_curves_say_why_and_a_panel_without_a_finite_value_says_so():
-    failed = make_outcome(
-        status="failed", stopped_by="error", epochs=1, best_epoch=0, best={}, reason="cost $5^{ and _"
-    )
-    figure = losses((failed, [{"epoch": 1.0, "lr": 0.01}]))
-    assert figure.get_suptitle() == "r003-sketch-0000: failed (1 epoch)\ncost $5^{ and _"
-    assert not any("best epoch" in lines(axes) for axes in figure.axes)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no finite values"]
 
 
 def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds():
