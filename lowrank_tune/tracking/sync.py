@@ -107,15 +107,14 @@ class StudySync:
             run.epochs = {metric.step for metric in history}
         new = [epoch for epoch in _epochs(record) if epoch[0] not in run.epochs]
         metrics = [
-            [Metric(key, row[key], at, step) for key in _EPOCH_METRICS if _finite(row, key)] for step, at, row in new
+            [Metric(key, row[key], at, step) for key in _EPOCH_METRICS if math.isfinite(row.get(key, math.nan))]
+            for step, at, row in new
         ]
         best: dict[str, float] = {}
         if outcome:
             figures = {f"best_{key}": value for key, value in outcome.best.items()}
             figures |= {"best_epoch": outcome.best_epoch} if outcome.best_epoch else {}
-            best = {
-                key: figures[key] for key in figures if _finite(figures, key) and run.metrics.get(key) != figures[key]
-            }
+            best = {key: it for key, it in figures.items() if math.isfinite(it) and run.metrics.get(key) != it}
             metrics.append([Metric(key, value, record.changed, outcome.epochs) for key, value in best.items()])
         names = ("family", "rank", "lr", "weight_decay", "batch_size", "seed")
         params = {name: getattr(config, name) for name in names} | config.family_params
@@ -354,10 +353,6 @@ def _points(row: ComparisonRow) -> Iterator[tuple[str, int, float]]:
     for figure, value in figures.items():
         if value is not None and math.isfinite(value):
             yield f"test.{row.method}.{figure}", row.rank, value
-
-
-def _finite(figures: Mapping[str, float], key: str) -> bool:
-    return math.isfinite(figures.get(key, math.nan))
 
 
 def _digest(directory: Path) -> str:

@@ -73,11 +73,6 @@ def _check_port(host: str, port: int) -> None:
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:
     for ending in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(server.pid, ending)
-        except ProcessLookupError:
-            return
-        try:
             server.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            continue
