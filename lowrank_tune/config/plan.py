@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.config.axes import Axis, combinations, first_value, whole_values
+from lowrank_tune.config.axes import combinations, first_value, whole_values
 from lowrank_tune.config.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
@@ -110,8 +110,8 @@ def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
 def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
     """One point to try a study file with: each list's first value, each range's middle."""
     family = family or next(iter(spec.search.space.families.chosen()))
-    axes: dict[str, Axis] = spec.search.space.axes(family)
-    return {"family": family, **{name: first_value(axis) for name, axis in axes.items()}}
+    axes = spec.search.space.axes(family).items()
+    return {"family": family, **{name: first_value(axis) for name, axis in axes}}
 
 
 def max_rank(spec: StudySpec) -> int:

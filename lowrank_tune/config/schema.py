@@ -199,13 +199,10 @@ class SearchSpec(Section):
     def _grid_is_finite(cls, space: SpaceSpec, info: ValidationInfo) -> SpaceSpec:
         if info.data.get("method") != "grid":
             return space
-        sizes = {family: combinations(space.axes(family).values()) for family in space.families.chosen()}
-        if None in sizes.values():
-            raise rejected(
-                "a grid cannot try every value of a range: make it a list, or choose method random or tpe",
-                *space.ranges(),
-            )
-        total = sum(size or 0 for size in sizes.values())
+        if ranges := space.ranges():
+            reason = "a grid cannot try every value of a range: make it a list, or choose method random or tpe"
+            raise rejected(reason, *ranges)
+        total = sum(combinations(space.axes(family).values()) or 0 for family in space.families.chosen())
         if total > LARGEST_GRID:
             raise rejected(f"a grid of {total:,} combinations is above {LARGEST_GRID:,}: choose method random or tpe")
         return space
