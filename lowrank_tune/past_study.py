@@ -78,11 +78,10 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
         InputError: there is nothing to compare.
         CacheError: features cannot be read.
     """
-    if again or not (study.directory / "comparison.json").is_file():
+    comparison = None if again else read_comparison(study.directory, study.plan.spec.objective)
+    if comparison is None:
         with _writing(study):
             comparison = compare_study(study.plan, study.features, study.split, study.outcomes, study.confirmations)
-    else:
-        comparison = read_comparison(study.directory, study.plan.spec.objective)
     return replace(comparison, remarks=(*study.remarks, *comparison.remarks))
 
 

@@ -294,7 +294,7 @@ def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[
 
 
 def _repair_tracking(plan: Plan) -> dict[str, Any]:
-    return asdict(reconcile(plan, _comparison_on_file(plan), lambda: _others(plan)))
+    return asdict(reconcile(plan, read_comparison(plan.study_dir, plan.spec.objective), lambda: _others(plan)))
 
 
 def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
@@ -304,13 +304,8 @@ def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
             with suppress(InputError, KeyError, TypeError, ValueError), claimed(path.parent):
                 other, comparison = read_plan(path.parent), None
                 with suppress(InputError):  # its trials are told all the same
-                    comparison = _comparison_on_file(other)
+                    comparison = read_comparison(other.study_dir, other.spec.objective)
                 yield other, comparison
-
-
-def _comparison_on_file(plan: Plan) -> Comparison | None:
-    there = (plan.study_dir / "comparison.json").is_file()
-    return read_comparison(plan.study_dir, plan.spec.objective) if there else None
 
 
 def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:

@@ -245,12 +245,14 @@ def write_comparison(directory: Path, comparison: Comparison, per_image: pd.Data
     write_json(directory / "compression.json", comparison.compression)
 
 
-def read_comparison(directory: Path, objective: str) -> Comparison:
-    """Read what `write_comparison` wrote; by the objective an older comparison's best models are chosen now.
+def read_comparison(directory: Path, objective: str) -> Comparison | None:
+    """Read what `write_comparison` wrote, if it did; by the objective an older comparison's best models are chosen now.
 
     Raises:
-        InputError: the study has no comparison, or its files are damaged.
+        InputError: its files are damaged.
     """
+    if not (directory / "comparison.json").is_file():
+        return None
     per_image_path, compression_path = directory / "per_image.parquet", directory / "compression.json"
     try:
         rows = [ComparisonRow(**row) for row in read_json(directory / "comparison.json")]

@@ -278,6 +278,7 @@ def test_nothing_to_compare_is_an_input_error(make_study):
 
 
 def test_a_damaged_comparison_is_an_input_error(tmp_path):
+    assert read_comparison(tmp_path, "val_mse") is None
     (tmp_path / "comparison.json").write_text('[{"method": "svd"}]')
     with pytest.raises(InputError, match=re.escape(str(tmp_path))):
         read_comparison(tmp_path, "val_mse")
