@@ -45,7 +45,6 @@ class Job:
     study_id: str
     results: Path  # as the cluster's nodes see it
     status: str  # `PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`
-    started: float  # seconds since 1970
     exit_code: int | None  # the driver's; None while it runs, or where it was killed
     message: str  # what Ray says of its end
 
@@ -113,9 +112,8 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """Every job on a study, oldest first."""
-        found = self._ask(self._client.list_jobs)
-        jobs = [_job(details) for details in found if _STUDY in (details.metadata or {})]
-        return sorted(jobs, key=lambda job: job.started)
+        found = sorted(self._ask(self._client.list_jobs), key=lambda details: details.start_time or 0)
+        return [_job(details) for details in found if _STUDY in (details.metadata or {})]
 
     def job(self, job_id: str) -> Job:
         return _job(self._ask(self._client.get_job_info, job_id))
@@ -245,7 +243,6 @@ def _job(details: Any) -> Job:
         study_id=metadata.get(_STUDY, ""),
         results=Path(metadata.get(_RESULTS, "")),
         status=str(getattr(details.status, "value", details.status)),
-        started=(details.start_time or 0) / 1000,
         exit_code=details.driver_exit_code,
         message=details.message or "",
     )
