@@ -152,7 +152,7 @@ def read_trial(directory: Path) -> TrialRecord | None:
     config = outcome.config if outcome else TrialConfig(**read_json(config_path))
     history = read_history(directory)
     if outcome is None and history and config.ends_at(int(history[-1]["epoch"]), int(history[-1]["best_epoch"])):
-        outcome = recovered_outcome(config, directory)
+        outcome = recovered_outcome(config, directory, history)
     paths = [path for path in (history_path, config_path, outcome_path) if path.is_file()]
     trained, last = _moment(paths[0]), _moment(outcome_path if outcome_path.is_file() else paths[0])
     return TrialRecord(config, tuple(history), outcome, directory, trained, last)
@@ -186,9 +186,10 @@ def remove_checkpoint(outcome: TrialOutcome) -> None:
     Path(outcome.directory, CHECKPOINT).unlink(missing_ok=True)
 
 
-def recovered_outcome(config: TrialConfig, directory: Path, state: str = "") -> TrialOutcome:
+def recovered_outcome(
+    config: TrialConfig, directory: Path, history: Sequence[Mapping[str, float]], state: str = ""
+) -> TrialOutcome:
     """How a trial ended whose driver died before it wrote an outcome; `state`, if known, names Optuna's TrialState."""
-    history = read_history(directory)
     last: dict[str, Any] = dict(history[-1]) if history else {}
     ended: StoppedBy = "interruption" if last else "error"
     if state == "FAIL":
@@ -205,7 +206,7 @@ def recovered_outcome(config: TrialConfig, directory: Path, state: str = "") -> 
 def past_outcomes(study_dir: Path) -> list[TrialOutcome]:
     """Every training that left a model or a reason, by number, whether its study finished or not."""
     found = [
-        record.outcome or recovered_outcome(record.config, record.directory)
+        record.outcome or recovered_outcome(record.config, record.directory, record.history)
         for record in read_trials(study_dir / "trials")
         if record.outcome or record.history
     ]

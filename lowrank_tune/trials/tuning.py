@@ -26,6 +26,7 @@ from lowrank_tune.trials.outcomes import (
     OBJECTIVES,
     begin_trial,
     outcome_of,
+    read_history,
     read_outcomes,
     recovered_outcome,
     remove_checkpoint,
@@ -232,7 +233,8 @@ def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutc
     for trial in past:
         config = TrialConfig(**trial.user_attrs["config"])
         if trial.state.is_finished() and config.trial_id not in ended:
-            ended[config.trial_id] = recovered_outcome(config, trials_dir / config.trial_id, trial.state.name)
+            folder = trials_dir / config.trial_id
+            ended[config.trial_id] = recovered_outcome(config, folder, read_history(folder), trial.state.name)
             write_outcome(ended[config.trial_id])
     watch = WatchTrials(trials_dir, observers, ended)
     if len(ended) < plan.n_trials:
