@@ -8,10 +8,10 @@ from pathlib import Path
 
 from lowrank_tune.cluster.study_dir import absolute_paths
 from lowrank_tune.config.plan import Plan, max_rank, split_images
-from lowrank_tune.config.schema import SampleSource, StudySpec
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import known_images, probe_shape
-from lowrank_tune.features.sources import read_records
+from lowrank_tune.features.sources import listed_groups
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.trials.outcomes import check_same_images
 
@@ -19,11 +19,11 @@ from lowrank_tune.trials.outcomes import check_same_images
 def check_data(spec: StudySpec, *, trains: bool = True) -> None:
     """Refuse what a source's list cannot give; broken or equal images may leave too few later."""
     source = spec.features.source
-    nowhere = Path()  # only samples, and features themselves, are written into a cache
-    listed = source.samples if isinstance(source, SampleSource) else len(read_records(source, nowhere, 0).paths)
-    check_ranks(spec, *probe_shape(spec.features, nowhere, spec.seed))
+    groups = listed_groups(source, spec.split.group_by)
+    # Only samples, and features themselves, are written into a cache.
+    check_ranks(spec, *probe_shape(spec.features, Path(), spec.seed))
     if trains:
-        split = split_images([str(image) for image in range(listed)], spec.split, spec.seed)
+        split = split_images(groups, spec.split, spec.seed)
         check_images(spec.report.images, len(split.test))
 
 

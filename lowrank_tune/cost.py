@@ -37,7 +37,7 @@ from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.extract import EncodeImages, plan_extraction
-from lowrank_tune.features.sources import hash_files, load_tensor, read_records
+from lowrank_tune.features.sources import hash_files, listed_groups, load_tensor, read_records
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
@@ -71,7 +71,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     check_ranks(spec, tokens, dim)
     cost = plan_cost(plan)
     usable = survey["images"] - survey["images_quarantined"]
-    split = split_images([str(image) for image in range(usable)], spec.split, spec.seed)
+    split = split_images(listed_groups(spec.features.source, spec.split.group_by)[:usable], spec.split, spec.seed)
     missing = survey["images_to_extract"]
     each = try_images(spec.features, plan.features_root, spec.seed)[0] if missing else 0.0
     return {

@@ -20,7 +20,7 @@ from lowrank_tune.report.text import METHOD_NOTES, cosine_text, rank_summaries, 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _METRICS = {
-    "residual_ratio": "squared error over the least possible at this rank (ρ), mean",
+    "residual_ratio": "squared error over the least possible at this rank (ρ), exp of the mean logarithm",
     "mse": "squared error of an element, mean",
     "token_cosine": "cosine of each token's row, mean",
 }
@@ -58,15 +58,15 @@ On {{ measured[0][1].n_images }} test images that trained nothing; seconds on {{
 | method | ρ | worst ρ | MSE | token cosine | flat cosine | seconds an image | bytes an image |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {%- for name, row in measured %}
-| {{ name }} | {{ ratio(row.residual_ratio_mean) }} | {{ ratio(row.residual_ratio_max) }} |
+| {{ name }} | {{ ratio(row.residual_ratio) }} | {{ ratio(row.residual_ratio_max) }} |
 {{- " %.4g" % row.mse_mean }} | {{ cosine(row.token_cosine_mean) }} | {{ cosine(row.flat_cosine_mean) }} |
 {{- " %.2g" % (1 / row.images_per_second) if row.images_per_second > 0 else " —" }} |
 {{- " {:,}".format(row.bytes_per_image) }} |
 {%- endfor %}
 
 ρ is the squared error over that of the truncated SVD at the same rank, the optimum: 1 is perfect. The token cosine has
-another optimum, so that a method may stand above `svd` in it. The last line is the best method without training, where
-one was measured.
+another optimum, so that a method may stand above `svd` in it. The last line is the nearest control that takes no
+longer, where one was measured.
 
 Remarks on the study:
 {% for remark in remarks or ["none"] %}

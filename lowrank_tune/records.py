@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,15 @@ from typing import Any, Literal
 
 from lowrank_tune.files import read_json, write_json
 
-CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd")
-"""The methods without training that a trained family is held against beside the SVD, weakest first."""
+CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd", "gram_eigh")
+"""What a trained family is held against beside the SVD, weakest first: `pca_basis` is fitted to the training images,
+the others know nothing of them."""
+OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
+    "val_residual_ratio": "minimize",
+    "val_mse": "minimize",
+    "val_token_cosine": "maximize",
+}
+"""What a study file may name as its `objective`, and which way is better: the figures of a trial's best epoch."""
 BEST_MODEL = "best_model.safetensors"
 """In a trial's folder: the weights of its best epoch."""
 VALIDATION_OPTIMUM, TEST_OPTIMUM = "optimum.safetensors", "test_optimum.safetensors"
@@ -96,9 +104,10 @@ class TrialConfig:
     weight_decay: float  # AdamW's decoupled weight decay
     batch_size: int  # images a step
     epochs: int  # the budget
-    patience: int  # epochs in a row without a lower validation MSE before the trial stops
+    patience: int  # epochs in a row without a better objective before the trial stops
     family_params: dict[str, float] = field(default_factory=dict)  # `lambda_b`, `lambda_ortho`, `steps`
     nested_ranks: tuple[int, ...] = ()  # that this one training serves, up to `rank`; empty when it serves `rank` alone
+    objective: str = "val_residual_ratio"  # what early stopping, the learning rate and the kept weights go by
     confirms: str = ""  # the trial whose configuration this one repeats with a fresh seed; empty for the search's own
 
     def __post_init__(self) -> None:
@@ -111,7 +120,7 @@ class TrialConfig:
         return self.nested_ranks or (self.rank,)
 
     def ends_at(self, epoch: int, best_epoch: int) -> Literal["budget", "patience"] | None:
-        """What ends this training after so many epochs, if anything, given the one with the lowest validation MSE."""
+        """What ends this training after so many epochs, if anything, given the best one."""
         if epoch >= self.epochs:
             return "budget"
         return "patience" if epoch - best_epoch >= self.patience else None
@@ -142,8 +151,8 @@ class TrialOutcome:
 class ComparisonRow:
     """One method at one rank on the test split: means over images of an image's figures.
 
-    The four `_seed_` figures are of repetitions with fresh seeds; `_minus_svd` is the token cosine minus the SVD's on
-    the same image, `_low` and `_high` the ends of its 95 % confidence interval.
+    `_low` and `_high` are the ends of a 95 % confidence interval over groups of images that belong together, None below
+    two; the four `_seed_` figures are of repetitions with fresh seeds.
     """
 
     method: str  # `svd`, a control's name, or a trained family
@@ -153,7 +162,7 @@ class ComparisonRow:
     token_cosine_sd: float  # its standard deviation over images
     flat_cosine_mean: float  # of the cosine between the flattened matrices
     mse_mean: float  # of the mean squared error of an element
-    residual_ratio_mean: float  # of ‖X − AB‖² / ‖X − X_r‖²; 1.0 is the optimum
+    residual_ratio_mean: float  # of ρ = ‖X − AB‖² / ‖X − X_r‖²; 1.0 is the optimum, and one easy image may rule it
     residual_ratio_max: float  # the worst image's
     bytes_per_image: int  # A and B in the cache's dtype
     images_per_second: float  # A and B, no reconstruction, on one CPU thread or on the study's GPU
@@ -163,11 +172,21 @@ class ComparisonRow:
     residual_ratio_seed_sd: float | None = None  # None below two
     token_cosine_seed_mean: float | None = None
     token_cosine_seed_sd: float | None = None
-    token_cosine_minus_svd: float | None = None
-    token_cosine_minus_svd_low: float | None = None  # None for a single image
+    token_cosine_minus_svd: float | None = None  # on the same image
+    token_cosine_minus_svd_low: float | None = None
     token_cosine_minus_svd_high: float | None = None
     val_token_cosine: float | None = None  # the model's mean on the validation images; None where it is not known
     chosen: int = 0  # 0 unless the objective on validation images made it its rank's best: its place among those
+    n_groups: int = 0  # of test images that belong together: as many as images unless `split.group_by` says more
+    residual_ratio: float = math.nan  # exp(mean log ρ), the figure to steer by
+    residual_ratio_low: float | None = None
+    residual_ratio_high: float | None = None
+    residual_ratio_median: float = math.nan
+    training_gain: float | None = None  # 1 − ρ / ρ of the same model before training, likewise; None without training
+    training_gain_low: float | None = None
+    training_gain_high: float | None = None
+    beaten_by: str = ""  # which of the SVD and the controls beat this model, nearest first: `gram_eigh, power_1`
+    level_with: str = ""  # and which are level with it
 
 
 @dataclass(frozen=True, slots=True)

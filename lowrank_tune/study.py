@@ -43,6 +43,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.remote import local_copy, open_local
+from lowrank_tune.features.sources import image_groups
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
 from lowrank_tune.records import (
     Comparison,
@@ -251,6 +252,7 @@ def compare_study(
         objective=plan.spec.objective,
         seed=plan.spec.seed,
         directory=plan.study_dir,
+        groups=image_groups(features, plan.spec.split.group_by),
         confirmations=confirmations,
         device=device_of(plan.spec),
     )
@@ -363,9 +365,8 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
 def _prepare(plan: Plan, progress: StudyProgress, say: Callable[[str], None]) -> tuple[FeatureSet, Split]:
     """A study's features and their split, and in its folder what its trials need of them."""
     features = local_copy(_extract(plan, progress, say))
-    keys = [row.key for row in features.rows]
-    check_same_images(plan.study_dir / "tune", features.fingerprint, keys)
-    split = split_images(keys, plan.spec.split, plan.spec.seed)
+    check_same_images(plan.study_dir / "tune", features.fingerprint, [row.key for row in features.rows])
+    split = split_images(image_groups(features, plan.spec.split.group_by), plan.spec.split, plan.spec.seed)
     check_images(plan.spec.report.images, len(split.test))
     say(f"measuring the optimum of {len(split.validation)} validation images at every rank")
     write_inputs(plan.study_dir, features, split)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lowrank_tune.records import ComparisonRow, TrialOutcome
+from lowrank_tune.records import CONTROLS, OBJECTIVES, ComparisonRow, TrialOutcome
 
 Kind = tuple[str, int]
 """A method's name and rank."""
+Paired = Callable[[Kind, Kind], tuple[float, float, float]]
+"""The mean difference of log ρ between two methods on the same images, and the ends of its interval, NaN without."""
+ROUNDING = 1e-6
+"""Ratios that differ by no more than this part are equal: float32 factors are no finer."""
+SLOWER = 0.1
+"""The part by which times must differ: less is the machine's noise."""
 
 
 def winners(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
@@ -29,7 +35,7 @@ def ranked(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcom
 
 def sign(objective: str) -> float:
     """Of an objective, what makes less of it better."""
-    return -1.0 if objective == "val_token_cosine" else 1.0
+    return -1.0 if OBJECTIVES[objective] == "maximize" else 1.0
 
 
 def choose(
@@ -69,3 +75,27 @@ def choose(
         )
         for row in rows
     ]
+
+
+def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
+    """Tell of each trained row which of the SVD and the controls beat it, and which are level with it.
+
+    One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker unless clearly farther:
+    nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`.
+    """
+    judged = []
+    for row in rows:
+        beating, level = [], []
+        for other in sorted(rows, key=lambda other: (other.residual_ratio, -other.images_per_second)):
+            if not row.trial_id or other.rank != row.rank or other.method not in (*CONTROLS, "svd"):
+                continue
+            _, low, high = paired((other.method, other.rank), (row.method, row.rank))
+            nearer, farther = high < -ROUNDING, low > ROUNDING
+            quicker = other.images_per_second > row.images_per_second * (1 + SLOWER)
+            slower = row.images_per_second > other.images_per_second * (1 + SLOWER)
+            if math.isfinite(low) and ((nearer and not slower) or (quicker and not farther)):
+                beating.append(other.method)
+            elif math.isfinite(low) and not (nearer or farther or quicker or slower):
+                level.append(other.method)
+        judged.append(replace(row, beaten_by=", ".join(beating), level_with=", ".join(level)))
+    return judged

@@ -6,8 +6,10 @@ N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +17,30 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import TypeAdapter
 from scipy.special import stdtrit
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
-from lowrank_tune.comparison.choice import Kind, choose
+from lowrank_tune.comparison.choice import Kind, choose, judge
 from lowrank_tune.comparison.compression import measure_compression
-from lowrank_tune.comparison.methods import BATCH, Method, device_name, images_per_second, score, trained, untrained
+from lowrank_tune.comparison.methods import (
+    BATCH,
+    Method,
+    before_training,
+    device_name,
+    images_per_second,
+    score,
+    trained,
+    untrained,
+)
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
+from lowrank_tune.lowrank.baselines import svd
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.linalg import principal_axes, stream
-from lowrank_tune.lowrank.svd import kept_optimum
+from lowrank_tune.lowrank.metrics import EXACT
+from lowrank_tune.lowrank.svd import Optimum, kept_optimum
 from lowrank_tune.records import (
     TEST_OPTIMUM,
     VALIDATION_OPTIMUM,
@@ -43,7 +55,8 @@ from lowrank_tune.records import (
 )
 
 CONFIDENCE = 0.95
-"""Of the interval around the mean paired difference."""
+"""Of every interval."""
+NOTES = "remarks.json"
 PCA_IMAGES = 512
 """Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
 PCA_BATCH = 16
@@ -57,6 +70,7 @@ def compare(
     objective: str,
     seed: int,
     directory: Path,
+    groups: Sequence[str] = (),
     confirmations: Sequence[TrialOutcome] = (),
     device: str = "cpu",
 ) -> Comparison:
@@ -65,7 +79,8 @@ def compare(
     The validation split chose the model behind a row by the `objective`, a key of `TrialOutcome.best`, so its test
     figures are honest for that model; what its configuration gives with fresh seeds, `confirmations` tell. The training
     split fits `pca_basis`, and the seed draws the controls' random starts. Methods run and are timed on `device`, which
-    is only worth comparing when nothing else runs. The files go to `directory`.
+    is only worth comparing when nothing else runs. `groups` names, for each of the features' images, those it belongs
+    with; by default each stands alone. The files go to `directory`.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -78,15 +93,23 @@ def compare(
     ranks = sorted({rank for outcome in outcomes for rank in outcome.config.ranks})
     axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
     models, repeats, lost = trained(outcomes, confirmations, features, objective, device)
+    starts = before_training(models, outcomes, data, split, device)
     methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]
     optimum = kept_optimum(directory / TEST_OPTIMUM, features.digest(split.test), data.batches(split.test, 16))
-    per_image, left_out = score(data, split.test, optimum, ranks, [*methods, *repeats], device)
+    hidden = [*repeats, *starts.values()]
+    per_image, left_out = score(data, split.test, optimum, ranks, [*methods, *hidden], device)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
+    per_image["group"] = [groups[split.test[place]] if groups else str(place) for place in per_image["index"]]
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if method.kind in measured]
-    rows = make_rows(data, per_image, sound, repeats, _speeds(data, split, ranks, sound, device))
-    rows = choose(rows, outcomes, objective, _validated(data, split, directory, outcomes, models, device))
+    rows = make_rows(data, per_image, sound, repeats, starts, _speeds(data, split, ranks, sound, device))
+    rows = choose(
+        judge(rows, partial(paired, per_image)),
+        outcomes,
+        objective,
+        _validated(data, split, directory, outcomes, models, device),
+    )
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
     comparison = Comparison(
         rows=tuple(rows),
@@ -94,13 +117,13 @@ def compare(
         device=device_name(device),
         remarks=(
             *say.about_study(features, outcomes, confirmations, rows, compression),
-            *(*unmeasured, *lost, *left_out),
+            *(*unmeasured, *lost, *left_out, *_at_the_floor(optimum, ranks)),
         ),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,
     )
-    own = ~per_image["method"].isin({repeat.name for repeat in repeats})
+    own = ~per_image["method"].isin({method.name for method in hidden})
     write_comparison(directory, comparison, per_image[own].reset_index(drop=True))
     return comparison
 
@@ -114,15 +137,23 @@ def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> 
 def _speeds(
     data: FeatureMatrix, split: Split, ranks: Sequence[int], methods: Sequence[Method], device: str
 ) -> dict[Kind, float]:
-    """Time each method on the same test images; the SVDs once, for they have no rank."""
+    """Time each method, the SVD by its quickest exact form, on the same test images."""
     size = BATCH["cuda" if device.startswith("cuda") else "cpu"]
     x_NTD = data.load([split.test[place % len(split.test)] for place in range(size)]).to(device)
-    svd = images_per_second(lambda x: torch.linalg.svd(x, full_matrices=False), x_NTD)
-    speeds: dict[Kind, float] = {("svd", rank): svd for rank in ranks}
-    for method in methods:
-        known = speeds.get(("svd_rows", ranks[0])) if method.name == "svd_rows" else None
-        speeds[method.kind] = known or images_per_second(method.decompose, x_NTD)
-    return speeds
+    routes: dict[Kind, Any] = {("svd", rank): partial(svd, rank=rank) for rank in ranks}
+    return images_per_second(routes | {method.kind: method.decompose for method in methods}, x_NTD)
+
+
+def _at_the_floor(optimum: Optimum, ranks: Sequence[int]) -> Iterator[str]:
+    """Count the images on whose ρ rounding has a say: the optimum leaves next to nothing of them."""
+    energy_N = optimum.energy_N[optimum.energy_N > 0]
+    for rank in ranks:
+        left_N = optimum.residual_NR[optimum.energy_N > 0, rank - 1]
+        if number := int((left_N < EXACT * energy_N).sum()):
+            yield (
+                f"at rank {rank} the SVD leaves less than {EXACT:g} of the energy of {number} of {len(energy_N)} test "
+                "images: their ρ is held against that floor"
+            )
 
 
 def make_rows(
@@ -130,9 +161,10 @@ def make_rows(
     per_image: pd.DataFrame,
     methods: Sequence[Method],
     repeats: Sequence[Method],
+    starts: Mapping[Kind, Method],
     speeds: Mapping[Kind, float],
 ) -> list[ComparisonRow]:
-    """Make a row of each method and of the SVD at each rank, by rank, from `score`'s table of them and the repeats."""
+    """Make a row of each method and of the SVD at each rank, by rank, from `score`'s table of all that are given."""
     table = over_images(per_image)
     figures: Any = table.astype(object).to_dict("index")
     trials = {method.kind: method.trial_id for method in methods}
@@ -142,8 +174,12 @@ def make_rows(
         again = [each.kind for each in repeats if (each.confirms, each.rank) == (trial_id, kind[1])]
         seeds = table[table.index.isin(again)]
         known: dict[str, Any] = dict(figures[kind])
-        for name in ("residual_ratio", "token_cosine"):
-            known |= {f"{name}_seed_mean": seeds[f"{name}_mean"].mean(), f"{name}_seed_sd": seeds[f"{name}_mean"].std()}
+        for name, column in (("residual_ratio", "residual_ratio"), ("token_cosine", "token_cosine_mean")):
+            known |= {f"{name}_seed_mean": seeds[column].mean(), f"{name}_seed_sd": seeds[column].std()}
+        if kind in starts and starts[kind].kind in table.index:
+            # Of ρ, as the logarithm's mean gives it.
+            gain, low, high = (-math.expm1(value) for value in paired(per_image, kind, starts[kind].kind))
+            known |= {"training_gain": gain, "training_gain_low": high, "training_gain_high": low}
         known = {name: None if pd.isna(value) else value for name, value in known.items()}
         known |= {"bytes_per_image": size, "images_per_second": speeds[kind], "trial_id": trial_id, "seeds": len(seeds)}
         rows.append(ComparisonRow(*kind, **known))
@@ -151,11 +187,12 @@ def make_rows(
 
 
 def over_images(per_image: pd.DataFrame) -> pd.DataFrame:
-    """Fold the images of each (method, rank), and the difference to the SVD on the same image with its interval."""
-    svd = per_image[per_image["method"] == "svd"].set_index(["rank", "index"])["token_cosine"]
-    paired = per_image.join(svd.rename("svd"), on=["rank", "index"])
-    images = paired.assign(difference=paired["token_cosine"] - paired["svd"]).groupby(["method", "rank"], sort=False)
-    table = images.agg(
+    """Fold the images of each (method, rank): means, what they spread by, and intervals over groups of images."""
+    best = per_image[per_image["method"] == "svd"].set_index(["rank", "index"])["token_cosine"]
+    table = per_image.join(best.rename("svd"), on=["rank", "index"])
+    table = table.assign(difference=table["token_cosine"] - table["svd"], log=np.log(table["residual_ratio"]))
+    images = table.groupby(["method", "rank"], sort=False)
+    folded = images.agg(
         n_images=("key", "size"),
         token_cosine_mean=("token_cosine", "mean"),
         token_cosine_sd=("token_cosine", "std"),
@@ -163,14 +200,41 @@ def over_images(per_image: pd.DataFrame) -> pd.DataFrame:
         mse_mean=("mse", "mean"),
         residual_ratio_mean=("residual_ratio", "mean"),
         residual_ratio_max=("residual_ratio", "max"),
-        token_cosine_minus_svd=("difference", "mean"),
-        half=("difference", "sem"),
+        residual_ratio_median=("residual_ratio", "median"),
+        n_groups=("group", "nunique"),
     ).fillna({"token_cosine_sd": 0.0})
-    # By Student's t, for images drawn independently; a single one has no interval.
-    half = table.pop("half") * stdtrit((table["n_images"] - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
-    table["token_cosine_minus_svd_low"] = table["token_cosine_minus_svd"] - half
-    table["token_cosine_minus_svd_high"] = table["token_cosine_minus_svd"] + half
-    return table
+    for name, column, back in (("residual_ratio", "log", np.exp), ("token_cosine_minus_svd", "difference", pd.Series)):
+        mean, half = interval(table, column)
+        for end, value in (("", mean), ("_low", mean - half), ("_high", mean + half)):
+            folded[name + end] = back(value)
+    return folded
+
+
+def interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
+    """The mean of a column at each (method, rank), and half of its confidence interval, NaN where there is one group.
+
+    Images of a group are not independent, but groups are: the standard error is of the groups' sums of deviations
+    (Liang & Zeger, 1986), with Student's t of one degree of freedom less than groups. Of single images it is the usual.
+    """
+    kinds = ["method", "rank"]
+    means = table.groupby(kinds, sort=False)[column].transform("mean")
+    sums = table.assign(off=table[column] - means).groupby([*kinds, "group"], sort=False)["off"].sum()
+    by_kind = sums.pow(2).groupby(level=kinds, sort=False)
+    groups = by_kind.size()
+    each = table.groupby(kinds, sort=False)[column]
+    error = np.sqrt(by_kind.sum() * groups / (groups - 1).where(groups > 1)) / each.size()
+    return each.mean(), error * stdtrit((groups - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
+
+
+def paired(per_image: pd.DataFrame, kind: Kind, other: Kind) -> tuple[float, float, float]:
+    """The mean difference of log ρ on the same image, `kind` less `other`, and the ends of its interval."""
+    own, theirs = (
+        per_image[(per_image["method"] == name) & (per_image["rank"] == rank)].set_index("index")
+        for name, rank in (kind, other)
+    )
+    log = np.log(own["residual_ratio"]) - np.log(theirs["residual_ratio"])
+    mean, half = (float(part.iloc[0]) for part in interval(own.assign(log=log), "log"))
+    return mean, mean - half, mean + half
 
 
 def _validated(
@@ -191,9 +255,12 @@ def _validated(
     table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
     if table.empty:
         return {}
+    table = table.assign(log=np.log(table["residual_ratio"]))
     images = table[table["method"] != "svd"].groupby(["method", "rank"])
-    means: Any = images[["mse", "token_cosine", "residual_ratio"]].mean().add_prefix("val_").to_dict("index")
-    return dict(means)
+    means = images[["mse", "token_cosine"]].mean()
+    means["residual_ratio"] = np.exp(images["log"].mean())
+    figures: Any = means.add_prefix("val_").to_dict("index")
+    return dict(figures)
 
 
 def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:
@@ -228,19 +295,15 @@ def _marked(points: Sequence[FrontPoint], better: Literal["lower", "higher"]) ->
     return tuple(marked)
 
 
-_DEVICE, _REMARKS, _DATA = b"lowrank_tune.device", b"lowrank_tune.remarks", b"lowrank_tune.data"
-
-
 def write_comparison(directory: Path, comparison: Comparison, per_image: pd.DataFrame) -> None:
     """Write a comparison's files, each whole or not at all, every figure finite.
 
-    `comparison.json` is a list by contract, so device, data and remarks travel in the parquet file's own metadata.
+    `comparison.json` is a list by contract, so device, data and remarks lie in a file of their own.
     """
     table = pa.Table.from_pandas(per_image, preserve_index=False)
-    notes = {_DEVICE: comparison.device, _REMARKS: json.dumps(comparison.remarks), _DATA: comparison.data}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **notes})
     write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
     write_json(directory / "comparison.json", comparison.rows)
+    write_json(directory / NOTES, {name: getattr(comparison, name) for name in ("device", "data", "remarks")})
     write_json(directory / "pareto.json", comparison.fronts)
     write_json(directory / "compression.json", comparison.compression)
 
@@ -256,6 +319,8 @@ def read_comparison(directory: Path, objective: str) -> Comparison | None:
     per_image_path, compression_path = directory / "per_image.parquet", directory / "compression.json"
     try:
         rows = [ComparisonRow(**row) for row in read_json(directory / "comparison.json")]
+        if not all(math.isfinite(row.residual_ratio) for row in rows):
+            rows = _averaged_anew(rows, pd.read_parquet(per_image_path))
         if not any(row.chosen for row in rows):
             files = [directory / "trials" / row.trial_id / "outcome.json" for row in rows if row.trial_id]
             rows = choose(rows, [TrialOutcome.read(file) for file in files if file.is_file()], objective)
@@ -263,12 +328,32 @@ def read_comparison(directory: Path, objective: str) -> Comparison | None:
         # A study that was compared before there was one has none.
         held = compression_path.read_bytes() if compression_path.exists() else b"{}"
         compression = TypeAdapter(Compression).validate_json(held)
-        notes = pq.read_schema(per_image_path).metadata or {}
-        remarks = tuple(json.loads(notes.get(_REMARKS, b"[]")))
+        notes = read_json(directory / NOTES) if (directory / NOTES).exists() else _old_notes(per_image_path)
+        device, data, remarks = notes["device"], notes["data"], tuple(notes["remarks"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{directory}: no readable comparison lies there ({' '.join(str(error).split())}); measure it again with "
             f"`lowrank-tune compare {directory.name} --again`"
         ) from error
-    device, data = (notes.get(key, b"").decode() for key in (_DEVICE, _DATA))
     return Comparison(tuple(rows), str(per_image_path), device, remarks, data, fronts, compression)
+
+
+def _averaged_anew(rows: Sequence[ComparisonRow], per_image: pd.DataFrame) -> list[ComparisonRow]:
+    """Complete rows from before ρ was averaged by its logarithm and the groups were known: by their images."""
+    table = per_image.assign(log=np.log(per_image["residual_ratio"])).groupby(["method", "rank"])
+    middle, median = np.exp(table["log"].mean()), table["residual_ratio"].median()
+    return [
+        replace(
+            row,
+            residual_ratio=float(middle[row.method, row.rank]),
+            residual_ratio_median=float(median[row.method, row.rank]),
+        )
+        for row in rows
+    ]
+
+
+def _old_notes(per_image_path: Path) -> dict[str, Any]:
+    """What older comparisons have in the table's metadata."""
+    held = pq.read_schema(per_image_path).metadata or {}
+    device, data, remarks = (held.get(f"lowrank_tune.{name}".encode(), b"") for name in ("device", "data", "remarks"))
+    return {"device": device.decode(), "data": data.decode(), "remarks": json.loads(remarks or "[]")}

@@ -5,10 +5,10 @@ N images, T tokens, D dim, R rank.
 
 from __future__ import annotations
 
+import math
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,13 @@ from torch import Tensor
 from lowrank_tune.comparison.choice import Kind, ranked
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
-from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, FeatureMatrix
-from lowrank_tune.lowrank.decomposers import Decomposer, Factors, load_decomposer
+from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, FeatureMatrix, batches_on
+from lowrank_tune.lowrank.decomposers import Decomposer, Factors, load_decomposer, make_decomposer
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import BEST_MODEL, FeatureSet, TrialOutcome
+from lowrank_tune.lowrank.trainer import initialise
+from lowrank_tune.records import BEST_MODEL, FeatureSet, Split, TrialOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Method:
 
 
 def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
-    """List the methods without training at a rank; the SVD's own figures come from the optimum.
+    """List the SVD of normalised rows and the controls at a rank; the SVD's own figures come from the optimum.
 
     `axes_DR` are the training split's principal axes, at least `rank` of them; the seed draws each random start, the
     same one for every batch.
@@ -65,7 +66,25 @@ def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
         Method("pca_basis", rank, partial(baselines.pca_basis, rank=rank, axes_DR=axes_DR)),
         random_start("power_1"),
         random_start("randomized_svd"),
+        random_start("gram_eigh"),
     ]
+
+
+def before_training(
+    methods: Iterable[Method], outcomes: Iterable[TrialOutcome], data: FeatureMatrix, split: Split, device: str
+) -> dict[Kind, Method]:
+    """Make the model that each trained one was before its first epoch, each by a name of its own."""
+    configs = {outcome.config.trial_id: outcome.config for outcome in outcomes}
+    models: dict[str, Decomposer] = {}
+    starts: dict[Kind, Method] = {}
+    for method in methods:
+        config, name = configs[method.trial_id], f"{method.trial_id} before training"
+        if name not in models:
+            model = make_decomposer(config, data.tokens, data.dim).to(device).eval()
+            initialise(model, config, batches_on(data, device), split.train, config.batch_size)
+            models[name] = model
+        starts[method.name, method.rank] = Method(name, method.rank, partial(models[name], rank=method.rank))
+    return starts
 
 
 def trained(
@@ -185,27 +204,31 @@ FIGURES = ("token_cosine", "flat_cosine", "mse", "residual", "residual_ratio")
 BATCH = {"cpu": 8, "cuda": 64}
 """Images in the batch that is timed; a GPU needs many to be busy."""
 SECONDS = 0.3
-"""What a method's timing takes at most, unless a single run of the batch takes longer."""
+"""What a method's timing takes at most, unless two runs of the batch take longer."""
 REPEATS = 9
-"""Runs of the batch at most; their median counts."""
+"""Runs of the batch at most; the quickest counts, for others use the machine."""
 
 
-def images_per_second(decompose: Callable[[Tensor], object], x_NTD: Tensor) -> float:
-    """N over the median run's seconds on a batch [N, T, D], on its device, after one image; on the CPU, one thread."""
+def images_per_second(routes: Mapping[Kind, Callable[[Tensor], object]], x_NTD: Tensor) -> dict[Kind, float]:
+    """Time routes on one batch [N, T, D] on its device, in turns, each warmed by a run; on the CPU, one thread."""
 
-    def run(batch_NTD: Tensor) -> float:
+    def run(decompose: Callable[[Tensor], object]) -> float:
         start = time.perf_counter()
-        decompose(batch_NTD)
+        decompose(x_NTD)
         if x_NTD.is_cuda:
             torch.cuda.synchronize(x_NTD.device)
         return time.perf_counter() - start
 
     with _one_thread(), torch.inference_mode():
-        run(x_NTD[:1])
-        runs = [run(x_NTD)]
-        while len(runs) < REPEATS and sum(runs) + runs[-1] <= SECONDS:
-            runs.append(run(x_NTD))
-    return len(x_NTD) / statistics.median(runs)
+        spent = {kind: run(decompose) for kind, decompose in routes.items()}
+        quickest = dict.fromkeys(routes, math.inf)
+        for turn in range(REPEATS):
+            for kind, decompose in routes.items():
+                if turn == 0 or spent[kind] + quickest[kind] <= SECONDS:
+                    seconds = run(decompose)
+                    spent[kind] += seconds
+                    quickest[kind] = min(quickest[kind], seconds)
+    return {kind: len(x_NTD) / seconds for kind, seconds in quickest.items()}
 
 
 @contextmanager
@@ -221,10 +244,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def device_name(device: str) -> str:
-    """Name what speeds are measured on: `one CPU thread (AMD EPYC 7763)`, `NVIDIA H200`."""
+    """Name what speeds are measured on: `one CPU thread (AMD EPYC 7763), batches of 8 images`."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+        return f"{torch.cuda.get_device_name(device)}, batches of {BATCH['cuda']} images"
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"one CPU thread ({models[0] if models else platform.processor() or platform.machine()})"
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"one CPU thread ({model}), batches of {BATCH['cpu']} images"

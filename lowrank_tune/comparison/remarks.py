@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from lowrank_tune.records import (
-    CONTROLS,
     ComparisonRow,
     Compression,
     FeatureSet,
@@ -20,8 +19,6 @@ from lowrank_tune.records import (
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""
-ROUNDING = 1e-6
-"""Ratios that differ by no more than this part are equal: float32 factors are no finer."""
 
 
 def data_text(features: FeatureSet, test_images: int) -> str:
@@ -40,15 +37,16 @@ def about_study(
 ) -> list[str]:
     """Say everything that a study's records give cause to say; there is at least one row."""
     return [
-        *about_data(features, rows[0].n_images),
+        *about_data(features, rows[0].n_images, rows[0].n_groups),
         *about_rivals(rows),
+        *about_training(rows),
         *about_trials(outcomes, rows),
         *about_confirmations(confirmations, rows),
         *filter(None, [which_are_beaten(compression.stored, compression.pruned)]),
     ]
 
 
-def about_data(features: FeatureSet, test_images: int) -> list[str]:
+def about_data(features: FeatureSet, test_images: int, test_groups: int) -> list[str]:
     """Say what the features are worth."""
     remarks = []
     if features.weights == "random":
@@ -61,32 +59,55 @@ def about_data(features: FeatureSet, test_images: int) -> list[str]:
         remarks.append("one test image only: no spread over images is known, and the sd is given as 0")
     elif test_images < FEW_IMAGES:
         remarks.append(f"only {test_images} test images: means and worst cases are rough")
+    if test_groups == 1 < test_images:
+        remarks.append(
+            f"all {test_images} test images belong to one group: no interval can be given, so nothing is said of what "
+            "beats what; raise split.test"
+        )
+    elif test_groups < min(FEW_IMAGES, test_images):
+        remarks.append(f"the {test_images} test images come from only {test_groups} groups: intervals are wide")
     return remarks
 
 
 def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Call out each trained family that needs no training to be matched: a rival has no worse ρ in no more time."""
+    """Call out what beats each trained family, or is level with it."""
+    by_kind = {(row.method, row.rank): row for row in rows}
     remarks = []
     for row in rows:
-        rivals = [
-            other
-            for other in rows
-            if other.rank == row.rank
-            and other.method in (*CONTROLS, "svd")
-            and other.residual_ratio_mean <= row.residual_ratio_mean * (1 + ROUNDING)
-            and other.images_per_second >= row.images_per_second
-        ]
-        if row.trial_id and rivals:
-            best = min(rivals, key=lambda other: (other.residual_ratio_mean, -other.images_per_second))
-            more = [other.method for other in rivals if other is not best]
-            also = f"; so {'does' if len(more) == 1 else 'do'} {', '.join(more)}" if more else ""
-            tie = best.residual_ratio_mean >= row.residual_ratio_mean * (1 - ROUNDING)
-            verb = "matches" if tie and best.images_per_second == row.images_per_second else "beats"
+        first, *others = (row.beaten_by or row.level_with).split(", ")
+        if not first:
+            continue
+        best = by_kind[first, row.rank]
+        verb = "beats" if row.beaten_by else "is level with"
+        also = f"; so {'does' if row.beaten_by else 'is'} {' and '.join(others)}" if others else ""
+        how = "fitted but not trained" if first == "pca_basis" else "without training"
+        remarks.append(
+            f"at rank {row.rank} {first}, {how}, {verb} {row.method}: "
+            f"ρ {_plain(best.residual_ratio)} against {_plain(row.residual_ratio)}, "
+            f"{_plain(best.images_per_second)} against {_plain(row.images_per_second)} images/s{also}"
+        )
+    return remarks
+
+
+def about_training(rows: Sequence[ComparisonRow]) -> list[str]:
+    """Say where a trained model is no nearer than the same model before its first epoch."""
+    remarks = []
+    nothing: dict[str, list[str]] = {}
+    for row in rows:
+        gain, low, high = row.training_gain, row.training_gain_low, row.training_gain_high
+        if gain is None or low is None or high is None:
+            continue
+        if high < 0:
             remarks.append(
-                f"at rank {row.rank} {best.method}, without training, {verb} {row.method}: "
-                f"ρ {_plain(best.residual_ratio_mean)} against {_plain(row.residual_ratio_mean)}, "
-                f"{_plain(best.images_per_second)} against {_plain(row.images_per_second)} images/s{also}"
+                f"at rank {row.rank} training made {row.method} worse: its ρ rose by {percent(-gain)} "
+                f"({percent(-high)} to {percent(-low)})"
             )
+        elif low <= 0:
+            nothing.setdefault(row.method, []).append(
+                f"{row.rank} ({percent(gain)} of ρ, {percent(low)} to {percent(high)})"
+            )
+    for method, ranks in nothing.items():
+        remarks.append(f"training adds nothing measurable to {method} here, at rank {', '.join(ranks)}")
     return remarks
 
 

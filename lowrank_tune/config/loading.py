@@ -39,14 +39,12 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
 
 
 def load_past_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
-    """Read a begun study's resolved file; keys that older versions wrote are passed over."""
-    return parse_study(_read_text(path), str(path), overrides, passed_over=_LET_GO)
+    """Read a begun study's resolved file, as the version that wrote it understood it."""
+    return parse_study(_read_text(path), str(path), overrides, begun=True)
 
 
-def parse_study(
-    text: str, name: str, overrides: Sequence[str] = (), passed_over: Iterable[tuple[str, str]] = ()
-) -> StudySpec:
-    """Read a study file's text, which problems call `name`; keys to be passed over are no problem in it."""
+def parse_study(text: str, name: str, overrides: Sequence[str] = (), *, begun: bool = False) -> StudySpec:
+    """Read a study file's text, which problems call `name`; of a begun study older versions' keys are no problem."""
     node, wrong = compose(text)
     if wrong:
         raise StudyFileError([one_line(f"{name}:{line}: {reason}") for line, reason in wrong])
@@ -57,9 +55,13 @@ def parse_study(
     if not isinstance(document.value, dict):
         reason = "`key: value` lines are expected, not a list or a single value"
         raise StudyFileError([f"{document.places[()].label}: {reason}"])
-    for section, key in passed_over:
-        if isinstance(document.value.get(section), dict):
-            document.value[section].pop(key, None)
+    if begun:
+        for section, key in _LET_GO:
+            if isinstance(document.value.get(section), dict):
+                document.value[section].pop(key, None)
+        # The split was by image before there were groups.
+        if isinstance(split := document.value.setdefault("split", {}), dict):
+            split.setdefault("group_by", None)
     for number, override in enumerate(overrides, start=1):
         document.lay_over(Place(number, 0, one_line(f"--set {override}")), override)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -124,7 +125,8 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
     return TrialConfig(
         trial_id=f"r{rank:03d}-{family}-{number:04d}",
         number=number,
-        seed=int(_digest(f"{plan.spec.seed}:trial:{number}")[:8], 16),
+        # One family's trials of a rank start alike, so that the search cannot pick a lucky start.
+        seed=int(_digest(f"{plan.spec.seed}:start:{family}:{rank}")[:8], 16),
         family=family,
         rank=rank,
         lr=float(params["lr"]),
@@ -134,6 +136,7 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
         patience=plan.spec.training.patience,
         family_params={name: value for name, value in params.items() if name not in SHARED_PARAMS},
         nested_ranks=plan.spec.search.space.nested_ranks,
+        objective=plan.spec.objective,
     )
 
 
@@ -147,21 +150,33 @@ def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialCo
     )
 
 
-def split_images(keys: Sequence[str], split: SplitSpec, seed: int) -> Split:
-    """Divide images by a hash of their keys, so that adding images moves few of the others.
+def split_images(groups: Sequence[str], split: SplitSpec, seed: int) -> Split:
+    """Divide images by a hash of what they belong to, so that adding images moves few of the others.
 
-    In order of `sha256("<seed>:<key>")` the first ones test, the last ones validate: an image that stops testing goes
-    on to train, never to validate. An InputError where none would be left to train.
+    Images with equal names stay together; by its key an image stands alone. In order of `sha256("<seed>:<name>")` the
+    first groups test, the last ones validate, until there are enough: what stops testing goes on to train, never to
+    validate. An InputError where none would be left to train.
     """
-    n_validation, n_test = split.counts(len(keys))
-    n_train = len(keys) - n_validation - n_test
-    if n_train < 1:
+    n_validation, n_test = split.counts(len(groups))
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(groups):
+        members.setdefault(name, []).append(index)
+    order = deque(sorted(members, key=lambda name: _digest(f"{seed}:{name}")))
+    test: list[int] = []
+    validation: list[int] = []
+    while order and len(test) < n_test:
+        test += members[order.popleft()]
+    while order and len(validation) < n_validation:
+        validation += members[order.pop()]
+    train = [index for name in order for index in members[name]]
+    if not train:
+        of = (
+            f"{len(groups)} images" if len(members) == len(groups) else f"{len(groups)} images in {len(members)} groups"
+        )
         raise InputError(
-            f"split: {n_validation} images to validate and {n_test} to test leave none of {len(keys)} to train; "
+            f"split: {n_validation} images to validate and {n_test} to test leave none of {of} to train; "
             "lower split.validation or split.test, or give more images"
         )
-    order = sorted(range(len(keys)), key=lambda index: _digest(f"{seed}:{keys[index]}"))
-    test, train, validation = order[:n_test], order[n_test : n_test + n_train], order[n_test + n_train :]
     return Split(train=tuple(sorted(train)), validation=tuple(sorted(validation)), test=tuple(sorted(test)))
 
 

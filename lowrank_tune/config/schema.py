@@ -151,12 +151,14 @@ Share = Annotated[
 
 
 class SplitSpec(Section):
-    """How the images are divided; what is left trains."""
+    """How the images are divided; what is left trains. With groups, whole ones until the count is reached."""
 
     validation: Share = 0.1
     """A count, or a fraction of all images."""
     test: Share = 0.1
     """A count, or a fraction of all images."""
+    group_by: Text | None = None
+    """A manifest's column: equals stay on one side, and intervals are over such groups; of samples the photograph."""
 
     @model_validator(mode="after")
     def _leaves_some(self) -> SplitSpec:
@@ -214,7 +216,7 @@ class TrainingSpec(Section):
     epochs: PositiveInt = 20
     """Passes over the training split."""
     patience: PositiveInt = 10
-    """Epochs in a row without a lower validation MSE before a trial stops; never, if as many as epochs."""
+    """Epochs in a row without a better objective before a trial stops; never, if as many as epochs."""
 
 
 class SchedulerSpec(Section):
@@ -307,7 +309,7 @@ class StudySpec(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     """Reaches the split, the searcher, every trial's weights and mini-batches, and the controls."""
     features: FeaturesSpec
-    split: SplitSpec = SplitSpec()
+    split: SplitSpec = Field(default=SplitSpec(), validate_default=True)
     search: SearchSpec
     training: TrainingSpec = TrainingSpec()
     scheduler: SchedulerSpec = Field(default=SchedulerSpec(), validate_default=True)
@@ -324,6 +326,18 @@ class StudySpec(Section):
         if n_images is not None and sum(split.counts(n_images)) >= n_images:
             validation, test = split.counts(n_images)
             raise rejected(f"{validation} images to validate and {test} to test leave none of {n_images} to train")
+        return split
+
+    @field_validator("split")
+    @classmethod
+    def _groups_exist(cls, split: SplitSpec, info: ValidationInfo) -> SplitSpec:
+        features = info.data.get("features")
+        match features.source if isinstance(features, FeaturesSpec) else None:
+            case SampleSource() if "group_by" not in split.model_fields_set:
+                return split.model_copy(update={"group_by": "photograph"})
+            case ImageSource() | TensorSource() if split.group_by is not None:
+                reason = "only a manifest has columns to group by: list the files in one, or leave it out"
+                raise rejected(reason, ("group_by",))
         return split
 
     @field_validator("search")

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.lowrank.decomposers.base import Factors
-from lowrank_tune.lowrank.linalg import gram, orthonormalise
+from lowrank_tune.lowrank.linalg import (
+    deflated_gram,
+    gram,
+    leading_eigenvectors,
+    orthonormalise,
+    orthonormalise_nearly,
+    orthonormalise_once,
+    scaled,
+)
 
 OVERSAMPLING = 1.25
 """Width of `randomized_svd`'s basis, relative to the rank."""
@@ -31,21 +39,30 @@ def pca_basis(x_NTD: Tensor, rank: int, axes_DR: Tensor) -> Factors:
 def power_1(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
     """Return A = orth(G XΩ) with gaussian Ω, one step of subspace iteration, and B = AᵀX."""
     start_NTR = orthonormalise(x_NTD @ _gaussian(x_NTD, rank, generator))
-    return project(x_NTD, orthonormalise(x_NTD @ (x_NTD.mT @ start_NTR)))
+    rows_NDR = x_NTD.mT @ start_NTR
+    return project(x_NTD, orthonormalise(x_NTD @ scaled(rows_NDR)))
 
 
 def randomized_svd(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
     """Return the randomized SVD of Halko, Martinsson & Tropp (2011, algorithms 4.4 and 5.1) by way of G = XXᵀ.
 
-    A basis of width 1.25 R, two steps of subspace iteration, then the R leading eigenvectors of QᵀGQ (Rayleigh–Ritz).
+    A basis of width 1.25 R, two steps of subspace iteration, then the R leading eigenvectors of QᵀGQ (Rayleigh–Ritz),
+    with `refined`'s guards: a dominating direction is taken out first.
     """
-    width = min(math.ceil(OVERSAMPLING * rank), *x_NTD.shape[-2:])
-    gram_NTT = gram(x_NTD)
-    q_NTW = orthonormalise(x_NTD @ _gaussian(x_NTD, width, generator))
-    for _ in range(2):
-        q_NTW = orthonormalise(gram_NTT @ q_NTW)
-    ritz_NWR = torch.linalg.eigh(q_NTW.mT @ gram_NTT @ q_NTW).eigenvectors[..., -rank:].flip(-1)
-    return project(x_NTD, q_NTW @ ritz_NWR)
+    tokens, dim = x_NTD.shape[-2:]
+    width = min(math.ceil(OVERSAMPLING * rank), tokens, dim)
+    left = deflated_gram(x_NTD, rank, _gaussian(x_NTD, 1, generator)[:, 0])
+    q_NTW = torch.randn(tokens, width, generator=generator).to(x_NTD)
+    for _ in range(1 + 2):  # the sketch, then two steps
+        q_NTW = orthonormalise_once((left.gram_NTT @ q_NTW).double()).to(x_NTD)
+    ritz_NWR = leading_eigenvectors(q_NTW.mT @ (left.gram_NTT @ q_NTW), rank)
+    return project(x_NTD, left.complete(orthonormalise_nearly(q_NTW @ ritz_NWR)))
+
+
+def gram_eigh(x_NTD: Tensor, rank: int, generator: torch.Generator) -> Factors:
+    """Return the leading eigenvectors of the deflated G = XXᵀ as A, in X's dtype, and B = AᵀX: every rank at once."""
+    left = deflated_gram(x_NTD, rank, _gaussian(x_NTD, 1, generator)[:, 0])
+    return project(x_NTD, left.complete(leading_eigenvectors(left.gram_NTT, rank)))
 
 
 def svd(x_NTD: Tensor, rank: int) -> Factors:
@@ -55,8 +72,8 @@ def svd(x_NTD: Tensor, rank: int) -> Factors:
     """
     x = x_NTD.double()
     if x.shape[-2] <= x.shape[-1]:
-        return project(x_NTD, _leading(gram(x), rank).to(x_NTD))
-    axes_NDR = _leading(gram(x.mT), rank).to(x_NTD)
+        return project(x_NTD, leading_eigenvectors(gram(x), rank).to(x_NTD))
+    axes_NDR = leading_eigenvectors(gram(x.mT), rank).to(x_NTD)
     return Factors(x_NTD @ axes_NDR, axes_NDR.mT)
 
 
@@ -65,7 +82,7 @@ def svd_rows(x_NTD: Tensor, rank: int) -> Factors:
 
     It maximises the mean squared token cosine, as `svd` does the flat cosine.
     """
-    lengths_NT1 = torch.linalg.vector_norm(x_NTD, dim=-1, keepdim=True)
+    lengths_NT1 = torch.linalg.vector_norm(x_NTD, dim=-1, keepdim=True, dtype=torch.float64).to(x_NTD)
     a_NTR, b_NRD = svd(torch.where(lengths_NT1 > 0, x_NTD / lengths_NT1, x_NTD), rank)
     return Factors(lengths_NT1 * a_NTR, b_NRD)
 
@@ -77,8 +94,3 @@ def project(x_NTD: Tensor, q_NTR: Tensor) -> Factors:
 
 def _gaussian(x_NTD: Tensor, columns: int, generator: torch.Generator) -> Tensor:
     return torch.randn(x_NTD.shape[-1], columns, generator=generator).to(x_NTD)
-
-
-def _leading(symmetric: Tensor, count: int) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
-    return vectors[..., -count:].flip(-1)

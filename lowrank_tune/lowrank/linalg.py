@@ -6,10 +6,12 @@ N images, T tokens, D dim, R rank or any number of columns.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 JITTER = 1e-12
 """What `orthonormalise` adds to a correlation matrix, relative to its size: above the rounding of float64 products over
@@ -20,6 +22,17 @@ squares of directions that are a millionth of the longest, for no second pass re
 NEARLY = 0.3
 """Sine of the angle between a column and those before it above which `orthonormalise_nearly` trusts one pass in the
 columns' own dtype: the basis is then orthonormal to about 1 / `NEARLY`² roundings."""
+DOMINATED = 0.8
+"""‖G‖ over tr G above which one direction is taken out before G is formed. What is then left of the energy, a fifth at
+most, is by how much G's rounding shrinks; that pays where the eigenvalue at the rank is a millionth of the largest."""
+GRADED = 100
+"""Roundings of X's dtype, relative to the largest eigenvalue, below which an eigensolver's eigenvectors are mixed with
+those of smaller ones by its own rounding."""
+FITTING = (1e-20, 1e30)
+"""What an image's energy may be in float32 without a number of the Gram matrix, or of its square, leaving the range."""
+POWERS_AT_RANK_1 = 8
+"""Products with XXᵀ, beyond the one that every rank has, from Xω to that direction; they fall with the rank, for at a
+high one it need only lie among the leading directions."""
 OVERSAMPLING = 64
 """Columns that `principal_axes` sketches with beyond twice those it returns; few axes would be poor ones without."""
 
@@ -34,6 +47,96 @@ def gram(x_NTD: Tensor) -> Tensor:
     return x_NTD @ x_NTD.mT
 
 
+class DeflatedGram(NamedTuple):
+    """G = XXᵀ of images, or, where one direction q holds most of an image's energy, that of X − qqᵀX.
+
+    Tokens that are nearly equal, or a giant one, make such a q; squared in G, it would bury the others in rounding.
+    """
+
+    gram_NTT: Tensor  # over its own trace: powers of a G over ‖X‖² might leave float32's range
+    share_N: Tensor  # that trace over ‖X‖²: a trillionth perhaps where q was taken out
+    dominated_N: Tensor  # of which images it was
+    q_nT1: Tensor = torch.empty(0)  # their q
+
+    def complete(self, basis_NTR: Tensor) -> Tensor:
+        """Put q before the basis of what is left, whose last column makes room for it."""
+        if not len(self.q_nT1):
+            return basis_NTR
+        others_nTR = basis_NTR[self.dominated_N, :, :-1]
+        # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
+        others_nTR = torch.addcmul(others_nTR, self.q_nT1, self.q_nT1.mT @ others_nTR, value=-1)
+        return basis_NTR.index_put((self.dominated_N,), torch.cat([self.q_nT1, others_nTR], -1))
+
+    def residual(self, basis_NTR: Tensor) -> Tensor:
+        """Return ‖X − AAᵀX‖² / ‖X‖² [N, R] for the first 1..R columns of A, `complete` of this basis of what is left.
+
+        Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
+        """
+        kept_NR = (basis_NTR * (self.gram_NTT @ basis_NTR)).sum(-2)
+        kept_NR = torch.where(self.dominated_N[:, None], functional.pad(kept_NR[:, :-1], (1, 0)), kept_NR)
+        left_N1 = self.gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        return self.share_N[:, None] * (left_N1 - kept_NR.cumsum(-1))
+
+
+def deflated_gram(x_NTD: Tensor, rank: int, omega_D: Tensor) -> DeflatedGram:
+    """Return the Gram matrices of images for bases of a rank; ω is a random direction, in X's dtype."""
+    gram_NTT = gram(x_NTD)
+    energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1)
+    fits_N = (energy_N > FITTING[0]) & (energy_N < FITTING[1])
+    if not fits_N.all():
+        x_NTD = torch.where(fits_N[:, None, None], x_NTD, scaled(x_NTD))
+        gram_NTT = gram(x_NTD)
+        energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1)
+    energy_N = energy_N.clamp_min(torch.finfo(x_NTD.dtype).tiny)
+    gram_NTT = gram_NTT.div_(energy_N[:, None, None])
+    flat_NTT = gram_NTT.flatten(1)
+    dominated_N = torch.linalg.vecdot(flat_NTT, flat_NTT) > DOMINATED**2
+    q_nT1, share_N = x_NTD.new_empty(0), torch.ones_like(energy_N)
+    if dominated_N.any():
+        q_nT1, gram_NTT[dominated_N], share_N[dominated_N] = _deflate(x_NTD[dominated_N], rank, omega_D)
+    return DeflatedGram(gram_NTT, share_N, dominated_N, q_nT1)
+
+
+def leading_eigenvectors(symmetric_NKK: Tensor, count: int) -> Tensor:
+    """Return the eigenvectors of the `count` largest eigenvalues [N, K, count], the largest first; NaN counts as 0.
+
+    Where an eigenvalue is so small that the solver's own rounding mixes its vector with those of smaller ones, two
+    steps of subspace iteration part them again.
+    """
+    # One matrix that is not finite would be an error for all the batch.
+    symmetric_NKK = symmetric_NKK.nan_to_num(0, 0, 0)
+    values_NK, vectors_NKK = torch.linalg.eigh(symmetric_NKK)
+    leading_NKC: Tensor = vectors_NKK[..., -count:].flip(-1)
+    mixed_N = values_NK[:, -count] < GRADED * torch.finfo(values_NK.dtype).eps * values_NK[:, -1]
+    if count < values_NK.shape[-1] and mixed_N.any():
+        matrix_nKK = symmetric_NKK[mixed_N]
+        leading_NKC[mixed_N] = orthonormalise_nearly(matrix_nKK @ (matrix_nKK @ leading_NKC[mixed_N]))
+    return leading_NKC
+
+
+def _deflate(x_NTD: Tensor, rank: int, omega_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [N, T, 1], the Gram matrices of X − qqᵀX over their traces [N, T, T], and those over ‖X‖² [N]."""
+    q_NT1 = _unit((x_NTD @ omega_D)[..., None])
+    for _ in range(1 + POWERS_AT_RANK_1 // rank):
+        q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
+    row_N1D = q_NT1.mT @ x_NTD
+    gram_NTT = gram(torch.addcmul(x_NTD, q_NT1, row_N1D, value=-1))
+    left_N, tiny = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1), torch.finfo(x_NTD.dtype).tiny
+    energy_N = left_N + row_N1D.square().sum((-2, -1))
+    return q_NT1, gram_NTT / left_N.clamp_min(tiny)[:, None, None], left_N / energy_N.clamp_min(tiny)
+
+
+def _unit(y_NT1: Tensor) -> Tensor:
+    length_N11: Tensor = torch.linalg.vector_norm(y_NT1, dim=-2, keepdim=True)
+    return y_NT1 / length_N11.clamp_min(torch.finfo(y_NT1.dtype).tiny)
+
+
+def scaled(x_NTD: Tensor) -> Tensor:
+    """Return each image over its largest element, so that squares stay in range; one of zeros stays."""
+    largest_N11 = x_NTD.abs().amax((-2, -1), keepdim=True)
+    return x_NTD / torch.where(largest_N11 > 0, largest_N11, torch.ones_like(largest_N11))
+
+
 def orthonormalise(y_NTR: Tensor) -> Tensor:
     """Return an orthonormal basis [N, T, R] of each matrix's columns, R ≤ T, in the dtype of Y, by CholeskyQR2.
 
@@ -45,11 +148,11 @@ def orthonormalise(y_NTR: Tensor) -> Tensor:
     The first r columns span those of Y. Where these have fewer than r dimensions the surplus columns come out shorter
     than one, down to zero, and gradients through them stay finite.
     """
-    precision = torch.finfo(y_NTR.dtype)
-    lengths_N1R = torch.linalg.vector_norm(y_NTR, dim=-2, keepdim=True)
-    floor_N11 = (precision.eps * lengths_N1R.detach().amax(-1, keepdim=True)).clamp_min(precision.tiny)
-    unit_NTR = y_NTR / torch.maximum(lengths_N1R, floor_N11)
-    return _cholesky_pass(_cholesky_pass(unit_NTR.double())).to(y_NTR.dtype)
+    y = y_NTR.double()
+    lengths_N1R = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    floor_N11 = torch.finfo(y_NTR.dtype).eps * lengths_N1R.detach().amax(-1, keepdim=True)
+    unit_NTR = y / torch.maximum(lengths_N1R, floor_N11).clamp_min(torch.finfo(y.dtype).tiny)
+    return _cholesky_pass(_cholesky_pass(unit_NTR)).to(y_NTR.dtype)
 
 
 def orthonormalise_once(y_NTR: Tensor) -> Tensor:
@@ -148,7 +251,7 @@ def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Gen
 
 def _weigh(x_NTD: Tensor, test_DK: Tensor | None) -> Tensor:
     """Return a batch's share of C [D, D], or of CΩ [D, K], in float64."""
-    lengths_N11 = torch.linalg.vector_norm(x_NTD, dim=(-2, -1), keepdim=True)
+    lengths_N11 = torch.linalg.vector_norm(x_NTD, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(x_NTD.dtype)
     rows = (x_NTD / lengths_N11.clamp_min(torch.finfo(x_NTD.dtype).tiny)).flatten(0, 1)
     share: Tensor = (rows.mT @ (rows if test_DK is None else rows @ test_DK)).double()
     return share

@@ -19,7 +19,7 @@ class Figures(NamedTuple):
     """One method's figures, float64 [N].
 
     Attributes:
-        token_cosine_N: cosine between the rows of X and AB, mean over tokens; a row of zeros counts as 0.
+        token_cosine_N: cosine between the rows of X and AB, mean over the tokens that are not zeros; 0 when all are.
         flat_cosine_N: cosine between the flattened matrices; 0 when either is all zeros.
         mse_N: mean squared error of an element.
         residual_N: ‖X − AB‖².
@@ -48,7 +48,7 @@ def measure_matrix(x_NTD: Tensor, y_NTD: Tensor) -> Figures:
     dots_NT = (x_energy_NT + y_energy_NT - residual_NT) / 2
     residual_N = residual_NT.sum(-1)
     return Figures(
-        token_cosine_N=_cosine(dots_NT, x_energy_NT, y_energy_NT).mean(-1),
+        token_cosine_N=mean_over_tokens(_cosine(dots_NT, x_energy_NT, y_energy_NT), x_energy_NT),
         flat_cosine_N=_cosine(dots_NT.sum(-1), x_energy_NT.sum(-1), y_energy_NT.sum(-1)),
         mse_N=residual_N / (x.shape[-2] * x.shape[-1]),
         residual_N=residual_N,
@@ -59,7 +59,7 @@ def residual_ratio(residual_N: Tensor, optimum_N: Tensor, energy_N: Tensor) -> T
     """ρ = ‖X − AB‖² / ‖X − X_r‖² [N]: 1.0 is the truncated SVD, and nothing is below it.
 
     Each residual counts as at least `EXACT` of the image's energy: where X has no more than the rank both are rounding
-    noise. An image of zeros gets 1.0 where it was reproduced, else infinity.
+    noise. An image of zeros gets 1.0 where it was reproduced, else infinity; nobody counts it.
 
     Args:
         residual_N: ‖X − AB‖².
@@ -69,6 +69,20 @@ def residual_ratio(residual_N: Tensor, optimum_N: Tensor, energy_N: Tensor) -> T
     floor_N = EXACT * energy_N
     ratio_N = torch.maximum(residual_N, floor_N) / torch.maximum(optimum_N, floor_N)
     return torch.where((residual_N == 0) & (energy_N == 0), torch.ones_like(ratio_N), ratio_N)
+
+
+def mean_ratio(ratio: Tensor) -> float:
+    """Return exp(mean log ρ): every image counts alike, and one whose optimum is all but zero cannot rule the rest.
+
+    Σ residual / Σ optimum would be ruled by the images of most energy instead; and the logarithm is what paired
+    differences between methods are taken of.
+    """
+    return ratio.log().mean().exp().item()
+
+
+def mean_over_tokens(cosine_NT: Tensor, x_energy_NT: Tensor) -> Tensor:
+    """Return the mean [N] over the tokens that hold anything; their cosine [N, T] must be 0 where they do not."""
+    return cosine_NT.sum(-1) / (x_energy_NT > 0).sum(-1).clamp_min(1)
 
 
 def _row_energy(x_NTD: Tensor) -> Tensor:

@@ -124,7 +124,9 @@ def _decompose(x_TD: Matrix, place: int) -> tuple[float, Matrix]:
     count = len(eigenvalues_K)
     curve = np.zeros((3, tokens))
     curve[0, : count - 1] = np.cumsum(eigenvalues_K)[-2::-1]
-    curve[1, :count] = _cosine(np.cumsum(shares_TK[:, ::-1], axis=1), row_energy_T1).mean(axis=0)
+    # A token of zeros has no direction.
+    cosine_TK = _cosine(np.cumsum(shares_TK[:, ::-1], axis=1), row_energy_T1)
+    curve[1, :count] = cosine_TK.sum(axis=0) / max(1, np.count_nonzero(row_energy_T1))
     curve[2, :count] = _cosine(np.cumsum(eigenvalues_K[::-1]), np.float64(energy))
     curve[1:, count:] = curve[1:, count - 1 : count]
     return energy, curve

@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
+from lowrank_tune.lowrank.data import FeatureMatrix, MiniBatches, batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
-from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
+from lowrank_tune.lowrank.metrics import Figures, mean_ratio, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import BEST_MODEL, Split, StoppedBy, TrialConfig
+from lowrank_tune.records import BEST_MODEL, OBJECTIVES, Split, StoppedBy, TrialConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,13 @@ FIGURES = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio")
 LR_FACTOR = 0.5
 """What the learning rate is multiplied by on a plateau."""
 LR_PATIENCE = 3
-"""Epochs without a lower validation MSE before that; several plateaus fit into the default patience of 10."""
+"""Epochs without a better objective before that; several plateaus fit into the default patience of 10."""
 
 
 class Trainer:
     """Trains one decomposer: AdamW, the learning rate halved on plateaus, early stopping, the best weights kept.
+
+    All of that goes by the configuration's objective. Validation images of zeros count in no figure.
 
     On the CPU equal arguments give equal numbers, and a restored trainer goes on as if it had never stopped. Several
     processes may train one decomposer, each on its share of every batch, with the numbers of one but for rounding.
@@ -56,13 +59,14 @@ class Trainer:
 
     Attributes:
         model: the decomposer as of the last epoch.
-        best_model: that of the epoch with the lowest validation MSE.
+        best_model: that of the best epoch.
         history: what `step` returned, but for an epoch that failed.
         stopped_by: None while it may go on, then `budget`, `patience` or `error`.
         reason: why it failed, one line.
 
     Raises:
-        InputError: The configuration does not fit the features, a split is empty, or the optimum is another split's.
+        InputError: The configuration does not fit the features, a split is empty, the optimum is another split's, or
+            every validation image is zeros.
     """
 
     def __init__(
@@ -82,6 +86,10 @@ class Trainer:
                 f"trial {config.trial_id}: the optimum is of {len(optimum.energy_N)} images, "
                 f"the validation split has {len(split.validation)}; measure the optimum of this split"
             )
+        if not optimum.energy_N.any():
+            raise InputError(
+                f"trial {config.trial_id}: every validation image holds nothing but zeros; look at the source images"
+            )
         self.config = config
         self.split = split
         self.device = device
@@ -99,12 +107,13 @@ class Trainer:
         self._saved_epoch = 0
         self.model = make_decomposer(config, data.tokens, data.dim).to(device)
         if config.nested_ranks:
-            energy_N = optimum.energy_N.clamp_min(torch.finfo(torch.float64).tiny)
-            shares = [(floor_N / energy_N).mean().item() for floor_N in self._floors]
+            seen_N = optimum.energy_N > 0
+            shares = [(floor_N / optimum.energy_N)[seen_N].mean().item() for floor_N in self._floors]
             self.model.nest(dict(zip(config.ranks, shares, strict=True)))
         self.best_model = copy.deepcopy(self.model)
         self._weights = list(self.model.parameters())
         self._optimizer = AdamW(self._weights, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self._sign = -1.0 if OBJECTIVES[config.objective] == "maximize" else 1.0
         self._scheduler = ReduceLROnPlateau(self._optimizer, factor=LR_FACTOR, patience=LR_PATIENCE)
 
     @property
@@ -114,16 +123,16 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch with the lowest validation MSE, from 1; 0 before the first."""
+        """The epoch whose objective is the best, from 1; 0 before the first."""
         return int(self.history[-1]["best_epoch"]) if self.history else 0
 
     def step(self) -> dict[str, float]:
         """Train one epoch and validate.
 
         Returns:
-            `epoch` (from 1), the `FIGURES` (means over images), `lr`, `seconds`, and `best_epoch`, `best_val_mse`,
-            `best_val_token_cosine`, `best_val_residual_ratio` of the epoch with the lowest `val_mse`. When the epoch
-            fails (`stopped_by` is then `error`) its figures are not finite.
+            `epoch` (from 1), the `FIGURES` (means over images, ρ's geometric), `lr`, `seconds`, and `best_epoch`,
+            `best_val_mse`, `best_val_token_cosine`, `best_val_residual_ratio` of the best epoch. When the epoch fails
+            (`stopped_by` is then `error`) its figures are not finite.
 
         Raises:
             RuntimeError: The training has stopped already.
@@ -181,12 +190,7 @@ class Trainer:
 
     def _initialise(self) -> None:
         """Set the weights from training images; every worker does, and takes the first one's to the last bit."""
-        generator = stream(self.config.seed, "initialise")
-        order = torch.randperm(len(self.split.train), generator=generator)[:INITIAL_IMAGES].tolist()
-        images = [self.split.train[place] for place in order]
-        size = self.micro_batch
-        starts = range(0, len(images), size)
-        self.model.initialise((self._batches.load(images[start : start + size]) for start in starts), generator)
+        initialise(self.model, self.config, self._batches, self.split.train, self.micro_batch)
         for weights in self.model.state_dict().values():
             self.world.sum(weights if self.world.first else weights.zero_())
 
@@ -256,18 +260,23 @@ class Trainer:
                 # An ordered basis: the leading columns are the factors of a lower rank.
                 figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
                 figures_NKF[start:stop, column] = torch.stack(figures, -1)
-        rows = []
+        rows, seen_N = [], self._energy_N > 0
         for figures_NF, floor_N in zip(self.world.sum(figures_NKF).unbind(1), self._floors, strict=True):
             figures = Figures(*figures_NF.unbind(-1))
             ratio_N = residual_ratio(figures.residual_N, floor_N, self._energy_N)
-            rows.append(torch.stack([figures.mse_N.mean(), figures.token_cosine_N.mean(), ratio_N.mean()]))
-        return dict(zip(FIGURES[1:], torch.stack(rows).mean(0).tolist(), strict=True))
+            rows.append(torch.stack([figures.mse_N, figures.token_cosine_N, ratio_N])[:, seen_N])
+        mse_KN, cosine_KN, ratio_KN = torch.stack(rows, 1)
+        return dict(
+            zip(FIGURES[1:], (mse_KN.mean().item(), cosine_KN.mean().item(), mean_ratio(ratio_KN)), strict=True)
+        )
 
     def _judge(self, row: dict[str, float]) -> None:
         """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""
         broken = [name for name in FIGURES if not math.isfinite(row[name])]
         last = self.history[-1] if self.history else {}
-        improved = not broken and row["val_mse"] < last.get("best_val_mse", math.inf)
+        objective = self.config.objective
+        best = last.get(f"best_{objective}", self._sign * math.inf)
+        improved = not broken and self._sign * row[objective] < self._sign * best
         source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in FIGURES[1:]}
         row |= {f"best_{name}": source[name] for name in FIGURES[1:]}
         row["best_epoch"] = row["epoch"] if improved else last.get("best_epoch", 0)
@@ -278,8 +287,19 @@ class Trainer:
         self.history.append(row)
         if improved:
             self.best_model.load_state_dict(self.model.state_dict())
-        self._scheduler.step(row["val_mse"])
+        self._scheduler.step(self._sign * row[objective])
         self.stopped_by = self.config.ends_at(self.epoch, self.best_epoch)
+
+
+def initialise(
+    model: Decomposer, config: TrialConfig, batches: MiniBatches, train: Sequence[int], at_once: int
+) -> None:
+    """Set a model's weights from training images, so many in memory at once, as its training begins."""
+    generator = stream(config.seed, "initialise")
+    order = torch.randperm(len(train), generator=generator)[:INITIAL_IMAGES].tolist()
+    images = [train[place] for place in order]
+    starts = range(0, len(images), at_once)
+    model.initialise((batches.load(images[start : start + at_once]) for start in starts), generator)
 
 
 def largest_share(config: TrialConfig, world: World = ALONE) -> int:

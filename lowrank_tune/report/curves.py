@@ -72,7 +72,7 @@ def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) 
         cosine, [value for row in rows for value in (row.token_cosine_mean, row.token_cosine_seed_mean) if value]
     )
     ABOVE_ONE.on_matplotlib(
-        ratio, [1.0, *(value for row in rows for value in (row.residual_ratio_mean, row.residual_ratio_max))]
+        ratio, [1.0, *(value for row in rows for value in (row.residual_ratio, row.residual_ratio_max))]
     )
     cosine.set_ylabel("token cosine (finer towards 1)")
     ratio.set_ylabel("residual ratio ρ (finer towards 1)")
@@ -91,7 +91,7 @@ def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) 
 
 def _draw_method(cosine: Axes, ratio: Axes, rows: Sequence[ComparisonRow], look: Look) -> None:
     ranks, method = [row.rank for row in rows], rows[0].method
-    means, ratios = [row.token_cosine_mean for row in rows], [row.residual_ratio_mean for row in rows]
+    means, ratios = [row.token_cosine_mean for row in rows], [row.residual_ratio for row in rows]
     style: dict[str, Any] = {"color": look.color, "marker": look.marker, "linestyle": look.line}
     for axes, values in ((cosine, means), (ratio, ratios)):
         axes.plot(ranks, values, label=method, linewidth=look.width, **style)

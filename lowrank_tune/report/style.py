@@ -41,14 +41,16 @@ _KNOWN = {
     "pca_basis": Look("#56B4E9", "^", "--", 1.2),
     "power_1": Look("#7F7F7F", "<", "--", 1.2),
     "randomized_svd": Look("#CC79A7", ">", "--", 1.2),
+    "gram_eigh": Look("#999933", "*", "--", 1.2),
     "direct": Look("#D55E00", "s"),
     "sketch": Look("#0072B2", "D"),
     "refined": Look("#009E73", "P"),
 }
-_FURTHER = (Look("#882255", "X"), Look("#332288", "h"), Look("#999933", "p"), Look("#117733", "d"))
+_FURTHER = (Look("#882255", "X"), Look("#332288", "h"), Look("#AA4499", "p"), Look("#117733", "d"))
 SYMBOLS = {
     "o": "circle", "x": "x-thin", "v": "triangle-down", "^": "triangle-up", "<": "triangle-left", ">": "triangle-right",
     "s": "square", "D": "diamond", "P": "cross", "X": "x", "h": "hexagon2", "p": "pentagon", "d": "diamond-tall",
+    "*": "star",
 }  # fmt: skip
 """plotly's names of matplotlib's markers."""
 INK, SOFT, GRID = "#1a1a1a", "#595959", "#e4e4e4"

@@ -22,10 +22,12 @@ from lowrank_tune.report.text import (
     cosine_text,
     difference_text,
     duration_text,
+    gain_text,
     in_order,
     is_trained,
     rank_summaries,
     rate_text,
+    ratio_interval_text,
     ratio_text,
     seed_texts,
 )
@@ -87,14 +89,14 @@ def summary_table(comparison: Comparison) -> Table:
         return told(row) if row else ABSENT
 
     def without_training(row: ComparisonRow) -> str:
-        return f"{row.method} {ratio_text(row.residual_ratio_mean)}"
+        return f"{row.method} {ratio_text(row.residual_ratio)}"
 
     columns: dict[str, Callable[[RankSummary], str]] = {
         "rank": lambda summary: str(summary.rank),
         "trained": lambda summary: of(summary.trained, lambda row: row.method),
         "cosine": lambda summary: of(summary.trained, lambda row: cosine_text(row.token_cosine_mean)),
         "SVD's": lambda summary: of(summary.svd, lambda row: cosine_text(row.token_cosine_mean)),
-        "ρ": lambda summary: of(summary.trained, lambda row: ratio_text(row.residual_ratio_mean)),
+        "ρ": lambda summary: of(summary.trained, lambda row: ratio_text(row.residual_ratio)),
         "ρ over seeds": lambda summary: of(summary.trained, lambda row: seed_texts(row)[0]),
         "untrained": lambda summary: of(summary.control, without_training),
         "so": lambda summary: summary.text,
@@ -105,7 +107,7 @@ def summary_table(comparison: Comparison) -> Table:
         columns,
         "trained: what validation chose, on the test images · cosine: mean token cosine, beside the SVD's · ρ: "
         "squared error over the least possible at that rank, the SVD's: 1 is perfect · over seeds: the same "
-        "configuration trained again · untrained: the best control and its ρ",
+        "configuration trained again · untrained: the nearest control that takes no longer, and its ρ",
         texts=("trained", "untrained", "so"),
         prose=("so",),
         terminal=tuple(columns)[:-1],
@@ -138,7 +140,8 @@ def methods_table(comparison: Comparison) -> Table:
     measured = {(row.rank, row.method): row for row in comparison.rows}
     columns: dict[str, Callable[[ComparisonRow], str]] = {
         "token cosine": lambda row: f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
-        "ρ": lambda row: ratio_text(row.residual_ratio_mean),
+        "ρ": ratio_interval_text,
+        "median ρ": lambda row: ratio_text(row.residual_ratio_median),
         "worst ρ": lambda row: ratio_text(row.residual_ratio_max),
         "images/s": lambda row: rate_text(row.images_per_second),
         "cosine − SVD": difference_text,
@@ -157,10 +160,11 @@ def methods_table(comparison: Comparison) -> Table:
         f"Rank x method: {comparison.data or 'test images'}",
         head,
         tuple(rows),
-        "Means ± sd over the test images · ρ: residual over the SVD's, 1 is the optimum · ★ the trained model of its "
+        "Means ± sd over the test images · ρ: residual over the SVD's, 1 is the optimum: exp(mean log ρ) with a 95 % "
+        "interval over groups of images, then the middle and the worst image's · ★ the trained model of its "
         f"rank that validation chose · images/s: A and B, on {comparison.device}",
         texts=("method", "trial"),
-        terminal=head[:6],
+        terminal=head[:7],
         grouped=True,
     )
 
@@ -180,11 +184,13 @@ def trained_table(comparison: Comparison) -> Table:
             "rank": lambda row: str(row.rank),
             "method": starred,
             "token cosine\n− SVD": difference_text,
+            "training took\noff ρ, %": gain_text,
             "seeds": lambda row: str(row.seeds or ABSENT),
             "ρ\nover seeds": lambda row: seed_texts(row)[0],
             "token cosine\nover seeds": lambda row: seed_texts(row)[1],
         },
-        "− SVD: difference on the same test image, mean ± 95 % interval · over seeds: the same configuration trained "
+        "− SVD: difference on the same test image, mean ± 95 % interval · training took off: against the same model "
+        "before its first epoch, on the same images · over seeds: the same configuration trained "
         "again, mean ± sd, which is what it gives; the trial's own training was chosen for its validation figures",
         texts=("method",),
         grouped=True,
@@ -202,13 +208,14 @@ def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
     found = [(name, row) for name, comparison in comparisons.items() for row in comparison.rows]
     return Table.of(
         "Studies side by side, by rank and ρ",
-        sorted(found, key=lambda pair: (pair[1].rank, pair[1].residual_ratio_mean)),
+        sorted(found, key=lambda pair: (pair[1].rank, pair[1].residual_ratio)),
         {
             "rank": lambda pair: str(pair[1].rank),
             "study": lambda pair: pair[0],
             "method": lambda pair: starred(pair[1]),
             "token cosine": lambda pair: cosine_text(pair[1].token_cosine_mean),
-            "ρ": lambda pair: ratio_text(pair[1].residual_ratio_mean),
+            "ρ": lambda pair: ratio_interval_text(pair[1]),
+            "median ρ": lambda pair: ratio_text(pair[1].residual_ratio_median),
             "worst ρ": lambda pair: ratio_text(pair[1].residual_ratio_max),
         },
         "ρ: residual over the SVD's, 1 is the optimum · ★ the trained model that its study's validation chose",

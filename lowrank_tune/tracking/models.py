@@ -163,7 +163,7 @@ def _register(
                 run_id=parent,
                 model_id=model.model_id,
                 tags=tags,
-                description=f"{row.method} at rank {row.rank}: test ρ {row.residual_ratio_mean:.4g}",
+                description=f"{row.method} at rank {row.rank}: test ρ {row.residual_ratio:.4g}",
             )
     best = there[logged[-1][1].model_id]
     aliased = client.get_registered_model(name).aliases.get(BEST, 0)

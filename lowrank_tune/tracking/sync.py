@@ -20,9 +20,9 @@ from urllib.parse import quote
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import TrackingError, redact
-from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
+from lowrank_tune.records import OBJECTIVES, Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.store import Store
-from lowrank_tune.trials.outcomes import OBJECTIVES, TrialRecord
+from lowrank_tune.trials.outcomes import TrialRecord
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -345,7 +345,7 @@ def _points(row: ComparisonRow) -> Iterator[tuple[str, int, float]]:
     """A row's figures, each as metric, step and value."""
     figures = {
         "token_cosine": row.token_cosine_mean,
-        "residual_ratio": row.residual_ratio_mean,
+        "residual_ratio": row.residual_ratio,
         "token_cosine_minus_svd": row.token_cosine_minus_svd,
         "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
         "residual_ratio_seed_sd": row.residual_ratio_seed_sd,

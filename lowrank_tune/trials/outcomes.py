@@ -7,11 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json
-from lowrank_tune.records import BEST_MODEL, FeatureSet, StoppedBy, TrialConfig, TrialOutcome, TrialStatus
+from lowrank_tune.records import (
+    BEST_MODEL,
+    OBJECTIVES,
+    FeatureSet,
+    StoppedBy,
+    TrialConfig,
+    TrialOutcome,
+    TrialStatus,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +30,6 @@ FEATURES, SPLIT = "features.json", "split.json"
 CHECKPOINT = "checkpoint.pt"
 """In a trial's folder while it is not over: all that its training needs to go on."""
 
-OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
-    "val_residual_ratio": "minimize",
-    "val_mse": "minimize",
-    "val_token_cosine": "maximize",
-}
-"""What a study file may name as its `objective`, and which way is better: the figures of a trial's best epoch."""
 _STATUS: dict[StoppedBy, TrialStatus] = {
     "budget": "finished",
     "patience": "finished",

@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.trials.outcomes import OBJECTIVES
+from lowrank_tune.records import OBJECTIVES
 
 
 class FairASHA(FIFOScheduler):

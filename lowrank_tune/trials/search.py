@@ -29,8 +29,8 @@ from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
 from lowrank_tune.config.plan import SHARED_PARAMS, Plan, trial_config
-from lowrank_tune.records import TrialConfig, TrialOutcome
-from lowrank_tune.trials.outcomes import OBJECTIVES, stopped_by
+from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome
+from lowrank_tune.trials.outcomes import stopped_by
 
 
 def suggest(trial: BaseTrial, space: SpaceSpec) -> dict[str, Any]:

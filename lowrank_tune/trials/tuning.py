@@ -20,10 +20,9 @@ from ray.tune.experiment import Trial
 
 from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.errors import StudyFailedError
-from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, trials_at_once
 from lowrank_tune.trials.outcomes import (
-    OBJECTIVES,
     begin_trial,
     outcome_of,
     read_history,

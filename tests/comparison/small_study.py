@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
+from lowrank_tune.lowrank.data import FeatureMatrix, Mapped
+from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
+from lowrank_tune.lowrank.trainer import initialise
 from lowrank_tune.records import (
     CONTROLS,
     Comparison,
@@ -30,7 +32,8 @@ def make_row(method: str, rank: int, ratio: float = 1.1, cosine: float = 0.95, *
     trained = method not in (*CONTROLS, "svd", "svd_rows")
     figures = {
         "n_images": 4, "token_cosine_mean": cosine, "token_cosine_sd": 0.01, "flat_cosine_mean": cosine,
-        "mse_mean": 0.1, "residual_ratio_mean": ratio, "residual_ratio_max": ratio * 1.1,
+        "mse_mean": 0.1, "residual_ratio_mean": ratio, "residual_ratio_max": ratio * 1.1, "residual_ratio": ratio,
+        "residual_ratio_low": ratio * 0.99, "residual_ratio_high": ratio * 1.01, "residual_ratio_median": ratio,
         "bytes_per_image": 2048 * rank, "images_per_second": 123.0, "trial_id": f"r{rank:03d}-{method}" * trained,
         "chosen": int(trained), "val_token_cosine": cosine if trained else None,
     }  # fmt: skip
@@ -58,6 +61,7 @@ class Study:
     split: Split
     outcomes: list[TrialOutcome] = field(default_factory=list)
     confirmations: list[TrialOutcome] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
     plan: Plan | None = None
     comparison: Comparison | None = None
 
@@ -79,10 +83,20 @@ class Study:
         self.confirmations.append(replace(trial, config=config, directory=directory, **ending))
         return self.confirmations[-1]
 
+    def nudge(self, trial_id: str, by: float) -> None:
+        """Let a trial's model be another than the one it began with."""
+        (trial,) = (outcome for outcome in self.outcomes if outcome.config.trial_id == trial_id)
+        path = Path(trial.directory) / "best_model.safetensors"
+        model, generator = load_decomposer(path), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += by * torch.randn(weight.shape, generator=generator)
+        save_decomposer(model, path)
+
     def _save(self, config: TrialConfig, nudge: float) -> Path:
         model = make_decomposer(config, self.features.tokens, self.features.dim)
         generator = torch.Generator().manual_seed(config.seed)
-        model.initialise([self.x_NTD[list(self.split.train)]], generator)
+        initialise(model, config, Mapped(FeatureMatrix(self.features)), self.split.train, config.batch_size)
         with torch.no_grad():
             for weight in model.parameters():
                 weight += nudge * torch.randn(weight.shape, generator=generator)
@@ -92,7 +106,8 @@ class Study:
         return path
 
     def compare(self, objective: str = "val_residual_ratio") -> Comparison:
-        given = {"seed": 3, "directory": self.directory, "confirmations": self.confirmations}
+        given: dict[str, Any] = {"seed": 3, "directory": self.directory, "confirmations": self.confirmations}
+        given["groups"] = self.groups
         return compare(self.features, self.split, self.outcomes, objective=objective, **given)
 
     def test_images(self) -> Tensor:

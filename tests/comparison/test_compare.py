@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import ttest_rel
+from scipy.stats import gmean, ttest_1samp, ttest_rel
 
 from lowrank_tune.comparison.choice import winners
-from lowrank_tune.comparison.compare import read_comparison
+from lowrank_tune.comparison.compare import interval, read_comparison
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
@@ -28,8 +28,20 @@ CONTRACT = [
 FURTHER = [
     "seeds", "residual_ratio_seed_mean", "residual_ratio_seed_sd", "token_cosine_seed_mean", "token_cosine_seed_sd",
     "token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high", "val_token_cosine", "chosen",
+    "n_groups", "residual_ratio", "residual_ratio_low", "residual_ratio_high", "residual_ratio_median", "training_gain",
+    "training_gain_low", "training_gain_high", "beaten_by", "level_with",
 ]  # fmt: skip
-METHODS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd", "sketch", "direct"}
+METHODS = {
+    "svd",
+    "svd_rows",
+    "random_sketch",
+    "pca_basis",
+    "power_1",
+    "randomized_svd",
+    "gram_eigh",
+    "sketch",
+    "direct",
+}
 
 
 def figures(x_ND, y_ND):
@@ -109,7 +121,7 @@ def test_per_image_figures_average_to_the_rows_and_none_beats_the_optimum(compar
     study, comparison = compared
     per_image = pd.read_parquet(comparison.per_image_path)
     assert list(per_image.columns) == [
-        "method", "rank", "key", "index", "token_cosine", "flat_cosine", "mse", "residual", "residual_ratio"
+        "method", "rank", "key", "index", "token_cosine", "flat_cosine", "mse", "residual", "residual_ratio", "group"
     ]  # fmt: skip
     assert set(per_image["method"]) == METHODS
     assert per_image["residual_ratio"].min() >= 1 - 1e-6
@@ -139,6 +151,71 @@ def test_the_difference_to_the_svd_is_paired_image_by_image(compared):
     assert find_row(comparison.rows, "random_sketch", 2).token_cosine_minus_svd_high < 0
 
 
+def test_the_ratio_is_told_by_its_logarithms_mean_with_an_interval_and_its_median(compared):
+    _, comparison = compared
+    per_image = pd.read_parquet(comparison.per_image_path)
+    for row in comparison.rows:
+        own = per_image[(per_image["method"] == row.method) & (per_image["rank"] == row.rank)]["residual_ratio"]
+        assert row.residual_ratio == pytest.approx(gmean(own))
+        assert row.residual_ratio_median == pytest.approx(own.median())
+        if row.method != "svd":
+            expected = ttest_1samp(np.log(own), 0).confidence_interval(0.95)
+            assert (row.residual_ratio_low, row.residual_ratio_high) == pytest.approx(np.exp(expected))
+
+
+def test_an_interval_is_over_groups_of_images():
+    """Of 400 draws, 8 groups of 5 images that share half of their variance: 95 of 100 intervals hold the truth."""
+    generator = np.random.default_rng(0)
+    group = np.repeat(np.arange(8), 5)
+    draws = pd.concat(
+        pd.DataFrame({"method": "m", "rank": draw, "group": group, "image": range(40),
+                      "x": generator.normal(size=8)[group] + generator.normal(size=40)}) for draw in range(400)
+    )  # fmt: skip
+    held = {}
+    for by in ("group", "image"):
+        mean, half = interval(draws.assign(group=draws[by]), "x")
+        held[by] = (mean.abs() <= half).mean()
+    assert 0.92 <= held["group"] <= 0.98
+    assert held["image"] < 0.8
+    one = draws[draws["group"] == 0]
+    assert interval(one, "x")[1].isna().all()
+
+
+def test_groups_of_images_widen_the_intervals_and_are_counted(study, make_study):
+    alone = study.compare()
+    study.groups = ["a", "b"] * 10
+    grouped = study.compare()
+    assert {row.n_groups for row in alone.rows} == {6}
+    assert {row.n_groups for row in grouped.rows} == {2}
+    assert "the 6 test images come from only 2 groups: intervals are wide" in grouped.remarks
+    assert set(pd.read_parquet(grouped.per_image_path)["group"]) == {"a", "b"}
+    study.groups = ["a"] * 20
+    one = study.compare()
+    assert {row.residual_ratio_low for row in one.rows} == {None}
+    assert any("belong to one group: no interval" in remark for remark in one.remarks)
+
+
+def test_every_trained_row_tells_what_training_added_to_the_model_it_began_with(make_study):
+    study = make_study()
+    for family in ("sketch", "direct"):
+        study.add_trial(family, 6)
+    study.nudge("r006-direct-0001", 0.5)
+    rows = study.compare().rows
+    start, worse = find_row(rows, "sketch", 6), find_row(rows, "direct", 6)
+    assert (start.training_gain, start.training_gain_low, start.training_gain_high) == (0, 0, 0)
+    assert worse.training_gain_low < worse.training_gain < worse.training_gain_high < 0
+    assert {row.training_gain for row in rows if not row.trial_id} == {None}
+    assert any("training adds nothing measurable to sketch here, at rank 6" in said for said in study.compare().remarks)
+
+
+def test_images_that_the_svd_leaves_nothing_of_are_counted(make_study):
+    x_NTD = torch.randn(20, 16, 24, generator=torch.Generator().manual_seed(0))
+    x_NTD[18:] = x_NTD[18:, :, :4] @ x_NTD[18:, :4]  # rank 4
+    study = make_study(x_NTD)
+    study.add_trial("sketch", 6)
+    assert any("of the energy of 2 of 6 test images" in remark for remark in study.compare().remarks)
+
+
 def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(compared):
     study, comparison = compared
     images = study.test_images().double().numpy()
@@ -146,7 +223,7 @@ def test_seeds_stand_in_the_row_of_the_trial_that_they_repeat(compared):
     for repeat in study.confirmations[:3]:
         made = reconstructions(Path(repeat.directory) / "best_model.safetensors", study.test_images())
         pairs = list(zip(images, made, strict=True))
-        ratios.append(np.mean([figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in pairs]))
+        ratios.append(gmean([figures(x, y)[3] / figures(x, truncated(x, 6))[3] for x, y in pairs]))
         cosines.append(np.mean([figures(x, y)[0] for x, y in pairs]))
     row, one = find_row(comparison.rows, "direct", 6), find_row(comparison.rows, "sketch", 2)
     assert (row.seeds, one.seeds) == (3, 1)

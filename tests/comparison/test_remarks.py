@@ -1,37 +1,57 @@
 """What the remarks say, and when they are silent."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from lowrank_tune.comparison.remarks import about_data, about_rivals, about_trials
+from lowrank_tune.comparison.choice import judge
+from lowrank_tune.comparison.remarks import about_data, about_rivals, about_training, about_trials
 from tests.comparison.small_study import make_row
 
 
-def row(method, ratio, speed, rank=4, trial_id=""):
-    return make_row(method, rank, ratio, images_per_second=speed, trial_id=trial_id)
+def row(method, ratio, speed, rank=4, trial_id="", **fields):
+    return make_row(method, rank, ratio, images_per_second=speed, trial_id=trial_id, **fields)
+
+
+def paired_by(rows, half=0.01):
+    """Intervals of log ρ that are as wide everywhere."""
+    log = {(each.method, each.rank): math.log(each.residual_ratio) for each in rows}
+
+    def paired(kind, other):
+        difference = log[kind] - log[other]
+        return difference, difference - half, difference + half
+
+    return paired
 
 
 @pytest.mark.parametrize(
-    ("fields", "images", "said"),
+    ("fields", "images", "groups", "said"),
     [
-        ({"weights": "random"}, 80, "random weights: these figures show the pipeline, not the science"),
-        ({"weights": "unknown"}, 80, "unknown weights: what made these features is not recorded, so compare within"),
-        ({"quarantined": 3}, 80, "3 of the source's records had no usable image and are not in any figure"),
-        ({}, 1, "one test image only"),
-        ({}, 9, "only 9 test images"),
-        ({}, 10, None),
+        ({"weights": "random"}, 80, 80, "random weights: these figures show the pipeline, not the science"),
+        (
+            {"weights": "unknown"},
+            80,
+            80,
+            "unknown weights: what made these features is not recorded, so compare within",
+        ),
+        ({"quarantined": 3}, 80, 80, "3 of the source's records had no usable image and are not in any figure"),
+        ({}, 1, 1, "one test image only"),
+        ({}, 9, 9, "only 9 test images"),
+        ({}, 10, 10, None),
+        ({}, 80, 1, "all 80 test images belong to one group: no interval can be given"),
+        ({}, 80, 4, "the 80 test images come from only 4 groups: intervals are wide"),
     ],
 )
-def test_what_the_features_are_worth(make_study, fields, images, said):
-    remarks = about_data(make_study(**fields).features, images)
+def test_what_the_features_and_the_test_images_are_worth(make_study, fields, images, groups, said):
+    remarks = about_data(make_study(**fields).features, images, groups)
     assert [remark.startswith(said) for remark in remarks] == ([True] if said else [])
 
 
 def test_a_control_that_wins_is_called_out_with_both_figures():
     rows = [row("svd", 1.0, 10), row("randomized_svd", 1.01, 90), row("power_1", 1.1, 400),
             row("random_sketch", 2.0, 900), row("direct", 1.3, 80, trial_id="r004-direct-0000")]  # fmt: skip
-    assert about_rivals(rows) == [
+    assert about_rivals(judge(rows, paired_by(rows))) == [
         "at rank 4 randomized_svd, without training, beats direct: ρ 1.01 against 1.3, 90 against 80 images/s; "
         "so does power_1"
     ]
@@ -40,23 +60,44 @@ def test_a_control_that_wins_is_called_out_with_both_figures():
 @pytest.mark.parametrize(
     ("rival", "verb"),
     [
-        (row("power_1", 1.3, 80), "matches"),
-        (row("svd", 1.3, 80), "matches"),
-        (row("power_1", 1.3, 81), "beats"),
-        (row("power_1", 1.29, 80), "beats"),
-        (row("power_1", 1.3 * (1 + 1e-7), 80), "matches"),
-        (row("power_1", 1.3 * (1 - 1e-7), 80), "matches"),
-        (row("power_1", 1.1, 79), ""),
-        (row("power_1", 1.31, 900), ""),
-        (row("power_1", 1.30001, 900), ""),
+        (row("power_1", 1.3, 80), "is level with"),
+        (row("svd", 1.3, 80), "is level with"),
+        (row("power_1", 1.3, 87), "is level with"),  # 10 % of the time and more would be a difference
+        (row("power_1", 1.3, 89), "beats"),
+        (row("power_1", 1.28, 80), "beats"),
+        (row("power_1", 1.28, 73), "beats"),
+        (row("power_1", 1.29, 80), "is level with"),  # the interval holds 0
+        (row("power_1", 1.1, 72), ""),
+        (row("power_1", 1.32, 900), ""),
         (row("power_1", 1.0, 900, rank=8), ""),
         (row("svd_rows", 1.0, 900), ""),
     ],
 )
-def test_a_rival_is_as_near_in_no_more_time_at_the_rank_and_rounding_makes_no_winner(rival, verb):
-    remarks = about_rivals([rival, row("direct", 1.3, 80, trial_id="r004-direct-0000")])
+def test_only_clear_differences_of_error_and_time_decide(rival, verb):
+    rows = [rival, row("direct", 1.3, 80, trial_id="r004-direct-0000")]
+    remarks = about_rivals(judge(rows, paired_by(rows)))
     assert len(remarks) == bool(verb)
     assert all(f"{rival.method}, without training, {verb} direct" in remark for remark in remarks)
+
+
+def test_without_an_interval_nothing_beats_anything_and_what_is_fitted_is_called_so():
+    rows = [row("pca_basis", 1.1, 900), row("direct", 1.3, 80, trial_id="r004-direct-0000")]
+    assert about_rivals(judge(rows, paired_by(rows, math.nan))) == []
+    assert "pca_basis, fitted but not trained, beats direct" in about_rivals(judge(rows, paired_by(rows)))[0]
+
+
+def test_what_training_adds_is_told_where_it_is_nothing_or_less():
+    def gained(rank, low, high):
+        gain = {"training_gain": (low + high) / 2, "training_gain_low": low, "training_gain_high": high}
+        return row("refined", 1.01, 80, rank, "t", **gain)
+
+    assert about_training([gained(4, 0.1, 0.3), gained(8, -0.001, 0.003), gained(16, 0.0, 0.0)]) == [
+        "training adds nothing measurable to refined here, at rank 8 (0.1 % of ρ, -0.1 % to 0.3 %), "
+        "16 (0 % of ρ, 0 % to 0 %)"
+    ]
+    assert about_training([gained(4, -0.04, -0.02)]) == [
+        "at rank 4 training made refined worse: its ρ rose by 3 % (2 % to 4 %)"
+    ]
 
 
 def test_trials_that_ended_badly_are_counted_with_reasons(make_study):

@@ -16,12 +16,14 @@ def test_the_rate_is_images_over_a_runs_seconds_and_quick_methods_are_run_severa
         calls.append(len(x_NTD))
         time.sleep(0.02)
 
-    rate = images_per_second(decompose, torch.zeros(8, 2, 2))
-    assert 8 / 0.2 < rate <= 8 / 0.02
-    assert calls == [1, 8]
+    routes = {("slow", 1): decompose, ("quick", 1): lambda x_NTD: calls.append("quick")}
+    rates = images_per_second(routes, torch.zeros(8, 2, 2))
+    assert 8 / 0.2 < rates["slow", 1] <= 8 / 0.02 < rates["quick", 1]
+    assert [call for call in calls if call == 8] == [8, 8]  # warmed, then timed
+    calls.clear()
     monkeypatch.setattr("lowrank_tune.comparison.methods.SECONDS", 10.0)
-    images_per_second(decompose, torch.zeros(8, 2, 2))
-    assert calls[2:] == [1] + [8] * 9
+    images_per_second(routes, torch.zeros(8, 2, 2))
+    assert calls == [8, "quick"] * 10  # in turns
 
 
 def test_torch_and_numpy_have_one_thread_only_while_it_runs_even_when_it_raises():
@@ -36,7 +38,7 @@ def test_torch_and_numpy_have_one_thread_only_while_it_runs_even_when_it_raises(
     torch.set_num_threads(2)
     try:
         with threadpool_limits(2, user_api="blas"), pytest.raises(RuntimeError, match="no"):
-            images_per_second(decompose, torch.zeros(1, 2, 2))
+            images_per_second({("broken", 1): decompose}, torch.zeros(1, 2, 2))
         assert len(seen) >= 2 and set(seen) == {1}
         assert torch.get_num_threads() == 2
     finally:

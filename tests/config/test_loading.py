@@ -97,9 +97,20 @@ def test_overrides_are_laid_over_the_file(overrides: list[str], path: str, value
 def test_a_past_studys_key_that_was_let_go_is_passed_over_there_and_unknown_in_a_users_file(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(f"{VALID}resources: {{fuse: never, cpus_per_trial: 2}}\n", encoding="utf-8")
-    assert load_past_study(file) == parse_study(VALID, "study.yaml", ["resources.cpus_per_trial=2"])
+    assert load_past_study(file) == parse_study(VALID, "study.yaml", ["resources.cpus_per_trial=2"], begun=True)
     with pytest.raises(StudyFileError, match=r"resources.fuse: unknown key \(known here: cpus_per_trial"):
         load_study(file)
+
+
+def test_samples_go_by_photograph_a_past_study_as_it_did_and_only_a_manifest_has_columns(tmp_path: Path) -> None:
+    samples = ["features.source={samples: 96}"]
+    assert parse_study(VALID, "study.yaml", samples).split.group_by == "photograph"
+    assert parse_study(VALID, "study.yaml", [*samples, "split.group_by=null"]).split.group_by is None
+    assert parse_study(VALID, "study.yaml", samples, begun=True).split.group_by is None
+    manifest = ["features.source={manifest: data.csv}", "split.group_by=scene"]
+    assert parse_study(VALID, "study.yaml", manifest).split.group_by == "scene"
+    with pytest.raises(StudyFileError, match=r"split.group_by: .*only a manifest has columns to group by"):
+        parse_study(VALID, "study.yaml", ["features.source={images: photos}", "split.group_by=scene"])
 
 
 def test_patience_as_long_as_the_budget_is_allowed_and_a_given_grace_counts_for_asha_alone() -> None:

@@ -110,14 +110,16 @@ def test_equal_studies_have_one_hash_however_they_are_written() -> None:
     assert spec_hash(spec) != spec_hash(parse_study(GRID, "study.yaml", ["seed=8"]))
 
 
-def test_a_trial_has_a_readable_name_a_seed_of_its_own_and_only_its_familys_parameters() -> None:
+def test_a_trial_has_a_readable_name_the_start_of_its_kind_and_only_its_familys_parameters() -> None:
     plan = plan_of()
     configs = [trial_config(plan, number, params) for number, params in enumerate(plan.grid)]
     assert configs[0].trial_id == "r008-direct-0000"
     assert configs[0].family_params == {"lambda_b": 0.0, "lambda_ortho": 1e-3}
     assert configs[-1].family_params == {}
     assert (configs[0].epochs, configs[0].patience) == (5, 2)
-    assert len({config.seed for config in configs}) == len(configs)
+    kinds = {(config.family, config.rank) for config in configs}
+    assert len({config.seed for config in configs}) == len(kinds) < len(configs)
+    assert len({(config.family, config.rank, config.seed) for config in configs}) == len(kinds)
     assert all(0 <= config.seed < 2**32 for config in configs)
     assert configs[3] == trial_config(plan_of(started=START + timedelta(days=1)), 3, plan.grid[3])
     assert configs[3].seed != trial_config(plan_of(GRID, "seed=8"), 3, plan.grid[3]).seed
@@ -130,7 +132,8 @@ def test_a_repetition_is_its_trial_with_a_fresh_seed_and_a_name_that_says_so() -
     first = repeats[0]
     assert (first.trial_id, first.confirms) == ("r008-direct-0000-s1", "r008-direct-0000")
     assert replace(first, trial_id=trials[0].trial_id, seed=trials[0].seed, confirms="") == trials[0]
-    assert len({config.seed for config in (*trials, *repeats)}) == len(trials) + len(repeats)
+    starts = {config.seed for config in trials}
+    assert len(starts | {config.seed for config in repeats}) == len(starts) + len(repeats)
     later = plan_of(started=START + timedelta(days=1))
     assert confirmation_config(later, trials[0], 1) == first
     assert confirmation_config(plan_of(GRID, "seed=8"), trials[0], 1).seed != first.seed
@@ -214,10 +217,27 @@ def test_a_split_is_disjoint_complete_and_the_same_in_any_order_and_one_more_ima
     assert not members(keys, split.validation) & members(more, after.test)
 
 
+@given(st.lists(st.integers(0, 12), min_size=3, max_size=60), st.integers(1, 8), st.integers(1, 8), st.integers(0, 99))
+def test_a_group_is_never_on_two_sides(groups: list[int], validation: int, test: int, seed: int) -> None:
+    names = [f"scene {group}" for group in groups]
+    try:
+        split = split_images(names, SplitSpec(validation=validation, test=test), seed)
+    except InputError as error:
+        assert "leave none" in str(error)
+        return
+    assert sorted(split.train + split.validation + split.test) == list(range(len(names)))
+    sides = [members(names, part) for part in (split.train, split.validation, split.test)]
+    assert sum(len(side) for side in sides) == len(set(names))
+    for part, count in ((split.validation, validation), (split.test, test)):
+        sizes = [names.count(name) for name in members(names, part)]
+        assert len(part) >= min(count, len(names))
+        assert len(part) - max(sizes) < count, "no group more than it takes"
+
+
 def test_a_fraction_is_what_it_says_and_one_image_at_least_and_the_seed_decides_the_split() -> None:
     assert SplitSpec(validation=0.29, test=0.1).counts(100) == (29, 10)
     assert SplitSpec(validation=0.01, test=5).counts(30) == (1, 5)
     keys = [str(number) for number in range(60)]
     assert len({split_images(keys, SplitSpec(), seed) for seed in (0, 1, 2, 3, 4, 0)}) == 5
-    with pytest.raises(InputError, match=r"80 to test leave none of 60 to train; lower split.validation"):
+    with pytest.raises(InputError, match=r"80 to test leave none of 60 images to train; lower split.validation"):
         split_images(keys, SplitSpec(test=80), 0)

@@ -11,11 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from lowrank_tune.config.schema import FeaturesSpec
-from lowrank_tune.errors import InputError
+from lowrank_tune.config.schema import FeaturesSpec, ManifestSource, SampleSource
+from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features import sources
 from lowrank_tune.features.extract import extract_features
-from lowrank_tune.features.sources import SourceFiles, SourceRecords, read_records, write_record_table
+from lowrank_tune.features.sources import (
+    SourceFiles,
+    SourceRecords,
+    image_groups,
+    listed_groups,
+    read_records,
+    write_record_table,
+)
+from lowrank_tune.records import FeatureRow, FeatureSet
 
 GROUNDING = [
     {
@@ -170,6 +178,33 @@ def test_tensor_files_are_sorted_by_number(tmp_path):
 
 def digests(records):
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in records.paths]
+
+
+def test_images_that_share_a_record_value_belong_together_and_one_without_stands_alone(tmp_path):
+    manifest = tmp_path / "data.csv"
+    manifest.write_text("image,scene,key\na.png,kitchen,1\nb.png,kitchen,2\nc.png,,3\nd.png,yard,4\na.png,yard,5\n")
+    source = ManifestSource(manifest=str(manifest))
+    named = listed_groups(source, "scene")
+    assert named[:2] == ["scene kitchen"] * 2 and named[3:] == ["scene yard"] * 2
+    assert len(set(named)) == 3 and len(set(listed_groups(source, None))) == 5
+    with pytest.raises(InputError, match=r"the manifest has no column 'scenes', .*did you mean scene\?"):
+        listed_groups(source, "scenes")
+    records = read_records(source, tmp_path, 0)
+    keys = ["a", "b", None, "d", "a"]
+    table = write_record_table(tmp_path, records, keys, [None] * 5)
+    rows = tuple(FeatureRow(key, "", 0) for key in ("a", "b", "c", "d"))
+    features = FeatureSet("", "", "", "", "float32", 1, 1, rows, str(table))
+    # The record without a scene is of an image that was not usable; a.png joins kitchen and yard.
+    assert image_groups(features, "scene") == ["kitchen", "kitchen", "c", "kitchen"]
+    assert image_groups(features, "key") == ["1", "2", "c", "4"], "the user's own column of that name"
+    assert image_groups(features, None) == ["a", "b", "c", "d"]
+    with pytest.raises(CacheError, match="groups cannot be read"):
+        image_groups(features, "nothing")
+
+
+def test_samples_belong_to_their_photographs(tmp_path):
+    records = records_of({"samples": 45}, tmp_path)
+    assert listed_groups(SampleSource(samples=45), "photograph") == records.columns["photograph"].to_pylist()
 
 
 def test_samples_are_distinct_useful_crops_of_many_photographs(tmp_path):

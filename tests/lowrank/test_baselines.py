@@ -18,6 +18,7 @@ def every_ratio(x, rank, train):
         "pca_basis": baselines.pca_basis(x, rank, principal_axes([train], rank, generator())),
         "power_1": baselines.power_1(x, rank, generator()),
         "randomized_svd": baselines.randomized_svd(x, rank, generator()),
+        "gram_eigh": baselines.gram_eigh(x, rank, generator()),
         "svd": baselines.svd(x, rank),
         "svd_rows": baselines.svd_rows(x, rank),
     }
@@ -55,13 +56,13 @@ def test_svd_rows_explains_more_of_each_token(power_law):
 
 def test_a_seed_gives_the_same_factors(power_law):
     x = power_law(2, 24, 40)
-    for control in (baselines.random_sketch, baselines.power_1, baselines.randomized_svd):
+    for control in (baselines.random_sketch, baselines.power_1, baselines.randomized_svd, baselines.gram_eigh):
         first, second, other = (control(x, 6, generator(seed)) for seed in (1, 1, 2))
         assert torch.equal(first.a_NTR, second.a_NTR)
         assert not torch.equal(first.a_NTR, other.a_NTR)
 
 
-@pytest.mark.parametrize("case", ["zeros", "rank 2", "giant token", "zero rows"])
+@pytest.mark.parametrize("case", ["zeros", "rank 2", "giant token", "zero rows", "tiny", "huge"])
 def test_controls_survive_hard_images(power_law, case):
     x = power_law(2, 24, 40)
     if case == "zeros":
@@ -70,7 +71,23 @@ def test_controls_survive_hard_images(power_law, case):
         x[:] = x[..., :2] @ x[:, :2]
     elif case == "giant token":
         x[:, 3] *= 1e3
-    else:
+    elif case == "zero rows":
         x[:, 5:] = 0
+    else:
+        x *= {"tiny": 1e-20, "huge": 1e18}[case]
     rho = every_ratio(x, 8, power_law(4, 24, 40))
-    assert case == "giant token" or all((value < 1.01).all() for value in rho.values())
+    if case in ("zeros", "rank 2", "zero rows"):
+        assert all((value < 1.01).all() for value in rho.values())
+    assert all((rho[name] < 1.03).all() for name in ("svd", "gram_eigh", "randomized_svd"))
+    if case in ("tiny", "huge"):  # the size changes nothing
+        for name, value in every_ratio(power_law(2, 24, 40), 8, power_law(4, 24, 40)).items():
+            assert rho[name].tolist() == pytest.approx(value.tolist(), rel=1e-3), name
+
+
+def test_the_exact_and_the_randomized_control_are_near_where_few_directions_hold_nearly_all(power_law):
+    x = power_law(6, 128, 160)
+    x = x + 30 * x.std() * torch.randn(6, 1, 160, generator=generator(5))
+    for rank in (16, 64):
+        rho = every_ratio(x, rank, x)
+        assert (rho["gram_eigh"] < 1.002).all()
+        assert (rho["randomized_svd"] < 1.04).all()

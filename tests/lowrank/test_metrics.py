@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from lowrank_tune.lowrank.metrics import measure, residual_ratio
+from lowrank_tune.lowrank.metrics import mean_ratio, measure, residual_ratio
 from lowrank_tune.lowrank.svd import measure_optimum
 
 
@@ -27,12 +27,18 @@ def test_figures_are_what_their_names_say():
     torch.testing.assert_close(figures.residual_N, (x - y).square().sum((1, 2)))
 
 
-def test_a_row_of_zeros_counts_as_cosine_zero():
-    x = gaussian(1, 4, 6)
-    x[0, 0] = 0
-    figures = measure(x, torch.eye(4)[None], x)
-    assert figures.token_cosine_N.item() == pytest.approx(0.75)
-    assert figures.flat_cosine_N.item() == pytest.approx(1)
+def test_tokens_of_zeros_have_no_cosine_and_an_image_of_them_has_zero():
+    x = gaussian(2, 4, 6)
+    x[0, 0], x[1] = 0, 0
+    figures = measure(x, torch.eye(4).expand(2, 4, 4), x)
+    assert figures.token_cosine_N.tolist() == pytest.approx([1, 0])
+    assert measure_optimum([x]).at(4).token_cosine_N.tolist() == pytest.approx([1, 0])
+
+
+def test_an_easy_image_cannot_rule_the_mean_ratio():
+    ratio = torch.tensor([1.02] * 23 + [7000.0], dtype=torch.float64)
+    assert mean_ratio(ratio) == pytest.approx(1.02 ** (23 / 24) * 7000 ** (1 / 24))
+    assert mean_ratio(ratio) < 1.5 < 290 < ratio.mean()
 
 
 @given(

@@ -43,7 +43,8 @@ def numpy_figures(x):
     for rank in range(1, tokens + 1):
         y = (x @ vt[:rank].T) @ vt[:rank]
         residual[rank - 1] = np.square(s[rank:]).sum()
-        token[rank - 1] = cosine((x * y).sum(1), np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)).mean()
+        tokens_cosine = cosine((x * y).sum(1), np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+        token[rank - 1] = tokens_cosine.sum() / max(1, np.count_nonzero(x.any(axis=1)))
         flat[rank - 1] = cosine((x * y).sum(), np.linalg.norm(x) * np.linalg.norm(y))
     well_posed = np.square(s[:-1]) - np.square(s[1:]) > 1e-4 * s[0] ** 2
     return residual, token, flat, well_posed | (s[1:] <= 1e-12 * s[0])

@@ -10,7 +10,7 @@ from trial_configs import DIRECT, REFINED, SKETCH
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.lowrank.metrics import measure, residual_ratio
+from lowrank_tune.lowrank.metrics import mean_ratio, measure, residual_ratio
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
@@ -50,15 +50,15 @@ def test_training_lowers_the_error_until_its_budget_and_tells_the_best_models_ow
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert (trainer.stopped_by, trainer.reason, trainer.history) == ("budget", "", rows)
-    best, last = min(rows, key=lambda row: row["val_mse"]), rows[-1]
+    best, last = min(rows, key=lambda row: row["val_residual_ratio"]), rows[-1]
     assert trainer.best_epoch == last["best_epoch"] == best["epoch"] > 1
-    assert last["best_val_residual_ratio"] == best["val_residual_ratio"]
+    assert last["best_val_mse"] == best["val_mse"]
     x = power_law(32, 12, 20)[24:]
     with torch.no_grad():
         figures = measure(x, *trainer.best_model(x))
     optimum = measure_optimum([x])
     rho = residual_ratio(figures.residual_N, optimum.at(4).residual_N, optimum.energy_N)
-    assert rho.mean().item() == pytest.approx(best["val_residual_ratio"], rel=1e-6)
+    assert mean_ratio(rho) == pytest.approx(best["val_residual_ratio"], rel=1e-6)
     assert figures.mse_N.mean().item() == pytest.approx(best["val_mse"], rel=1e-6)
     assert figures.token_cosine_N.mean().item() == pytest.approx(best["val_token_cosine"], rel=1e-6)
 
@@ -113,7 +113,7 @@ def test_a_batch_in_parts_gives_the_numbers_of_the_whole(make_trainer, config):
 
 
 def test_training_stops_after_its_patience_and_writes_its_model_when_it_improved(make_trainer, tmp_path):
-    trainer = make_trainer(replace(SKETCH, lr=30.0, epochs=50, patience=3))
+    trainer = make_trainer(replace(SKETCH, lr=30.0, epochs=50, patience=3, objective="val_mse"))
     written = []
     while trainer.stopped_by is None:
         trainer.step()
@@ -126,8 +126,34 @@ def test_training_stops_after_its_patience_and_writes_its_model_when_it_improved
         trainer.step()
 
 
+@pytest.mark.parametrize(
+    ("objective", "best"), [("val_residual_ratio", min), ("val_mse", min), ("val_token_cosine", max)]
+)
+def test_the_objective_keeps_the_weights_and_ends_the_training(make_trainer, objective, best):
+    trainer = make_trainer(replace(SKETCH, lr=3.0, epochs=40, patience=4, objective=objective))
+    rows = run(trainer)
+    chosen = best(rows, key=lambda row: row[objective])
+    assert (trainer.best_epoch, rows[-1][f"best_{objective}"]) == (chosen["epoch"], chosen[objective])
+    assert trainer.stopped_by == ("patience" if len(rows) == chosen["epoch"] + 4 else "budget")
+
+
+def test_validation_images_of_zeros_count_in_no_figure(make_trainer, power_law):
+    x = power_law(32, 12, 20)
+    x[28:] = 0
+    row = make_trainer(SKETCH, x).step()
+    model, seen = make_trainer(SKETCH, x), x[24:28]
+    model.step()
+    with torch.no_grad():
+        figures = measure(seen, *model.best_model(seen))
+    assert row["val_mse"] == pytest.approx(figures.mse_N.mean().item())
+    assert row["val_token_cosine"] == pytest.approx(figures.token_cosine_N.mean().item())
+    x[24:] = 0
+    with pytest.raises(InputError, match="nothing but zeros"):
+        make_trainer(SKETCH, x)
+
+
 def test_the_learning_rate_falls_on_a_plateau(make_trainer):
-    rows = run(make_trainer(replace(SKETCH, lr=30.0, epochs=12, patience=12)))
+    rows = run(make_trainer(replace(SKETCH, lr=30.0, epochs=12, patience=12, objective="val_mse")))
     assert rows[-1]["lr"] < rows[0]["lr"] == 30.0
 
 

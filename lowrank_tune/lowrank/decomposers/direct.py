@@ -53,7 +53,8 @@ class Direct(Decomposer):
         """Decompose images [N, T, D] at the model's own rank."""
         if self.check_rank(rank) != self.rank:
             raise InputError(f"rank {rank}: a direct model has factors of its own rank {self.rank} only")
-        scale_N11 = x_NTD.square().mean((-2, -1), keepdim=True).sqrt()
+        energy_N11 = torch.linalg.vector_norm(x_NTD, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        scale_N11 = (energy_N11 / x_NTD[0].numel() ** 0.5).to(x_NTD.dtype)
         unit_NTD = x_NTD / scale_N11.clamp_min(torch.finfo(x_NTD.dtype).tiny)
         a_NTR = self.token_out(functional.gelu(self.token_in(unit_NTD)))
         pooled_N1H = self.pool_in(unit_NTD.mean(-2, keepdim=True))

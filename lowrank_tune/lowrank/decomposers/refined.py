@@ -1,6 +1,6 @@
 """`refined`: a basis of the tokens sharpened by a learned filter of the image's own Gram matrix, B in closed form.
 
-    G = XXᵀ                      over ‖X‖², the only thing that all that follows reads
+    G = XXᵀ                      over its trace, the only thing that all that follows reads
     Q = orth(GP)                 a block power step from a fixed random start P [T, W], W a little above R
     Q V = Ritz vectors           eigenvectors of QᵀGQ [W, W], the R largest kept, in order (Rayleigh–Ritz)
     A = orth(Π (G − c_k θ) QV)   the filter: its zeros lie at learned shares c_k of θ, the image's own W-th Ritz value
@@ -11,9 +11,8 @@ Chelikowsky (2006, J. Comput. Phys. 219). A filter fixed for a data set fails wh
 one takes its scale from each. θ never lies above the W-th eigenvalue, so wanted eigenvalues lie above all zeros and the
 filter grows with them.
 
-Where tokens are nearly equal, or one is a giant, one direction q holds most of the energy; squared in G, it would bury
-the others in rounding. It is taken out first: G is that of X − qqᵀX, q itself A's first column, and the filter gives
-the others.
+Above `EXACT_FROM` of the tokens a whole eigendecomposition of G is no slower and exact: A is then its leading
+eigenvectors, and there is nothing to learn.
 
 Only the zeros are learned: a start P fitted to the training images' mean G was measured to be no better than a random
 one. N images, T tokens, D dim, R rank, W width.
@@ -26,23 +25,25 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
-from lowrank_tune.lowrank.linalg import gram, orthonormalise_nearly, orthonormalise_once
+from lowrank_tune.lowrank.linalg import (
+    DeflatedGram,
+    deflated_gram,
+    leading_eigenvectors,
+    orthonormalise_nearly,
+    orthonormalise_once,
+)
 
 OVERSAMPLING = 10
 """W − R, at least. Without it the filter has nothing to tell wanted from unwanted by; but what is done in W columns
 grows with W², and the eigendecomposition with W³."""
 OVERSAMPLED = 0.1
 """W − R over R, at least: eigenvalues lie the closer the higher the rank."""
-DOMINATED = 0.8
-"""‖G‖ over tr G above which one direction is taken out before G is formed. What is then left of the energy, a fifth at
-most, is by how much G's rounding shrinks; that pays where the eigenvalue at W is a millionth of the largest."""
-POWERS_AT_RANK_1 = 8
-"""Products with XXᵀ, beyond the one that every rank has, from Xω to that direction; they fall with the rank, for at a
-high one it need only lie among the leading directions."""
+EXACT_FROM = 3 / 8
+"""Rank over tokens above which all of G is decomposed: rank 96 of 256 tokens. `scripts/bench_decomposers.py` times both
+routes; on CPUs they cross between 0.35 and 0.45 of 160 to 400 tokens."""
 START = 0.9
 """Where the zeros begin. Chebyshev's would do the least harm over all of [0, θ]; but the products before have left
 little near 0, and what is left stands near θ."""
@@ -56,7 +57,8 @@ eigenvalues span six decades."""
 class Refined(Decomposer):
     """Its basis is ordered: `forward` at a smaller rank is near the best of that rank.
 
-    One parameter: `steps`, the degree of the filter, each step a product G Y.
+    One parameter: `steps`, the degree of the filter, each step a product G Y; models of the exact route have it, too,
+    and zeros that take no part.
     """
 
     family = "refined"
@@ -73,6 +75,7 @@ class Refined(Decomposer):
         if steps < 1 or steps != params["steps"]:
             raise InputError(f"family refined: steps {params['steps']:g} must be a whole number, 1 at least")
         width = min(tokens, dim, rank + max(OVERSAMPLING, math.ceil(OVERSAMPLED * rank)))
+        self.exact = rank > EXACT_FROM * tokens
         self.register_buffer("omega_D", torch.randn(dim, generator=generator))
         self.register_buffer("start_TW", torch.randn(tokens, width, generator=generator))
         self.zeros_K = nn.Parameter(torch.full((steps,), math.log(START / (1 - START)) / PACE))
@@ -82,57 +85,33 @@ class Refined(Decomposer):
         count = self.check_rank(rank)
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
-            gram_NTT, _, dominated_N, q_NT1 = self._gram(x_NTD)
-            a_NTR = self._filter(gram_NTT, dominated_N, *self._ritz(gram_NTT, count))
-            if len(q_NT1):
-                a_NTR = a_NTR.index_put((dominated_N,), _with_first(q_NT1, a_NTR[dominated_N, :, :-1]))
+            left = deflated_gram(x_NTD, self.rank, self.omega_D)
+            if self.exact:
+                a_NTR = leading_eigenvectors(left.gram_NTT, count)
+            else:
+                a_NTR = self._filter(left.gram_NTT, left.dominated_N, *self._ritz(left.gram_NTT, count))
+            a_NTR = left.complete(a_NTR)
             return Factors(a_NTR, a_NTR.mT @ x_NTD)
 
     @torch.no_grad()
     def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Return G [N, T, T], its energy and what the filter starts from."""
+        """Return G [N, T, T], its energy and what the filter starts from, or all that the exact route keeps [N, R]."""
         with torch.autocast(x_NTD.device.type, enabled=False):
-            gram_NTT, share_N, dominated_N, _ = self._gram(x_NTD.to(self.start_TW.dtype))
-            return gram_NTT, share_N, dominated_N, *self._ritz(gram_NTT, self.rank)
+            left = deflated_gram(x_NTD.to(self.start_TW.dtype), self.rank, self.omega_D)
+            if self.exact:
+                basis_NTR = leading_eigenvectors(left.gram_NTT, self.rank)
+                return (left.residual(basis_NTR),)
+            return left.gram_NTT, left.share_N, left.dominated_N, *self._ritz(left.gram_NTT, self.rank)
 
     def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
-        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy.
-
-        Where q was taken out it is tr G − tr(A'ᵀGA') of the G without it and the other columns A'.
-        """
+        """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy."""
+        if self.exact:
+            (residual_NR,) = precomputed
+            return self.weigh_ranks(residual_NR.mean(0)) + 0 * self.zeros_K.sum()
         gram_NTT, share_N, dominated_N, *start = precomputed
         with torch.autocast(gram_NTT.device.type, enabled=False):
-            a_NTR = self._filter(gram_NTT, dominated_N, *start)
-            kept_NR = (a_NTR * (gram_NTT @ a_NTR)).sum(-2)
-            kept_NR = torch.where(dominated_N[:, None], functional.pad(kept_NR[:, :-1], (1, 0)), kept_NR)
-            left_N1 = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-            return self.weigh_ranks((share_N[:, None] * (left_N1 - kept_NR.cumsum(-1))).mean(0))
-
-    def _gram(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return G over its trace [N, T, T], that over ‖X‖² [N], which images are dominated [N], and their q [n, T, 1].
-
-        The trace may be a trillionth of ‖X‖² where q was taken out: powers of G over ‖X‖² would leave float32's range.
-        """
-        gram_NTT = gram(x_NTD)
-        energy_N = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(x_NTD.dtype).tiny)
-        gram_NTT = gram_NTT.div_(energy_N[:, None, None])
-        flat_NTT = gram_NTT.flatten(1)
-        dominated_N = torch.linalg.vecdot(flat_NTT, flat_NTT) > DOMINATED**2
-        q_NT1, share_N = x_NTD.new_empty(0), torch.ones_like(energy_N)
-        if dominated_N.any():
-            q_NT1, gram_NTT[dominated_N], share_N[dominated_N] = self._deflate(x_NTD[dominated_N])
-        return gram_NTT, share_N, dominated_N, q_NT1
-
-    def _deflate(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [N, T, 1], the Gram matrices of X − qqᵀX over their traces [N, T, T], and those over ‖X‖² [N]."""
-        q_NT1 = _unit((x_NTD @ self.omega_D)[..., None])
-        for _ in range(1 + POWERS_AT_RANK_1 // self.rank):
-            q_NT1 = _unit(x_NTD @ (q_NT1.mT @ x_NTD).mT)
-        row_N1D = q_NT1.mT @ x_NTD
-        gram_NTT = gram(torch.addcmul(x_NTD, q_NT1, row_N1D, value=-1))
-        left_N, tiny = gram_NTT.diagonal(dim1=-2, dim2=-1).sum(-1), torch.finfo(x_NTD.dtype).tiny
-        energy_N = left_N + row_N1D.square().sum((-2, -1))
-        return q_NT1, gram_NTT / left_N.clamp_min(tiny)[:, None, None], left_N / energy_N.clamp_min(tiny)
+            left = DeflatedGram(gram_NTT, share_N, dominated_N)
+            return self.weigh_ranks(left.residual(self._filter(gram_NTT, dominated_N, *start)).mean(0))
 
     def _ritz(self, gram_NTT: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return Q [N, T, W], GQ, the coefficients V of the leading Ritz vectors [N, W, count] and θ [N, 1, 1]."""
@@ -166,12 +145,6 @@ class Refined(Decomposer):
         return _orthonormal(basis_NTR, dominated_N)
 
 
-def _with_first(q_NT1: Tensor, others_NTR: Tensor) -> Tensor:
-    # Products with G leave a trace of q, which an image of nearly equal tokens would magnify.
-    others_NTR = torch.addcmul(others_NTR, q_NT1, q_NT1.mT @ others_NTR, value=-1)
-    return torch.cat([q_NT1, others_NTR], -1)
-
-
 def _orthonormal(basis_NTR: Tensor, dominated_N: Tensor) -> Tensor:
     if not dominated_N.any():
         return orthonormalise_nearly(basis_NTR)
@@ -179,8 +152,3 @@ def _orthonormal(basis_NTR: Tensor, dominated_N: Tensor) -> Tensor:
     a_NTR[~dominated_N] = orthonormalise_nearly(basis_NTR[~dominated_N])
     a_NTR[dominated_N, :, :-1] = orthonormalise_nearly(basis_NTR[dominated_N, :, :-1])
     return a_NTR
-
-
-def _unit(y_NT1: Tensor) -> Tensor:
-    length_N11: Tensor = torch.linalg.vector_norm(y_NT1, dim=-2, keepdim=True)
-    return y_NT1 / length_N11.clamp_min(torch.finfo(y_NT1.dtype).tiny)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
-from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
+from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes, scaled
 
 
 class Sketch(Decomposer):
@@ -44,7 +44,7 @@ class Sketch(Decomposer):
 
         tr(QᵀGQ) is taken as ‖QᵀX‖², which for R < T costs less than forming G.
         """
-        (x_NTD,) = precomputed
+        x_NTD = scaled(precomputed[0])
         _, b_NRD = self(x_NTD)
         energy_N1 = x_NTD.square().sum((-2, -1))[:, None].clamp_min(torch.finfo(x_NTD.dtype).tiny)
         return self.weigh_ranks((1 - b_NRD.square().sum(-1).cumsum(-1) / energy_N1).mean(0))
