@@ -81,7 +81,7 @@ def before_training(
         config, name = configs[method.trial_id], f"{method.trial_id} before training"
         if name not in models:
             model = make_decomposer(config, data.tokens, data.dim).to(device).eval()
-            initialise(model, config, batches_on(data, device), split.train, config.batch_size)
+            initialise(model, config, batches_on(data, device).load, split.train, config.batch_size)
             models[name] = model
         starts[method.name, method.rank] = Method(name, method.rank, partial(models[name], rank=method.rank))
     return starts

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.data import FeatureMatrix, MiniBatches, batches_on
+from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
@@ -190,7 +190,7 @@ class Trainer:
 
     def _initialise(self) -> None:
         """Set the weights from training images; every worker does, and takes the first one's to the last bit."""
-        initialise(self.model, self.config, self._batches, self.split.train, self.micro_batch)
+        initialise(self.model, self.config, self._batches.load, self.split.train, self.micro_batch)
         for weights in self.model.state_dict().values():
             self.world.sum(weights if self.world.first else weights.zero_())
 
@@ -292,14 +292,14 @@ class Trainer:
 
 
 def initialise(
-    model: Decomposer, config: TrialConfig, batches: MiniBatches, train: Sequence[int], at_once: int
+    model: Decomposer, config: TrialConfig, load: Callable[[Sequence[int]], Tensor], train: Sequence[int], at_once: int
 ) -> None:
     """Set a model's weights from training images, so many in memory at once, as its training begins."""
     generator = stream(config.seed, "initialise")
     order = torch.randperm(len(train), generator=generator)[:INITIAL_IMAGES].tolist()
     images = [train[place] for place in order]
     starts = range(0, len(images), at_once)
-    model.initialise((batches.load(images[start : start + at_once]) for start in starts), generator)
+    model.initialise((load(images[start : start + at_once]) for start in starts), generator)
 
 
 def largest_share(config: TrialConfig, world: World = ALONE) -> int:

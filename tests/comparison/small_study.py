@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_tune.comparison.compare import compare
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.lowrank.data import FeatureMatrix, Mapped
+from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.trainer import initialise
 from lowrank_tune.records import (
@@ -96,7 +96,7 @@ class Study:
     def _save(self, config: TrialConfig, nudge: float) -> Path:
         model = make_decomposer(config, self.features.tokens, self.features.dim)
         generator = torch.Generator().manual_seed(config.seed)
-        initialise(model, config, Mapped(FeatureMatrix(self.features)), self.split.train, config.batch_size)
+        initialise(model, config, FeatureMatrix(self.features).load, self.split.train, config.batch_size)
         with torch.no_grad():
             for weight in model.parameters():
                 weight += nudge * torch.randn(weight.shape, generator=generator)

@@ -27,6 +27,7 @@ from lowrank_tune.trials.trial import write_inputs
 TEXT = """\
 name: disagreement
 features: {source: {samples: 20}}
+split: {group_by: null}
 search: {method: grid, space: {rank: [2, 6], families: {sketch: {}, direct: {}}}}
 objective: val_residual_ratio
 tracking: {register_as: decomposer}

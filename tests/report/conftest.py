@@ -39,7 +39,7 @@ def make_study(home: Path, x_NTD: Tensor | None = None) -> Study:
         {
             "name": "small",
             "features": {"source": {"samples": 20}},
-            "split": {"validation": 6, "test": 4},
+            "split": {"validation": 6, "test": 4, "group_by": None},
             "search": {"space": {"families": {"sketch": {}}, "rank": 3}},
             "report": {"images": [0, 3], "channels": 2},
         }
