@@ -108,6 +108,19 @@ def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
             yield {"family": family, **dict(zip(axes, values, strict=True))}
 
 
+def search_groups(spec: StudySpec) -> list[dict[str, Any]]:
+    """What is the same for all trials of each group that is searched for itself: `{"family": …, "rank": …}` or less."""
+    within = spec.scheduler.compete_within if spec.search.deal == "evenly" else ()
+    groups: list[dict[str, Any]] = []
+    for family in spec.search.space.families.chosen():
+        axis = spec.search.space.axes(family)["rank"]
+        # A range has no group for each of its ranks.
+        ranks = axis if isinstance(axis, tuple) and "rank" in within else ()
+        own = {"family": family} if "family" in within else {}
+        groups += [own | {"rank": rank} for rank in ranks] or [own]
+    return [group for place, group in enumerate(groups) if group not in groups[:place]]
+
+
 def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
     """One point to try a study file with: each list's first value, each range's middle."""
     family = family or next(iter(spec.search.space.families.chosen()))

@@ -184,6 +184,8 @@ class SearchSpec(Section):
     """Every combination, independent draws, or Optuna's TPE."""
     trials: PositiveInt | None = Field(default=None, validate_default=True)
     """How many trials; 20 by default for random and tpe. A grid's number follows from its axes."""
+    deal: Literal["evenly", "freely"] = "evenly"
+    """Trials of random and tpe go to the groups of scheduler.compete_within in turn, or the sampler chooses, too."""
     space: SpaceSpec
     """A constant, a list, or a range {uniform|loguniform|int: [low, high]} for each key."""
 
@@ -228,8 +230,8 @@ class SchedulerSpec(Section):
     """No trial is stopped before this epoch; 3 by default, or training.epochs where that is less."""
     reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 3
     """One in so many goes on at each rung."""
-    compete_within: Annotated[tuple[Literal["rank", "family"], ...], AfterValidator(distinct)] = ("rank",)
-    """Trials compete for survival only with trials that agree in these."""
+    compete_within: Annotated[tuple[Literal["rank", "family"], ...], AfterValidator(distinct)] = ("rank", "family")
+    """Trials compete for survival, and are searched, only with trials that agree in these."""
 
 
 def _whole_above_one(gpus: float) -> float:

@@ -4,6 +4,7 @@ A trial that the scheduler stopped is PRUNED there, one that failed is FAIL, onl
 patience is COMPLETE, and one that is to go on is RUNNING. Optuna's own tools open the file:
 `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
 
+Each group of trials that compete with each other is searched for itself, and trials are dealt to the groups in turn.
 What is drawn follows from the study's seed, the trial's number and what Optuna knows then: a study that is resumed goes
 on as it would have.
 """
@@ -15,9 +16,10 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import optuna
@@ -28,16 +30,71 @@ from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
-from lowrank_tune.config.plan import SHARED_PARAMS, Plan, trial_config
+from lowrank_tune.config.plan import SHARED_PARAMS, Plan, search_groups, trial_config
 from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import stopped_by
 
+OWN_TRIALS = 16
+"""Ended trials of a group from which on it learns from its own alone: before, what served other ranks is a better guess
+than none (`scripts/bench_search.py`)."""
+TINY = 1e-12
+"""Below every error that is not rounding."""
+EMPTY: Mapping[str, Any] = {}
 
-def suggest(trial: BaseTrial, space: SpaceSpec) -> dict[str, Any]:
-    """Draw one point: the shared parameters and the family's own, which Optuna knows as `family.parameter`."""
-    family = _draw(trial, "family", tuple(space.families.chosen()))
-    axes = space.axes(family)
-    return {"family": family, **{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}}
+
+def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> dict[str, Any]:
+    """Draw one point, but for what is fixed: the shared parameters and the family's own, `family.parameter`."""
+    family = fixed.get("family") or _draw(trial, "family", tuple(space.families.chosen()))
+    axes: dict[str, Axis] = space.axes(family) | fixed
+    return {**{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}, "family": family}
+
+
+def draw_point(plan: Plan, known: Sequence[FrozenTrial], number: int) -> dict[str, Any]:
+    """Draw a trial's point in its group, from what this and its family's other groups have taught."""
+    groups = search_groups(plan.spec)
+    fixed = groups[number % len(groups)]
+    # A study of its own, in memory: in one study of all groups TPE would take the group with the least error for good.
+    view = optuna.create_study(sampler=_sampler(plan, number))
+    if plan.spec.search.method == "tpe":
+        view.add_trials(_lessons(plan.spec.objective, known, fixed))
+    return suggest(view.ask(), plan.spec.search.space, fixed)
+
+
+def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, Any]) -> Iterator[FrozenTrial]:
+    """The trials of a group; until `OWN_TRIALS` of them have ended those of its family's other groups as well.
+
+    A trial's error counts over the median of its group, as a logarithm: groups then differ by what was drawn alone.
+    """
+    groups: dict[tuple[Any, ...], list[FrozenTrial]] = {}
+    for trial in known:
+        config = config_of(trial)
+        if (
+            config is not None
+            and trial.state != TrialState.FAIL
+            and fixed.get("family", config.family) == config.family
+        ):
+            groups.setdefault(tuple(getattr(config, name) for name in fixed), []).append(trial)
+    own = groups.get(tuple(fixed.values()), [])
+    if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
+        groups = {(): own}
+    for trials in groups.values():
+        ended = [trial for trial in trials if trial.state.is_finished() and trial.value is not None]
+        middle = median(_log_error(objective, trial.value) for trial in ended) if ended else 0.0
+        for trial in trials:
+            values = {step: _log_error(objective, value) - middle for step, value in trial.intermediate_values.items()}
+            value = trial.value if trial.state == TrialState.COMPLETE else None
+            yield optuna.trial.create_trial(
+                state=trial.state,
+                value=None if value is None else _log_error(objective, value) - middle,
+                params={name: value for name, value in trial.params.items() if name not in fixed},
+                distributions={name: kind for name, kind in trial.distributions.items() if name not in fixed},
+                intermediate_values=values,
+            )
+
+
+def _log_error(objective: str, value: float) -> float:
+    error = 1 - value if OBJECTIVES[objective] == "maximize" else value
+    return math.log(max(error, TINY))
 
 
 def optuna_params(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +129,6 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
     logging.getLogger("optuna").setLevel(logging.WARNING)
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
-        sampler=_sampler(plan, 0),
         study_name=plan.study_id,
         direction=OBJECTIVES[plan.spec.objective],
         load_if_exists=True,
@@ -104,7 +160,6 @@ class StudySearcher(Searcher):
             return None
         if self._unfinished:
             frozen = self._unfinished.pop(0)
-            self._study.sampler = _sampler(self._plan, frozen.number)
             trial = Trial(self._study, frozen._trial_id)
             reported = self._reported[trial_id] = max(frozen.intermediate_values, default=0)
             config = config_of(frozen) or self._describe(trial)
@@ -137,10 +192,10 @@ class StudySearcher(Searcher):
         number = self._number
         self._number += 1
         # A driver that died between the two calls has left the point waiting.
-        if self._plan.spec.search.method == "grid" and not self._waiting:
-            self._study.enqueue_trial(optuna_params(self._plan.grid[number]))
+        if not self._waiting:
+            grid, known = self._plan.grid, self._study.get_trials(deepcopy=False)
+            self._study.enqueue_trial(optuna_params(grid[number] if grid else draw_point(self._plan, known, number)))
         self._waiting = False
-        self._study.sampler = _sampler(self._plan, number)
         return self._study.ask()
 
     def _describe(self, trial: Trial) -> TrialConfig:
