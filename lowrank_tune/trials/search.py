@@ -34,7 +34,7 @@ from lowrank_tune.config.plan import SHARED_PARAMS, Plan, search_groups, trial_c
 from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import stopped_by
 
-OWN_TRIALS = 16
+OWN_TRIALS = 24
 """Ended trials of a group from which on it learns from its own alone: before, what served other ranks is a better guess
 than none (`scripts/bench_search.py`)."""
 TINY = 1e-12

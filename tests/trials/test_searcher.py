@@ -90,7 +90,7 @@ def test_a_cosine_is_maximised(plan_of: PlanOf) -> None:
 def test_tpe_learns_from_what_it_was_told(plan_of: PlanOf) -> None:
     early, late = [], []
     for seed in range(5):
-        plan = plan_of({"lr": {"loguniform": [1e-6, 1.0]}}, method="tpe", trials=40, seed=seed)
+        plan = plan_of({"rank": 2, "lr": {"loguniform": [1e-6, 1.0]}}, method="tpe", trials=40, seed=seed)
         driver, distances = Driver(plan), []
         for number in range(plan.n_trials):
             distances.append(abs(math.log10(driver.suggest(str(number))["trial"]["lr"]) + 3))
