@@ -222,6 +222,10 @@ _SIDES = {
 """Names of a box's sides, and whether they are corners."""
 
 
+NEARLY_ALL = 0.98
+"""Of a column's boxes, the part that decides how all are read: one in a thousand may be broken."""
+
+
 @dataclass(frozen=True, slots=True)
 class BoxColumn:
     """The boxes of a study's records, by the images' keys."""
@@ -262,13 +266,15 @@ def read_boxes(features: FeatureSet) -> BoxColumn | None:
         return None
     plain = [numbers for _, numbers, corners in found if corners is None]
     suffix = (match.group(1) or "").lower()
-    as_corners = suffix == "_xyxy" if suffix else all(c > a and d > b for a, b, c, d in plain)
+    ordered = sum(c >= a and d >= b for a, b, c, d in plain)
+    as_corners = suffix == "_xyxy" if suffix else ordered >= NEARLY_ALL * len(plain)
     how = "corners [x0, y0, x1, y1]" if as_corners else "[x, y, width, height]"
     by_key: dict[str, dict[Box, None]] = {}
     for key, (a, b, c, d), corners in found:
         corners = as_corners if corners is None else corners
         by_key.setdefault(key, {})[(a, b, c, d) if corners else (a, b, a + c, b + d)] = None
-    in_pixels = max(abs(number) for _, numbers, _ in found for number in numbers) > 1
+    within = sum(max(map(abs, numbers)) <= 1 for _, numbers, _ in found)
+    in_pixels = within < NEARLY_ALL * len(found)
     unit = "pixels" if in_pixels else "fractions of the sides"
     how = how if plain else "objects with named sides"
     note = f"boxes of the records' column {name}, read as {how} in {unit}"

@@ -140,7 +140,8 @@ def methods_table(comparison: Comparison) -> Table:
     measured = {(row.rank, row.method): row for row in comparison.rows}
     columns: dict[str, Callable[[ComparisonRow], str]] = {
         "token cosine": lambda row: f"{cosine_text(row.token_cosine_mean)} ± {row.token_cosine_sd:.4f}",
-        "ρ": ratio_interval_text,
+        "ρ": lambda row: ratio_text(row.residual_ratio),
+        "95 % of ρ": ratio_interval_text,
         "median ρ": lambda row: ratio_text(row.residual_ratio_median),
         "worst ρ": lambda row: ratio_text(row.residual_ratio_max),
         "images/s": lambda row: rate_text(row.images_per_second),
@@ -164,7 +165,7 @@ def methods_table(comparison: Comparison) -> Table:
         "interval over groups of images, then the middle and the worst image's · ★ the trained model of its "
         f"rank that validation chose · images/s: A and B, on {comparison.device}",
         texts=("method", "trial"),
-        terminal=head[:7],
+        terminal=("rank", "method", "token cosine", "ρ", "median ρ", "worst ρ", "images/s"),
         grouped=True,
     )
 
@@ -192,6 +193,7 @@ def trained_table(comparison: Comparison) -> Table:
         "− SVD: difference on the same test image, mean ± 95 % interval · training took off: against the same model "
         "before its first epoch, on the same images · over seeds: the same configuration trained "
         "again, mean ± sd, which is what it gives; the trial's own training was chosen for its validation figures",
+        terminal=("rank", "method", "token cosine\n− SVD", "training took\noff ρ, %", "seeds", "ρ\nover seeds"),
         texts=("method",),
         grouped=True,
     )
@@ -214,7 +216,7 @@ def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
             "study": lambda pair: pair[0],
             "method": lambda pair: starred(pair[1]),
             "token cosine": lambda pair: cosine_text(pair[1].token_cosine_mean),
-            "ρ": lambda pair: ratio_interval_text(pair[1]),
+            "ρ": lambda pair: ratio_text(pair[1].residual_ratio),
             "median ρ": lambda pair: ratio_text(pair[1].residual_ratio_median),
             "worst ρ": lambda pair: ratio_text(pair[1].residual_ratio_max),
         },

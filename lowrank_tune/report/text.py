@@ -83,10 +83,9 @@ def difference_text(row: ComparisonRow) -> str:
 
 
 def ratio_interval_text(row: ComparisonRow) -> str:
-    """ρ and its 95 % interval: `1.006 (1.005–1.008)`."""
+    """The 95 % interval of ρ: `1.005–1.008`."""
     low, high = row.residual_ratio_low, row.residual_ratio_high
-    text = ratio_text(row.residual_ratio)
-    return text if low is None or high is None else f"{text} ({ratio_text(low)}–{ratio_text(high)})"
+    return ABSENT if low is None or high is None else f"{ratio_text(low)}–{ratio_text(high)}"
 
 
 def gain_text(row: ComparisonRow) -> str:

@@ -37,6 +37,8 @@ from lowrank_tune.trials.outcomes import stopped_by
 OWN_TRIALS = 24
 """Ended trials of a group from which on it learns from its own alone: before, what served other ranks is a better guess
 than none (`scripts/bench_search.py`)."""
+MOST_LESSONS = 500
+"""The newest trials of a group that its next one learns from: TPE's time grows with them."""
 TINY = 1e-12
 """Below every error that is not rounding."""
 EMPTY: Mapping[str, Any] = {}
@@ -76,7 +78,7 @@ def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, A
             groups.setdefault(tuple(getattr(config, name) for name in fixed), []).append(trial)
     own = groups.get(tuple(fixed.values()), [])
     if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
-        groups = {(): own}
+        groups = {(): own[-MOST_LESSONS:]}
     for trials in groups.values():
         ended = [trial for trial in trials if trial.state.is_finished() and trial.value is not None]
         middle = median(_log_error(objective, trial.value) for trial in ended) if ended else 0.0

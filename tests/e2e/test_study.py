@@ -11,7 +11,7 @@ from tests.e2e.conftest import Ran, Witness
 from tests.tracked_once import assert_tracked_once
 
 WRITTEN = ("report.html", "comparison.json", "per_image.parquet", "pareto.json", "compression.json")
-CONTROLS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd"}
+CONTROLS = {"svd", "svd_rows", "random_sketch", "pca_basis", "power_1", "randomized_svd", "gram_eigh"}
 
 
 def test_every_image_is_extracted_once_every_trial_ends_and_every_epoch_knows_its_distance(ran: Ran) -> None:

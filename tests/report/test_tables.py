@@ -54,53 +54,56 @@ The best of each rank: 4 test images of a checkpoint
 trained: what validation chose, on the test images · cosine: mean token
 cosine, beside the SVD's · ρ: squared error over the least possible at that
 rank, the SVD's: 1 is perfect · over seeds: the same configuration trained
-again · untrained: the best control and its ρ
+again · untrained: the nearest control that takes no longer, and its ρ
 
 Rank x method: 4 test images of a checkpoint
 
- rank  method               token cosine      ρ  worst ρ  images/s
- ─────────────────────────────────────────────────────────────────
-   64  svd               0.9893 ± 0.0100  1.000    1.100       123
-       direct ★          0.8000 ± 0.0100   34.0     37.4       123
-       refined                         —      —        —         —
-       randomized_svd    0.9891 ± 0.0100  1.012    1.114     1,230
+ rank  method               token cosine      ρ  median ρ  worst ρ  images/s
+ ───────────────────────────────────────────────────────────────────────────
+   64  svd               0.9893 ± 0.0100  1.000     1.000    1.100       123
+       direct ★          0.8000 ± 0.0100   34.0      34.0     37.4       123
+       refined                         —      —         —        —         —
+       randomized_svd    0.9891 ± 0.0100  1.012     1.012    1.114     1,230
 
-  128  svd             0.999961 ± 0.0100  1.000    1.100       123
-       direct                          —      —        —         —
-       refined ★       0.999956 ± 0.0100   12.5     13.8       123
-       randomized_svd    0.9500 ± 0.0100  1.012    1.113       123
+  128  svd             0.999961 ± 0.0100  1.000     1.000    1.100       123
+       direct                          —      —         —        —         —
+       refined ★       0.999956 ± 0.0100   12.5      12.5     13.8       123
+       randomized_svd    0.9500 ± 0.0100  1.012     1.012    1.113       123
 
-Means ± sd over the test images · ρ: residual over the SVD's, 1 is
-the optimum · ★ the trained model of its rank that validation chose
-· images/s: A and B, on one CPU thread (test)
+Means ± sd over the test images · ρ: residual over the SVD's, 1 is the
+optimum: exp(mean log ρ) with a 95 % interval over groups of images, then the
+middle and the worst image's · ★ the trained model of its rank that
+validation chose · images/s: A and B, on one CPU thread (test)
 
 Trained: beside the SVD, and over seeds
 
-                      token cosine                     ρ     token cosine
- rank  method                − SVD  seeds     over seeds       over seeds
- ────────────────────────────────────────────────────────────────────────
-   64  direct ★            -0.2000      —              —                —
+                      token cosine  training took                     ρ
+ rank  method                − SVD       off ρ, %  seeds     over seeds
+ ──────────────────────────────────────────────────────────────────────
+   64  direct ★            -0.2000              —      —              —
 
-  128  refined ★  -0.0132 ± 0.0020      3  1.215 ± 0.013  0.9064 ± 0.0003
+  128  refined ★  -0.0132 ± 0.0020              —      3  1.215 ± 0.013
 
-− SVD: difference on the same test image, mean ± 95 % interval · over
-seeds: the same configuration trained again, mean ± sd, which is what it
-gives; the trial's own training was chosen for its validation figures
+− SVD: difference on the same test image, mean ± 95 % interval ·
+training took off: against the same model before its first epoch, on the
+same images · over seeds: the same configuration trained again, mean ±
+sd, which is what it gives; the trial's own training was chosen for its
+validation figures
 
 Studies side by side, by rank and ρ
 
- rank  study   method          token cosine      ρ  worst ρ
- ──────────────────────────────────────────────────────────
-   64  one-0a  svd                   0.9893  1.000    1.100
-       one-0a  randomized_svd        0.9891  1.012    1.114
-       one-0a  direct ★              0.8000   34.0     37.4
+ rank  study   method          token cosine      ρ  median ρ  worst ρ
+ ────────────────────────────────────────────────────────────────────
+   64  one-0a  svd                   0.9893  1.000     1.000    1.100
+       one-0a  randomized_svd        0.9891  1.012     1.012    1.114
+       one-0a  direct ★              0.8000   34.0      34.0     37.4
 
-  128  one-0a  svd                 0.999961  1.000    1.100
-       one-0a  randomized_svd        0.9500  1.012    1.113
-       one-0a  refined ★           0.999956   12.5     13.8
+  128  one-0a  svd                 0.999961  1.000     1.000    1.100
+       one-0a  randomized_svd        0.9500  1.012     1.012    1.113
+       one-0a  refined ★           0.999956   12.5      12.5     13.8
 
-ρ: residual over the SVD's, 1 is the optimum · ★ the trained
-model that its study's validation chose
+ρ: residual over the SVD's, 1 is the optimum · ★ the trained model
+that its study's validation chose
 """
 
 

@@ -100,6 +100,28 @@ def test_tpe_learns_from_what_it_was_told(plan_of: PlanOf) -> None:
     assert median(late) < median(early) / 2
 
 
+def test_trials_are_dealt_to_ranks_and_families_in_turn_and_each_is_searched_for_itself(
+    plan_of: PlanOf, tmp_path: Path
+) -> None:
+    space = {"families": {"direct": {"lambda_b": {"loguniform": [1e-6, 1e-2]}}, "sketch": {}}, "rank": [2, 8]}
+    nearest: dict[str, list[float]] = {}
+    for deal in ("evenly", "freely"):
+        drawn: dict[tuple[str, int], list[float]] = {}
+        plan = plan_of(space | {"lr": {"loguniform": [1e-6, 1.0]}}, method="tpe", trials=80)
+        search = plan.spec.search.model_copy(update={"deal": deal})
+        plan = replace(plan, spec=plan.spec.model_copy(update={"search": search}), study_dir=tmp_path / deal)
+        driver = Driver(plan)
+        for number in range(80):
+            trial = driver.suggest(str(number))["trial"]
+            off = abs(math.log10(trial["lr"]) + 3)
+            drawn.setdefault((trial["family"], trial["rank"]), []).append(off)
+            # One rank's error is many times the other's.
+            driver.end(str(number), 1, (1 + off) * 100 / trial["rank"] ** 2, "budget")
+        assert (sorted(map(len, drawn.values())) == [20] * 4) == (deal == "evenly")
+        nearest[deal] = [min(drawn.get((family, rank), [9.0])) for family in ("direct", "sketch") for rank in (2, 8)]
+    assert sum(nearest["evenly"]) < sum(nearest["freely"])
+
+
 def test_a_search_that_another_process_goes_on_with_draws_what_it_would_have(plan_of: PlanOf, tmp_path: Path) -> None:
     space = {"families": {"direct": {"lambda_b": {"loguniform": [1e-6, 1e-2]}}, "sketch": {}}}
     plan = plan_of(space | {"lr": {"loguniform": [1e-4, 1e-1]}}, method="tpe", trials=16)
