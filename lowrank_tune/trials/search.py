@@ -47,7 +47,7 @@ EMPTY: Mapping[str, Any] = {}
 def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> dict[str, Any]:
     """Draw one point, but for what is fixed: the shared parameters and the family's own, `family.parameter`."""
     family = fixed.get("family") or _draw(trial, "family", tuple(space.families.chosen()))
-    axes: dict[str, Axis] = space.axes(family) | fixed
+    axes: dict[str, Axis] = {**space.axes(family), **fixed}
     return {**{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}, "family": family}
 
 
@@ -80,8 +80,8 @@ def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, A
     if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
         groups = {(): own[-MOST_LESSONS:]}
     for trials in groups.values():
-        ended = [trial for trial in trials if trial.state.is_finished() and trial.value is not None]
-        middle = median(_log_error(objective, trial.value) for trial in ended) if ended else 0.0
+        ended = [trial.value for trial in trials if trial.state.is_finished() and trial.value is not None]
+        middle = median(_log_error(objective, value) for value in ended) if ended else 0.0
         for trial in trials:
             values = {step: _log_error(objective, value) - middle for step, value in trial.intermediate_values.items()}
             value = trial.value if trial.state == TrialState.COMPLETE else None
