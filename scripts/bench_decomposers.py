@@ -4,9 +4,9 @@
 
 One CPU thread; about seven minutes, `--quick` one (two ranks, few images and epochs). Every number comes from this one
 run: compare ratios, not machines. ρ is on images held out from training: exp(mean log ρ), the median and the worst
-image's. Wanted: refined at most 1.01 in the mean and 1.02 for the worst image, and at most 10 % slower than the quickest
-untrained route that is as near; an epoch of refined at most a quarter of direct's. `exact` is the SVD by its quickest
-exact form, float64 eigenvectors of the Gram matrix.
+image's. Wanted: refined at most 1.01, 1.02 for the worst image, and at most 10 % slower than the quickest untrained
+route that is as near; an epoch of refined at most a quarter of direct's. `exact` is the SVD by its quickest exact form,
+float64 eigenvectors of the Gram matrix.
 
 Features of [256, 2048]: `photographs` are the sample photographs through the tiny encoder with random weights and 2048
 outputs; `power law` is synthetic, its flat cosine 0.992 at rank 128, the tokens' norms with log-sd 0.6.
@@ -31,8 +31,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from scipy.linalg import eigh
 from safetensors.torch import save_file
+from scipy.linalg import eigh
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
