@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,7 @@ from lowrank_tune.records import (
 CONFIDENCE = 0.95
 """Of every interval."""
 NOTES = "remarks.json"
+RIVALS = ("beaten_by", "level_with")
 PCA_IMAGES = 512
 """Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
 PCA_BATCH = 16
@@ -298,12 +299,16 @@ def _marked(points: Sequence[FrontPoint], better: Literal["lower", "higher"]) ->
 def write_comparison(directory: Path, comparison: Comparison, per_image: pd.DataFrame) -> None:
     """Write a comparison's files, each whole or not at all, every figure finite.
 
-    `comparison.json` is a list by contract, so device, data and remarks lie in a file of their own.
+    `comparison.json` is a list by contract, so what is said of it lies in a file of its own.
     """
     table = pa.Table.from_pandas(per_image, preserve_index=False)
     write_whole(Path(comparison.per_image_path), lambda path: pq.write_table(table, path))
-    write_json(directory / "comparison.json", comparison.rows)
-    write_json(directory / NOTES, {name: getattr(comparison, name) for name in ("device", "data", "remarks")})
+    rows = [asdict(row) for row in comparison.rows]
+    # What follows from the machine's times stands apart, so that a study run again gives the same figures to the byte.
+    rivals = [{name: row.pop(name) for name in RIVALS} for row in rows]
+    write_json(directory / "comparison.json", rows)
+    notes = {name: getattr(comparison, name) for name in ("device", "data", "remarks")}
+    write_json(directory / NOTES, notes | {"rivals": rivals})
     write_json(directory / "pareto.json", comparison.fronts)
     write_json(directory / "compression.json", comparison.compression)
 
@@ -318,7 +323,10 @@ def read_comparison(directory: Path, objective: str) -> Comparison | None:
         return None
     per_image_path, compression_path = directory / "per_image.parquet", directory / "compression.json"
     try:
-        rows = [ComparisonRow(**row) for row in read_json(directory / "comparison.json")]
+        notes = read_json(directory / NOTES) if (directory / NOTES).exists() else _old_notes(per_image_path)
+        told = read_json(directory / "comparison.json")
+        rivals = notes.get("rivals", [{}] * len(told))
+        rows = [ComparisonRow(**(row | theirs)) for row, theirs in zip(told, rivals, strict=True)]
         if not all(math.isfinite(row.residual_ratio) for row in rows):
             rows = _averaged_anew(rows, pd.read_parquet(per_image_path))
         if not any(row.chosen for row in rows):
@@ -328,7 +336,6 @@ def read_comparison(directory: Path, objective: str) -> Comparison | None:
         # A study that was compared before there was one has none.
         held = compression_path.read_bytes() if compression_path.exists() else b"{}"
         compression = TypeAdapter(Compression).validate_json(held)
-        notes = read_json(directory / NOTES) if (directory / NOTES).exists() else _old_notes(per_image_path)
         device, data, remarks = notes["device"], notes["data"], tuple(notes["remarks"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(

@@ -183,9 +183,7 @@ def split_images(groups: Sequence[str], split: SplitSpec, seed: int) -> Split:
         validation += members[order.pop()]
     train = [index for name in order for index in members[name]]
     if not train:
-        of = (
-            f"{len(groups)} images" if len(members) == len(groups) else f"{len(groups)} images in {len(members)} groups"
-        )
+        of = f"{len(groups)}" if len(members) == len(groups) else f"{len(groups)} images in {len(members)} groups"
         raise InputError(
             f"split: {n_validation} images to validate and {n_test} to test leave none of {of} to train; "
             "lower split.validation or split.test, or give more images"

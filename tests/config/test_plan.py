@@ -239,5 +239,5 @@ def test_a_fraction_is_what_it_says_and_one_image_at_least_and_the_seed_decides_
     assert SplitSpec(validation=0.01, test=5).counts(30) == (1, 5)
     keys = [str(number) for number in range(60)]
     assert len({split_images(keys, SplitSpec(), seed) for seed in (0, 1, 2, 3, 4, 0)}) == 5
-    with pytest.raises(InputError, match=r"80 to test leave none of 60 images to train; lower split.validation"):
+    with pytest.raises(InputError, match=r"80 to test leave none of 60 to train; lower split.validation"):
         split_images(keys, SplitSpec(test=80), 0)

@@ -99,8 +99,9 @@ def write_study(plan: Plan, configs: list[TrialConfig]) -> Comparison:
 
 def row_of(method: str, rank: int, residual_ratio: float, trial_id: str = "", chosen: int = 0) -> ComparisonRow:
     return ComparisonRow(
-        method, rank, 4, 0.9, 0.01, 0.95, 0.1, residual_ratio, 1.5, 640, 100.0, trial_id, chosen=chosen
-    )
+        method, rank, 4, 0.9, 0.01, 0.95, 0.1, residual_ratio, 1.5, 640, 100.0, trial_id, chosen=chosen,
+        residual_ratio=residual_ratio,
+    )  # fmt: skip
 
 
 class Reader:
