@@ -11,7 +11,7 @@ from lowrank_tune.config.plan import Plan, max_rank, split_images
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import known_images, probe_shape
-from lowrank_tune.features.sources import listed_groups
+from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.trials.outcomes import check_same_images
 

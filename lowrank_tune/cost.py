@@ -37,7 +37,8 @@ from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.extract import EncodeImages, plan_extraction
-from lowrank_tune.features.sources import hash_files, listed_groups, load_tensor, read_records
+from lowrank_tune.features.groups import listed_groups
+from lowrank_tune.features.sources import hash_files, load_tensor, read_records
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer

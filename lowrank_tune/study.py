@@ -42,8 +42,8 @@ from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import extract_features
+from lowrank_tune.features.groups import image_groups
 from lowrank_tune.features.remote import local_copy, open_local
-from lowrank_tune.features.sources import image_groups
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
 from lowrank_tune.records import (
     Comparison,

@@ -77,11 +77,9 @@ def compare(
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
 
-    The validation split chose the model behind a row by the `objective`, a key of `TrialOutcome.best`, so its test
-    figures are honest for that model; what its configuration gives with fresh seeds, `confirmations` tell. The training
-    split fits `pca_basis`, and the seed draws the controls' random starts. Methods run and are timed on `device`, which
-    is only worth comparing when nothing else runs. `groups` names, for each of the features' images, those it belongs
-    with; by default each stands alone. The files go to `directory`.
+    Validation chose the model behind a row by the `objective`, so its test figures are honest for that model; what
+    its configuration gives with fresh seeds, `confirmations` tell. The seed draws random starts. Times on `device` are
+    only worth comparing when nothing else runs. `groups` names what each of the features' images belongs with.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -112,14 +110,12 @@ def compare(
         _validated(data, split, directory, outcomes, models, device),
     )
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
+    said = say.about_study(features, outcomes, confirmations, rows, compression)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
-        remarks=(
-            *say.about_study(features, outcomes, confirmations, rows, compression),
-            *(*unmeasured, *lost, *left_out, *_at_the_floor(optimum, ranks)),
-        ),
+        remarks=(*said, *unmeasured, *lost, *left_out, *_at_the_floor(optimum, ranks)),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,

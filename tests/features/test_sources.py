@@ -15,11 +15,10 @@ from lowrank_tune.config.schema import FeaturesSpec, ManifestSource, SampleSourc
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features import sources
 from lowrank_tune.features.extract import extract_features
+from lowrank_tune.features.groups import image_groups, listed_groups
 from lowrank_tune.features.sources import (
     SourceFiles,
     SourceRecords,
-    image_groups,
-    listed_groups,
     read_records,
     write_record_table,
 )
