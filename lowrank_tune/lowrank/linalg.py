@@ -100,17 +100,16 @@ def deflated_gram(x_NTD: Tensor, rank: int, omega_D: Tensor) -> DeflatedGram:
 def leading_eigenvectors(symmetric_NKK: Tensor, count: int) -> Tensor:
     """Return the eigenvectors of the `count` largest eigenvalues [N, K, count], the largest first; NaN counts as 0.
 
-    Where an eigenvalue is so small that the solver's own rounding mixes its vector with those of smaller ones, two
-    steps of subspace iteration part them again.
+    Where an eigenvalue is so small that the solver's own rounding mixes its vector with those of smaller ones, the
+    matrix is decomposed in float64: what it holds is finer than that.
     """
     # One matrix that is not finite would be an error for all the batch.
     symmetric_NKK = symmetric_NKK.nan_to_num(0, 0, 0)
     values_NK, vectors_NKK = torch.linalg.eigh(symmetric_NKK)
     leading_NKC: Tensor = vectors_NKK[..., -count:].flip(-1)
     mixed_N = values_NK[:, -count] < GRADED * torch.finfo(values_NK.dtype).eps * values_NK[:, -1]
-    if count < values_NK.shape[-1] and mixed_N.any():
-        matrix_nKK = symmetric_NKK[mixed_N]
-        leading_NKC[mixed_N] = orthonormalise_nearly(matrix_nKK @ (matrix_nKK @ leading_NKC[mixed_N]))
+    if symmetric_NKK.dtype != torch.float64 and mixed_N.any():
+        leading_NKC[mixed_N] = leading_eigenvectors(symmetric_NKK[mixed_N].double(), count).to(leading_NKC.dtype)
     return leading_NKC
 
 
