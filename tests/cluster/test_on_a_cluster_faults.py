@@ -71,9 +71,10 @@ def test_a_study_outlives_its_supervisor_the_head_and_a_node(
     failed = json.loads(command("status", study_id, "--json", *results)[1])
     assert failed["state"] == "failed"
     assert f"lowrank-tune resume {study_id}" in failed["reason"]
-    # A new head knows no job of it, so it must be told where the results are.
+    # A new head knows no job of it, so it must be told where the results are; its job server takes a moment.
+    wait_until(lambda: command("list")[0] == 0)
     code, _, err = command("resume", study_id)
-    assert (code, "--results" in err) == (2, True)
+    assert (code, "--results" in err) == (2, True), err
     before |= over(study_dir)
     code, _, err = command("resume", study_id, *results)
     assert code == 0, err
