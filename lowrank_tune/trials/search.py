@@ -51,14 +51,14 @@ def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY
     return {**{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}, "family": family}
 
 
-def draw_point(plan: Plan, known: Sequence[FrozenTrial], number: int) -> dict[str, Any]:
+def draw_point(plan: Plan, study: optuna.Study, number: int) -> dict[str, Any]:
     """Draw a trial's point in its group, from what this and its family's other groups have taught."""
     groups = search_groups(plan.spec)
     fixed = groups[number % len(groups)]
     # A study of its own, in memory: in one study of all groups TPE would take the group with the least error for good.
     view = optuna.create_study(sampler=_sampler(plan, number))
     if plan.spec.search.method == "tpe":
-        view.add_trials(_lessons(plan.spec.objective, known, fixed))
+        view.add_trials(_lessons(plan.spec.objective, study.get_trials(deepcopy=False), fixed))
     return suggest(view.ask(), plan.spec.search.space, fixed)
 
 
@@ -195,8 +195,9 @@ class StudySearcher(Searcher):
         self._number += 1
         # A driver that died between the two calls has left the point waiting.
         if not self._waiting:
-            grid, known = self._plan.grid, self._study.get_trials(deepcopy=False)
-            self._study.enqueue_trial(optuna_params(grid[number] if grid else draw_point(self._plan, known, number)))
+            grid = self._plan.grid
+            point = grid[number] if grid else draw_point(self._plan, self._study, number)
+            self._study.enqueue_trial(optuna_params(point))
         self._waiting = False
         return self._study.ask()
 
