@@ -20,6 +20,13 @@ OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     "val_token_cosine": "maximize",
 }
 """What a study file may name as its `objective`, and which way is better: the figures of a trial's best epoch."""
+
+
+def sign(objective: str) -> float:
+    """Of an objective, what makes less of it better."""
+    return -1.0 if OBJECTIVES[objective] == "maximize" else 1.0
+
+
 BEST_MODEL = "best_model.safetensors"
 """In a trial's folder: the weights of its best epoch."""
 VALIDATION_OPTIMUM, TEST_OPTIMUM = "optimum.safetensors", "test_optimum.safetensors"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lowrank_tune.records import CONTROLS, OBJECTIVES, ComparisonRow, TrialOutcome
+from lowrank_tune.records import CONTROLS, ComparisonRow, TrialOutcome, sign
 
 Kind = tuple[str, int]
 """A method's name and rank."""
@@ -31,11 +31,6 @@ def ranked(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcom
     with_model = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.best_epoch > 0]
     usable = [outcome for outcome in with_model if math.isfinite(outcome.best.get(objective, math.nan))]
     return sorted(usable, key=lambda outcome: (sign(objective) * outcome.best[objective], outcome.config.number))
-
-
-def sign(objective: str) -> float:
-    """Of an objective, what makes less of it better."""
-    return -1.0 if OBJECTIVES[objective] == "maximize" else 1.0
 
 
 def choose(
@@ -83,12 +78,12 @@ def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
     One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker unless clearly farther:
     nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`.
     """
+    rivals = [row for row in rows if row.method in (*CONTROLS, "svd")]
+    rivals.sort(key=lambda rival: (rival.residual_ratio, -rival.images_per_second))
     judged = []
     for row in rows:
         beating, level = [], []
-        for other in sorted(rows, key=lambda other: (other.residual_ratio, -other.images_per_second)):
-            if not row.trial_id or other.rank != row.rank or other.method not in (*CONTROLS, "svd"):
-                continue
+        for other in (rival for rival in rivals if row.trial_id and rival.rank == row.rank):
             _, low, high = paired((other.method, other.rank), (row.method, row.rank))
             nearer, farther = high < -ROUNDING, low > ROUNDING
             quicker = other.images_per_second > row.images_per_second * (1 + SLOWER)

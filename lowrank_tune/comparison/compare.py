@@ -207,6 +207,13 @@ def over_images(per_image: pd.DataFrame) -> pd.DataFrame:
     return folded
 
 
+def _mean_ratios(per_image: pd.DataFrame) -> pd.Series:
+    """exp(mean log ρ) at each (method, rank), as `metrics.mean_ratio`."""
+    log = np.log(per_image["residual_ratio"])
+    ratios: pd.Series = np.exp(log.groupby([per_image["method"], per_image["rank"]]).mean())
+    return ratios
+
+
 def interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
     """The mean of a column at each (method, rank), and half of its confidence interval, NaN where there is one group.
 
@@ -214,11 +221,10 @@ def interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
     (Liang & Zeger, 1986), with Student's t of one degree of freedom less than groups. Of single images it is the usual.
     """
     kinds = ["method", "rank"]
-    means = table.groupby(kinds, sort=False)[column].transform("mean")
-    sums = table.assign(off=table[column] - means).groupby([*kinds, "group"], sort=False)["off"].sum()
+    each = table.groupby(kinds, sort=False)[column]
+    sums = table.assign(off=table[column] - each.transform("mean")).groupby([*kinds, "group"], sort=False)["off"].sum()
     by_kind = sums.pow(2).groupby(level=kinds, sort=False)
     groups = by_kind.size()
-    each = table.groupby(kinds, sort=False)[column]
     error = np.sqrt(by_kind.sum() * groups / (groups - 1).where(groups > 1)) / each.size()
     return each.mean(), error * stdtrit((groups - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
 
@@ -252,10 +258,9 @@ def _validated(
     table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
     if table.empty:
         return {}
-    table = table.assign(log=np.log(table["residual_ratio"]))
-    images = table[table["method"] != "svd"].groupby(["method", "rank"])
-    means = images[["mse", "token_cosine"]].mean()
-    means["residual_ratio"] = np.exp(images["log"].mean())
+    table = table[table["method"] != "svd"]
+    means = table.groupby(["method", "rank"])[["mse", "token_cosine"]].mean()
+    means["residual_ratio"] = _mean_ratios(table)
     figures: Any = means.add_prefix("val_").to_dict("index")
     return dict(figures)
 
@@ -343,8 +348,7 @@ def read_comparison(directory: Path, objective: str) -> Comparison | None:
 
 def _averaged_anew(rows: Sequence[ComparisonRow], per_image: pd.DataFrame) -> list[ComparisonRow]:
     """Complete rows from before ρ was averaged by its logarithm and the groups were known: by their images."""
-    table = per_image.assign(log=np.log(per_image["residual_ratio"])).groupby(["method", "rank"])
-    middle, median = np.exp(table["log"].mean()), table["residual_ratio"].median()
+    middle, median = _mean_ratios(per_image), per_image.groupby(["method", "rank"])["residual_ratio"].median()
     return [
         replace(
             row,

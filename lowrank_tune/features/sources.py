@@ -288,12 +288,9 @@ def write_record_table(
 
     A user's column whose name is taken becomes `source_<name>`.
     """
-    columns = {
-        "record": pa.array(range(len(keys)), pa.int64()),
-        "key": pa.array(keys, pa.string()),
-        "path": pa.array([None if path is None else str(path) for path in records.paths], pa.string()),
-        "error": pa.array(errors, pa.string()),
-    }
+    paths = [None if path is None else str(path) for path in records.paths]
+    own = [pa.array(range(len(keys)), pa.int64()), *(pa.array(each, pa.string()) for each in (keys, paths, errors))]
+    columns = dict(zip(RECORD_COLUMNS, own, strict=True))
     for name, column in zip(records.columns.column_names, records.columns.columns, strict=True):
         while name in columns:
             name = f"source_{name}"

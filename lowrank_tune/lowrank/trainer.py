@@ -25,7 +25,7 @@ from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, mean_ratio, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import BEST_MODEL, OBJECTIVES, Split, StoppedBy, TrialConfig
+from lowrank_tune.records import BEST_MODEL, Split, StoppedBy, TrialConfig, sign
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Trainer:
         self.best_model = copy.deepcopy(self.model)
         self._weights = list(self.model.parameters())
         self._optimizer = AdamW(self._weights, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self._sign = -1.0 if OBJECTIVES[config.objective] == "maximize" else 1.0
+        self._sign = sign(config.objective)
         self._scheduler = ReduceLROnPlateau(self._optimizer, factor=LR_FACTOR, patience=LR_PATIENCE)
 
     @property

@@ -107,6 +107,7 @@ class Refined(Decomposer):
         """Return 1 − tr(AᵀXXᵀA) / ‖X‖², the residual's share of the energy."""
         if self.exact:
             (residual_NR,) = precomputed
+            # The zeros take no part, but a training goes back through its loss.
             return self.weigh_ranks(residual_NR.mean(0)) + 0 * self.zeros_K.sum()
         gram_NTT, share_N, dominated_N, *start = precomputed
         with torch.autocast(gram_NTT.device.type, enabled=False):
