@@ -38,7 +38,9 @@ from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.extract import EncodeImages, plan_extraction
 from lowrank_tune.features.groups import listed_groups
-from lowrank_tune.features.sources import hash_files, load_tensor, read_records
+from lowrank_tune.features.images import hash_files, read_bytes
+from lowrank_tune.features.sources import read_records
+from lowrank_tune.features.tensors import load_tensor
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
@@ -141,18 +143,18 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     extraction = plan_extraction(spec, cache_root, records)
     tokens, dim = extraction.identity["tokens"], extraction.identity["dim"]
     contents = read_sealed(Path(extraction.directory), extraction.identity)
-    if contents is None or contents.missing(files.paths):
+    if contents is None or contents.missing(files.images):
         contents = read_committed(Path(extraction.directory), extraction.identity)
     files.check(contents.quarantined, spec.max_quarantined, "features.source", "features.max_quarantined")
-    cached = sum(key in contents.rows for key in files.paths)
-    usable = sum(key not in contents.quarantined for key in files.paths)
+    cached = sum(key in contents.rows for key in files.images)
+    usable = sum(key not in contents.quarantined for key in files.images)
     return {
-        "records": len(records.paths),
+        "records": len(records.images),
         "records_unreadable": sum(key is None for key in files.keys),
-        "images": len(files.paths),
+        "images": len(files.images),
         "images_cached": cached,
         "images_to_extract": usable - cached,
-        "images_quarantined": len(files.paths) - usable,
+        "images_quarantined": len(files.images) - usable,
         "features_shape": [tokens, dim],
         "encoder": extraction.encoder,
         "weights": extraction.weights,
@@ -178,21 +180,21 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
         # A device's first pass finds kernels and memory, and is no measure of the others.
         encoder.encode(np.zeros((1, size, size, 3), np.uint8))
     seconds, findings, sound = [], [], np.zeros((0, size, size, 3), np.uint8)
-    tried = [path for path in records.paths if path is not None][:TRIED_IMAGES]
-    for path in tried:
+    tried = [image for image in records.images if image is not None][:TRIED_IMAGES]
+    for image in tried:
         started = time.perf_counter()
         try:
             if encoder:
-                pixels_NHWC = decode_image(path.read_bytes(), size)[None]
+                pixels_NHWC = decode_image(read_bytes(image), size)[None]
                 features_TD, sound = encoder.encode(pixels_NHWC)[0], pixels_NHWC
             else:
-                features_TD = load_tensor(path.read_bytes(), (tokens, dim))
+                features_TD = load_tensor(read_bytes(image), (tokens, dim))
         except (UnusableError, InputError, OSError) as error:
-            findings.append(f"{path}: {error}")
+            findings.append(f"{image}: {error}")
             continue
         seconds.append(time.perf_counter() - started)
         low, high = features_TD.min().item(), features_TD.max().item()
-        findings.append(f"{path.name} {list(features_TD.shape)} in [{low:.3g}, {high:.3g}], {seconds[-1]:.2f} s")
+        findings.append(f"{Path(image).name} {list(features_TD.shape)} in [{low:.3g}, {high:.3g}], {seconds[-1]:.2f} s")
     each = min(seconds, default=0.0)
     if encoder and device == "cuda" and seconds:
         shard_NHWC = np.repeat(sound, SHARD_ROWS, axis=0)

@@ -12,7 +12,9 @@ A message names the thing, the place and the remedy, in that order; a traceback 
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 
 class LowrankTuneError(Exception):
@@ -53,3 +55,9 @@ class StudyFailedError(LowrankTuneError):
 def redact(text: str) -> str:
     """Take user names, passwords and query strings out of every address in a text."""
     return re.sub(r"(://[^\s?]*)\?[^\s\"']+", r"\1", re.sub(r"://[^\s\"']*@", "://", text))
+
+
+def did_you_mean(name: str, others: Iterable[str]) -> str:
+    """Return the end of a message, which asks for the name that is most like this one; empty where none is."""
+    near = difflib.get_close_matches(name, list(others), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

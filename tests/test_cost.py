@@ -51,9 +51,9 @@ def study(tmp_path):
     return study_of({"tensors": str(folder)})
 
 
-def commit(extraction, paths):
-    keys = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-    plan = ShardPlan(f"{keys[0][:16]}.safetensors", keys, tuple(map(str, paths)))
+def commit(extraction, images):
+    keys = tuple(hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in images)
+    plan = ShardPlan(f"{keys[0][:16]}.safetensors", keys, images)
     (result,) = ShardWorker(extraction, Pool(1, 1))({"plan": [pickle.dumps(plan)]})["result"]
     assert pickle.loads(result).error is None
 
@@ -65,13 +65,15 @@ def test_what_an_extraction_that_was_cut_short_left_counts_as_cached(study, tmp_
     directory = Path(extraction.directory)
     counts = [survey_features(spec, root, 0)]
     recover(directory, extraction.identity)
-    commit(extraction, records.paths[:3])
+    commit(extraction, records.images[:3])
     counts.append(survey_features(spec, root, 0))
     seal(directory, extraction.identity, extraction.encoder, extraction.weights)
-    commit(extraction, records.paths[3:5])
+    commit(extraction, records.images[3:5])
     counts.append(survey_features(spec, root, 0))
-    commit(extraction, records.paths[5:])
-    next((directory / "shards").glob(f"{hashlib.sha256(records.paths[5].read_bytes()).hexdigest()[:16]}*")).unlink()
+    commit(extraction, records.images[5:])
+    next(
+        (directory / "shards").glob(f"{hashlib.sha256(Path(records.images[5]).read_bytes()).hexdigest()[:16]}*")
+    ).unlink()
     (directory / "commits" / "damaged.json").write_text("{")
     counts.append(survey_features(spec, root, 0))
     assert [(count["images"], count["images_cached"], count["images_quarantined"]) for count in counts] == [

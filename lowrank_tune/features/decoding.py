@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
+from lowrank_tune.features.images import read_unchanged
 
 MAX_ASPECT_RATIO = 200
 """Qwen's own limit: beyond it an image resized to a square shows nothing of itself."""
@@ -58,9 +57,9 @@ def decode_shard(row: dict[str, Any], image_size: int) -> dict[str, Any]:
     pixels, keys, quarantined, problem = [], [], [], None
     plan = pickle.loads(row["plan"])
     try:
-        for path, key in zip(plan.paths, plan.keys, strict=True):
+        for image, key in zip(plan.images, plan.keys, strict=True):
             try:
-                pixels.append(decode_image(read_unchanged(Path(path), key), image_size))
+                pixels.append(decode_image(read_unchanged(image, key), image_size))
                 keys.append(key)
             except UnusableError as error:
                 quarantined.append((key, str(error)))
@@ -68,17 +67,6 @@ def decode_shard(row: dict[str, Any], image_size: int) -> dict[str, Any]:
         problem = error
     stacked = np.stack(pixels) if pixels else np.zeros((0, image_size, image_size, 3), np.uint8)
     return {"plan": row["plan"], "pixels": stacked, "decoded": pickle.dumps((keys, quarantined, problem))}
-
-
-def read_unchanged(path: Path, key: str) -> bytes:
-    """Read a file whose sha256 is known; an InputError where it cannot be read, or has changed."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{error}; run again") from error
-    if hashlib.sha256(data).hexdigest() != key:
-        raise InputError(f"{path}: changed while the extraction was running; run again")
-    return data
 
 
 def _decode(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:

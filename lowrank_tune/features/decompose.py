@@ -27,19 +27,11 @@ from lowrank_tune.features.cache import (
     open_cache,
 )
 from lowrank_tune.features.commits import Identity, UnusableError, layout, stored_as
-from lowrank_tune.features.decoding import read_unchanged
+from lowrank_tune.features.images import SourceFiles, SourceRecords, hash_files, read_unchanged, write_record_table
 from lowrank_tune.features.places import is_uri
 from lowrank_tune.features.remote import find_cache, open_local
 from lowrank_tune.features.shards import Made, Node, Notes, Pool, Progress, Row, ShardJob, ShardPlan, fill
-from lowrank_tune.features.sources import (
-    SourceFiles,
-    SourceRecords,
-    first_shape,
-    hash_files,
-    load_tensor,
-    read_records,
-    write_record_table,
-)
+from lowrank_tune.features.tensors import find_tensors, first_shape, load_tensor
 from lowrank_tune.files import read_json, write_durably, write_whole
 from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, open_matrix, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
@@ -95,7 +87,7 @@ def apply_decomposer(
         _check_ours(target, job.identity)
         contents = fill(
             job,
-            given.files.paths,
+            given.files.images,
             lambda quarantined: given.files.check(
                 quarantined, max_quarantined, given.features.directory, "--max-quarantined"
             ),
@@ -118,7 +110,7 @@ class Given:
 
     Attributes:
         features: what they are; those of tensors have no rows.
-        files: the images that can be read, in order; those of a cache have no paths.
+        files: the images that can be read, in order; those of a cache lie there.
         records: those of tensors; None for a cache.
     """
 
@@ -137,9 +129,9 @@ def find_given(name: str, results: str | Path | None) -> Given:
     directory = Path(name).expanduser()
     is_folder = not is_uri(name) and directory.is_dir()
     if is_folder and any(directory.glob("features_*.pt")):
-        records = read_records(TensorSource(tensors=str(directory)), directory, 0)
+        records = find_tensors(TensorSource(tensors=str(directory)))
         files = hash_files(records)
-        tokens, dim = first_shape(records.paths)
+        tokens, dim = first_shape(records.images)
         # It says no more than what they are, for their bytes are their keys.
         mark = fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim})
         features = FeatureSet(str(directory), mark, "imported tensors", "unknown", "", tokens, dim, (), "")
@@ -226,7 +218,7 @@ def _check_ours(target: Path, identity: Identity) -> None:
 
 def _check_keys(target: Path, given: Given, contents: Contents) -> None:
     """Refuse, as an InputError, factors of images that are none of those given."""
-    if strange := sum(key not in given.files.paths for key in (*contents.rows, *contents.quarantined)):
+    if strange := sum(key not in given.files.images for key in (*contents.rows, *contents.quarantined)):
         raise InputError(
             f"{target}: holds {strange} images that {given.features.directory} has not, so it belongs to other "
             "features; name a new folder"
@@ -280,7 +272,7 @@ class Decompose(ShardJob):
             if matrix is not None:
                 x_TD = matrix.load([rows[key]])[0]
             else:
-                x_TD = load_tensor(read_unchanged(Path(plan.paths[place]), key), (model.tokens, model.dim)).float()
+                x_TD = load_tensor(read_unchanged(plan.images[place], key), (model.tokens, model.dim)).float()
             if not torch.isfinite(x_TD).all():
                 raise UnusableError("the features hold NaN or infinite values")
             return x_TD

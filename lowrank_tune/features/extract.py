@@ -14,7 +14,8 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import fingerprint
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, find_tower, read_checkpoint_config
 from lowrank_tune.features.commits import TENSOR, Identity, UnusableError, to_stored
-from lowrank_tune.features.decoding import decode_shard, read_unchanged
+from lowrank_tune.features.decoding import decode_shard
+from lowrank_tune.features.images import SourceRecords, hash_files, read_unchanged, write_record_table
 from lowrank_tune.features.remote import nearest_cache
 from lowrank_tune.features.shards import (
     DECODE_CPUS,
@@ -30,14 +31,8 @@ from lowrank_tune.features.shards import (
     shares,
     shown,
 )
-from lowrank_tune.features.sources import (
-    SourceRecords,
-    first_shape,
-    hash_files,
-    load_tensor,
-    read_records,
-    write_record_table,
-)
+from lowrank_tune.features.sources import read_records
+from lowrank_tune.features.tensors import first_shape, load_tensor
 from lowrank_tune.records import FeatureSet
 
 if TYPE_CHECKING:
@@ -107,7 +102,7 @@ def extract_features(
         directory, limit = Path(job.directory), spec.max_quarantined
         contents = fill(
             job,
-            files.paths,
+            files.images,
             lambda quarantined: files.check(quarantined, limit, "features.source", "features.max_quarantined"),
             doing="extracting",
             progress=on_progress,
@@ -124,7 +119,7 @@ def extract_features(
             dtype=job.identity["store_dtype"],
             tokens=job.identity["tokens"],
             dim=job.identity["dim"],
-            rows=tuple(contents.rows[key] for key in files.paths if key in contents.rows),
+            rows=tuple(contents.rows[key] for key in files.images if key in contents.rows),
             records_path=str(write_record_table(directory, records, files.keys, errors)),
             quarantined=sum(error is not None for error in errors),
         )
@@ -158,7 +153,7 @@ def known_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[str, 
         InputError: the source or the checkpoint cannot be used.
     """
     records = read_records(spec.source, cache_root, seed)
-    return Path(plan_extraction(spec, cache_root, records).directory).name, list(hash_files(records).paths)
+    return Path(plan_extraction(spec, cache_root, records).directory).name, list(hash_files(records).images)
 
 
 def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, int]:
@@ -170,7 +165,7 @@ def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, i
         InputError: the checkpoint, or the directory of tensors, cannot be used.
     """
     if isinstance(spec.source, TensorSource):
-        return first_shape(read_records(spec.source, cache_root, seed).paths)
+        return first_shape(read_records(spec.source, cache_root, seed).images)
     return read_checkpoint_config(spec.encoder.checkpoint, cache_root).shape(spec.encoder.image_size)
 
 
@@ -187,7 +182,7 @@ def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords
     """
     root = cache_root.absolute()
     if isinstance(spec.source, TensorSource):
-        tokens, dim = first_shape(records.paths)
+        tokens, dim = first_shape(records.images)
         identity = {"kind": "tensors", "forward": IMPORT_VERSION, "store_dtype": spec.store_dtype}
         identity |= {"tokens": tokens, "dim": dim}
         return ImportTensors(str(root / fingerprint(identity)), identity, "imported tensors", "unknown")
@@ -225,9 +220,9 @@ class ImportTensors(ShardJob):
         def make(plan: ShardPlan, row: Row) -> Made:
             keys, tensors, quarantined = [], [], []
             shape = self.identity["tokens"], self.identity["dim"]
-            for key, path in zip(plan.keys, plan.paths, strict=True):
+            for key, image in zip(plan.keys, plan.images, strict=True):
                 try:
-                    tensor = load_tensor(read_unchanged(Path(path), key), shape)
+                    tensor = load_tensor(read_unchanged(image, key), shape)
                     tensors.append(to_stored(tensor, self.identity["store_dtype"]))
                     keys.append(key)
                 except UnusableError as error:

@@ -12,8 +12,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lowrank_tune.config.schema import SampleSource, Source
-from lowrank_tune.errors import CacheError, InputError
-from lowrank_tune.features.sources import RECORD_COLUMNS, near, photograph_paths, read_records
+from lowrank_tune.errors import CacheError, InputError, did_you_mean
+from lowrank_tune.features.images import RECORD_COLUMNS
+from lowrank_tune.features.sources import photograph_paths, read_records
 from lowrank_tune.records import FeatureSet
 
 
@@ -28,11 +29,11 @@ def listed_groups(source: Source, group_by: str | None) -> list[str]:
         names = [photographs[number % len(photographs)].stem for number in range(source.samples)]
         return names if group_by else list(map(str, range(len(names))))
     records = read_records(source, Path(), 0)
-    alone = list(map(str, range(len(records.paths))))
+    alone = list(map(str, range(len(records.images))))
     if group_by is None:
         return alone
     if group_by not in records.columns.column_names:
-        hint = near(group_by, records.columns.column_names)
+        hint = did_you_mean(group_by, records.columns.column_names)
         raise InputError(
             f"split.group_by: the manifest has no column {group_by!r}, only "
             f"{', '.join(records.columns.column_names)}{hint}"

@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard that is to be made: its file name, the sha256 of each image's file and, of files, their paths."""
+    """A shard that is to be made: its file name, the sha256 of each image and, unless in a cache, where each lies."""
 
     shard: str
     keys: tuple[str, ...]
-    paths: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class ShardWorker:
 
 def fill(
     job: ShardJob,
-    paths: Mapping[str, Path | None],
+    images: Mapping[str, str | None],
     check: Callable[[Mapping[str, str]], None],
     *,
     doing: str,
@@ -199,7 +199,7 @@ def fill(
 
     Args:
         job: what makes the shards.
-        paths: key -> file, in order; None where the images are no files.
+        images: key -> where it lies, in order; None where that is a cache.
         check: called with key -> reason of all that are quarantined; raises where they are too many.
         doing: for whoever has to wait.
         progress: called with the number of images dealt with and their total.
@@ -213,11 +213,11 @@ def fill(
         CacheError: or by the files of a cache.
         LowrankTuneError: or Ray did.
     """
-    directory, total = Path(job.directory), len(paths)
+    directory, total = Path(job.directory), len(images)
     progress, note = progress or (lambda done, total: None), note or logger.warning
     contents = read_sealed(directory, job.identity)
     check(contents.quarantined if contents else {})
-    if contents is not None and not contents.missing(paths):
+    if contents is not None and not contents.missing(images):
         accept(contents)
         progress(total, total)
         return contents
@@ -226,12 +226,12 @@ def fill(
         claim(note)
         contents = recover(directory, job.identity)
         accept(contents)
-        missing, reasons = contents.missing(paths), dict(contents.quarantined)
+        missing, reasons = contents.missing(images), dict(contents.quarantined)
         check(reasons)
         done = total - len(missing)
         progress(done, total)
         if missing:
-            with contextlib.closing(_made(job, plan_shards(missing, paths), address, note)) as results:
+            with contextlib.closing(_made(job, plan_shards(missing, images), address, note)) as results:
                 for result in results:
                     reasons |= dict(result.quarantined)
                     check(reasons)
@@ -240,12 +240,12 @@ def fill(
         return seal(directory, job.identity, job.encoder, job.weights)
 
 
-def plan_shards(missing: Sequence[str], paths: Mapping[str, Path | None]) -> list[ShardPlan]:
+def plan_shards(missing: Sequence[str], images: Mapping[str, str | None]) -> list[ShardPlan]:
     """Which shards hold the keys that are missing."""
     plans = []
     for first in range(0, len(missing), SHARD_ROWS):
         keys = tuple(missing[first : first + SHARD_ROWS])
-        plans.append(ShardPlan(shard_name(keys), keys, tuple(str(path) for key in keys if (path := paths[key]))))
+        plans.append(ShardPlan(shard_name(keys), keys, tuple(image for key in keys if (image := images[key]))))
     return plans
 
 

@@ -16,12 +16,8 @@ from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features import sources
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.groups import image_groups, listed_groups
-from lowrank_tune.features.sources import (
-    SourceFiles,
-    SourceRecords,
-    read_records,
-    write_record_table,
-)
+from lowrank_tune.features.images import SourceFiles, SourceRecords, write_record_table
+from lowrank_tune.features.sources import read_records
 from lowrank_tune.records import FeatureRow, FeatureSet
 
 GROUNDING = [
@@ -52,11 +48,11 @@ def tree(tmp_path):
 
 
 def test_a_directory_is_searched_for_images_and_a_glob_takes_what_it_matches_here(tree, monkeypatch):
-    found = [str(path.relative_to(tree)) for path in records_of({"images": str(tree)}).paths]
+    found = [str(Path(image).relative_to(tree)) for image in records_of({"images": str(tree)}).images]
     assert found == ["a/2.PNG", "a/deep/1.webp", "b.jpg"]
     monkeypatch.chdir(tree.parent)
-    assert records_of({"images": "photos/**/*.PNG"}).paths == (tree / "a/2.PNG",)
-    assert [path.name for path in records_of({"images": "photos/*"}).paths] == ["b.jpg", "notes.txt"]
+    assert records_of({"images": "photos/**/*.PNG"}).images == (str(tree / "a/2.PNG"),)
+    assert [Path(image).name for image in records_of({"images": "photos/*"}).images] == ["b.jpg", "notes.txt"]
 
 
 def write_manifest(path, records):
@@ -77,7 +73,7 @@ def test_grounding_records_keep_their_columns_in_every_format(tmp_path, suffix):
     path = tmp_path / f"data{suffix}"
     write_manifest(path, GROUNDING)
     records = records_of({"manifest": str(path)})
-    assert records.paths == tuple(tmp_path / record["image"] for record in GROUNDING)
+    assert records.images == tuple(str(tmp_path / record["image"]) for record in GROUNDING)
     rows = records.columns.to_pylist()
     assert [row["question"] for row in rows] == [record["question"] for record in GROUNDING]
     boxes = [json.loads(row["boxes"]) if suffix == ".csv" else row["boxes"] for row in rows]
@@ -112,7 +108,10 @@ def test_mixed_values_become_json_text_and_numbers_as_file_names_stay_text(tmp_p
     path.write_text('{"image": "1.jpg", "answer": 3}\n{"image": "2.jpg", "answer": ["three"]}\n{"image": "3.jpg"}\n')
     assert records_of({"manifest": str(path)}).columns["answer"].to_pylist() == ["3", '["three"]', None]
     (tmp_path / "data.csv").write_text("image,score\n0001,1.5\n0002,2\n")
-    assert [path.name for path in records_of({"manifest": str(tmp_path / "data.csv")}).paths] == ["0001", "0002"]
+    assert [Path(image).name for image in records_of({"manifest": str(tmp_path / "data.csv")}).images] == [
+        "0001",
+        "0002",
+    ]
 
 
 def test_root_replaces_the_manifests_folder_and_absolute_paths_stay(tmp_path):
@@ -120,7 +119,7 @@ def test_root_replaces_the_manifests_folder_and_absolute_paths_stay(tmp_path):
     root.mkdir()
     (tmp_path / "data.json").write_text(json.dumps([{"photo": "1.jpg"}, {"photo": "/data/2.jpg"}, {"photo": None}]))
     source = {"manifest": str(tmp_path / "data.json"), "image_column": "photo", "root": str(root)}
-    assert records_of(source).paths == (root / "1.jpg", Path("/data/2.jpg"), None)
+    assert records_of(source).images == (str(root / "1.jpg"), "/data/2.jpg", None)
 
 
 TEXTS = {
@@ -171,12 +170,12 @@ def test_tensor_files_are_sorted_by_number(tmp_path):
         torch.save(torch.zeros(2, 2), tmp_path / f"features_{number}.pt")
     (tmp_path / "features_x.pt").write_bytes(b"")
     records = records_of({"tensors": str(tmp_path)})
-    assert [path.name for path in records.paths] == [f"features_{number}.pt" for number in (2, 9, 10, 100)]
+    assert [Path(image).name for image in records.images] == [f"features_{number}.pt" for number in (2, 9, 10, 100)]
     assert records.columns["number"].to_pylist() == [2, 9, 10, 100]
 
 
 def digests(records):
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in records.paths]
+    return [hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in records.images]
 
 
 def test_images_that_share_a_record_value_belong_together_and_one_without_stands_alone(tmp_path):
@@ -211,12 +210,12 @@ def test_samples_are_distinct_useful_crops_of_many_photographs(tmp_path):
     assert len(set(digests(records))) == 40
     cuts = records.columns.to_pylist()
     assert len({cut["photograph"] for cut in cuts}) == 20
-    for path, cut in zip(records.paths, cuts, strict=True):
+    for path, cut in zip(map(Path, records.images), cuts, strict=True):
         with Image.open(path) as image:
             assert image.size == (cut["size"], cut["size"])
             assert cut["size"] >= 150
             assert np.asarray(image.convert("L")).std() > 5
-    path, cut = next(crop for crop in zip(records.paths, cuts, strict=True) if crop[1]["photograph"] == "coffee")
+    path, cut = next(crop for crop in zip(records.images, cuts, strict=True) if crop[1]["photograph"] == "coffee")
     with Image.open(next(path for path in sources.photograph_paths() if path.stem == "coffee")) as coffee:
         expected = coffee.crop((cut["left"], cut["top"], cut["left"] + cut["size"], cut["top"] + cut["size"]))
     with Image.open(path) as image:
@@ -228,7 +227,7 @@ def test_a_seed_fixes_the_samples_and_fewer_are_the_first_of_more(tmp_path):
     before = digests(first)
     assert digests(records_of({"samples": 5}, tmp_path / "b", seed=3)) == before[:5]
     assert not set(digests(records_of({"samples": 8}, tmp_path / "b", seed=4))) & set(before)
-    first.paths[2].unlink()
+    Path(first.images[2]).unlink()
     assert digests(records_of({"samples": 8}, tmp_path / "a", seed=3)) == before, "a lost one is written again"
 
 
@@ -260,6 +259,6 @@ def test_what_cannot_be_read_or_written_is_named_for_what_it_is(tmp_path):
 )
 def test_more_than_the_limit_or_none_that_is_sound_is_refused(broken, total, limit, told):
     keys = tuple(str(number) for number in range(total))
-    files = SourceFiles(keys, (None,) * total, tuple(Path("/", key) for key in keys), {})
+    files = SourceFiles(keys, (None,) * total, tuple(f"/{key}" for key in keys), {})
     with pytest.raises(InputError, match=told) if told else nullcontext():
         files.check(dict.fromkeys(keys[:broken], "E"), limit, "S", "O")

@@ -1,0 +1,125 @@
+"""Records of images: where the bytes of each lie, their digests, and the table that keeps the user's columns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.features.cache import SOURCES
+from lowrank_tune.features.commits import checksum
+from lowrank_tune.files import file_sha256, write_durably
+
+HASHING_THREADS = 8
+_REASONS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SourceRecords:
+    """A user's records, in order."""
+
+    images: tuple[str | None, ...]  # where each one's image lies, as `read_bytes` takes it; None where it names none
+    columns: pa.Table  # the user's own columns, a row a record; none where the source has none
+    notes: tuple[str, ...] = ()  # what whoever gave the source should know, a sentence each: what was left out, …
+
+
+def read_bytes(image: str) -> bytes:
+    """Read an image's file, or a tensor's."""
+    return Path(image).read_bytes()
+
+
+def read_unchanged(image: str, key: str) -> bytes:
+    """Read bytes whose sha256 is known; an InputError where they cannot be read, or have changed."""
+    try:
+        data = read_bytes(image)
+    except OSError as error:
+        raise InputError(f"{error}; run again") from error
+    if hashlib.sha256(data).hexdigest() != key:
+        raise InputError(f"{image}: changed while the extraction was running; run again")
+    return data
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a source, or the images of a cache, which have keys alone."""
+
+    keys: tuple[str | None, ...]  # sha256 of each record's file, None where it cannot be read
+    unread: tuple[str | None, ...]  # why not, None where it can
+    records: tuple[str | None, ...]
+    images: Mapping[str, str | None]  # key -> one place that has it, in the order of the records
+
+    def errors(self, quarantined: Mapping[str, str]) -> list[str | None]:
+        """Why each record has no features, with what is known of keys; None for those that have or may have."""
+        return [
+            error if key is None else quarantined.get(key) for key, error in zip(self.keys, self.unread, strict=True)
+        ]
+
+    def check(self, quarantined: Mapping[str, str], limit: float, source: str, option: str) -> None:
+        """Refuse, as an InputError, where more than the fraction `limit` of all records, or every one, has no image."""
+        errors = self.errors(quarantined)
+        named = zip(self.records, self.keys, errors, strict=True)
+        broken = [f"{path or (key or 'a record')[:16]}: {error}" for path, key, error in named if error]
+        if len(broken) <= limit * len(errors) and len(broken) < len(errors):
+            return
+        shown = broken[:_REASONS_SHOWN]
+        if len(broken) > len(shown):
+            shown.append(f"and {len(broken) - len(shown)} more")
+        listed = "\n  ".join(shown)
+        raise InputError(
+            f"{source}: {len(broken)} of {len(errors)} files cannot be used, {option} = {limit:g} allows "
+            f"{int(limit * len(errors))}:\n  {listed}\nCorrect or remove them, or raise {option}."
+        )
+
+
+def hash_files(records: SourceRecords) -> SourceFiles:
+    """Read every file once; one that cannot be read becomes an error of its records."""
+
+    def digest(path: str | None) -> tuple[str | None, str | None]:
+        if path is None:
+            return None, "the record names no file"
+        try:
+            return file_sha256(Path(path)), None
+        except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+            return None, getattr(error, "strerror", None) or str(error)
+
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        keys, unread = zip(*threads.map(digest, records.images), strict=True)
+    images: dict[str, str | None] = {}
+    for key, path in zip(keys, records.images, strict=True):
+        if key is not None:
+            images.setdefault(key, path)
+    return SourceFiles(keys, unread, records.images, images)
+
+
+RECORD_COLUMNS = ("record", "key", "path", "error")
+"""Of the table of a source's records, before the user's own."""
+
+
+def write_record_table(
+    directory: Path, records: SourceRecords, keys: Sequence[str | None], errors: Sequence[str | None]
+) -> Path:
+    """Write a parquet named by its content's digest, one row a record: number, key, path, error and the user's columns.
+
+    A user's column whose name is taken becomes `source_<name>`.
+    """
+    texts = (pa.array(each, pa.string()) for each in (keys, records.images, errors))
+    own = [pa.array(range(len(keys)), pa.int64()), *texts]
+    columns = dict(zip(RECORD_COLUMNS, own, strict=True))
+    for name, column in zip(records.columns.column_names, records.columns.columns, strict=True):
+        while name in columns:
+            name = f"source_{name}"
+        columns[name] = column
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table(columns), sink)
+    data = sink.getvalue().to_pybytes()
+    path = directory / SOURCES / f"{checksum(data)}.parquet"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)  # a copy from an object store has no empty folders
+        write_durably(path, data)
+    return path
