@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_compression.py [--images 16]
 
-One CPU thread, about two minutes; the feature sets of bench_decomposers.py. The figures are the comparison's own, of
+One CPU thread, about two minutes; two feature sets of bench_decomposers.py. The figures are the comparison's own, of
 models as they start (`refined` learns a thousandth beyond its start, `sketch` starts at other images' principal axes).
 Below them, what the storage of factors was chosen by: the relative error with a scale a component or a token, in the
 SVD's own form or in columns that a random matrix has mixed; and what this part of the comparison takes beside the rest.
@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from bench_decomposers import PARAMS, _photographs, _power_law, _written
+from bench_decomposers import PARAMS, SETS, _written
 from torch import Tensor
 
 from lowrank_tune.comparison import compare as room
@@ -43,10 +43,10 @@ def main() -> None:
     images = parser.parse_args().images
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, make in (("photographs", _photographs), ("power law", lambda count, _: _power_law(count))):
-            folder = Path(scratch) / name.replace(" ", "-")
+        for name in ("photographs", "power law"):
+            folder = Path(scratch) / name
             folder.mkdir()
-            x_NTD = make(2 * images, folder)
+            x_NTD = SETS[name](2 * images, folder)
             features = _written(x_NTD, folder)
             _compared(name, features, images, folder)
             _choices(x_NTD[images : images + 4].float())
