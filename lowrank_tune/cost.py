@@ -46,7 +46,7 @@ from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
 from lowrank_tune.records import FeatureSet, Split, TrialConfig
 from lowrank_tune.tracking.database import database_fault
-from lowrank_tune.tracking.store import probe, resolve_store
+from lowrank_tune.tracking.reach import reach_store
 
 STEPS = 3
 """Steps of an epoch that is timed, at most; the rest is reckoned."""
@@ -117,9 +117,8 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
         return "; ".join(gpus) or f"no GPU; {os.cpu_count()} CPU cores"
 
     def tracking() -> str:
-        store = resolve_store(spec.tracking.uri if spec else None, results_directory(results))
-        probe(store)
-        if store.database and (fault := database_fault(store.database)):
+        store = reach_store(spec, results_directory(results))
+        if store.is_own and store.database and (fault := database_fault(store.database)):
             raise TrackingError(f"tracking store {store.shown}: {fault}")
         return f"{store.shown} answers"
 

@@ -53,8 +53,8 @@ class StudyFailedError(LowrankTuneError):
 
 
 def redact(text: str) -> str:
-    """Take user names, passwords and query strings out of every address in a text."""
-    return re.sub(r"(://[^\s?]*)\?[^\s\"']+", r"\1", re.sub(r"://[^\s\"']*@", "://", text))
+    """Take user names, passwords and query strings out of every address in a text; a file's has none."""
+    return re.sub(r"(://[^\s?]*)\?[^\s\"']+", r"\1", re.sub(r"(?<!file)(?<!sqlite)://\S*@", "://", text))
 
 
 def did_you_mean(name: str, others: Iterable[str]) -> str:

@@ -287,12 +287,13 @@ def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", 
 @contextmanager
 def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[tuple[Tracker, ExitStack]]:
     """Ray with room for a trial, a results directory that its nodes share, and MLflow, which the stack ends."""
+    tracker = Tracker(plan, lambda: _others(plan))  # refuses what cannot be tracked before a cluster is asked
     with ray_session(address), ExitStack() as opened:
         check_shared(plan.results)
         trials_at_once(plan.spec.resources, ray.nodes())
         if begun:
             _repair_tracking(plan)
-        yield opened.enter_context(Tracker(plan, lambda: _others(plan))), opened
+        yield opened.enter_context(tracker), opened
 
 
 def _repair_tracking(plan: Plan) -> dict[str, Any]:

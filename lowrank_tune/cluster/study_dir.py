@@ -92,8 +92,12 @@ def absolute_paths(spec: StudySpec) -> dict[str, str]:
     if uri.startswith(_SQLITE):
         named["tracking.uri"] = uri.removeprefix(_SQLITE)
     paths = {key: Path(value).expanduser() for key, value in named.items() if value}
-    prefix = {"tracking.uri": _SQLITE}
-    return {key: prefix.get(key, "") + str(Path.cwd() / path) for key, path in paths.items() if not path.is_absolute()}
+    made = {key: str(Path.cwd() / path) for key, path in paths.items() if not path.is_absolute()}
+    if "tracking.uri" in made:
+        # Its own part is quoted already, where it needs it.
+        here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")
+        made["tracking.uri"] = f"{_SQLITE}{here}/{paths['tracking.uri']}"
+    return made
 
 
 def anchored(spec: StudySpec) -> StudySpec:

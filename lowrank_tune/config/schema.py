@@ -321,6 +321,11 @@ class StudySpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
 
+    @property
+    def experiment(self) -> str:
+        """The name of the MLflow experiment that the study belongs to."""
+        return self.tracking.experiment or self.name
+
     @field_validator("split")
     @classmethod
     def _samples_suffice(cls, split: SplitSpec, info: ValidationInfo) -> SplitSpec:

@@ -44,8 +44,7 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
     path = store.database
     if path is None or database_state(path) == "current":
         return
-    own = store.artifacts == path.absolute().with_name("mlartifacts")
-    path = path.resolve()  # a link stays one
+    own, path = store.is_own, path.resolve()  # a link stays one
     with FileLock(path.with_name(f".{path.name}.lock")):
         state = database_state(path)
         if state == "current":
@@ -120,6 +119,11 @@ def _state(path: Path) -> State:
     if "experiments" in tables:
         return "newer" if found else "older"
     return "foreign" if tables else "absent"
+
+
+def is_known_revision(version: str) -> bool:
+    """Whether the installed MLflow knows a version of a database."""
+    return version in _revisions()[0]
 
 
 @functools.cache

@@ -12,7 +12,9 @@ from lowrank_tune.errors import TrackingError
 from lowrank_tune.files import read_fields
 from lowrank_tune.records import Comparison, TrialOutcome
 from lowrank_tune.tracking.database import database_fault, open_database
-from lowrank_tune.tracking.store import Store, reach_store, resolve_store
+from lowrank_tune.tracking.moved import follow_artifacts
+from lowrank_tune.tracking.reach import reach_store
+from lowrank_tune.tracking.store import Store, resolve_store
 from lowrank_tune.tracking.sync import Repairs, RunStatus, StudySync, is_passing, reason_of
 from lowrank_tune.trials.outcomes import read_trials
 
@@ -37,7 +39,10 @@ def open_sync(plan: Plan, store: Store, others: Others = tuple) -> StudySync:
                 logger.warning("study %s: MLflow could not be told of it again (%s)", other.study_id, reason_of(error))
 
     open_database(store, tell_others)
-    return StudySync(plan, store)
+    moved = follow_artifacts(store)
+    sync = StudySync(plan, store)
+    sync.repairs.artifacts_followed = moved
+    return sync
 
 
 def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others = tuple) -> Repairs:
@@ -50,7 +55,7 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    store = reach_store(plan.spec.tracking.uri, plan.results)
+    store = reach_store(plan.spec, plan.results)
     pauses = iter(_PAUSES_S)
     while True:
         try:
@@ -65,7 +70,7 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
 def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
     """Tell MLflow an ended study's post-study figures and files; returns why that failed, if so."""
     try:
-        store = reach_store(plan.spec.tracking.uri, plan.results)
+        store = reach_store(plan.spec, plan.results)
         fault = database_fault(store.database) if store.database else ""
         if fault:
             return f"{store.shown}: {fault}"

@@ -1,24 +1,23 @@
-"""Where a study is tracked: which MLflow store, and whether it answers.
+"""Where a study is tracked: which MLflow store.
 
-Nothing here imports MLflow, which takes seconds: a wrong address must be told at once.
+Nothing here imports MLflow, which takes seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
-import urllib.error
-import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
-from lowrank_tune.errors import TrackingError, redact
+from lowrank_tune.errors import redact
 
-_SQLITE = "sqlite:///"
-_PROBE_TIMEOUT_S = 5.0
+_SQLITE, _SQLITE_QUOTED = "sqlite:///", "sqlite+pysqlite:///"
+_REASON_LENGTH = 300
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -43,15 +42,30 @@ class Store:
 
     @property
     def shown(self) -> str:
-        return redact(self.uri)
+        return self.uri if self.is_local else redact(re.sub("://.*@", "://", self.uri, flags=re.DOTALL))
 
     @property
     def database(self) -> Path | None:
-        return Path(unquote(self.uri.removeprefix(_SQLITE).partition("?")[0])) if self.is_local else None
+        return Path(unquote(self.uri.partition("///")[2].partition("?")[0])) if self.is_local else None
 
     @property
     def is_local(self) -> bool:
-        return self.uri.startswith(_SQLITE)
+        return self.uri.startswith((_SQLITE, _SQLITE_QUOTED)) and not self.uri.endswith(("///", ":memory:"))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the results directory's own database, which nobody else is asked about."""
+        path = self.database
+        return path is not None and self.artifacts == path.absolute().with_name("mlartifacts")
+
+    def hide(self, error: Exception) -> str:
+        """An error in one line, without this address's credentials."""
+        text = (str(error).splitlines() or [type(error).__name__])[0].replace(self.uri, self.shown)
+        with contextlib.suppress(ValueError):
+            password = urlsplit(self.uri).password or ""
+            for secret in {password, unquote(password)} - {""}:
+                text = text.replace(secret, "***")
+        return redact(text)[:_REASON_LENGTH]
 
 
 def set_mlflow_defaults() -> None:
@@ -64,17 +78,9 @@ def set_mlflow_defaults() -> None:
 
 def resolve_store(uri: str | None, results: Path) -> Store:
     """Choose the store: the study file's, else MLFLOW_TRACKING_URI's, else sqlite in the results directory."""
-    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri(results)
-    local = chosen.startswith(_SQLITE)
-    return Store(chosen, results.absolute() / "mlartifacts" if local else None)
-
-
-def reach_store(uri: str | None, results: Path) -> Store:
-    """Choose the store and have it answer, before MLflow is imported."""
-    set_mlflow_defaults()
-    store = resolve_store(uri, results)
-    probe(store)
-    return store
+    chosen = (uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip() or local_uri(results)
+    artifacts = results.absolute() / "mlartifacts"
+    return Store(chosen, artifacts if Store(chosen, None).is_local else None)
 
 
 def local_uri(results: Path) -> str:
@@ -84,49 +90,9 @@ def local_uri(results: Path) -> str:
 
 def sqlite_uri(path: Path) -> str:
     """The address of a database file, whatever characters its name has."""
-    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
-
-
-def probe(store: Store) -> None:
-    """Check within seconds that the store answers; a TrackingError where it does not."""
-    if store.database:
-        _probe_database(store, store.database)
-    elif store.uri.startswith(("http://", "https://")):
-        _probe_server(store)
-
-
-def _probe_server(store: Store) -> None:
-    try:
-        with urllib.request.urlopen(store.shown.rstrip("/") + "/health", timeout=_PROBE_TIMEOUT_S):
-            return
-    except urllib.error.HTTPError as error:
-        # Any other status comes from something that is alive; MLflow itself says later what it refuses.
-        if error.code < 500:
-            return
-        why = f"it answers {error.code} {error.reason}"
-    except (OSError, ValueError) as error:
-        why = str(getattr(error, "reason", error))
-    raise TrackingError(
-        f"tracking server {store.shown} does not answer ({why}); start it, or name another in tracking.uri or "
-        "MLFLOW_TRACKING_URI, or leave both unset to use a database in the results directory"
-    )
-
-
-def _probe_database(store: Store, path: Path) -> None:
-    try:
-        if path.exists():
-            # Never in sqlite's own way, which makes an empty file where there is none.
-            with contextlib.closing(open_sqlite(path, _PROBE_TIMEOUT_S)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-        elif not os.access(path.parent, os.W_OK):
-            raise sqlite3.OperationalError("unable to open database file")
-    except sqlite3.OperationalError as error:
-        raise TrackingError(
-            f"tracking store {store.shown}: {error}; check that the file can be written to and that no other "
-            "process holds it, or name another store in tracking.uri"
-        ) from None
-    except sqlite3.DatabaseError:
-        pass  # a damaged one is looked at when it is opened
+    name = str(path).replace("%", "%25").replace("?", "%3F")
+    # MLflow makes the folder that it reads in a plain address, which for a quoted one is another folder.
+    return (_SQLITE if name == str(path) else _SQLITE_QUOTED) + name
 
 
 def open_sqlite(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:

@@ -19,8 +19,9 @@ from urllib.parse import quote
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import TensorSource
-from lowrank_tune.errors import TrackingError, redact
+from lowrank_tune.errors import LowrankTuneError, redact
 from lowrank_tune.records import OBJECTIVES, Comparison, ComparisonRow, TrialOutcome
+from lowrank_tune.tracking.reach import deleted
 from lowrank_tune.tracking.store import Store
 from lowrank_tune.trials.outcomes import TrialRecord
 
@@ -56,6 +57,7 @@ class Repairs:
         runs_ended: runs whose status or reason was not the truth.
         epochs_added: epochs whose figures were missing.
         comparison_added: whether the post-study figures were missing.
+        artifacts_followed: addresses of artifacts that were the results directory's before it was moved.
     """
 
     runs_made: int = 0
@@ -63,6 +65,7 @@ class Repairs:
     runs_ended: int = 0
     epochs_added: int = 0
     comparison_added: bool = False
+    artifacts_followed: int = 0
 
 
 @dataclass(slots=True)
@@ -83,7 +86,8 @@ class StudySync:
     def __init__(self, plan: Plan, store: Store) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(store.uri)
+        # Another registry than the store's is nothing to a study that registers nothing.
+        self._client = MlflowClient(store.uri, None if plan.spec.tracking.register_as else store.uri)
         self._plan, self._store = plan, store
         self.repairs = Repairs()
         self.forget()
@@ -170,8 +174,7 @@ class StudySync:
 
         if self._experiment:
             return
-        spec = self._plan.spec
-        experiment = _open_experiment(self._client, spec.tracking.experiment or spec.name, self._store)
+        experiment = _open_experiment(self._client, self._plan.spec.experiment, self._store)
         query, order = f"tags.`lowrank.study_id` = '{self._plan.study_id}'", ["start_time ASC"]
         found = get_results_from_paginated_fn(
             lambda size, token: self._client.search_runs([experiment], query, 1, size, order, token), 1000
@@ -293,7 +296,7 @@ def is_passing(error: Exception) -> bool:
 
 def reason_of(error: Exception) -> str:
     """An error in one line, without credentials."""
-    said = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
+    said = str(error) if isinstance(error, LowrankTuneError) else f"{type(error).__name__}: {error}"
     return redact(said.splitlines()[0])[:_REASON_LENGTH]
 
 
@@ -302,7 +305,9 @@ def _open_experiment(client: Any, name: str, store: Store) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        location = (store.artifacts / quote(name, safe="")).as_uri() if store.artifacts else None
+        # No `%20` in it: MLflow loads no model from a path with one.
+        folder = quote(name, safe="").replace("%", "=")
+        location = (store.artifacts / folder).as_uri() if store.artifacts else None
         try:
             return str(client.create_experiment(name, location, tags={_KIND_TAG: _KIND}))
         except MlflowException as error:
@@ -311,10 +316,7 @@ def _open_experiment(client: Any, name: str, store: Store) -> str:
             if experiment is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
     if experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            f"MLflow experiment {name} was deleted from {store.shown}; name another in tracking.experiment, or "
-            f"restore it with `mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-        )
+        raise deleted(store, name, experiment.experiment_id)
     if experiment.tags.get(_KIND_TAG) != _KIND:
         client.set_experiment_tag(experiment.experiment_id, _KIND_TAG, _KIND)
     return str(experiment.experiment_id)

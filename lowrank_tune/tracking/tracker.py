@@ -10,11 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.errors import TrackingError, redact
+from lowrank_tune.errors import LowrankTuneError, TrackingError
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome, TrialTracker
-from lowrank_tune.tracking.database import database_state
+from lowrank_tune.tracking.reach import reach_store
 from lowrank_tune.tracking.reconcile import Others, open_sync
-from lowrank_tune.tracking.store import reach_store
 from lowrank_tune.tracking.sync import RunStatus, StudySync, is_passing, reason_of
 from lowrank_tune.trials.outcomes import read_trial
 
@@ -39,9 +38,7 @@ class Tracker(TrialTracker):
     """
 
     def __init__(self, plan: Plan, others: Others = tuple) -> None:
-        self.store = reach_store(plan.spec.tracking.uri, plan.results)
-        if self.store.database:
-            database_state(self.store.database)
+        self.store = reach_store(plan.spec, plan.results)
         self._plan, self._others = plan, others
         self._sync: StudySync | None = None
         self._lock = threading.Lock()
@@ -57,12 +54,12 @@ class Tracker(TrialTracker):
         if not self.store.is_local:
             try:
                 self._begin()
-            except TrackingError:
+            except LowrankTuneError:
                 raise
             except Exception as error:
                 raise TrackingError(
-                    f"tracking server {self.store.shown} refuses the study: {redact(str(error))}; check its address "
-                    "and credentials, or name another in tracking.uri"
+                    f"tracking server {self.store.shown} refuses the study: {self.store.hide(error)}; check its "
+                    "address and credentials, or name another in tracking.uri"
                 ) from error
         return self
 

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.tracking.store import local_uri, open_sqlite, set_mlflow_defaults
+from lowrank_tune.tracking.database import database_fault, open_database
+from lowrank_tune.tracking.moved import stale_addresses
+from lowrank_tune.tracking.store import local_uri, open_sqlite, resolve_store, set_mlflow_defaults
 
 _GRACE_S = 5.0
 
@@ -27,10 +29,21 @@ def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int
         raise InputError(f"{results / 'mlflow.db'}: no study has been tracked here yet; run one, or pass --results DIR")
     _check_port(host, port)
     set_mlflow_defaults()
+    store = resolve_store(local_uri(results), results)
+    path = results.absolute() / "mlflow.db"
+    if fault := database_fault(path):
+        raise InputError(f"{path}: {fault}")
+    open_database(store)
+    if stale := sum(1 for _ in stale_addresses(store)):
+        print(
+            f"{stale} addresses of artifacts lead to where these results were before; "
+            "`lowrank-tune reconcile STUDY_ID` corrects them",
+            file=sys.stderr,
+        )
     # Seven processes that nothing here asks anything of.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", local_uri(results)]
-    command += ["--artifacts-destination", str(results.absolute() / "mlartifacts")]
+    command += ["--artifacts-destination", (results.absolute() / "mlartifacts").as_uri()]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     # A session of its own: MLflow's workers and job runners outlive their parent unless the whole group is ended.
     server = subprocess.Popen(command, start_new_session=True)

@@ -10,6 +10,7 @@ class Gate:
 
     def __init__(self, target_port: int = 0, status: int = 0) -> None:
         self.status = status  # answered in the server's place, unless 0
+        self.body = b"out of order"
         self.refused = 0
         self.lose: list[str] = []
         self.lost: list[str] = []
@@ -22,7 +23,7 @@ class Gate:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if gate.status:
                     gate.refused += 1
-                    self._answer(gate.status, b"out of order", "text/plain")
+                    self._answer(gate.status, gate.body, "text/plain")
                     return
                 upstream = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
                 upstream.request(self.command, self.path, body, {"Content-Type": "application/json"})

@@ -4,15 +4,16 @@ import sqlite3
 from pathlib import Path
 
 import alembic.command
+import mlflow
 import pytest
-from gate import Gate
 from mlflow import MlflowClient
 from mlflow.store.db import utils
-from tracked_study import build_plan
+from tracked_study import Reader, build_plan, config_of, outcome_of, track_trial, write_study
 
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.tracking.database import database_fault, open_database
-from lowrank_tune.tracking.store import Store, probe, resolve_store
+from lowrank_tune.tracking.reach import reach_store
+from lowrank_tune.tracking.store import Store, resolve_store
 from lowrank_tune.tracking.tracker import Tracker
 
 
@@ -25,42 +26,25 @@ def test_the_study_file_comes_before_the_environment_and_that_before_the_results
     assert resolve_store("http://mine:1", tmp_path) == Store("http://mine:1", None)
 
 
-def test_a_server_that_is_no_mlflow_refuses_the_study_before_it_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with contextlib.closing(Gate(status=404)) as gate:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.uri.replace("//", "//me:secret@"))
-        tracker = Tracker(build_plan(tmp_path))
-        with pytest.raises(TrackingError, match=f"{gate.uri} refuses the study.*credentials") as raised:
-            tracker.__enter__()
-    assert "secret" not in str(raised.value)
-
-
-def test_a_server_that_answers_anything_but_500_is_alive() -> None:
-    with contextlib.closing(Gate()) as gate:
-        for gate.status in (200, 401, 404):
-            probe(Store(gate.uri, None))
-        gate.status = 500
-        with pytest.raises(TrackingError, match="answers 500"):
-            probe(Store(gate.uri, None))
-    with pytest.raises(TrackingError, match="http://no-such-host.invalid:5000 does not answer .*tracking.uri"):
-        probe(Store("http://no-such-host.invalid:5000", None))
-
-
-@pytest.mark.parametrize("name", ["100%25", "what?mode=ro", "a b#c"])
-def test_a_database_lies_where_its_results_directory_is_whatever_that_is_called(
+@pytest.mark.parametrize("name", ["100%25", "what?mode=ro", "a b#c", "at@home", 'it\'s ["x"] & back\\slash; ü'])
+def test_a_database_and_artifacts_lie_in_their_results_directory_whatever_that_is_called(
     name: str, tmp_path: Path, migrated: Path
 ) -> None:
     results = tmp_path / name
     results.mkdir()
-    store = resolve_store(None, results)
-    probe(store)
-    assert list(results.iterdir()) == [], "a probe makes no file"
+    store = reach_store(None, results)
+    assert list(results.iterdir()) == [], "asking makes no file"
+    assert redact(store.shown) == store.uri, "no part of a path is taken for a secret"
     shutil.copy(migrated, results / "mlflow.db")
-    open_database(store)
-    assert store.database == results / "mlflow.db"
-    assert MlflowClient(store.uri).search_experiments()
-    assert [path.name for path in results.iterdir()] == ["mlflow.db"]
+    plan = build_plan(results)
+    with Tracker(plan) as tracker:
+        track_trial(tracker, plan, config_of(0))
+        tracker.compared(write_study(plan, [config_of(0)]), [outcome_of(plan, config_of(0))])
+    assert (tracker.problems, store.database) == ((), results / "mlflow.db")
+    parent = Reader(store.uri).parent()
+    assert mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/report.html") == "report.html"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in results.iterdir()} == {"mlflow.db", "mlartifacts", "studies"}
 
 
 def test_a_database_of_an_older_mlflow_keeps_its_runs_and_is_brought_up_to_date(tmp_path: Path) -> None:
@@ -118,25 +102,13 @@ def test_a_damaged_database_is_set_aside_only_where_it_is_the_results_own(tmp_pa
     assert "damaged" in database_fault(tmp_path / "notes.db")
 
 
-def test_a_database_that_is_held_or_cannot_be_written_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lowrank_tune.tracking.store._PROBE_TIMEOUT_S", 0.1)
-    holder = sqlite3.connect(tmp_path / "mlflow.db")
-    holder.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(TrackingError, match="locked"):
-        probe(resolve_store(None, tmp_path))
-    holder.close()
-    with pytest.raises(TrackingError, match="unable to open database file"):
-        probe(resolve_store(f"sqlite:///{tmp_path}/missing/mlflow.db", tmp_path))
-
-
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("http://me:secret@host:5000/base?token=x", "http://host:5000/base"),
         ("postgresql://me:secret@host/db", "postgresql://host/db"),
-        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+        ("sqlite:////tmp/me@home/mlflow.db", "sqlite:////tmp/me@home/mlflow.db"),
+        ("file:///tmp/me@home, http://me:it's@host/x", "file:///tmp/me@home, http://host/x"),
         ("failed to reach http://me:secret@host/x today", "failed to reach http://host/x today"),
         ("nothing to hide", "nothing to hide"),
     ],

@@ -178,8 +178,9 @@ def test_studies_of_one_name_share_an_experiment_and_nothing_else(plan: Plan) ->
 
 def test_what_the_store_refuses_is_a_problem_and_no_exception(plan: Plan) -> None:
     client = mlflow.MlflowClient(local_uri(plan.results))
-    client.delete_experiment(client.create_experiment("tracked"))
-    with Tracker(plan) as tracker:
+    tracker, experiment = Tracker(plan), client.create_experiment("tracked")
+    client.delete_experiment(experiment)
+    with tracker:
         track_trial(tracker, plan, FINISHED)
     assert tracker.problems[0] == "2 records could not be delivered"
     assert "restore" in tracker.problems[1]
