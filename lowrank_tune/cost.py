@@ -148,6 +148,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     cached = sum(key in contents.rows for key in files.images)
     usable = sum(key not in contents.quarantined for key in files.images)
     return {
+        "notes": records.notes,
         "records": len(records.images),
         "records_unreadable": sum(key is None for key in files.keys),
         "images": len(files.images),
@@ -315,12 +316,13 @@ def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:
     survey = survey_features(spec.features, cache_root, spec.seed)
     left.append(survey["images_to_extract"])
     check_ranks(spec, *survey["features_shape"])
-    return (
+    facts = (
         f"{survey['records']} records, {survey['records_unreadable']} unreadable, {survey['images']} distinct images, "
         f"{survey['images_cached']} cached, {survey['images_quarantined']} quarantined; {survey['encoder']} "
         f"({survey['weights']} weights) gives {survey['features_shape']} each, "
         f"{survey['cache_bytes'] / 2**20:,.1f} MiB in {spec.features.store_dtype} in all, in {survey['cache']}"
     )
+    return "; ".join((facts, *survey["notes"]))
 
 
 def _describe_images(spec: StudySpec, cache_root: Path, left: Sequence[int]) -> str:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lowrank_tune.config.plan import make_plan
-from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.schema import EncoderSpec, StudySpec
 from lowrank_tune.cost import calibrate, diagnose, expected_share, preview_study, survey_features, try_images
 from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.extract import plan_extraction
 from lowrank_tune.features.shards import Pool, ShardPlan, ShardWorker
-from lowrank_tune.features.sources import read_records
+from lowrank_tune.features.sources import read_records, write_samples
 from lowrank_tune.records import Split
 
 SPLIT = Split(tuple(range(64)), tuple(range(64, 72)), tuple(range(72, 80)))
@@ -87,6 +87,19 @@ def test_a_preview_tells_counts_sizes_and_times_and_leaves_nothing_running(study
     assert facts["cache_bytes"] == 9 * 3 * 5 * 2
     assert 0 < facts["trial_seconds"] < facts["seconds"] <= facts["seconds_at_most"]
     assert facts["hours"] == round(facts["seconds"] / 3600, 3)
+
+
+def test_what_of_a_source_was_left_out_is_told(tmp_path):
+    write_samples(9, 0, tmp_path / "photos")
+    for name in ("a.txt", "b.txt", "c.mp4"):
+        (tmp_path / "photos" / name).write_text("")
+    study = study_of({"images": str(tmp_path / "photos")})
+    study = study.model_copy(
+        update={"features": study.features.model_copy(update={"encoder": EncoderSpec(checkpoint="tiny-random")})}
+    )
+    assert preview_study(study, tmp_path / "results")["notes"] == ("left out: 2 .txt, 1 .mp4",)
+    checks = {check.name: check for check in diagnose(study, tmp_path / "results")}
+    assert checks["features"].finding.endswith("; left out: 2 .txt, 1 .mp4")
 
 
 def test_a_broken_image_is_told_beside_the_sound_ones(study, tmp_path):

@@ -28,7 +28,8 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         # Not a rich table: a path that wraps cannot be copied.
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+        for each in value if name == "notes" else (value,):
+            print(f"{name.replace('_', ' '):<{width}}  {each}")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -88,7 +88,8 @@ def extract_features(
         cache_root: the folder of the caches, `results/features`; every Ray node must see it under this path.
         seed: which crops, for sample images.
         on_progress: called with the number of distinct images dealt with and their total.
-        on_note: called with a sentence: in what a new cache differs from those that are there, or what is waited for.
+        on_note: called with a sentence: what of the source was left out, in what a new cache differs from those that
+            are there, or what is waited for.
         address: the Ray to start or to join where the caller has none; as for `ray_session`.
 
     Raises:
@@ -97,6 +98,9 @@ def extract_features(
     """
     try:
         records = read_records(spec.source, cache_root, seed)
+        if on_note:
+            for sentence in records.notes:
+                on_note(sentence)
         files = hash_files(records)
         job = plan_extraction(spec, cache_root, records)
         directory, limit = Path(job.directory), spec.max_quarantined

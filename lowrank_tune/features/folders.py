@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,9 +18,11 @@ IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".
 def find_images(source: ImageSource) -> SourceRecords:
     """Find the images of a directory, subfolders included, or of a glob; an InputError where there are none."""
     pattern = source.images
-    place, paths = Path(pattern).expanduser().absolute(), []
+    place, paths, left_out = Path(pattern).expanduser().absolute(), [], Counter[str]()
     if place.is_dir():
-        paths = [path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        found = [path for path in place.rglob("*") if path.is_file()]
+        paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+        left_out.update(path.suffix.lower() for path in found if path.suffix.lower() not in IMAGE_SUFFIXES)
         problem = f"{place}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, in subfolders too)"
     elif glob.has_magic(pattern):
         paths = [path for name in glob.glob(str(place), recursive=True) if (path := Path(name)).is_file()]
@@ -30,4 +33,5 @@ def find_images(source: ImageSource) -> SourceRecords:
         problem = f"{place}: no such directory"
     if not paths:
         raise InputError(f"{problem}; correct features.source.images")
-    return SourceRecords(tuple(map(str, sorted(paths))), pa.table({}))
+    kinds = ", ".join(f"{number} {suffix or 'without a suffix'}" for suffix, number in left_out.most_common())
+    return SourceRecords(tuple(map(str, sorted(paths))), pa.table({}), (f"left out: {kinds}",) if kinds else ())

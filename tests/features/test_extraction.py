@@ -57,6 +57,7 @@ def folder(tmp_path_factory, photographs):
     (folder / "sub" / "again.jpg").write_bytes((folder / "photo-03.jpg").read_bytes())
     Image.new("RGB", (1, 1), "teal").save(folder / "one.png")
     broken_files(folder)
+    (folder / "README.md").write_text("Photographs.")
     return folder
 
 
@@ -67,15 +68,18 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def extracted(ray_cluster, root, folder):
-    """The folder's features, and what was told while they were made."""
-    told = []
+    """The folder's features, what was told while they were made, and the notes."""
+    told, notes = [], []
     spec = images_spec({"images": str(folder)}, max_quarantined=0.1)
-    features = extract_features(spec, root, seed=0, on_progress=lambda done, total: told.append((done, total)))
-    return features, told
+    features = extract_features(
+        spec, root, seed=0, on_progress=lambda done, total: told.append((done, total)), on_note=notes.append
+    )
+    return features, told, notes
 
 
 def test_a_folder_becomes_a_sealed_cache_of_true_features(extracted, root, folder):
-    features, told = extracted
+    features, told, notes = extracted
+    assert notes.count("left out: 1 .md") == 1
     assert (features.tokens, features.dim) == (4, 256)
     assert probe_shape(images_spec({"images": str(folder)}), root, 0) == (4, 256)
     assert len(features.rows) == MANY + 1
@@ -94,7 +98,7 @@ def test_a_folder_becomes_a_sealed_cache_of_true_features(extracted, root, folde
 
 
 def test_broken_files_are_quarantined_one_by_one_and_a_duplicate_shares_a_row(extracted, folder):
-    features, _ = extracted
+    features = extracted[0]
     table = pd.read_parquet(features.records_path)
     assert table.record.tolist() == list(range(MANY + 6))
     errors = {
@@ -137,7 +141,7 @@ def test_a_manifest_of_cached_images_starts_nothing_and_keeps_its_columns(extrac
 
 
 def test_interrupted_extended_and_uninterrupted_caches_are_the_same_bytes(extracted, root, folder, tmp_path):
-    features, _ = extracted
+    features = extracted[0]
 
     def interrupt(done, total):
         if done:
@@ -164,7 +168,7 @@ def test_interrupted_extended_and_uninterrupted_caches_are_the_same_bytes(extrac
 
 def test_too_many_broken_images_stop_the_run_with_their_reasons(root, folder):
     with pytest.raises(InputError) as error:
-        extract_features(images_spec({"images": str(folder / "[!p]*")}, max_quarantined=0.5), root, seed=0)
+        extract_features(images_spec({"images": str(folder / "[!pR]*")}, max_quarantined=0.5), root, seed=0)
     message = str(error.value)
     assert "5 of 5 files" not in message
     assert "4 of 5 files cannot be used, features.max_quarantined = 0.5 allows 2" in message
