@@ -141,6 +141,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     files = hash_files(records)
     extraction = plan_extraction(spec, cache_root, records)
     tokens, dim = extraction.identity["tokens"], extraction.identity["dim"]
+    of_encoder = extraction.config.notes if isinstance(extraction, EncodeImages) else ()
     contents = read_sealed(Path(extraction.directory), extraction.identity)
     if contents is None or contents.missing(files.images):
         contents = read_committed(Path(extraction.directory), extraction.identity)
@@ -148,7 +149,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     cached = sum(key in contents.rows for key in files.images)
     usable = sum(key not in contents.quarantined for key in files.images)
     return {
-        "notes": records.notes,
+        "notes": (*records.notes, *of_encoder),
         "records": len(records.images),
         "records_unreadable": sum(key is None for key in files.keys),
         "images": len(files.images),

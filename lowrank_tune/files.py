@@ -72,7 +72,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty where the file is missing or damaged."""
     try:
         fields = read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
 

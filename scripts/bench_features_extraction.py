@@ -32,11 +32,12 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from lowrank_tune.config.schema import FeaturesSpec
-from lowrank_tune.features.checkpoint import WEIGHTS_MARK, find_tower, read_checkpoint_config, write_tiny_checkpoint
+from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.extract import extract_features, plan_extraction
 from lowrank_tune.features.shards import Node, Pool
 from lowrank_tune.features.sources import read_records
+from lowrank_tune.features.tiny import WEIGHTS_MARK, write_tiny_checkpoint
 
 IMAGE_SIZE = 448
 SHARD = 64

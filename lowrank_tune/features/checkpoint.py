@@ -2,73 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
+import math
+import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import read_header, write_directory_once
+from lowrank_tune.features.recognised import broken_file, missing_file, no_checkpoint, not_a_folder
+from lowrank_tune.features.tiny import (
+    TINY_PREPROCESSOR,
+    TINY_RANDOM,
+    TINY_VISION,
+    WEIGHTS_MARK,
+    tiny_directory,
+    write_tiny_checkpoint,
+)
+from lowrank_tune.files import read_header
 
-TINY_RANDOM = "tiny-random"
-TINY_VERSION = 1
-"""Counts up with every change of its vision tower, so that an old copy on disk is not taken for the new one."""
-WEIGHTS_MARK = "lowrank_tune_weights"
-"""The key of config.json that says `random`."""
-
-_TINY_VISION = {
-    "depth": 2,
-    "fullatt_block_indexes": [1],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 2,
-    "out_hidden_size": 256,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "window_size": 112,
-}
-"""What every checkpoint must say of its tower; the rest has defaults."""
-_TINY_CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "model_type": "qwen2_5_vl",
-    WEIGHTS_MARK: "random",
-    "vision_config": _TINY_VISION,
-    "eos_token_id": 1,
-    "hidden_size": 256,
-    "image_token_id": 60,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 1,
-    "num_key_value_heads": 2,
-    "rope_scaling": {"mrope_section": [8, 12, 12], "type": "mrope"},
-    "tie_word_embeddings": False,
-    "video_token_id": 61,
-    "vision_end_token_id": 63,
-    "vision_start_token_id": 62,
-    "vocab_size": 64,
-}
-_TINY_PREPROCESSOR = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "patch_size": 14,
-}
-
-_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_TOWER_KEY = re.compile(r"^(?:model\.)?visual\.(.+)$")
+_TELLING = ("adapter_config.json", _INDEX, "pytorch_model.bin.index.json")
+"""Small files that tell what a model on the hub is that has no `config.json` or no safetensors."""
+_ANCHOR = "patch_embed.proj.weight"
+"""A tensor of every tower: what stands before it is the prefix of the others."""
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:base_layer|modules_to_save\.\w+|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""What PEFT, torch.compile and FSDP put into the names of a model that was saved without being unwrapped."""
+_PLAIN_TYPES = {"F64", "F32", "F16", "BF16"}
+_LARGEST = 2**20
+"""Above every size of a tower; what is beyond it is no size."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_HUB_PAGE = re.compile(r"^https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)")
 
 
 @dataclass(frozen=True)
@@ -81,6 +57,7 @@ class CheckpointConfig:
     weights: str  # `random`, `pretrained` or `unknown`
     vision: dict[str, Any]
     preprocessor: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read, a sentence each
 
     def shape(self, image_size: int) -> tuple[int, int]:
         """Tokens and dim of a square image of so many pixels a side; an InputError where patches do not fill it."""
@@ -98,6 +75,15 @@ class TowerFiles:
     """The vision tower's tensors on disk: file -> {name in it -> name in the tower}."""
 
     files: dict[Path, dict[str, str]]
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each of the tower's tensors."""
+        return {
+            ours: header[theirs]["shape"]
+            for path, names in self.files.items()
+            for header in [read_header(path)[1]]
+            for theirs, ours in names.items()
+        }
 
     def digest(self) -> str:
         """Sha256 of the tower's names, types, shapes and values, however they are divided into files."""
@@ -122,155 +108,272 @@ def read_checkpoint_config(name: str, cache_root: Path) -> CheckpointConfig:
     """
     if name == TINY_RANDOM:
         # Known before it is written, which a look at a study file must not do.
-        directory = _tiny_directory(cache_root / "checkpoints")
-        return CheckpointConfig(name, directory, None, "random", _TINY_VISION, _TINY_PREPROCESSOR)
-    directory = _fetch(name, cache_root, None, [_CONFIG])
+        directory = tiny_directory(cache_root / "checkpoints")
+        return CheckpointConfig(name, directory, None, "random", TINY_VISION, TINY_PREPROCESSOR)
+    directory = _fetch(name, cache_root, None, [_CONFIG], [_PREPROCESSOR, _PROCESSOR], _TELLING)
     config = _read_json(directory / _CONFIG)
-    if config.get("model_type") != "qwen2_5_vl":
-        raise InputError(
-            f"{name}: {_CONFIG} describes {config.get('model_type', 'no model_type')!r}, not a Qwen2.5-VL model "
-            "('qwen2_5_vl'); name another checkpoint in features.encoder.checkpoint"
-        )
-    vision = config.get("vision_config") or {}
-    if absent := [key for key, value in _TINY_VISION.items() if not isinstance(vision.get(key), type(value))]:
-        raise InputError(
-            f"{name}: vision_config in {_CONFIG} lacks {', '.join(absent)}; the file is not the published one"
-        )
-    local = Path(name).expanduser().is_dir()
-    revision = None if local else directory.name
-    preprocessor = _read_json(_fetch(name, cache_root, revision, [_PREPROCESSOR]) / _PREPROCESSOR)
+    vision = _read_vision(name, config)
+    preprocessor, notes = _read_preprocessor(name, directory, vision)
+    local = _is_local(name)
     # A directory may hold anything under the published names; only the hub says whose weights they are.
     weights = "random" if config.get(WEIGHTS_MARK) == "random" else "unknown" if local else "pretrained"
-    return CheckpointConfig(name, directory, revision, weights, vision, preprocessor)
+    return CheckpointConfig(name, directory, None if local else directory.name, weights, vision, preprocessor, notes)
 
 
 def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
-    """Find the files that hold `visual.*`, and download only those.
+    """Find the files that hold the vision tower, and download only those.
 
     Raises:
-        InputError: the checkpoint has no vision tower, or a file that its index names is missing.
+        InputError: the checkpoint has no vision tower, a file that its index names is missing or broken, or the tower
+            is quantised or holds a LoRA that is not merged.
     """
     where = config.name, cache_root, config.revision
-    try:
-        weight_map = _read_json(_fetch(*where, [_INDEX]) / _INDEX).get("weight_map") or {}
-    except InputError:
-        weight_map = dict.fromkeys(_open(_fetch(*where, [_SINGLE]) / _SINGLE).keys(), _SINGLE)
+    directory = _fetch(*where, [], [_INDEX, _SINGLE])
+    if (directory / _INDEX).is_file():
+        weight_map = _read_json(directory / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(f"{directory / _INDEX}: its weight_map names no files; save the model once more")
+    else:
+        directory = _fetch(*where, [_SINGLE])
+        weight_map = dict.fromkeys(_open(directory / _SINGLE), _SINGLE)
     files: dict[str, dict[str, str]] = {}
-    for key, file in sorted(weight_map.items()):
-        if match := _TOWER_KEY.match(key):
-            files.setdefault(file, {})[key] = match[1]
-    if not files:
-        raise InputError(
-            f"{config.name}: no tensor of the checkpoint begins with `visual.`, so it has no vision tower; "
-            "use a Qwen2.5-VL checkpoint, not its language model alone"
-        )
+    for key, ours in _tower_names(config.name, weight_map).items():
+        files.setdefault(weight_map[key], {})[key] = ours
     directory = _fetch(*where, sorted(files))
     tower = TowerFiles({directory / file: names for file, names in sorted(files.items())})
     for path, names in tower.files.items():
-        if absent := names.keys() - set(_open(path).keys()):
+        header = _open(path)
+        if absent := names.keys() - header.keys():
             raise InputError(
-                f"{path}: lacks {min(absent)}, which the checkpoint's index places there; download it again"
+                f"{path}: lacks {min(absent)}, which {_INDEX} places there, so the two are of different models; "
+                "save the model into an empty folder"
             )
+        if coded := [key for key in sorted(names) if header[key]["dtype"] not in _PLAIN_TYPES]:
+            raise InputError(_quantised(config, coded[0], header[coded[0]]["dtype"]))
     return tower
 
 
-def write_tiny_checkpoint(parent: Path) -> Path:
-    """Make sure that `tiny-random`, the same weights everywhere, lies below `parent`."""
-    directory = _tiny_directory(parent)
-    if directory.exists():
-        return directory
-    import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def _read_vision(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the tower, and transformers' defaults where it says nothing."""
+    wrapped = config.get("vlm_config")  # of ColQwen and others that have a whole Qwen2.5-VL within them
+    whole = wrapped if isinstance(wrapped, dict) else config
+    kind = whole.get("model_type")
+    # A tower that was saved alone is described by the file itself, until 4.51 under the whole model's type.
+    alone = kind == "qwen2_5_vl_vision" or "vision_config" not in whole and "out_hidden_size" in whole
+    if kind not in ("qwen2_5_vl", "qwen2_5_vl_vision"):
+        raise InputError(
+            f"{name}: {_CONFIG} describes {reprlib.repr(kind or 'no model_type')}, not a Qwen2.5-VL model "
+            "('qwen2_5_vl'); name another checkpoint in features.encoder.checkpoint"
+        )
+    said = whole if alone else whole.get("vision_config") or {}
+    if not isinstance(said, dict):
+        raise InputError(f"{name}: vision_config in {_CONFIG} is {reprlib.repr(said)}, not an object; save it again")
+    vision = {key: value for key, value in said.items() if value is not None}
+    if not vision.keys() >= TINY_VISION.keys() or "rope_theta" in vision or "rope_scaling" in vision:
+        vision |= _as_transformers_reads(name, vision)
+    for key, like in TINY_VISION.items():
+        values = vision[key] if isinstance(like, list) else [vision[key]]
+        least = 0 if isinstance(like, list) else 1
+        if not isinstance(values, list | tuple) or not all(type(v) is int and least <= v <= _LARGEST for v in values):
+            wanted = "a list of whole numbers" if isinstance(like, list) else "a whole number from 1 on"
+            raise InputError(f"{name}: {key} in {_CONFIG} is {reprlib.repr(vision[key])}, not {wanted}; correct it")
+    token, heads = vision["patch_size"] * vision["spatial_merge_size"], vision["num_heads"]
+    if vision["window_size"] < token or vision["hidden_size"] % (4 * heads):
+        raise InputError(
+            f"{name}: the tower that {_CONFIG} describes cannot be: its window ({vision['window_size']}) is to hold a "
+            f"token ({token}), and hidden_size ({vision['hidden_size']}) be divisible by 4 times num_heads ({heads})"
+        )
+    return vision
 
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_TINY_CONFIG))
-    model.to_empty(device="cpu")
-    # numpy's generator: torch's gives other numbers on other processors.
-    generator = np.random.default_rng(20250131)
-    for name, tensor in model.state_dict().items():
-        if "norm" in name or "ln_q" in name:
-            tensor.fill_(1.0)
-        else:  # small biases, and matrices that keep the scale of what passes through them
-            deviation = np.float32(tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.02)
-            tensor.copy_(torch.from_numpy(generator.standard_normal(tensor.shape, np.float32) * deviation))
-    with tempfile.TemporaryDirectory() as temporary, quiet_transformers():
-        # Several files, some without the tower, so that a loader of the tower can be seen to leave those alone.
-        model.save_pretrained(temporary, max_shard_size="1MB")
-        files = {path.name: path.read_bytes() for path in Path(temporary).glob("model*")}
-    # As published, whatever this version of transformers would leave out or add.
-    files[_CONFIG] = json.dumps(_TINY_CONFIG, indent=2).encode()
-    files[_PREPROCESSOR] = json.dumps(_TINY_PREPROCESSOR, indent=2).encode()
-    write_directory_once(directory, files)
-    return directory
+
+def _as_transformers_reads(name: str, vision: dict[str, Any]) -> dict[str, Any]:
+    """The keys that a file may leave out, which a file of transformers does where they are as in its own class."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig as Known
+
+    keys = Known.__annotations__.keys() | Known.attribute_map.keys() | {"rope_theta", "rope_scaling"}
+    try:
+        read = Known(**{key: vision[key] for key in keys & vision.keys()})
+    except Exception as error:  # of any kind, by what the file holds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name}: vision_config in {_CONFIG} is not understood by transformers ({reason})") from error
+    missing = [key for key in TINY_VISION if key not in vision]
+    if "rope_parameters" not in vision and read.rope_parameters != Known().rope_parameters:
+        missing.append("rope_parameters")
+    return {key: list(value) if isinstance(value := getattr(read, key), tuple) else value for key in missing}
 
 
-def _tiny_directory(parent: Path) -> Path:
-    return parent / f"{TINY_RANDOM}-{TINY_VERSION}"
-
-
-def _fetch(name: str, cache_root: Path, revision: str | None, files: Sequence[str]) -> Path:
-    """The folder that holds these files of a checkpoint; what only the hub has is downloaded."""
-    tiny = name == TINY_RANDOM
-    directory = write_tiny_checkpoint(cache_root / "checkpoints") if tiny else Path(name).expanduser()
-    if directory.is_dir():
-        if absent := [file for file in files if not (directory / file).is_file()]:
+def _read_preprocessor(name: str, directory: Path, vision: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings of the tower's input, and a note where they lie nowhere."""
+    file, settings = _PREPROCESSOR, None
+    notes: tuple[str, ...] = ()
+    if (directory / file).is_file():
+        settings = _read_json(directory / file)
+    elif (directory / _PROCESSOR).is_file():
+        file, settings = _PROCESSOR, _read_json(directory / _PROCESSOR).get("image_processor")
+    if not isinstance(settings, dict):
+        settings = {key: TINY_PREPROCESSOR[key] for key in ("image_mean", "image_std")}
+        notes = (
+            f"{name} has no {_PREPROCESSOR} nor {_PROCESSOR} with an image_processor: images are scaled as published",
+        )
+    for key, positive in (("image_mean", False), ("image_std", True), ("rescale_factor", True)):
+        value = settings.get(key)
+        numbers = [value] if key == "rescale_factor" else value if isinstance(value, list) and len(value) == 3 else [""]
+        if value is not None and not all(_is_number(number, positive) for number in numbers):
+            wanted = "a number" if key == "rescale_factor" else "three numbers"
             raise InputError(
-                f"{directory}: {absent[0]} is missing; the directory is not a complete checkpoint, download it again"
+                f"{name}: {key} in {file} is {reprlib.repr(value)}, not {wanted}{' above 0' if positive else ''}; "
+                "copy the file from the model that this one was made from"
             )
+    for theirs, ours in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        wanted = vision.get(ours, 2)
+        if (found := settings.get(theirs, wanted)) != wanted:
+            raise InputError(
+                f"{name}: {theirs} is {reprlib.repr(found)} in {file}, but {ours} is {reprlib.repr(wanted)} in "
+                f"{_CONFIG}; copy the file from the model that this one was made from"
+            )
+    return settings, notes
+
+
+def _is_number(value: object, positive: bool) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < math.inf and (value > 0 or not positive)
+
+
+def _tower_names(name: str, keys: Collection[str]) -> dict[str, str]:
+    """Names of the tower's tensors in the files -> in the tower, whatever stands before them there."""
+    cleaned = {key: _WRAPPERS.sub("", key) for key in sorted(keys) if ".original_module." not in key}
+    prefixes = {clean.removesuffix(_ANCHOR) for clean in cleaned.values() if clean.endswith(_ANCHOR)}
+    prefixes = {prefix for prefix in prefixes if not prefix or prefix.endswith(".")}
+    if not prefixes:
+        raise InputError(
+            f"{name}: none of the checkpoint's {len(keys)} tensors is a vision tower's `visual.{_ANCHOR}`; use a whole "
+            "Qwen2.5-VL checkpoint, not its language model alone"
+        )
+    if len(prefixes) > 1:
+        raise InputError(
+            f"{name}: holds several vision towers ({', '.join(sorted(prefixes))}); save the model with one of them"
+        )
+    (prefix,) = prefixes
+    ours = {key: clean.removeprefix(prefix) for key, clean in cleaned.items() if clean.startswith(prefix)}
+    if not prefix:  # a tower that was saved alone: what else lies there is none of it
+        ours = {key: clean for key, clean in ours.items() if clean.split(".")[0] in ("blocks", "merger", "patch_embed")}
+    if added := [key for key in ours if "lora_" in key]:
+        raise InputError(
+            f"{name}: {added[0]} is a LoRA that is not merged into the vision tower; load the model with its LoRA and "
+            "save what `merge_and_unload()` returns"
+        )
+    return ours
+
+
+def _quantised(config: CheckpointConfig, key: str, dtype: str) -> str:
+    content = _read_json(config.directory / _CONFIG) if config.name != TINY_RANDOM else {}
+    said = content.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    base = content.get("_name_or_path")
+    source = f" ({base})" if isinstance(base, str) and base and base != config.name else ""
+    return (
+        f"{config.name}: its vision tower is quantised ({f'{method}: ' if isinstance(method, str) else ''}{key} is "
+        f"{dtype}), and features come from a tower in 16 or 32 bits; name the model that it was made from{source}, or "
+        'quantise without the tower: modules_to_not_convert=["visual"], for bitsandbytes llm_int8_skip_modules'
+    )
+
+
+def _is_local(name: str) -> bool:
+    return os.path.isdir(os.path.expanduser(name))
+
+
+def _fetch(
+    name: str,
+    cache_root: Path,
+    revision: str | None,
+    needed: Sequence[str],
+    one_of: Sequence[str] = (),
+    more: Sequence[str] = (),
+) -> Path:
+    """The folder that holds these files of a checkpoint; what only the hub has is downloaded.
+
+    It holds one or none of `one_of`, and of `more` what there is.
+    """
+    tiny = name == TINY_RANDOM
+    if tiny or _is_local(name):
+        directory = write_tiny_checkpoint(cache_root / "checkpoints") if tiny else Path(os.path.expanduser(name))
+        for file in needed:
+            if not os.path.isfile(directory / file):
+                known = file in (_CONFIG, _SINGLE)
+                raise InputError(no_checkpoint(directory, file) if known else missing_file(directory, file, _INDEX))
         return directory
+    if os.path.exists(os.path.expanduser(name)):
+        raise InputError(f"features.encoder.checkpoint: {not_a_folder(Path(os.path.expanduser(name)))}")
     if not _HUB_ID.match(name):
-        hint = " (did you mean tiny-random?)" if difflib.get_close_matches(name, [TINY_RANDOM]) else ""
+        page = _HUB_PAGE.match(name)
+        close = difflib.get_close_matches(name, [TINY_RANDOM])
+        hint = f" (write {page[1]})" if page else " (did you mean tiny-random?)" if close else ""
         raise InputError(
             f"features.encoder.checkpoint: {name} is neither a directory nor a hub id "
             f"such as Qwen/Qwen2.5-VL-3B-Instruct{hint}"
         )
-    # Without a revision, the one that is on this machine already is taken before the newest one is asked for.
+    return _download(name, revision, needed, one_of, more)
+
+
+def _download(
+    name: str, revision: str | None, needed: Sequence[str], one_of: Sequence[str], more: Sequence[str]
+) -> Path:
+    """The hub's copy on this machine; without a revision the one that is here, before the newest one is asked for."""
+    here, problem = None, ""
     for offline in (True, False):
         try:
-            options: dict[str, Any] = {"revision": revision, "allow_patterns": [*files], "local_files_only": offline}
+            patterns = [*needed, *one_of, *more]
+            options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "local_files_only": offline}
             directory = Path(snapshot_download(name, **options))
         except LocalEntryNotFoundError:
-            problem = "is not on this machine and the hub does not answer"
+            problem = "not on this machine and the hub does not answer"
+        except GatedRepoError:
+            problem = "only for those who have accepted its terms: do so on its page, then `hf auth login`"
+        except RepositoryNotFoundError:
+            problem = "not on the hub, or private: see that its name is right, and `hf auth login`"
         except (OSError, ValueError) as error:
-            problem = f"cannot be downloaded ({str(error).strip().splitlines()[0]})"
+            problem = f"not to be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
         else:
-            if all((directory / file).is_file() for file in files):
+            complete = all((directory / file).is_file() for file in needed)
+            if complete and (not one_of or not offline or any((directory / file).is_file() for file in one_of)):
                 return directory
-            problem = "is not on this machine, and the hub has no such file there or does not answer"
+            here = directory if complete or not offline else here
+            problem = "not on this machine, and the hub has no such file there or does not answer"
+    if here is not None and all((here / file).is_file() for file in needed):
+        return here
+    if here is not None and needed in ([_CONFIG], [_SINGLE]) and (found := no_checkpoint(here, needed[0], name)):
+        raise InputError(found)
+    what = f"{', '.join(needed)} is " if needed else "it is "
+    folder = "" if name.startswith("Qwen/") else f"; no folder {Path(name).absolute()} is there either"
     raise InputError(
-        f"{name}: {', '.join(files)} {problem}; download it where there is a network (`hf download {name}`) and give "
-        "the directory, name another safetensors Qwen2.5-VL checkpoint, or use `checkpoint: tiny-random`"
+        f"{name}: {what}{problem}{folder}; download it where there is a network (`hf download {name}`) and give the "
+        "directory, name another safetensors Qwen2.5-VL checkpoint, or use `checkpoint: tiny-random`"
     )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bar and no report of what was loaded."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from error
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); {broken_file(path)}") from error
     return content
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> dict[str, Any]:
+    """A safetensors file's header: its tensors' types and shapes."""
     try:
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: is no readable safetensors file ({error}); download it again") from error
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        header = read_header(path)[1]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: is no readable safetensors file ({error}); {broken_file(path)}") from error
+    if metadata.get("format") == "mlx":
+        raise InputError(f"{path}: is in MLX's layout, which only MLX reads; name the model that it was converted from")
+    return header

@@ -16,13 +16,15 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, quiet_transformers
+from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
+from lowrank_tune.features.tiny import quiet_transformers
 from lowrank_tune.features.window_attention import SquareTower, align_mlp, cut_patches, is_exact, window_grid
 
 PATCHES_A_BATCH = {"cuda": 32 * 1024, "cpu": 4 * 1024}
 """Where no batch size is given: 32 images of 448 pixels a side fill a GPU, 4 the caches of a CPU."""
 LARGEST_BATCH = 64
 
+_OTHER_CONFIG = "config.json and the weights are of different models: take both from the same one"
 _MAKE_ROOM = "free the GPU of other programs (nvidia-smi lists them)"
 
 logger = logging.getLogger(__name__)
@@ -66,18 +68,15 @@ class Encoder:
         self.config = config
         self.device = torch.device(device)
         self.batch = batch
-        for theirs, ours in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")):
-            found, wanted = config.preprocessor.get(theirs, config.vision[ours]), config.vision[ours]
-            if found != wanted:
-                raise InputError(
-                    f"{config.name}: {theirs} is {found} in preprocessor_config.json, but {ours} is {wanted} in "
-                    "config.json; download the checkpoint again"
-                )
-        known = ("image_mean", "image_std", "rescale_factor", "patch_size", "merge_size", "temporal_patch_size")
-        settings = {key: config.preprocessor[key] for key in known if key in config.preprocessor}
-        self.processor = Qwen2VLImageProcessor(**settings)
         dtype = getattr(torch, compute_dtype)
         self.model = _load_tower(config, tower, dtype)
+        said = {key: config.preprocessor.get(key) for key in ("image_mean", "image_std", "rescale_factor")}
+        self.processor = Qwen2VLImageProcessor(
+            patch_size=self.model.config.patch_size,
+            merge_size=self.model.config.spatial_merge_size,
+            temporal_patch_size=self.model.config.temporal_patch_size,
+            **{key: value for key, value in said.items() if value is not None},
+        )
         try:
             self.model.to(self.device)
             if not is_exact(self.device, dtype):
@@ -192,28 +191,50 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
+def check_tower(config: CheckpointConfig, tower: TowerFiles) -> None:
+    """Compare names and shapes of the weights with the tower that the configuration describes; none is loaded.
+
+    Raises:
+        InputError: they are not the same, or there is no such tower.
+    """
+    found = tower.shapes()
+    # Before as many blocks are built as the file asks for.
+    blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    if blocks != config.vision["depth"]:
+        raise InputError(
+            f"{config.name}: config.json describes a vision tower of {config.vision['depth']} blocks (depth), the "
+            f"weights have {blocks}; {_OTHER_CONFIG}"
+        )
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = Qwen2_5_VisionTransformerPretrainedModel(_vision_config(config))
+    except Exception as error:  # of any kind, by what the file holds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{config.name}: vision_config in config.json describes no tower ({reason})") from error
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise InputError(
+                f"{config.name}: {name} of the vision tower is {found.get(name, 'missing')} in the weights and "
+                f"{wanted.get(name, 'unknown')} by config.json; {_OTHER_CONFIG}"
+            )
+
+
+def _vision_config(config: CheckpointConfig) -> Qwen2_5_VLVisionConfig:
+    # Other keys, a trainer's own or those of every model, have no part in the tower.
+    known = Qwen2_5_VLVisionConfig.__annotations__.keys()
+    return Qwen2_5_VLVisionConfig(**{key: value for key, value in config.vision.items() if key in known})
+
+
 def _load_tower(
     config: CheckpointConfig, tower: TowerFiles, dtype: torch.dtype
 ) -> Qwen2_5_VisionTransformerPretrainedModel:
+    check_tower(config, tower)
     tensors = {}
     for path, names in tower.files.items():
         with safe_open(path, framework="pt") as file:
             tensors.update({ours: file.get_tensor(theirs) for theirs, ours in names.items()})
     with quiet_transformers():
-        model, report = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
-            None,
-            config=Qwen2_5_VLVisionConfig(**config.vision),
-            state_dict=tensors,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
+        return Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
+            None, config=_vision_config(config), state_dict=tensors, dtype=dtype, attn_implementation="sdpa"
         )
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[problem]:
-            first = sorted(report[problem], key=str)[0]
-            raise InputError(
-                f"{config.name}: {len(report[problem])} {problem.replace('_', ' ')} in the vision tower, "
-                f"such as {first}; the weights are not those that config.json describes, download the checkpoint again"
-            )
-    return model

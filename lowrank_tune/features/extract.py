@@ -33,6 +33,7 @@ from lowrank_tune.features.shards import (
 )
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.features.tensors import first_shape, load_tensor
+from lowrank_tune.features.tiny import TINY_RANDOM
 from lowrank_tune.records import FeatureSet
 
 if TYPE_CHECKING:
@@ -142,8 +143,11 @@ def _unusable(cache_root: Path, error: OSError) -> InputError:
 
 
 def _explain(job: ShardJob, note: Notes) -> None:
-    """Before a cache is begun: in what it differs from the one that is most like it."""
+    """Before a cache is begun: how its checkpoint was read, and in what it differs from the one most like it."""
     directory = Path(job.directory)
+    if isinstance(job, EncodeImages) and not directory.exists():
+        for sentence in job.config.notes:
+            note(sentence)
     name, differ = nearest_cache(directory.parent, job.identity) if not directory.exists() else ("", [])
     if name:
         more = f"; and {len(differ) - FIELDS_SHOWN} more" if len(differ) > FIELDS_SHOWN else ""
@@ -163,14 +167,17 @@ def known_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[str, 
 def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, int]:
     """Tokens and dim that `extract_features` will give, from configuration files or the first tensor alone.
 
-    `tiny-random` is written below `cache_root` at its first use.
+    Of a checkpoint in a directory the weights are looked for as well, but not loaded.
 
     Raises:
         InputError: the checkpoint, or the directory of tensors, cannot be used.
     """
     if isinstance(spec.source, TensorSource):
         return first_shape(read_records(spec.source, cache_root, seed).images)
-    return read_checkpoint_config(spec.encoder.checkpoint, cache_root).shape(spec.encoder.image_size)
+    config = read_checkpoint_config(spec.encoder.checkpoint, cache_root)
+    if config.revision is None and config.name != TINY_RANDOM:
+        find_tower(config, cache_root)
+    return config.shape(spec.encoder.image_size)
 
 
 def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords) -> EncodeImages | ImportTensors:
@@ -193,8 +200,12 @@ def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords
     config = read_checkpoint_config(spec.encoder.checkpoint, root)
     tower = find_tower(config, root)
     identity = image_identity(spec, config, tower.digest())
-    directory = str(root / fingerprint(identity))
-    return EncodeImages(directory, identity, config.name, config.weights, config, tower, spec)
+    directory = root / fingerprint(identity)
+    if not directory.exists():  # else it was found sound, and torch, which takes seconds to import, is not needed
+        from lowrank_tune.features.encoder import check_tower
+
+        check_tower(config, tower)
+    return EncodeImages(str(directory), identity, config.name, config.weights, config, tower, spec)
 
 
 def image_identity(spec: FeaturesSpec, config: CheckpointConfig, weights_digest: str) -> Identity:

@@ -20,9 +20,9 @@ from lowrank_tune.features.checkpoint import (
     TowerFiles,
     find_tower,
     read_checkpoint_config,
-    write_tiny_checkpoint,
 )
 from lowrank_tune.features.sources import write_samples
+from lowrank_tune.features.tiny import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +44,12 @@ def tiny_config(checkpoint_root: Path) -> CheckpointConfig:
 @pytest.fixture(scope="session")
 def tiny_tower(tiny_config: CheckpointConfig, checkpoint_root: Path) -> TowerFiles:
     return find_tower(tiny_config, checkpoint_root)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_config: CheckpointConfig) -> Path:
+    """A directory checkpoint that may be spoilt."""
+    return shutil.copytree(tiny_config.directory, tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="session")

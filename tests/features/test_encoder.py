@@ -10,7 +10,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.commits import UnusableError, to_stored
 from lowrank_tune.features.decoding import decode_image
-from lowrank_tune.features.encoder import Encoder
+from lowrank_tune.features.encoder import Encoder, check_tower
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +62,25 @@ def test_spectra_of_photographs_decay(encoder, photographs):
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
+    ("old", "new", "message"),
     [
         (
-            "config.json",
             '"intermediate_size": 128',
             '"intermediate_size": 96',
-            r"\d+ mismatched keys in the",
+            r"down_proj.weight .* is \[64, 128\] in the weights",
         ),
-        ("config.json", '"depth": 2', '"depth": 3', r"\d+ missing keys in the vision tower, such as"),
-        ("preprocessor_config.json", '"patch_size": 14', '"patch_size": 16', "is 16 in preprocessor_config.json"),
+        ('"depth": 2', '"depth": 3', r"a vision tower of 3 blocks \(depth\), the weights have 2"),
+        ('"depth": 2', '"depth": 2, "hidden_act": "loud"', "config.json describes no tower .*loud"),
+        ('"depth": 2', '"depth": 2, "rope_parameters": {"rope_type": "mrope"}', "describes no tower .*mrope"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused(tmp_path, tiny_config, file, old, new, message):
+def test_a_configuration_that_is_not_that_of_the_weights_is_refused(tmp_path, tiny_config, old, new, message):
     directory = shutil.copytree(tiny_config.directory, tmp_path / "checkpoint")
-    text = (directory / file).read_text()
-    (directory / file).write_text(text.replace(old, new))
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace(old, new))
     config = read_checkpoint_config(str(directory), tmp_path)
     with pytest.raises(InputError, match=message):
-        Encoder(config, find_tower(config, tmp_path), "float32")
+        check_tower(config, find_tower(config, tmp_path))
 
 
 def test_what_does_not_fit_the_stored_type_is_refused_with_the_remedy():
