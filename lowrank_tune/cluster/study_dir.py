@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -82,7 +83,7 @@ def find_study(results: Path, name: str) -> Path:
     return root / found[0]
 
 
-def absolute_paths(spec: StudySpec) -> dict[str, str]:
+def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
     """A study file's relative paths, by key, made absolute."""
     source: Any = spec.features.source
     named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
@@ -91,12 +92,20 @@ def absolute_paths(spec: StudySpec) -> dict[str, str]:
     uri = spec.tracking.uri or ""
     if uri.startswith(_SQLITE):
         named["tracking.uri"] = uri.removeprefix(_SQLITE)
-    paths = {key: Path(value).expanduser() for key, value in named.items() if value}
-    made = {key: str(Path.cwd() / path) for key, path in paths.items() if not path.is_absolute()}
+    made: dict[str, str | list[str]] = {}
+    for key, value in named.items():
+        paths = [os.path.expanduser(path) for path in ([value] if isinstance(value, str) else value or ())]
+        if all(map(os.path.isabs, paths)):
+            continue
+        # A working directory's own brackets are no part of a glob.
+        globs = [glob.has_magic(path) and not os.path.exists(path) for path in paths]
+        bases = [glob.escape(os.getcwd()) if magic else os.getcwd() for magic in globs]
+        absolute = [os.path.join(base, path) for base, path in zip(bases, paths, strict=True)]
+        made[key] = absolute[0] if isinstance(value, str) else absolute
     if "tracking.uri" in made:
         # Its own part is quoted already, where it needs it.
         here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")
-        made["tracking.uri"] = f"{_SQLITE}{here}/{paths['tracking.uri']}"
+        made["tracking.uri"] = f"{_SQLITE}{here}/{named['tracking.uri']}"
     return made
 
 

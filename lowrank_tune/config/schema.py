@@ -7,7 +7,6 @@ that one look at a file finds everything.
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -36,8 +35,13 @@ from lowrank_tune.config.axes import (
 
 TOKEN_PIXELS = 28
 """Pixels a side that one merged token of the Qwen2.5-VL tower covers."""
-MANIFEST_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 SOURCES = ("images", "manifest", "tensors", "samples")
+
+
+Paths = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[Annotated[tuple[Text, ...], Field(min_length=1)], Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list | tuple) else "<text>"),
+]
 
 
 class ImageSource(Section):
@@ -47,21 +51,17 @@ class ImageSource(Section):
     """A directory (searched recursively) or a glob with `**`, relative to the working directory."""
 
 
-def _table_path(path: str) -> str:
-    if PurePath(path).suffix.lower() not in MANIFEST_SUFFIXES:
-        raise rejected(f"the suffix tells the table's format: {', '.join(MANIFEST_SUFFIXES)}")
-    return path
-
-
 class ManifestSource(Section):
-    """A table of records, one image each: JSON, JSONL, CSV or parquet."""
+    """Tables of records, an image or several each: JSON, JSONL, CSV, TSV, parquet or tars."""
 
-    manifest: Annotated[Text, AfterValidator(_table_path)]
-    """The table's path; its suffix tells the format."""
-    image_column: Text = "image"
-    """The column with each image's path."""
+    manifest: Paths
+    """A table, a directory of tables or a glob, or a list of them; the suffix of each file tells its format."""
+    image_column: Text | None = None
+    """The column with each record's image; by default the one that has such a name."""
+    records: Text | None = None
+    """Which of a JSON file's lists of records, where it has several, such as `train`."""
     root: Text | None = None
-    """The folder that relative image paths start from; the table's own folder by default."""
+    """The folder that relative image paths start from; each table's own folder by default."""
 
 
 class TensorSource(Section):

@@ -1,8 +1,12 @@
-"""A manifest, a table of records -> where the image of each lies, and the user's columns."""
+"""Manifests, tables of records in files -> where the images of each lie, and the user's columns."""
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +18,135 @@ from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.images import SourceRecords
 
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
+"""Of the files that hold records."""
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+"""What may follow the suffix of a text: what pyarrow unpacks by itself."""
+IMAGE_COLUMN = "image"
+_FOLDER_TABLE = "metadata"
+"""The stem of the tables in a directory made for `datasets.load_dataset("imagefolder")`."""
+_NOT_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""What `datasets` writes beside its tables."""
+
 
 def read_manifest(source: ManifestSource) -> SourceRecords:
-    """Read a manifest's records; an InputError where it cannot be read, has none, or lacks the column of images."""
-    path = Path(source.manifest).expanduser().absolute()
-    columns = _read_manifest(path, source.image_column)
-    root = Path(source.root).expanduser().absolute() if source.root is not None else path.parent
-    if not root.is_dir():
+    """Read the records of a manifest's files; an InputError where there are none, or they name no images."""
+    files = manifest_files((source.manifest,) if isinstance(source.manifest, str) else source.manifest)
+    root = None if source.root is None else Path(os.path.expanduser(source.root)).absolute()
+    if root is not None and not root.is_dir():
         raise InputError(f"{root}: no such directory; correct features.source.root")
-    images = columns.column(source.image_column).to_pylist()
-    return SourceRecords(tuple(str(root / image) if image else None for image in images), columns)
+    column, images, tables = source.image_column or IMAGE_COLUMN, [], []
+    for path in files:
+        tables.append(read_table(path))
+        folder = root or path.parent
+        images += [str(folder / image) if image else None for image in _named_images(path, tables[-1], column)]
+    if not images:
+        raise InputError(f"{files[0]}: has no records{f', nor have {len(files) - 1} others' if files[1:] else ''}")
+    return SourceRecords(tuple(images), concatenate(tables))
 
 
-def _read_manifest(path: Path, image_column: str) -> pa.Table:
-    if not path.is_file():
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"{path}: no such file; correct features.source.manifest{did_you_mean(path.name, siblings)}")
-    try:
-        match path.suffix.lower():
-            case ".csv":
-                # As text, or images named 0001 would become the number 1.
-                text = pyarrow.csv.ConvertOptions(column_types={image_column: pa.string()})
-                table = pyarrow.csv.read_csv(path, None, pyarrow.csv.ParseOptions(newlines_in_values=True), text)
-            case ".parquet":
-                table = pyarrow.parquet.read_table(path)
-                for place, field in enumerate(table.schema):
-                    if pa.types.is_dictionary(field.type):
-                        table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
-            case _:
-                records = _read_objects(path)
-                names = dict.fromkeys(name for record in records for name in record)
-                table = pa.table({name: _column([record.get(name) for record in records]) for name in names})
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error})") from error
-    if table.num_rows == 0:
-        raise InputError(f"{path}: has no records")
-    if image_column not in table.column_names:
-        hint = did_you_mean(image_column, table.column_names)
+def manifest_files(patterns: Iterable[str]) -> list[Path]:
+    """List the tables that a manifest's paths, directories and globs name; an InputError where one names none."""
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        place = Path(expanded).absolute()
+        if place.is_dir():
+            found = _tables_of(place)
+        elif place.is_file():
+            found = [place]
+        elif glob.has_magic(pattern):
+            found = sorted(
+                path for name in glob.glob(expanded, recursive=True) if (path := Path(name).absolute()).is_file()
+            )
+            if not found:
+                raise InputError(f"{pattern}: matches no file from {Path.cwd()}; correct features.source.manifest")
+        else:
+            siblings = [sibling.name for sibling in place.parent.iterdir()] if place.parent.is_dir() else []
+            hint = did_you_mean(place.name, siblings)
+            raise InputError(f"{place}: no such file; correct features.source.manifest{hint}")
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+def _tables_of(directory: Path) -> list[Path]:
+    below = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(directory).parts)
+    ]
+    tables = [path for path in below if table_suffix(path) in SUFFIXES and path.name not in _NOT_RECORDS]
+    tables = [path for path in tables if path.name.split(".")[0] == _FOLDER_TABLE] or tables
+    kinds = Counter(map(table_suffix, tables))
+    if not tables:
+        suffixes = Counter(path.suffix.lower() or "no suffix" for path in below).most_common(5)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes) or "nothing"
         raise InputError(
-            f"{path}: has no column {image_column!r}, only {', '.join(table.column_names)}{hint} (image_column)"
+            f"{directory}: no tables in it (looked for {', '.join(SUFFIXES)}, in subfolders too; found {found}); "
+            "correct features.source.manifest"
         )
-    kind = table.column(image_column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"{path}: column {image_column!r} holds {kind}, not paths; name another image_column")
+    if len(kinds) > 1:
+        raise InputError(
+            f"{directory}: tables of several kinds, {', '.join(f'{count} {kind}' for kind, count in kinds.items())}; "
+            f"name the one, or a glob such as {directory}/**/*{next(iter(kinds))}, in features.source.manifest"
+        )
+    return tables
+
+
+def table_suffix(path: Path) -> str:
+    """Return the suffix that tells a table's format, in small letters, that of a compression aside."""
+    path = Path(path.name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read one file's records, each column of a type that a table can hold.
+
+    Raises:
+        InputError: it cannot be read as what its suffix says, which is named with the place.
+    """
+    suffix = table_suffix(path)
+    try:
+        match suffix:
+            case ".csv" | ".tsv":
+                return _read_text_table(path)
+            case ".parquet":
+                return _plain(pyarrow.parquet.read_table(path))
+            case ".json" | ".jsonl" | ".ndjson":
+                return columns_of(_read_objects(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as {suffix[1:].upper()} ({error})") from error
+    raise InputError(f"{path}: the suffix tells a table's format, and must be one of {', '.join(SUFFIXES)}")
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
     return table
+
+
+def _read_bytes(path: Path) -> bytes:
+    with pa.input_stream(str(path), compression="detect") as stream:
+        data: bytes = stream.read()
+    return data
+
+
+def _read_text_table(path: Path) -> pa.Table:
+    data = _read_bytes(path)
+    # As text, or images named 0001 would become the number 1.
+    text = pyarrow.csv.ConvertOptions(column_types={IMAGE_COLUMN: pa.string()})
+    separated = pyarrow.csv.ParseOptions(
+        newlines_in_values=True, delimiter="\t" if table_suffix(path) == ".tsv" else ","
+    )
+    return pyarrow.csv.read_csv(pa.BufferReader(data), None, separated, text)
 
 
 def _read_objects(path: Path) -> list[dict[str, Any]]:
     """Records of a list of objects, an object a line, or an object with one such list (TextVQA's is in `data`)."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _read_bytes(path).decode("utf-8-sig")
     content: Any = []
-    if path.suffix.lower() == ".jsonl":
+    if table_suffix(path) != ".json":
         for number, line in enumerate(text.split("\n"), start=1):
             try:
                 content += [json.loads(line)] if line.strip() else []
@@ -84,9 +166,49 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
     return content
 
 
+def _named_images(path: Path, table: pa.Table, column: str) -> list[str | None]:
+    if column not in table.column_names:
+        hint = did_you_mean(column, table.column_names)
+        raise InputError(f"{path}: has no column {column!r}, only {', '.join(table.column_names)}{hint} (image_column)")
+    kind = table.column(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise InputError(f"{path}: column {column!r} holds {kind}, not paths; name another image_column")
+    images: list[str | None] = table.column(column).to_pylist()
+    return images
+
+
+def columns_of(records: list[dict[str, Any]]) -> pa.Table:
+    """Make a table of records, a column for every name that any of them has."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return pa.table({name: _column([record.get(name) for record in records]) for name in names})
+
+
+def concatenate(tables: list[pa.Table]) -> pa.Table:
+    """Join the records of several tables; a column whose types cannot be reconciled becomes text."""
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    for name in names:
+        holding = [number for number, table in enumerate(tables) if name in table.column_names]
+        try:
+            pa.unify_schemas(
+                [pa.schema([tables[number].schema.field(name)]) for number in holding], promote_options="permissive"
+            )
+        except pa.ArrowException:
+            for number in holding:
+                table = tables[number]
+                place = table.column_names.index(name)
+                tables[number] = table.set_column(place, name, _texts(table.column(place).to_pylist()))
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
 def _column(values: list[Any]) -> pa.Array:
-    """An array of the values' common type, or else of their JSON."""
+    """An array of the values' common type, or else of texts."""
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        return pa.array([None if value is None else json.dumps(value) for value in values])
+        return _texts(values)
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    """An array of the values as text: their JSON where they are none."""
+    texts = (value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values)
+    return pa.array(list(texts), pa.string())

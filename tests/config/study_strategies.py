@@ -28,7 +28,7 @@ reals = axis(positives, "uniform", "loguniform")
 sources = st.one_of(
     st.fixed_dictionaries({"images": texts}),
     st.fixed_dictionaries(
-        {"manifest": texts.map(lambda text: f"{text}x.csv")},
+        {"manifest": texts.map(lambda text: f"{text}x.csv") | st.lists(texts, min_size=1, max_size=2)},
         optional={"image_column": texts, "root": texts},
     ),
     st.fixed_dictionaries({"tensors": texts}),
