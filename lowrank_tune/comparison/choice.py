@@ -16,6 +16,9 @@ ROUNDING = 1e-6
 """Ratios that differ by no more than this part are equal: float32 factors are no finer."""
 SLOWER = 0.1
 """The part by which times must differ: less is the machine's noise."""
+AS_NEAR = 0.02
+"""How much greater the ρ of a rival may be to count as near: of few images no interval excludes even that a method of
+twice the error is level."""
 
 
 def winners(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
@@ -75,7 +78,7 @@ def choose(
 def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
     """Tell of each trained row which of the SVD and the controls beat it, and which are level with it.
 
-    One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker unless clearly farther:
+    One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker where it is as near:
     nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`.
     """
     rivals = [row for row in rows if row.method in (*CONTROLS, "svd")]
@@ -84,13 +87,13 @@ def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
     for row in rows:
         beating, level = [], []
         for other in (rival for rival in rivals if row.trial_id and rival.rank == row.rank):
-            _, low, high = paired((other.method, other.rank), (row.method, row.rank))
-            nearer, farther = high < -ROUNDING, low > ROUNDING
+            mean, low, high = paired((other.method, other.rank), (row.method, row.rank))
+            nearer, as_near = high < -ROUNDING, low <= ROUNDING and mean <= math.log1p(AS_NEAR)
             quicker = other.images_per_second > row.images_per_second * (1 + SLOWER)
             slower = row.images_per_second > other.images_per_second * (1 + SLOWER)
-            if math.isfinite(low) and ((nearer and not slower) or (quicker and not farther)):
+            if (nearer and not slower) or (quicker and as_near):
                 beating.append(other.method)
-            elif math.isfinite(low) and not (nearer or farther or quicker or slower):
+            elif as_near and not (nearer or slower):
                 level.append(other.method)
         judged.append(replace(row, beaten_by=", ".join(beating), level_with=", ".join(level)))
     return judged

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
+from lowrank_tune.comparison.choice import ROUNDING
 from lowrank_tune.records import (
     ComparisonRow,
     Compression,
@@ -79,7 +80,8 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
             continue
         best = by_kind[first, row.rank]
         verb = "beats" if row.beaten_by else "is level with"
-        also = f"; so {'does' if row.beaten_by else 'is'} {' and '.join(others)}" if others else ""
+        verbs = ("does", "do") if row.beaten_by else ("is", "are")
+        also = f"; so {verbs[len(others) > 1]} {' and '.join(others)}" if others else ""
         how = "fitted but not trained" if first == "pca_basis" else "without training"
         remarks.append(
             f"at rank {row.rank} {first}, {how}, {verb} {row.method}: "
@@ -97,17 +99,17 @@ def about_training(rows: Sequence[ComparisonRow]) -> list[str]:
         gain, low, high = row.training_gain, row.training_gain_low, row.training_gain_high
         if gain is None or low is None or high is None:
             continue
-        if high < 0:
+        if high < -ROUNDING:
             remarks.append(
-                f"at rank {row.rank} training made {row.method} worse: its ρ rose by {percent(-gain)} "
-                f"({percent(-high)} to {percent(-low)})"
+                f"at rank {row.rank} training made {row.method} worse: its ρ rose by {-100 * gain:.2f} % "
+                f"({-100 * high:.2f} to {-100 * low:.2f})"
             )
-        elif low <= 0:
+        elif low <= ROUNDING:
             nothing.setdefault(row.method, []).append(
-                f"{row.rank} ({percent(gain)} of ρ, {percent(low)} to {percent(high)})"
+                f"rank {row.rank} ({100 * gain:z.2f} % off ρ, {100 * low:z.2f} to {100 * high:z.2f})"
             )
     for method, ranks in nothing.items():
-        remarks.append(f"training adds nothing measurable to {method} here, at rank {', '.join(ranks)}")
+        remarks.append(f"training adds nothing measurable to {method} here, at {', '.join(ranks)}")
     return remarks
 
 

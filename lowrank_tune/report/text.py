@@ -30,7 +30,7 @@ METHOD_NOTES = {
     "svd": "the truncated SVD of each image: the least Frobenius error there is, ρ = 1",
     "svd_rows": "the SVD after each token is scaled to length one: about the best token cosine there is, at a larger ρ",
     "random_sketch": "no training: the columns of XΩ for a random Ω, orthonormalised",
-    "pca_basis": "no training beyond the mean Gram matrix: one basis for all images, from the training split",
+    "pca_basis": "fitted, not trained: one basis for all images, the principal axes of the training split",
     "power_1": "no training: a random start and one power step in X Xᵀ",
     "gram_eigh": "no training: all eigenvectors of the image's X Xᵀ in float32, which serve every rank",
     "randomized_svd": "no training: Halko, Martinsson and Tropp's randomised SVD, width r + 25 %, two steps",
@@ -93,8 +93,8 @@ def gain_text(row: ComparisonRow) -> str:
     gain, low, high = row.training_gain, row.training_gain_low, row.training_gain_high
     if gain is None:
         return ABSENT
-    text = f"{100 * gain:.2f}"
-    return text if low is None or high is None else f"{text} ({100 * low:.2f} to {100 * high:.2f})"
+    text = f"{100 * gain:z.2f}"
+    return text if low is None or high is None else f"{text} ({100 * low:z.2f} to {100 * high:z.2f})"
 
 
 def seed_texts(row: ComparisonRow) -> tuple[str, str]:
@@ -225,8 +225,8 @@ def at_rank(comparison: Comparison, rank: int | None) -> Comparison:
     if rank is None:
         return comparison
     rows = tuple(row for row in comparison.rows if row.rank == rank)
-    named = ((remark, re.search(r"\brank (\d+)", remark, re.IGNORECASE)) for remark in comparison.remarks)
-    remarks = tuple(remark for remark, match in named if match is None or int(match.group(1)) == rank)
+    named = ((remark, re.findall(r"\brank (\d+)", remark, re.IGNORECASE)) for remark in comparison.remarks)
+    remarks = tuple(remark for remark, ranks in named if not ranks or str(rank) in ranks)
     return replace(comparison, rows=rows, remarks=remarks)
 
 

@@ -37,7 +37,7 @@ from lowrank_tune.trials.outcomes import stopped_by
 OWN_TRIALS = 24
 """Ended trials of a group from which on it learns from its own alone: before, what served other ranks is a better guess
 than none (`scripts/bench_search.py`)."""
-MOST_LESSONS = 500
+MOST_LESSONS = 200
 """The newest trials of a group that its next one learns from: TPE's time grows with them."""
 TINY = 1e-12
 """Below every error that is not rounding."""
@@ -69,13 +69,10 @@ def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, A
     """
     groups: dict[tuple[Any, ...], list[FrozenTrial]] = {}
     for trial in known:
-        config = config_of(trial)
-        if (
-            config is not None
-            and trial.state != TrialState.FAIL
-            and fixed.get("family", config.family) == config.family
-        ):
-            groups.setdefault(tuple(getattr(config, name) for name in fixed), []).append(trial)
+        # What it trains, as `_describe` notes it: there is none where the driver died at once.
+        config = trial.user_attrs.get("config", {})
+        if config and trial.state != TrialState.FAIL and fixed.get("family", config["family"]) == config["family"]:
+            groups.setdefault(tuple(config[name] for name in fixed), []).append(trial)
     own = groups.get(tuple(fixed.values()), [])
     if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
         groups = {(): own[-MOST_LESSONS:]}
@@ -83,14 +80,15 @@ def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, A
         ended = [trial.value for trial in trials if trial.state.is_finished() and trial.value is not None]
         middle = median(_log_error(objective, value) for value in ended) if ended else 0.0
         for trial in trials:
-            values = {step: _log_error(objective, value) - middle for step, value in trial.intermediate_values.items()}
-            value = trial.value if trial.state == TrialState.COMPLETE else None
+            complete = trial.state == TrialState.COMPLETE
+            # TPE looks at the last epoch of what did not end by itself, and copies all that it is given.
+            steps = [] if complete else sorted(trial.intermediate_values.items())[-1:]
             yield optuna.trial.create_trial(
                 state=trial.state,
-                value=None if value is None else _log_error(objective, value) - middle,
+                value=_log_error(objective, trial.value) - middle if complete and trial.value is not None else None,
                 params={name: value for name, value in trial.params.items() if name not in fixed},
                 distributions={name: kind for name, kind in trial.distributions.items() if name not in fixed},
-                intermediate_values=values,
+                intermediate_values={step: _log_error(objective, value) - middle for step, value in steps},
             )
 
 

@@ -84,6 +84,9 @@ def test_without_an_interval_nothing_beats_anything_and_what_is_fitted_is_called
     rows = [row("pca_basis", 1.1, 900), row("direct", 1.3, 80, trial_id="r004-direct-0000")]
     assert about_rivals(judge(rows, paired_by(rows, math.nan))) == []
     assert "pca_basis, fitted but not trained, beats direct" in about_rivals(judge(rows, paired_by(rows)))[0]
+    # Too few images to tell: what is far off and quick neither beats nor is level.
+    rows = [row("pca_basis", 1.4, 900), row("power_1", 1.31, 80), row("direct", 1.3, 80, trial_id="r004-direct-0000")]
+    assert "power_1, without training, is level with direct" in about_rivals(judge(rows, paired_by(rows, 0.3)))[0]
 
 
 def test_what_training_adds_is_told_where_it_is_nothing_or_less():
@@ -91,12 +94,12 @@ def test_what_training_adds_is_told_where_it_is_nothing_or_less():
         gain = {"training_gain": (low + high) / 2, "training_gain_low": low, "training_gain_high": high}
         return row("refined", 1.01, 80, rank, "t", **gain)
 
-    assert about_training([gained(4, 0.1, 0.3), gained(8, -0.001, 0.003), gained(16, 0.0, 0.0)]) == [
-        "training adds nothing measurable to refined here, at rank 8 (0.1 % of ρ, -0.1 % to 0.3 %), "
-        "16 (0 % of ρ, 0 % to 0 %)"
+    assert about_training([gained(4, 0.1, 0.3), gained(8, -0.001, 0.003), gained(16, -1e-16, -2e-16)]) == [
+        "training adds nothing measurable to refined here, at rank 8 (0.10 % off ρ, -0.10 to 0.30), "
+        "rank 16 (0.00 % off ρ, 0.00 to 0.00)"
     ]
     assert about_training([gained(4, -0.04, -0.02)]) == [
-        "at rank 4 training made refined worse: its ρ rose by 3 % (2 % to 4 %)"
+        "at rank 4 training made refined worse: its ρ rose by 3.00 % (2.00 to 4.00)"
     ]
 
 

@@ -119,7 +119,8 @@ def test_without_a_trained_model_there_is_no_choice():
 
 
 def test_one_rank_of_a_comparison_has_its_rows_and_the_remarks_on_it(compared):
-    four = at_rank(compared, 4)
+    said = "training adds nothing to sketch at rank 2 (0.00 % off ρ), rank 4 (0.00 % off ρ)"
+    four = at_rank(replace(compared, remarks=(*compared.remarks, said)), 4)
     assert {row.rank for row in four.rows} == {4}
-    assert four.remarks == ("random weights",)
+    assert four.remarks == ("random weights", said)
     assert at_rank(compared, None) is compared
