@@ -27,6 +27,7 @@ class SourceRecords:
     images: tuple[str | None, ...]  # where each one's image lies, as `read_bytes` takes it; None where it names none
     columns: pa.Table  # the user's own columns, a row a record; none where the source has none
     notes: tuple[str, ...] = ()  # what whoever gave the source should know, a sentence each: what was left out, …
+    numbers: tuple[int, ...] | None = None  # each one's place in the user's list; their own where that is the list
 
 
 def read_bytes(image: str) -> bytes:
@@ -109,7 +110,8 @@ def write_record_table(
     A user's column whose name is taken becomes `source_<name>`.
     """
     texts = (pa.array(each, pa.string()) for each in (keys, records.images, errors))
-    own = [pa.array(range(len(keys)), pa.int64()), *texts]
+    numbers = range(len(keys)) if records.numbers is None else records.numbers
+    own = [pa.array(numbers, pa.int64()), *texts]
     columns = dict(zip(RECORD_COLUMNS, own, strict=True))
     for name, column in zip(records.columns.column_names, records.columns.columns, strict=True):
         while name in columns:

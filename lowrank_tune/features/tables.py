@@ -17,12 +17,14 @@ import pyarrow.parquet
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.images import SourceRecords
+from lowrank_tune.features.named import Finder, image_column, is_chat, named_images, refuse_addresses
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 """Of the files that hold records."""
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 """What may follow the suffix of a text: what pyarrow unpacks by itself."""
 IMAGE_COLUMN = "image"
+_ANOTHER = "write features.source.image_column, the column of the images"
 _FOLDER_TABLE = "metadata"
 """The stem of the tables in a directory made for `datasets.load_dataset("imagefolder")`."""
 _NOT_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -35,14 +37,31 @@ def read_manifest(source: ManifestSource) -> SourceRecords:
     root = None if source.root is None else Path(os.path.expanduser(source.root)).absolute()
     if root is not None and not root.is_dir():
         raise InputError(f"{root}: no such directory; correct features.source.root")
-    column, images, tables = source.image_column or IMAGE_COLUMN, [], []
-    for path in files:
-        tables.append(read_table(path))
-        folder = root or path.parent
-        images += [str(folder / image) if image else None for image in _named_images(path, tables[-1], column)]
-    if not images:
-        raise InputError(f"{files[0]}: has no records{f', nor have {len(files) - 1} others' if files[1:] else ''}")
-    return SourceRecords(tuple(images), concatenate(tables))
+    tables = [read_table(path) for path in files]
+    folders = [str(root or path.parent) for path, table in zip(files, tables, strict=True) for _ in range(len(table))]
+    columns = concatenate(tables)
+    if not folders:
+        raise InputError(f"{files[0]}: has no records{f', nor has any of {len(files) - 1} more' if files[1:] else ''}")
+    column = image_column(columns, source.image_column, files[0])
+    named = [named_images(value) for value in columns.column(column).to_pylist()]
+    kind = columns.column(column).type
+    if not any(named):
+        raise InputError(f"{files[0]}: column {column!r} holds {kind}, which names no image; {_ANOTHER}")
+    refuse_addresses((image for images in named for image in images), column, files[0])
+    finder, text_only = Finder(files), 0 if is_chat(columns.column_names) else None
+    images, numbers = list[str | None](), list[int]()
+    for number, (folder, names) in enumerate(zip(folders, named, strict=True)):
+        if not names and text_only is not None:
+            text_only += 1
+            continue
+        images += [finder.place(name, folder) for name in names] or [None]
+        numbers += [number] * (len(names) or 1)
+    if pa.types.is_integer(kind) and not any(map(os.path.exists, filter(None, images))):
+        raise InputError(f"{files[0]}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
+    notes = (f"{text_only} of {len(named)} records name no image, only text, and are left out",) if text_only else ()
+    if numbers != list(range(len(columns))):
+        columns = columns.take(numbers)
+    return SourceRecords(tuple(images), columns, notes, tuple(numbers))
 
 
 def manifest_files(patterns: Iterable[str]) -> list[Path]:
@@ -164,17 +183,6 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise ValueError("not a list of objects")
     return content
-
-
-def _named_images(path: Path, table: pa.Table, column: str) -> list[str | None]:
-    if column not in table.column_names:
-        hint = did_you_mean(column, table.column_names)
-        raise InputError(f"{path}: has no column {column!r}, only {', '.join(table.column_names)}{hint} (image_column)")
-    kind = table.column(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise InputError(f"{path}: column {column!r} holds {kind}, not paths; name another image_column")
-    images: list[str | None] = table.column(column).to_pylist()
-    return images
 
 
 def columns_of(records: list[dict[str, Any]]) -> pa.Table:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.features.images import write_record_table
 from lowrank_tune.features.sources import read_records
 
@@ -106,6 +108,118 @@ def test_several_files_are_one_list_and_a_column_of_two_types_becomes_text(tmp_p
     assert [Path(image).name for image in records_of("set").images] == ["5.jpg"], "as `datasets` reads an imagefolder"
 
 
+IMAGES = ("1.jpg", "a b/2.png", "3.jpg", "3.json", "0004.webp", "5.PNG", "5.jpg", "back\\slash.jpg")
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "No image.jpg"}]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with images; a manifest is written there by `named`."""
+    for name in IMAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def named(records, **keys):
+    """What of the folder each record names."""
+    Path("data.json").write_text(json.dumps(records))
+    found = records_of("data.json", **keys)
+    return [image and os.path.relpath(image) for image in found.images], found
+
+
+@pytest.mark.parametrize(
+    ("value", "images"),
+    [
+        ("a b/2.png", ["a b/2.png"]),
+        ("file://{here}/a%20b/2.png", ["a b/2.png"]),
+        ("file:{here}/a%20b/2.png", ["a b/2.png"]),
+        ("file://localhost{here}/1.jpg", ["1.jpg"]),
+        ("{here}/1.jpg", ["1.jpg"]),
+        ("a b\\2.png", ["a b/2.png"]),
+        ("back\\slash.jpg", ["back\\slash.jpg"]),
+        ("~/1.jpg", ["1.jpg"]),
+        ("3", ["3.jpg"]),
+        (3, ["3.jpg"]),
+        ("0004", ["0004.webp"]),
+        ("gone", ["gone"]),
+        ("1.JPG", ["1.JPG"]),
+        (["1.jpg", "3"], ["1.jpg", "3.jpg"]),
+        ('["1.jpg", "3.jpg"]', ["1.jpg", "3.jpg"]),
+        ("['1.jpg', '3.jpg']", ["1.jpg", "3.jpg"]),
+        ({"path": "1.jpg", "bytes": None}, ["1.jpg"]),
+        ([{"path": "1.jpg"}, {"path": "3.jpg"}], ["1.jpg", "3.jpg"]),
+        ("", [None]),
+        (None, [None]),
+    ],
+)
+def test_an_image_is_named_in_many_ways(folder, value, images):
+    value = value.format(here=folder) if isinstance(value, str) and "here" in value else value
+    found, records = named([{"image": "1.jpg"}, {"image": value, "n": 1}])
+    assert found == ["1.jpg", *images]
+    assert records.columns["n"].to_pylist() == [None, *[1] * len(images)]
+
+
+PART = {"type": "image", "image": "1.jpg"}
+ASKED = {"role": "user", "content": [PART, {"type": "text", "text": "3.jpg"}, {"type": "video", "video": "v.mp4"}]}
+LINKED = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file://{here}/1.jpg"}}]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": "1", "image": "1.jpg", "conversations": TALK},
+        {"messages": [{"role": "user", "content": "<image>What?"}], "images": ["1.jpg"]},
+        {"messages": [ASKED, {"role": "assistant", "content": "A sign."}]},
+        {"messages": [LINKED]},
+        {"query": "x", "images": [{"path": "1.jpg", "bytes": None}]},
+        {"conversations": [{"from": "user", "value": "Picture 1: <img>1.jpg</img>\nWhat?"}]},
+        {"id": 5, "Image Path": "1.jpg"},
+        {"image_id": "1", "flickr_url": "https://example.org/1.jpg", "question": "?"},
+        {"image": "https://example.org/1.jpg", "file_name": "1.jpg"},
+        {"mask_file_name": "1.jpg"},
+    ],
+)
+def test_the_column_of_images_is_found_by_itself(folder, record):
+    record = json.loads(json.dumps(record).replace("{here}", str(folder)))
+    found, records = named([record])
+    assert found == ["1.jpg"]
+    assert records.columns.column_names == list(record)
+
+
+def test_records_of_text_alone_are_left_out_and_counted_and_of_several_images_repeated(folder):
+    chat = {"conversations": TALK}
+    records = [{"image": "1.jpg", **chat}, chat, {"image": ["3.jpg", "5.jpg"], **chat}, {"image": None, **chat}]
+    found, records = named(records)
+    assert found == ["1.jpg", "3.jpg", "5.jpg"]
+    assert records.notes == ("2 of 4 records name no image, only text, and are left out",)
+    (folder / "sources").mkdir()
+    table = pd.read_parquet(write_record_table(folder, records, ["a", "b", "c"], [None] * 3))
+    assert list(table.record) == [0, 2, 2]
+    source = ManifestSource(manifest="data.json")
+    assert len(listed_groups(source, "image")) == len(listed_groups(source, None)) == 3
+    assert len(set(listed_groups(source, "image"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"image": "5"}], r"/5: 2 files have this name, 5\.PNG, 5\.jpg; name each with its suffix"),
+        (
+            [{"image": "s3://b/1.jpg"}, {"image": "1.jpg"}],
+            "'image' names 1 addresses, the first s3://b/1.jpg; download",
+        ),
+        ([{"conversations": TALK}], "data.json: column 'conversations' names no image; write .*image_column"),
+        ([{"image": True}], "column 'image' names no image"),
+    ],
+)
+def test_an_image_that_cannot_be_found_is_named(folder, records, message):
+    with pytest.raises(InputError, match=message):
+        named(records)
+
+
 TEXTS = {
     "misspelt.json": '[{"imag": "1.jpg", "question": "?"}]',
     "half.json": "[{",
@@ -127,11 +241,11 @@ TEXTS = {
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ("misspelt.json", r"/misspelt.json: has no column 'image', .*did you mean imag\?"),
+        ("misspelt.json", r"/misspelt.json: no column has a name such as .*image_column.*only 'imag', 'question'"),
         ("half.json", "/half.json: cannot be read as JSON"),
         ("two.json", "/two.json: .*2 lists of records"),
         ("empty.json", "/empty.json: has no "),
-        ("number.json", "/number.json: column 'image' holds int64, not paths"),
+        ("number.json", "/number.json: column 'image' holds int64, which are no files' names; write .*image_column"),
         ("line.jsonl", "/line.jsonl: .*line 2"),
         ("wide.csv", "/wide.csv: cannot be read as CSV"),
         ("no.parquet", "/no.parquet: cannot be read as PARQUET"),
@@ -151,5 +265,7 @@ def test_a_manifest_that_gives_no_records_is_named_with_what_is_wrong(tmp_path, 
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
         records_of(manifest)
+    with pytest.raises(InputError, match=r"has no column 'imag', only 'image'; did you mean image\?"):
+        records_of("annotations.json", image_column="imag")
     with pytest.raises(InputError, match=r"gone: no such directory; correct features\.source\.root"):
         records_of("annotations.json", root="gone")

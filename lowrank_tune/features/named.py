@@ -1,0 +1,158 @@
+"""Which images a record names, and where they lie: the values of a manifest's image column -> places."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from lowrank_tune.errors import InputError, did_you_mean
+from lowrank_tune.features.folders import IMAGE_SUFFIXES
+
+INSIDE = "::"
+"""After the file that an image lies inside of, in a place; what follows is for `read_bytes`."""
+_NAMES = """
+image images imagepath imagepaths imagefile imagefilename imagename img imgs imgpath imgfile imgname filename filepath
+file path paths photo photos picture pictures jpg jpeg png webp imageid imgid messages conversations
+"""
+_WELL_KNOWN = {name: place for place, name in enumerate(_NAMES.split())}
+"""Names of the column of images, in the order of trust; small letters without `_`, `-`, `.` and blanks."""
+_CHAT = ("conversations", "conversation", "messages", "query", "instruction", "texts")
+"""Columns of records for training a language model, some of which are of text alone."""
+_KEYS = ("path", "image", "image_url", "url", "file_name", "filename", "image_path", "src", "file")
+"""Of an object that stands for an image, or for a part of a message."""
+_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
+_TAGGED = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_TRIED = 1000
+
+
+def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
+    """Return the column of images: the wanted one, or the first of well-known names that has some; or an InputError."""
+    names: list[str] = table.column_names
+    if wanted is not None:
+        if wanted not in names:
+            raise InputError(
+                f"{file}: has no column {wanted!r}, {_only(names)}{did_you_mean(wanted, names)} (image_column)"
+            )
+        return wanted
+    plain = {name: re.sub(r"[-_. ]", "", name).lower() for name in names}
+    known = sorted((name for name in names if plain[name] in _WELL_KNOWN), key=lambda name: _WELL_KNOWN[plain[name]])
+    known += [name for name in names if plain[name].endswith("filename") and name not in known]
+    named = {name: list(_first_named(table.column(name))) for name in known}
+    for name, images in named.items():
+        if any(not _ADDRESS.match(image) for image in images):
+            return name
+    addresses = [name for name, images in named.items() if images]
+    if addresses:
+        return addresses[0]
+    empty = f"column {known[0]!r} names no image" if known else "no column has a name such as image, path or file_name"
+    raise InputError(f"{file}: {empty}; write features.source.image_column, the column of the images: {_only(names)}")
+
+
+def _only(names: list[str]) -> str:
+    return f"only {', '.join(map(repr, names))}" if names else "no columns at all"
+
+
+def _first_named(column: pa.ChunkedArray) -> Iterable[str]:
+    for value in column.slice(0, _TRIED).to_pylist():
+        yield from named_images(value)
+
+
+def named_images(value: Any) -> list[str]:
+    """List what a value names: a path or address, each of a list, or of a chat's messages with images for parts."""
+    match value:
+        case str():
+            return _named_by_text(value)
+        case list():
+            return [image for item in value for image in named_images(item)]
+        case dict() if value.get("role") or value.get("from"):
+            content = value.get("content") or value.get("value")
+            return _TAGGED.findall(content) if isinstance(content, str) else named_images(content)
+        case dict() if value.get("type") and "image" not in str(value["type"]):
+            return []
+        case dict():
+            return next((images for key in _KEYS if (images := named_images(value.get(key)))), [])
+        case int() if not isinstance(value, bool):
+            return [str(value)]
+        case float() if math.isfinite(value) and value == int(value):
+            return [str(int(value))]  # a column of numbers where one is missing
+    return []
+
+
+def _named_by_text(text: str) -> list[str]:
+    if text[:1] + text[-1:] in ("[]", "{}"):  # of a column of several types, or of a CSV
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return named_images(parse(text))
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return [text] if text.strip() else []
+
+
+def is_chat(record_columns: Collection[str]) -> bool:
+    """Whether records are chats, which may have no image."""
+    return any(name in record_columns for name in _CHAT)
+
+
+def refuse_addresses(images: Iterable[str], column: str, file: Path) -> None:
+    """Refuse, as an InputError, images that lie on another machine."""
+    addresses = [image for image in images if _ADDRESS.match(image)]
+    if addresses:
+        raise InputError(
+            f"{file}: column {column!r} names {len(addresses)} addresses, the first {addresses[0][:200]}; download "
+            "them first, then name the files: in features.source.image_column, or by features.source.root"
+        )
+
+
+class Finder:
+    """Finds the files that images are named by; a directory is listed once."""
+
+    def __init__(self, tables: Iterable[Path]) -> None:
+        self._tables = set(map(str, tables))
+        self._listed: dict[str, dict[str, list[str]]] = {}
+
+    def place(self, image: str, folder: str) -> str:
+        """Return where an image lies that a record of a table in a folder names, be it there or not.
+
+        Raises:
+            InputError: several files have the name, which has no suffix.
+        """
+        if INSIDE in image and image.split(INSIDE)[0] in self._tables:
+            return image
+        if image.startswith("file:"):
+            image = unquote(re.sub(r"^file:(//(localhost)?(?=/))?", "", image))
+        path = str(Path(folder, os.path.expanduser(image)))
+        if "\\" in image and not os.path.lexists(path):
+            path = str(Path(folder, image.replace("\\", "/")))
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES or os.path.isfile(path):
+            return path
+        directory, name = os.path.split(path)
+        fitting = self._stems(directory).get(name, [path])
+        if len(fitting) > 1:
+            raise InputError(
+                f"{path}: {len(fitting)} files have this name, {', '.join(sorted(map(os.path.basename, fitting)))}; "
+                "name each with its suffix"
+            )
+        return fitting[0]
+
+    def _stems(self, directory: str) -> dict[str, list[str]]:
+        if directory not in self._listed:
+            stems: dict[str, list[str]] = {}
+            try:
+                names = os.listdir(directory)
+            except (OSError, ValueError):  # a path with a NUL is a ValueError
+                names = []
+            for name in names:
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    stems.setdefault(stem, []).append(os.path.join(directory, name))
+            self._listed[directory] = stems
+        return self._listed[directory]
