@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pwd
 from typing import Any
 
 __all__ = [
@@ -44,6 +45,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # torch asks the system for large pages with it, where Linux leaves that to the program: a fresh batch of 32 images then
 # costs a fourth, most of which is the handing out of pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# In a container a user may have a number and nothing else; MLflow, Ray and torch then fail when imported.
+try:
+    pwd.getpwuid(os.getuid())
+except KeyError:
+    os.environ.setdefault("HOME", "/")
+    os.environ.setdefault("USER", str(os.getuid()))
 
 # transformers imports torchao, which makes torch say something to torchao's authors on the user's terminal.
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

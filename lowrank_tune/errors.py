@@ -13,6 +13,7 @@ A message names the thing, the place and the remedy, in that order; a traceback 
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -61,3 +62,36 @@ def did_you_mean(name: str, others: Iterable[str]) -> str:
     """Return the end of a message, which asks for the name that is most like this one; empty where none is."""
     near = difflib.get_close_matches(name, list(others), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+_ELSEWHERE = "or choose another place (--results, TMPDIR)"
+_REMEDIES = {
+    errno.ENOSPC: f"make room there, {_ELSEWHERE}",
+    errno.EDQUOT: f"make room there, {_ELSEWHERE}",
+    errno.EFBIG: f"lift the limit on a file's size (`ulimit -f`), {_ELSEWHERE}",
+    errno.EACCES: f"let this user read and write there, {_ELSEWHERE}",
+    errno.EPERM: f"let this user read and write there, {_ELSEWHERE}",
+    errno.EROFS: f"it is mounted for reading only: mount it otherwise, {_ELSEWHERE}",
+    errno.EMFILE: "let a process have more files open: `ulimit -n 4096`",
+    errno.ENFILE: "this machine has too many files open: end what holds them",
+    errno.ENOMEM: "free memory, or lift its limit (`ulimit -v`, the container's or the job's)",
+    errno.EAGAIN: "free memory or let this user have more processes (`ulimit -u`)",
+}
+
+
+def machine_fault(error: Exception) -> str:
+    """What is wrong with the machine or the installation, and the remedy; empty where neither is."""
+    match error:
+        case OSError():
+            reason = error.strerror or str(error).strip() or type(error).__name__
+            place = f"{error.filename}: " if error.filename else ""
+            remedy = _REMEDIES.get(error.errno or 0, "see that its place answers; --debug shows where this happened")
+            return f"{place}{reason}; {remedy}"
+        case MemoryError():
+            return f"no memory is left ({error}); {_REMEDIES[errno.ENOMEM]}".replace(" ()", "")
+        case ImportError() if not (error.name or "").startswith("lowrank_tune"):
+            return f"a library cannot be loaded ({error}): install lowrank-tune again, or lift the limit on memory"
+        case UnicodeEncodeError() if error.encoding.lower() != "utf-8":
+            characters = ascii(error.object[error.start : error.end])
+            return f"file names cannot hold {characters} in this locale: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    return ""

@@ -5,41 +5,53 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
 
-from lowrank_tune.errors import LowrankTuneError
+from lowrank_tune.errors import InputError, LowrankTuneError
 
 _KNOCK_TIMEOUT_S = 5.0
+_CLIENT_PORT = 10001  # of a ray:// address without one
+_LONGEST_PLACE = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10")
+"""What a Unix socket's name leaves to the folder that Ray makes its sockets in."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> Iterator[None]:
+def ray_session(
+    address: str | None = None, meanwhile: Sequence[str] = (), note: Callable[[str], None] = logger.warning
+) -> Iterator[None]:
     """A Ray to work in: the caller's, if there is one; else the cluster at `address` or RAY_ADDRESS, else a local one.
 
     Args:
-        address: `ray://host:port` or `host:port`.
+        address: `ray://host:port`, `host:port`, `auto`, or `local` for a local one whatever RAY_ADDRESS says.
         meanwhile: modules, none of Ray's, to import on a thread while Ray starts on this one, for its processes end
             with the thread that started them.
+        note: told, in a sentence, where a local Ray lies when it cannot lie where it should.
 
     Raises:
-        LowrankTuneError: the cluster does not answer.
+        InputError: the address is none, or Ray finds no place for its files here.
+        LowrankTuneError: the cluster does not answer, or Ray does not start.
     """
     if ray.is_initialized():
         yield
         return
     with ThreadPoolExecutor(1) as beside:
         imports = beside.submit(lambda: [importlib.import_module(name) for name in meanwhile])
-        _start(address or os.environ.get("RAY_ADDRESS"))
+        _start(address, note)
     try:
         imports.result()
         with _terminated_like_interrupted():
@@ -70,25 +82,79 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     handler(signal.SIGINT, frame)
 
 
-def _start(address: str | None) -> None:
+def _start(given: str | None, note: Callable[[str], None]) -> None:
+    name, address = ("--address", given) if given else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
+    named, address = f"{name} {address}", address.strip()
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     # Importing Ray sets this level; left alone, starting Ray is told as a warning.
     logging.getLogger("ray").setLevel(logging.getLogger().level)
+    remedy = f"correct {name}, or write `local` there for a Ray of this process's own"
+    if address in ("", "local"):
+        named, remedy = "on this machine", "see what its last lines in session_latest/logs say"
+        settings = _local_settings(note)
+    else:
+        settings = {"address": _answering(address, named, remedy)}
+        _carry_token()
     try:
-        if address:
-            _knock(address)
-            _carry_token()
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(**settings, **quiet)
     except AuthenticationError as error:
         raise LowrankTuneError(
-            f"Ray {address} wants a token, and there is none here or another one: put the head node's, which "
+            f"Ray {named} wants a token, and there is none here or another one: put the head node's, which "
             "`ray get-auth-token` prints there, into RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
-    except (OSError, RuntimeError) as error:
-        place = address or "on this machine"
-        raise LowrankTuneError(f"Ray {place} did not start or answer: {error}") from error
+    except Exception as error:  # Ray raises any kind, the plain one too
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise LowrankTuneError(f"Ray {named} did not start or answer: {said}; {remedy}") from error
+
+
+def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
+    """How a Ray of one's own starts on this machine, whatever its TMPDIR, HOME, /dev/shm and CPUs are."""
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+    from ray._private.utils import get_num_cpus
+
+    # Children find the place by the same variable.
+    os.environ["RAY_TMPDIR"] = place = _place(note)
+    token = AuthenticationTokenLoader.instance()
+    if not token.has_token(ignore_auth_mode=True):
+        # Left alone, Ray writes one below HOME, which may be missing or not ours.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        token.reset_cache()
+    # Half a CPU of a container counts as none for Ray, and what a job scheduler binds a process to not at all.
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    settings = {"address": "local", "include_dashboard": False, "num_cpus": max(1, min(int(get_num_cpus()), bound))}
+    if os.path.exists("/dev/shm") and not os.access("/dev/shm", os.W_OK):
+        settings["_plasma_directory"] = place
+    return settings
+
+
+def _place(note: Callable[[str], None]) -> str:
+    """The folder for Ray's sockets and logs: the one that the environment names, else another that can hold them."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    places = [os.environ[name]] if name else []
+    places += ["/tmp", f"/tmp/ray-{os.getuid()}", "/var/tmp", "/dev/shm"]
+    unfit: dict[str, str] = {}
+    for place in places:
+        if reason := _unfit(place):
+            unfit[place] = reason
+            continue
+        if unfit:
+            first, reason = next(iter(unfit.items()))
+            note(f"{name}{' ' * bool(name)}{first}: {reason}; Ray's files lie in {place}/ray")
+        return place
+    reasons = "; ".join(f"{place}: {reason}" for place, reason in unfit.items())
+    raise InputError(f"Ray finds no folder for its files ({reasons}); set RAY_TMPDIR to a short path that can be used")
+
+
+def _unfit(place: str) -> str:
+    """Why Ray cannot make its sockets below a folder; empty where it can."""
+    if len(os.fsencode(place)) > _LONGEST_PLACE:
+        return f"too long for Ray's sockets, by {len(os.fsencode(place)) - _LONGEST_PLACE} bytes"
+    if not place.isascii():
+        return "Ray takes only paths in ASCII"
+    folder = Path(place, "ray") if Path(place, "ray").exists() else Path(place)
+    if not os.path.isabs(place) or not folder.is_dir():
+        return "no such directory"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"this user cannot write to {folder}"
 
 
 def _carry_token() -> None:
@@ -99,8 +165,27 @@ def _carry_token() -> None:
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
-def _knock(address: str) -> None:
-    """Find out in seconds whether anything listens at `host:port`, where Ray would wait for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+def _answering(address: str, named: str, remedy: str) -> str:
+    """The address for Ray of a cluster at whose port something listens, found out in seconds instead of minutes."""
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"{named} is a job server's address, which `submit` takes; a Ray to work in is ray://host:10001 or "
+            f"host:6379: {remedy}"
+        )
+    from ray._private.services import find_bootstrap_address, find_gcs_addresses
+
+    if address == "auto":
+        address = find_bootstrap_address(None) or next(iter(find_gcs_addresses()), "")
+        if not address:
+            raise LowrankTuneError(f"{named}: no Ray is at work on this machine; {remedy}")
+        named = f"{named} ({address})"
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        if parts.scheme not in ("", "ray") or not parts.hostname or not (parts.port or parts.scheme):
+            raise ValueError("neither ray://host:port nor host:port")
+        socket.create_connection((parts.hostname, parts.port or _CLIENT_PORT), timeout=_KNOCK_TIMEOUT_S).close()
+    except ValueError as error:
+        raise InputError(f"{named} is no address of a Ray ({error}); {remedy}") from error
+    except OSError as error:
+        raise LowrankTuneError(f"Ray {named} does not answer ({error}); start it, {remedy}") from error
+    return address

@@ -1,16 +1,125 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from lowrank_tune.errors import LowrankTuneError
 from lowrank_tune.runtime import ray_session
 
 
-def test_what_fails_beside_rays_start_is_told_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[bool] = []
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What Ray is started with, in place of starting it."""
+    calls: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", lambda **_: None)
-    monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
+    monkeypatch.setattr("ray.init", lambda **settings: calls.append(settings))
+    monkeypatch.setattr("ray.shutdown", lambda: calls.append({}))
+    for name in ("RAY_TMPDIR", "TMPDIR", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "")
+    return calls
+
+
+def test_what_fails_beside_rays_start_is_told_as_itself(started: list[dict[str, Any]]) -> None:
     with (
         pytest.raises(ModuleNotFoundError, match="lowrank_tune.nothing"),
         ray_session(meanwhile=["lowrank_tune.nothing"]),
     ):
         pass
-    assert ended == [True]
+    assert started[-1] == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "said", "code"),
+    [
+        ("http://127.0.0.1:8265", "is a job server's address, which `submit` takes", 2),
+        ("nonsense", "neither ray://host:port nor host:port", 2),
+        ("127.0.0.1:99999", "Port out of range", 2),
+        ("ray://", "is no address of a Ray", 2),
+        ("anyscale://somewhere:1", "is no address of a Ray", 2),
+        (f"{'x' * 80}:1", "is no address of a Ray", 2),
+        ("[::1:1", "is no address of a Ray", 2),
+        ("127.0.0.1:1", "does not answer", 1),
+        ("ray://127.0.0.1:1", "does not answer", 1),
+        ("auto", "auto (127.0.0.1:1) does not answer", 1),
+    ],
+)
+def test_an_address_left_from_another_day_is_told_with_the_remedy(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, said: str, code: int
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(LowrankTuneError) as caught, ray_session():
+        pass
+    assert (caught.value.exit_code, started) == (code, [])
+    assert str(caught.value).endswith("correct RAY_ADDRESS, or write `local` there for a Ray of this process's own")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["", " ", "local"])
+def test_no_address_is_a_ray_of_ones_own(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with ray_session():
+        assert started[0]["address"] == "local"
+
+
+def test_something_that_listens_is_left_to_ray_and_what_ray_says_is_one_line(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**settings: Any) -> None:
+        raise Exception("no\nRay")
+
+    monkeypatch.setattr("ray.init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(LowrankTuneError, match=f"{address} did not start or answer: no Ray; "),
+            ray_session(address),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("x" * 60, "too long for Ray's sockets"),
+        ("missing", "no such directory"),
+        ("file", "no such directory"),
+        ("é", "only paths in ASCII"),
+    ],
+)
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_where_ray_cannot_make_its_sockets_another_place_is_chosen_and_told(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, place: str, said: str
+) -> None:
+    (tmp_path / "file").touch()
+    if place not in ("missing", "file"):
+        (tmp_path / place).mkdir()
+    monkeypatch.setenv(name, str(tmp_path / place))
+    told: list[str] = []
+    with ray_session(note=told.append):
+        assert os.environ["RAY_TMPDIR"] == "/tmp"
+    (sentence,) = told
+    assert sentence.startswith(f"{name} {tmp_path / place}: ")
+    assert said in sentence
+    assert sentence.endswith("Ray's files lie in /tmp/ray")
+
+
+def test_ray_starts_where_home_is_no_folder_and_takes_the_cpus_that_this_process_is_bound_to(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    code = (
+        "import os, ray; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from lowrank_tune.runtime import ray_session\n"
+        "with ray_session():\n    print(ray.cluster_resources()['CPU'])"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "RAY_ADDRESS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1.0\n", done.stderr

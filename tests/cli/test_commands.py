@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +83,56 @@ def test_unexpected_error_is_one_line_without_debug(
     assert "Traceback" not in brief
     assert run(["validate", QUICKSTART], debug=True) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def typed_in(environment: dict[str, str], *words: str, shell: str = "{}") -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, within a line of the shell."""
+    line = shell.format(shlex.join([sys.executable, "-m", "lowrank_tune", *words]))
+    return subprocess.run(["bash", "-c", line], env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "shell", "code", "said"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, "{}", 0, "best \\u03c1 of"),
+        ({"COLUMNS": "0", "TERMINAL_WIDTH": "wide"}, "{}", 0, "Example: lowrank-tune status"),
+        ({}, "{} >&-", 0, ""),
+        ({}, "{} 2>&-", 0, "Example"),
+        ({}, "{} | true; exit 3", 3, ""),
+        ({}, "{} >/dev/full", 1, "error: No space left on device; make room there"),
+        ({}, "mkdir gone; cd gone; rmdir ../gone; {}", 2, "error: the working directory is not there any more"),
+    ],
+    ids=["ascii", "no width", "no stdout", "no stderr", "no reader", "full", "no folder"],
+)
+def test_whatever_the_terminal_is_a_command_works_or_says_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], shell: str, code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = {"PYTHONPATH": str(Path(QUICKSTART).parents[1])}
+    done = typed_in(environment | package, "status", "--help", shell=shell)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert not {"Traceback", "defect", "Exception"} & set((done.stdout + done.stderr).replace(":", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/data"), "error: /data: Permission denied; let this user"),
+        (OSError(errno.EMFILE, "Too many open files"), "error: Too many open files; let a process have more"),
+        (OSError("the mount is gone"), "error: the mount is gone; see that its place answers"),
+        (MemoryError(), "error: no memory is left; free memory"),
+        (ImportError("libtorch.so: failed to map", name="torch"), "error: a library cannot be loaded (libtorch.so"),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "no"), "error: file names cannot hold '\\xe9' in this locale"),
+    ],
+)
+def test_a_fault_of_the_machine_is_no_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lowrank_tune.cli.app.load_study", broken)
+    assert run(["validate", QUICKSTART]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
