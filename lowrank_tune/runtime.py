@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -22,10 +23,15 @@ from ray.exceptions import AuthenticationError
 
 from lowrank_tune.errors import InputError, LowrankTuneError
 
-_KNOCK_TIMEOUT_S = 5.0
+_KNOCK_TIMEOUT_S, _READY_TIMEOUT_S = 5.0, 20.0
 _CLIENT_PORT = 10001  # of a ray:// address without one
 _LONGEST_PLACE = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10")
 """What a Unix socket's name leaves to the folder that Ray makes its sockets in."""
+_OWN_VARIABLES = {
+    f"RAY_{name}" for name in ("ADDRESS", "TMPDIR", "AUTH_MODE", "AUTH_TOKEN", "USAGE_STATS_ENABLED", "CLIENT_MODE")
+}
+_LIMITS = (("v", resource.RLIMIT_AS, 1 << 50), ("n", resource.RLIMIT_NOFILE, 1024), ("u", resource.RLIMIT_NPROC, 1024))
+"""By flag of `ulimit`, the limits of a process, and what Ray certainly gets along with."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +96,8 @@ def _start(given: str | None, note: Callable[[str], None]) -> None:
     logging.getLogger("ray").setLevel(logging.getLogger().level)
     remedy = f"correct {name}, or write `local` there for a Ray of this process's own"
     if address in ("", "local"):
-        named, remedy = "on this machine", "see what its last lines in session_latest/logs say"
+        # Before the settings, which are variables, too.
+        named, remedy = "on this machine", _suspects()
         settings = _local_settings(note)
     else:
         settings = {"address": _answering(address, named, remedy)}
@@ -115,7 +122,10 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
     # Children find the place by the same variable.
     os.environ["RAY_TMPDIR"] = place = _place(note)
     token = AuthenticationTokenLoader.instance()
-    if not token.has_token(ignore_auth_mode=True):
+    found = False
+    with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH leads nowhere
+        found = token.has_token(ignore_auth_mode=True)
+    if not found:
         # Left alone, Ray writes one below HOME, which may be missing or not ours.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         token.reset_cache()
@@ -125,6 +135,17 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
     if os.path.exists("/dev/shm") and not os.access("/dev/shm", os.W_OK):
         settings["_plasma_directory"] = place
     return settings
+
+
+def _suspects() -> str:
+    """What of this environment may keep a Ray of one's own from starting, and where its logs are."""
+    found = [f"unset {name}" for name in os.environ if name.startswith("RAY_") and name not in _OWN_VARIABLES]
+    found += [
+        f"lift `ulimit -{flag}`, which is {now}"
+        for flag, kind, enough in _LIMITS
+        if (now := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY and now < enough
+    ]
+    return "; ".join((*found, "its logs are below session_latest/logs"))
 
 
 def _place(note: Callable[[str], None]) -> str:
@@ -183,9 +204,27 @@ def _answering(address: str, named: str, remedy: str) -> str:
         parts = urlsplit(address if "://" in address else f"//{address}")
         if parts.scheme not in ("", "ray") or not parts.hostname or not (parts.port or parts.scheme):
             raise ValueError("neither ray://host:port nor host:port")
-        socket.create_connection((parts.hostname, parts.port or _CLIENT_PORT), timeout=_KNOCK_TIMEOUT_S).close()
+        host, port = parts.hostname, parts.port or _CLIENT_PORT
+        socket.create_connection((host, port), timeout=_KNOCK_TIMEOUT_S).close()
     except ValueError as error:
         raise InputError(f"{named} is no address of a Ray ({error}); {remedy}") from error
     except OSError as error:
         raise LowrankTuneError(f"Ray {named} does not answer ({error}); start it, {remedy}") from error
+    if not _speaks_grpc(host, port):
+        raise LowrankTuneError(f"{named}: something that is no Ray listens there; {remedy}")
     return address
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    try:
+        import grpc
+        from ray._common.network_utils import build_address
+        from ray._private.grpc_utils import init_grpc_channel
+    except ImportError:  # Ray's core does without it
+        return True
+    try:
+        with init_grpc_channel(build_address(host, port)) as channel:
+            grpc.channel_ready_future(channel).result(timeout=_READY_TIMEOUT_S)
+    except grpc.FutureTimeoutError:
+        return False
+    return True

@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,20 +72,26 @@ def test_no_address_is_a_ray_of_ones_own(
         assert started[0]["address"] == "local"
 
 
-def test_something_that_listens_is_left_to_ray_and_what_ray_says_is_one_line(
+def test_another_server_is_told_from_a_ray(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.runtime._READY_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(LowrankTuneError, match=f"{address}: something that is no Ray"), ray_session(address):
+            pass
+    assert started == []
+
+
+def test_what_ray_says_is_one_line_with_what_may_be_to_blame(
     started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**settings: Any) -> None:
         raise Exception("no\nRay")
 
     monkeypatch.setattr("ray.init", refuse)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
-        with (
-            pytest.raises(LowrankTuneError, match=f"{address} did not start or answer: no Ray; "),
-            ray_session(address),
-        ):
-            pass
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", "{")
+    said = "Ray on this machine did not start or answer: no Ray; .*unset RAY_OVERRIDE_RESOURCES"
+    with pytest.raises(LowrankTuneError, match=said), ray_session():
+        pass
 
 
 @pytest.mark.parametrize(
@@ -98,17 +105,18 @@ def test_something_that_listens_is_left_to_ray_and_what_ray_says_is_one_line(
 )
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_where_ray_cannot_make_its_sockets_another_place_is_chosen_and_told(
-    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, place: str, said: str
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str, place: str, said: str
 ) -> None:
-    (tmp_path / "file").touch()
-    if place not in ("missing", "file"):
-        (tmp_path / place).mkdir()
-    monkeypatch.setenv(name, str(tmp_path / place))
     told: list[str] = []
-    with ray_session(note=told.append):
-        assert os.environ["RAY_TMPDIR"] == "/tmp"
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # pytest's own are too long
+        (Path(short) / "file").touch()
+        if place not in ("missing", "file"):
+            (Path(short) / place).mkdir()
+        monkeypatch.setenv(name, f"{short}/{place}")
+        with ray_session(note=told.append):
+            assert os.environ["RAY_TMPDIR"] == "/tmp"
     (sentence,) = told
-    assert sentence.startswith(f"{name} {tmp_path / place}: ")
+    assert sentence.startswith(f"{name} {short}/{place}: ")
     assert said in sentence
     assert sentence.endswith("Ray's files lie in /tmp/ray")
 
