@@ -121,6 +121,8 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
 
     # Children find the place by the same variable.
     os.environ["RAY_TMPDIR"] = place = _place(note)
+    if os.environ.get("PYTHONOPTIMIZE", "0") > "1":
+        os.environ["PYTHONOPTIMIZE"] = "1"  # Ray's agent dies without docstrings
     token = AuthenticationTokenLoader.instance()
     found = False
     with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH leads nowhere
