@@ -43,9 +43,7 @@ def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
                 f"{file}: has no column {wanted!r}, {_only(names)}{did_you_mean(wanted, names)} (image_column)"
             )
         return wanted
-    plain = {name: re.sub(r"[-_. ]", "", name).lower() for name in names}
-    known = sorted((name for name in names if plain[name] in _WELL_KNOWN), key=lambda name: _WELL_KNOWN[plain[name]])
-    known += [name for name in names if plain[name].endswith("filename") and name not in known]
+    known = sorted(filter(is_image_name, names), key=lambda name: _WELL_KNOWN.get(_plain(name), len(_WELL_KNOWN)))
     named = {name: list(_first_named(table.column(name))) for name in known}
     for name, images in named.items():
         if any(not _ADDRESS.match(image) for image in images):
@@ -55,6 +53,20 @@ def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
         return addresses[0]
     empty = f"column {known[0]!r} names no image" if known else "no column has a name such as image, path or file_name"
     raise InputError(f"{file}: {empty}; write features.source.image_column, the column of the images: {_only(names)}")
+
+
+def is_image_name(column: str) -> bool:
+    """Whether a column of this name is likely to name images."""
+    return _plain(column) in _WELL_KNOWN or _plain(column).endswith("filename")
+
+
+def looks_like_image(text: str) -> bool:
+    """Whether a text ends as the name of an image does."""
+    return os.path.splitext(text)[1].lower() in IMAGE_SUFFIXES
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[-_. ]", "", column).lower()
 
 
 def _only(names: list[str]) -> str:

@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
+from lowrank_tune.features.forms import IMAGE_COLUMN, decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
 from lowrank_tune.features.named import Finder, image_column, is_chat, named_images, refuse_addresses
 
@@ -23,7 +24,6 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 """Of the files that hold records."""
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 """What may follow the suffix of a text: what pyarrow unpacks by itself."""
-IMAGE_COLUMN = "image"
 _ANOTHER = "write features.source.image_column, the column of the images"
 _FOLDER_TABLE = "metadata"
 """The stem of the tables in a directory made for `datasets.load_dataset("imagefolder")`."""
@@ -37,7 +37,11 @@ def read_manifest(source: ManifestSource) -> SourceRecords:
     root = None if source.root is None else Path(os.path.expanduser(source.root)).absolute()
     if root is not None and not root.is_dir():
         raise InputError(f"{root}: no such directory; correct features.source.root")
-    tables = [read_table(path) for path in files]
+    tables, notes = list[pa.Table](), list[str]()
+    for path in files:
+        told: list[str] = []
+        tables.append(read_table(path, source, told))
+        notes += [f"{path}: {sentence}" for sentence in told]
     folders = [str(root or path.parent) for path, table in zip(files, tables, strict=True) for _ in range(len(table))]
     columns = concatenate(tables)
     if not folders:
@@ -58,10 +62,11 @@ def read_manifest(source: ManifestSource) -> SourceRecords:
         numbers += [number] * (len(names) or 1)
     if pa.types.is_integer(kind) and not any(map(os.path.exists, filter(None, images))):
         raise InputError(f"{files[0]}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
-    notes = (f"{text_only} of {len(named)} records name no image, only text, and are left out",) if text_only else ()
+    if text_only:
+        notes.append(f"{text_only} of {len(named)} records name no image, only text, and are left out")
     if numbers != list(range(len(columns))):
         columns = columns.take(numbers)
-    return SourceRecords(tuple(images), columns, notes, tuple(numbers))
+    return SourceRecords(tuple(images), columns, tuple(notes), tuple(numbers))
 
 
 def manifest_files(patterns: Iterable[str]) -> list[Path]:
@@ -118,24 +123,33 @@ def table_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read one file's records, each column of a type that a table can hold.
+def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table:
+    """Read one file's records, each column of a type that a table can hold; what was left out becomes a note.
 
     Raises:
         InputError: it cannot be read as what its suffix says, which is named with the place.
     """
     suffix = table_suffix(path)
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: the suffix tells a table's format, and must be one of {', '.join(SUFFIXES)}")
     try:
         match suffix:
             case ".csv" | ".tsv":
                 return _read_text_table(path)
             case ".parquet":
                 return _plain(pyarrow.parquet.read_table(path))
-            case ".json" | ".jsonl" | ".ndjson":
-                return columns_of(_read_objects(path))
+            case _:
+                content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as {suffix[1:].upper()} ({error})") from error
-    raise InputError(f"{path}: the suffix tells a table's format, and must be one of {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: cannot be read as {suffix[1:].upper()}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be a list of records") from error
+    try:
+        return columns_of(find_records(content, source.image_column, source.records, notes))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be a list of records") from error
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -159,30 +173,6 @@ def _read_text_table(path: Path) -> pa.Table:
         newlines_in_values=True, delimiter="\t" if table_suffix(path) == ".tsv" else ","
     )
     return pyarrow.csv.read_csv(pa.BufferReader(data), None, separated, text)
-
-
-def _read_objects(path: Path) -> list[dict[str, Any]]:
-    """Records of a list of objects, an object a line, or an object with one such list (TextVQA's is in `data`)."""
-    text = _read_bytes(path).decode("utf-8-sig")
-    content: Any = []
-    if table_suffix(path) != ".json":
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                content += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    else:
-        content = json.loads(text)
-    if isinstance(content, dict):
-        lists = [
-            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
-        if len(lists) != 1:
-            raise ValueError(f"an object with {len(lists)} lists of records; it must have one, or be one")
-        content = lists[0]
-    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
-        raise ValueError("not a list of objects")
-    return content
 
 
 def columns_of(records: list[dict[str, Any]]) -> pa.Table:

@@ -220,6 +220,102 @@ def test_an_image_that_cannot_be_found_is_named(folder, records, message):
         named(records)
 
 
+ROWS = [
+    {"image": f"images/{number}.jpg", "id": number, "boxes": [[4, 4, 30, number]], "n": "\u20ac"} for number in range(4)
+]
+LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS)
+FRAME = pd.DataFrame(ROWS)
+KEYED = {row["image"]: {"id": row["id"], "boxes": row["boxes"], "n": row["n"]} for row in ROWS}
+FORMS = {
+    "list.json": json.dumps(ROWS, indent=1),
+    "list.jsonl": json.dumps(ROWS, indent=1),
+    "lines.json": LINES,
+    "crlf.ndjson": LINES.replace("\n", "\r\n") + "\n\n",
+    "jq.json": "".join(json.dumps(row, indent=2) for row in ROWS),
+    "bom.jsonl": "\ufeff" + LINES,
+    "columns.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    **{f"{orient}.json": FRAME.to_json(orient=orient) for orient in ("columns", "records", "split", "table")},
+    "index.json": json.dumps({row["id"]: {name: row[name] for name in ("image", "boxes", "n")} for row in ROWS}),
+    "by_path.json": json.dumps(KEYED),
+    "nested.json": json.dumps({"info": {"v": 1}, "dataset": {"train": ROWS}, "licenses": [{"id": 1}]}),
+    "extra.json": json.dumps({"data": ROWS, "answers": [{"id": 1}]}),
+    "utf16.json": json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
+    "utf16le.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode("utf-16-le"),
+    "cp1252.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode("cp1252"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_same_records_are_read_of_every_form_of_json(tmp_path, name):
+    text = FORMS[name]
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    records = records_of(str(tmp_path / name))
+    assert records.images == tuple(str(tmp_path / row["image"]) for row in ROWS)
+    wanted = [{key: int(value) if key == "id" else value for key, value in row.items()} for row in ROWS]
+    rows = [{**row, "id": int(row["id"])} for row in records.columns.to_pylist()]
+    assert [{key: row[key] for key in ROWS[0]} for row in rows] == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "records"),
+    [
+        (["images/1.jpg", "images/2.jpg"], [{"image": "images/1.jpg"}, {"image": "images/2.jpg"}]),
+        (ROWS[0], ROWS[:1]),
+        ({"id": "1", "image": "1.jpg", "conversations": TALK}, [{"id": "1", "image": "1.jpg", "conversations": TALK}]),
+        ({"a.jpg": ["one", "two"]}, [{"image": "a.jpg", "value": ["one", "two"]}]),
+        ({"7": {"text": "x"}, "8": {"text": "y"}}, [{"image": "7", "text": "x"}, {"image": "8", "text": "y"}]),
+        ({"dataset_type": "train", "data": [{"image_id": "1"}]}, [{"image_id": "1"}]),
+        (
+            {"train": {"7": {"img": "1.jpg"}, "8": {"img": "2.jpg"}}},
+            [{"id": "7", "img": "1.jpg"}, {"id": "8", "img": "2.jpg"}],
+        ),
+    ],
+)
+def test_records_are_found_in_less_usual_forms(tmp_path, content, records):
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    assert records_of(str(tmp_path / "data.json")).columns.to_pylist() == records
+
+
+def test_cocos_annotations_are_joined_to_their_images(tmp_path):
+    coco = {
+        "info": {},
+        "licenses": [{"id": 1}],
+        "images": [{"id": number, "file_name": f"{number}.jpg", "height": 120} for number in (1, 2)],
+        "annotations": [
+            {"id": 7, "image_id": 2, "bbox": [4.0, 4.0, 30.5, 30.0], "category_id": 1, "segmentation": [[1, 2, 3, 4]]},
+            {"id": 8, "image_id": 2, "bbox": [1, 2, 3, 4], "category_id": 3, "segmentation": {"counts": "x"}},
+            {"id": 9, "image_id": 5, "bbox": [1, 2, 3, 4], "category_id": 3},
+        ],
+        "categories": [{"id": 1, "name": "sign"}, {"id": 3, "name": "cup"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(coco))
+    records = records_of(str(tmp_path / "instances.json"))
+    assert records.images == (str(tmp_path / "1.jpg"), str(tmp_path / "2.jpg"))
+    first, second = records.columns.to_pylist()
+    assert (first["boxes_xywh"], first["categories"]) == ([], [])
+    assert (second["boxes_xywh"], second["categories"]) == ([[4.0, 4.0, 30.5, 30.0], [1, 2, 3, 4]], ["sign", "cup"])
+    assert json.loads(second["annotations"])[0]["segmentation"] == [[1, 2, 3, 4]]
+    assert records.notes == (
+        f"{tmp_path / 'instances.json'}: 1 annotations of images that are not in the list are left out",
+    )
+    captions = [{"image_id": 1, "caption": "one"}, {"image_id": 1, "caption": "two"}]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": coco["images"], "annotations": captions}))
+    assert records_of(str(tmp_path / "captions.json")).columns["captions"].to_pylist() == [["one", "two"], []]
+
+
+def test_one_of_several_lists_of_records_is_chosen_by_its_name(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps({"train": ROWS[:3], "test": ROWS[3:]}))
+    path = str(tmp_path / "data.json")
+    assert len(records_of(path, records="train").images) == 3
+    with pytest.raises(InputError, match=r"several lists of records, 'train' \(3\), 'test' \(1\); .*records: train"):
+        records_of(path)
+    with pytest.raises(InputError, match=r"no records 'val': its lists of records are 'train' \(3\), 'test' \(1\)"):
+        records_of(path, records="val")
+    (tmp_path / "data.json").write_text(json.dumps(ROWS))
+    with pytest.raises(InputError, match="no records 'val': its records have no name"):
+        records_of(path, records="val")
+
+
 TEXTS = {
     "misspelt.json": '[{"imag": "1.jpg", "question": "?"}]',
     "half.json": "[{",
@@ -227,6 +323,14 @@ TEXTS = {
     "empty.json": "[]",
     "number.json": '[{"image": 7}]',
     "line.jsonl": '{"image": "1.jpg"}\n{"image"\n',
+    "comma.json": '[{"image": "1.jpg"},\n]',
+    "cut.json": '[{"image": "1.jpg"}, {"image": "2.j',
+    "cut.jsonl": '{"image": "1.jpg"}\n{"image": "2.j\n\n',
+    "blank.json": " \n",
+    "lists.json": "[[1], [2]]",
+    "deep.json": "[" * 100000,
+    "five.json": "5",
+    "settings.json": '{"a": {"b": 1}, "c": []}',
     "wide.csv": "image\n1.jpg,too,many\n",
     "no.parquet": "no parquet",
     "annotations.json": '[{"image": "1.jpg"}]',
@@ -243,10 +347,18 @@ TEXTS = {
     [
         ("misspelt.json", r"/misspelt.json: no column has a name such as .*image_column.*only 'imag', 'question'"),
         ("half.json", "/half.json: cannot be read as JSON"),
-        ("two.json", "/two.json: .*2 lists of records"),
+        ("two.json", "/two.json: .*several lists of records"),
         ("empty.json", "/empty.json: has no "),
         ("number.json", "/number.json: column 'image' holds int64, which are no files' names; write .*image_column"),
-        ("line.jsonl", "/line.jsonl: .*line 2"),
+        ("line.jsonl", "/line.jsonl: .*line 2, column 9: the file ends inside of a value"),
+        ("comma.json", "/comma.json: .*line 2, column 1: a comma before the closing bracket; remove it"),
+        ("cut.json", "/cut.json: .*line 1, column 32: the file ends inside of a value"),
+        ("cut.jsonl", "/cut.jsonl: .*line 2, column 11: the file ends inside of a value"),
+        ("blank.json", "/blank.json: .*the file is empty"),
+        ("lists.json", "/lists.json: .*record 1 is a list, not an object"),
+        ("deep.json", "/deep.json: nested too deeply"),
+        ("five.json", "/five.json: .*has no records, nothing but a number"),
+        ("settings.json", "/settings.json: .*has no records, but an object with 'a', 'c'"),
         ("wide.csv", "/wide.csv: cannot be read as CSV"),
         ("no.parquet", "/no.parquet: cannot be read as PARQUET"),
         ("annotation.json", r"/annotation.json: no such file.*did you mean annotations\.json"),
