@@ -120,7 +120,9 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
         store = reach_store(spec, results_directory(results))
         if store.is_own and store.database and (fault := database_fault(store.database)):
             raise TrackingError(f"tracking store {store.shown}: {fault}")
-        return f"{store.shown} answers"
+        if store.database and not store.database.exists():
+            return f"the first study makes {store.shown}"
+        return f"{store.shown} answers" + (f"; experiment {spec.experiment}" if spec else "")
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     check("python", lambda: f"{platform.python_version()}; {versions}")

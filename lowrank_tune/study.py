@@ -56,7 +56,6 @@ from lowrank_tune.records import (
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.reconcile import reconcile
-from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.cluster_share import taking_part, trials_at_once
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
@@ -79,7 +78,7 @@ class StudyResult:
     comparison: Comparison
     confirmations: tuple[TrialOutcome, ...] = ()
     untracked: tuple[str, ...] = ()  # what MLflow was not told, and why
-    tracked_by: str = ""  # the MLflow server's address; empty for the results directory's own database
+    tracked_by: str = ""  # where MLflow's pages are, or the command that serves them; empty for `lowrank-tune ui`
 
 
 def run_study(
@@ -328,8 +327,7 @@ def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyP
             status.update(untracked=list(tracker.problems))
             if tracker.problems:
                 progress.stage(f"not in MLflow: {'; '.join(tracker.problems)}")
-    server = "" if tracker.store.uri == local_uri(plan.results) else tracker.store.shown
-    return replace(result, untracked=tracker.problems, tracked_by=server)
+    return replace(result, untracked=tracker.problems, tracked_by=tracker.store.page)
 
 
 def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress) -> StudyResult:

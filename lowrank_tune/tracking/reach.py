@@ -28,6 +28,10 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 """Where the databases that MLflow knows listen, unless an address says otherwise."""
 _DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "psycopg[binary]", "MySQLdb": "mysqlclient"}
 """The packages of database drivers that are not called as their module is."""
+_PATIENCE = dict.fromkeys(("psycopg", "psycopg2"), ("connect_timeout",)) | dict.fromkeys(
+    ("pymysql", "mysqldb"), ("connect_timeout", "read_timeout")
+)
+"""What makes a driver give up a server that takes a connection and says nothing, in seconds."""
 _NAME_ANOTHER = "name another in tracking.uri or MLFLOW_TRACKING_URI (both unset: a database in the results directory)"
 
 
@@ -44,22 +48,24 @@ def reach_store(spec: StudySpec | None, results: Path) -> Store:
     if store.database:
         _look_at_database(store, store.database, experiment)
     else:
-        _knock(store)
-        _ask(store, experiment)
+        if _knock(store):
+            _ask(store, experiment)
     registry = os.environ.get("MLFLOW_REGISTRY_URI")
     if registry and spec and spec.tracking.register_as:
         _ask_registry(store, Store(registry, None))
     return store
 
 
-def _knock(store: Store) -> None:
+def _knock(store: Store) -> bool:
+    """Whether there is anything to ask MLflow of, which makes its tables where there is none."""
     scheme = re.split(r"[:+]", store.uri.lower())[0]
     if scheme in ("http", "https"):
         _knock_at_server(store)
     elif scheme in _PORTS:
-        _knock_at_database(store, _PORTS[scheme])
+        return _knock_at_database(store, _PORTS[scheme])
     elif not store.is_local:
         _check_form(store)
+    return True
 
 
 def _look_at_database(store: Store, path: Path, experiment: str) -> None:
@@ -73,6 +79,8 @@ def _look_at_database(store: Store, path: Path, experiment: str) -> None:
         # Not in sqlite's own way, which makes an empty file where there is none. Beside it, sqlite keeps a journal.
         with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
+        if path.exists() and not path.is_file():
+            raise sqlite3.OperationalError("not a file")
         if path.exists():
             with contextlib.closing(open_sqlite(path, PROBE_TIMEOUT_S)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
@@ -115,14 +123,14 @@ def _knock_at_server(store: Store) -> None:
     raise TrackingError(f"tracking server {store.shown} does not answer ({why}); start it, or {_NAME_ANOTHER}")
 
 
-def _knock_at_database(store: Store, port: int) -> None:
-    from sqlalchemy import create_engine, make_url
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+def _knock_at_database(store: Store, port: int) -> bool:
+    from sqlalchemy import create_engine, inspect, make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     try:
         url = make_url(store.uri)
-        timeout = {} if url.get_backend_name() == "mssql" else {"connect_timeout": int(PROBE_TIMEOUT_S)}
-        engine = create_engine(url, connect_args=timeout)
+        patience = _PATIENCE.get(url.get_dialect().driver, ())
+        engine = create_engine(url, connect_args=dict.fromkeys(patience, int(PROBE_TIMEOUT_S)))
     except ImportError as error:
         name = error.name or str(error)
         raise InputError(
@@ -136,12 +144,11 @@ def _knock_at_database(store: Store, port: int) -> None:
     try:
         if url.host:
             socket.create_connection((url.host, url.port or port), PROBE_TIMEOUT_S).close()
-        with engine.connect():
-            pass
-    except (OSError, SQLAlchemyError) as error:
+        return bool(inspect(engine).get_table_names())
+    except Exception as error:  # each driver has its own
         raise TrackingError(
-            f"tracking store {store.shown} does not answer ({store.hide(error)}); start it, check user and password, "
-            f"or {_NAME_ANOTHER}"
+            f"tracking store {store.shown} cannot be used ({store.hide(error)}); see that it runs and knows user and "
+            f"password, or {_NAME_ANOTHER}"
         ) from None
     finally:
         engine.dispose()
@@ -150,7 +157,7 @@ def _knock_at_database(store: Store, port: int) -> None:
 def _check_form(store: Store) -> None:
     """Refuse what MLflow takes for a folder of files, and addresses that lack a part."""
     uri = store.uri
-    if uri.startswith("sqlite"):
+    if uri.lower().startswith("sqlite"):
         raise InputError(
             f"tracking store {store.shown}: write sqlite:///relative/path.db or sqlite:////absolute/path.db"
         )
@@ -201,7 +208,7 @@ def _explained(store: Store, error: Exception) -> LowrankTuneError:
             f"tracking server {store.shown} refuses these credentials ({status}); set MLFLOW_TRACKING_USERNAME and "
             f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what it knows, or {_NAME_ANOTHER}"
         )
-    if "unsupported URI" in said or code == "INVALID_PARAMETER_VALUE":
+    if "unsupported URI" in said:
         return InputError(
             f"tracking store {store.shown}: no address that MLflow knows: http(s)://HOST:PORT, sqlite:///FILE, "
             f"postgresql://…, mysql://…, mssql://…, databricks; {_NAME_ANOTHER}"
@@ -210,7 +217,8 @@ def _explained(store: Store, error: Exception) -> LowrankTuneError:
         return TrackingError(_schema(store, newer=not is_known_revision(version[1])))
     if code == "ENDPOINT_NOT_FOUND" or "valid JSON" in said or "error code 405" in said or "redirects" in said:
         return _no_mlflow(store)
-    return TrackingError(f"tracking store {store.shown}: {said}; correct it, or {_NAME_ANOTHER}")
+    kind = InputError if code == "INVALID_PARAMETER_VALUE" else TrackingError
+    return kind(f"tracking store {store.shown}: {said}; correct it, or {_NAME_ANOTHER}")
 
 
 def _no_mlflow(store: Store) -> TrackingError:
@@ -223,9 +231,11 @@ def _no_mlflow(store: Store) -> TrackingError:
 def _schema(store: Store, *, newer: bool) -> str:
     if newer:
         return f"tracking store {store.shown}: a newer MLflow has written it; install that, or {_NAME_ANOTHER}"
+    # Only the environment may hold a password.
+    address = shlex.quote(store.shown) if store.shown == store.uri else '"$MLFLOW_TRACKING_URI"'
     return (
         f"tracking store {store.shown}: an older MLflow has written it; make a copy, then bring it up to date with "
-        f"`mlflow db upgrade {shlex.quote(store.shown)}`, or {_NAME_ANOTHER}"
+        f"`mlflow db upgrade {address}`, or {_NAME_ANOTHER}"
     )
 
 

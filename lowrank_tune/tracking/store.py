@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sqlite3
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from lowrank_tune.errors import redact
 
 _SQLITE, _SQLITE_QUOTED = "sqlite:///", "sqlite+pysqlite:///"
 _REASON_LENGTH = 300
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""The schemes of databases that MLflow itself opens."""
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -34,7 +37,8 @@ _DEFAULTS = {
 class Store:
     """An MLflow tracking store; `uri` may hold credentials, so show `shown` instead.
 
-    A local store's artifacts go to `artifacts`; None leaves it to the server.
+    A database's artifacts go to `artifacts`, for MLflow would put them into the working directory; None leaves it to
+    the server.
     """
 
     uri: str
@@ -58,6 +62,13 @@ class Store:
         path = self.database
         return path is not None and self.artifacts == path.absolute().with_name("mlartifacts")
 
+    @property
+    def page(self) -> str:
+        """Where its pages are, or the command that serves them; empty for the results directory's own database."""
+        if self.is_own or self.artifacts is None:
+            return "" if self.is_own else self.shown
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.shown)}"
+
     def hide(self, error: Exception) -> str:
         """An error in one line, without this address's credentials."""
         text = (str(error).splitlines() or [type(error).__name__])[0].replace(self.uri, self.shown)
@@ -72,6 +83,9 @@ def set_mlflow_defaults() -> None:
     """Keep MLflow quiet and quick to give up, unless the environment says otherwise; call before importing it."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # Whatever it says: an answer that is not waited for tells nothing, and no figure here is of another's model.
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
+    os.environ.pop("MLFLOW_ACTIVE_MODEL_ID", None)
     # About type hints of its own, whenever its model side is imported.
     warnings.filterwarnings("ignore", r".*Any type hint is inferred as AnyType", UserWarning)
 
@@ -80,7 +94,7 @@ def resolve_store(uri: str | None, results: Path) -> Store:
     """Choose the store: the study file's, else MLFLOW_TRACKING_URI's, else sqlite in the results directory."""
     chosen = (uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip() or local_uri(results)
     artifacts = results.absolute() / "mlartifacts"
-    return Store(chosen, artifacts if Store(chosen, None).is_local else None)
+    return Store(chosen, artifacts if chosen.startswith(DATABASES) else None)
 
 
 def local_uri(results: Path) -> str:

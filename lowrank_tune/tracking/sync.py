@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -297,7 +298,8 @@ def is_passing(error: Exception) -> bool:
 def reason_of(error: Exception) -> str:
     """An error in one line, without credentials."""
     said = str(error) if isinstance(error, LowrankTuneError) else f"{type(error).__name__}: {error}"
-    return redact(said.splitlines()[0])[:_REASON_LENGTH]
+    away = re.search(r"API request to (\S+?)/api/.* failed with exception .*\(Caused by (\w+)", said)
+    return redact(f"{away[1]} does not answer ({away[2]})" if away else said.splitlines()[0])[:_REASON_LENGTH]
 
 
 def _open_experiment(client: Any, name: str, store: Store) -> str:

@@ -145,7 +145,8 @@ def test_a_database_of_ones_own_is_left_as_it_is_where_mlflow_cannot_use_it(
     [
         ("notes.db", "no database, or a damaged one"),
         ("missing/mlflow.db", "No such file or directory; see that its folder is there"),
-        ("folder", "unable to open database file"),
+        ("folder", "not a file"),
+        ("/dev/null", "not a file"),
         ("held.db", "locked; see .*no other process holds it"),
     ],
 )
@@ -171,7 +172,12 @@ def test_what_other_work_left_in_the_environment_is_harmless_or_told(
 ) -> None:
     shutil.copy(migrated, tmp_path / "mlflow.db")
     left = {"EXPERIMENT_NAME": "other", "EXPERIMENT_ID": "77", "RUN_ID": 32 * "0", "TRACKING_USERNAME": "me"}
-    left |= {"REGISTRY_URI": "http://127.0.0.1:1", "TRACKING_URI": " "}
+    left |= {
+        "REGISTRY_URI": "http://127.0.0.1:1",
+        "TRACKING_URI": " ",
+        "ENABLE_ASYNC_LOGGING": "true",
+        "ACTIVE_MODEL_ID": "m-1",
+    }
     for name, value in left.items():
         monkeypatch.setenv(f"MLFLOW_{name}", value)
     plan = build_plan(tmp_path)

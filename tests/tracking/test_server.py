@@ -117,6 +117,7 @@ def test_a_server_that_stays_away_leaves_what_a_reconciliation_tells(
         started = time.monotonic()
     assert time.monotonic() - started < 20
     assert tracker.problems[0] == "2 records could not be delivered"
+    assert tracker.problems[1] == f"{gate.uri} does not answer (ResponseError)"
     gate.status = 0
     write_status(plan, "finished")
     assert reconcile(plan).runs_made == 1

@@ -24,6 +24,7 @@ def test_the_study_file_comes_before_the_environment_and_that_before_the_results
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     assert resolve_store(None, tmp_path) == Store("http://tracker:5000", None)
     assert resolve_store("http://mine:1", tmp_path) == Store("http://mine:1", None)
+    assert resolve_store("postgresql://me@host/db", tmp_path).artifacts == tmp_path / "mlartifacts"
 
 
 @pytest.mark.parametrize("name", ["100%25", "what?mode=ro", "a b#c", "at@home", 'it\'s ["x"] & back\\slash; ü'])
