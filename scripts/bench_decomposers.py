@@ -90,10 +90,10 @@ def main() -> None:
                 rows = bench.rows(rank, rounds=5 if options.quick else 15)
                 for route, cells in rows.items():
                     table.add_row(route, str(rank), *cells)
-                table.add_section()
-                told.append(rows["refined"])
                 if "direct" in families:
                     table.add_row("an epoch, refined / direct", str(rank), "", "", "", f"{bench.epoch_ratio(rank):.2f}")
+                table.add_section()
+                told.append(rows["refined"])
             console.print(table)
             rho, _, worst, spent, rival = (", ".join(cells) for cells in zip(*told, strict=True))
             summary.add_row(set_name, rho, worst, spent, rival)

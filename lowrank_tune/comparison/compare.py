@@ -175,7 +175,7 @@ def make_rows(
             known |= {f"{name}_seed_mean": seeds[column].mean(), f"{name}_seed_sd": seeds[column].std()}
         if kind in starts and starts[kind].kind in table.index:
             # Of ρ, as the logarithm's mean gives it.
-            gain, low, high = (-math.expm1(value) for value in paired(per_image, kind, starts[kind].kind))
+            gain, low, high = (0.0 - math.expm1(value) for value in paired(per_image, kind, starts[kind].kind))
             known |= {"training_gain": gain, "training_gain_low": high, "training_gain_high": low}
         known = {name: None if pd.isna(value) else value for name, value in known.items()}
         known |= {"bytes_per_image": size, "images_per_second": speeds[kind], "trial_id": trial_id, "seeds": len(seeds)}

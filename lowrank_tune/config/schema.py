@@ -342,8 +342,10 @@ class StudySpec(Section):
         match features.source if isinstance(features, FeaturesSpec) else None:
             case SampleSource() if "group_by" not in split.model_fields_set:
                 return split.model_copy(update={"group_by": "photograph"})
+            case SampleSource() if split.group_by not in (None, "photograph"):
+                raise rejected("samples are grouped by photograph, or by null", ("group_by",))
             case ImageSource() | TensorSource() if split.group_by is not None:
-                reason = "only a manifest has columns to group by: list the files in one, or leave it out"
+                reason = "only a manifest has columns to group by: list the files in one, or set it to null"
                 raise rejected(reason, ("group_by",))
         return split
 

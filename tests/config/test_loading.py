@@ -111,6 +111,8 @@ def test_samples_go_by_photograph_a_past_study_as_it_did_and_only_a_manifest_has
     assert parse_study(VALID, "study.yaml", manifest).split.group_by == "scene"
     with pytest.raises(StudyFileError, match=r"split.group_by: .*only a manifest has columns to group by"):
         parse_study(VALID, "study.yaml", ["features.source={images: photos}", "split.group_by=scene"])
+    with pytest.raises(StudyFileError, match=r"split.group_by: .*samples are grouped by photograph"):
+        parse_study(VALID, "study.yaml", [*samples, "split.group_by=scene"])
 
 
 def test_patience_as_long_as_the_budget_is_allowed_and_a_given_grace_counts_for_asha_alone() -> None:
