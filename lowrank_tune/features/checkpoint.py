@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, list_repo_files, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -32,7 +33,8 @@ from lowrank_tune.files import read_header
 
 _CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_TELLING = ("adapter_config.json", _INDEX, "pytorch_model.bin.index.json")
+_ADAPTER = "adapter_config.json"
+_TELLING = (_ADAPTER, _INDEX, "pytorch_model.bin.index.json")
 """Small files that tell what a model on the hub is that has no `config.json` or no safetensors."""
 _ANCHOR = "patch_embed.proj.weight"
 """A tensor of every tower: what stands before it is the prefix of the others."""
@@ -114,6 +116,8 @@ def read_checkpoint_config(name: str, cache_root: Path) -> CheckpointConfig:
     config = _read_json(directory / _CONFIG)
     vision = _read_vision(name, config)
     preprocessor, notes = _read_preprocessor(name, directory, vision)
+    if (directory / _ADAPTER).is_file():
+        notes += (f"{name}: {_ADAPTER} lies there too; a LoRA that is not merged into the weights has no part in them",)
     local = _is_local(name)
     # A directory may hold anything under the published names; only the hub says whose weights they are.
     weights = "random" if config.get(WEIGHTS_MARK) == "random" else "unknown" if local else "pretrained"
@@ -150,6 +154,17 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
             )
         if coded := [key for key in sorted(names) if header[key]["dtype"] not in _PLAIN_TYPES]:
             raise InputError(_quantised(config, coded[0], header[coded[0]]["dtype"]))
+    shapes = tower.shapes()
+    held = {
+        "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "hidden_size": next(iter(shapes[_ANCHOR]), 0),
+        "out_hidden_size": next(iter(shapes.get("merger.mlp.2.bias", ())), 0),
+    }
+    if differ := [f"{key} {config.vision[key]} and {size}" for key, size in held.items() if config.vision[key] != size]:
+        said = ", ".join(differ)
+        raise InputError(
+            f"{config.name}: {_CONFIG} and the weights are of different models ({said}); take both from one"
+        )
     return tower
 
 
@@ -162,8 +177,8 @@ def _read_vision(name: str, config: dict[str, Any]) -> dict[str, Any]:
     alone = kind == "qwen2_5_vl_vision" or "vision_config" not in whole and "out_hidden_size" in whole
     if kind not in ("qwen2_5_vl", "qwen2_5_vl_vision"):
         raise InputError(
-            f"{name}: {_CONFIG} describes {reprlib.repr(kind or 'no model_type')}, not a Qwen2.5-VL model "
-            "('qwen2_5_vl'); name another checkpoint in features.encoder.checkpoint"
+            f"{name}: {_CONFIG} {f'describes {reprlib.repr(kind)},' if kind else 'has no model_type, so it is'} not a "
+            "Qwen2.5-VL model ('qwen2_5_vl'); name another checkpoint in features.encoder.checkpoint"
         )
     said = whole if alone else whole.get("vision_config") or {}
     if not isinstance(said, dict):
@@ -314,8 +329,8 @@ def _fetch(
         close = difflib.get_close_matches(name, [TINY_RANDOM])
         hint = f" (write {page[1]})" if page else " (did you mean tiny-random?)" if close else ""
         raise InputError(
-            f"features.encoder.checkpoint: {name} is neither a directory nor a hub id "
-            f"such as Qwen/Qwen2.5-VL-3B-Instruct{hint}"
+            f"features.encoder.checkpoint: {name} is neither a directory nor a hub id such as "
+            f"Qwen/Qwen2.5-VL-3B-Instruct{hint}; there is no {Path(name).absolute()}"
         )
     return _download(name, revision, needed, one_of, more)
 
@@ -324,18 +339,20 @@ def _download(
     name: str, revision: str | None, needed: Sequence[str], one_of: Sequence[str], more: Sequence[str]
 ) -> Path:
     """The hub's copy on this machine; without a revision the one that is here, before the newest one is asked for."""
-    here, problem = None, ""
+    here, problem, listed = None, "", list[str]()
     for offline in (True, False):
         try:
             patterns = [*needed, *one_of, *more]
             options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "local_files_only": offline}
             directory = Path(snapshot_download(name, **options))
         except LocalEntryNotFoundError:
-            problem = "not on this machine and the hub does not answer"
-        except GatedRepoError:
-            problem = "only for those who have accepted its terms: do so on its page, then `hf auth login`"
-        except RepositoryNotFoundError:
-            problem = "not on the hub, or private: see that its name is right, and `hf auth login`"
+            asked = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+            problem = f"not on this machine and {asked}"
+        except RepositoryNotFoundError as error:  # or one that this user may not read
+            closed = "is only for those who have accepted its terms: accept them on its page"
+            gone = f"is not on the hub, or private, and there is no folder {Path(name).absolute()}: correct its name"
+            found = closed if isinstance(error, GatedRepoError) else gone
+            raise InputError(f"{name}: {found}, or log in by `hf auth login`") from error
         except (OSError, ValueError) as error:
             problem = f"not to be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
         else:
@@ -346,8 +363,11 @@ def _download(
             problem = "not on this machine, and the hub has no such file there or does not answer"
     if here is not None and all((here / file).is_file() for file in needed):
         return here
-    if here is not None and needed in ([_CONFIG], [_SINGLE]) and (found := no_checkpoint(here, needed[0], name)):
-        raise InputError(found)
+    if here is not None and needed in ([_CONFIG], [_SINGLE]):
+        with contextlib.suppress(OSError, ValueError):
+            listed = list_repo_files(name, revision=revision)
+        if found := no_checkpoint(here, needed[0], name, listed):
+            raise InputError(found)
     what = f"{', '.join(needed)} is " if needed else "it is "
     folder = "" if name.startswith("Qwen/") else f"; no folder {Path(name).absolute()} is there either"
     raise InputError(
@@ -358,7 +378,7 @@ def _download(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_bytes())  # in UTF-8 or UTF-16, with a mark or without
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:

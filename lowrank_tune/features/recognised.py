@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,11 @@ SHOWN = 5
 """Names of a folder's content that a message has room for."""
 
 _ADAPTER = "adapter_config.json"
+_STATE = re.compile(
+    r"(?!adapter_|optimizer|scheduler|training_args|rng_state|random_states|scaler).*\.(bin|pt|pth|ckpt)"
+)
+"""Files that torch.save wrote and that may hold a model."""
+_IN_HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/(.+)$")
 _SUFFIXES = {
     ".gguf": "llama.cpp's format (GGUF)",
     ".onnx": "ONNX, a fixed graph",
@@ -60,33 +66,42 @@ _HEADS = {
 }
 
 
-def no_checkpoint(directory: Path, missing: str, name: str = "") -> str:
+def no_checkpoint(directory: Path, missing: str, name: str = "", listed: Iterable[str] = ()) -> str:
     """Why a folder that lacks config.json or weights is no checkpoint, and what to do with what it holds.
 
-    `name` is the hub's, whose folder holds a few small files only.
+    `name` is the hub's, where `listed` lies: the folder holds a few small files of it, if any. Empty where nothing is
+    recognised there.
     """
     at = name or str(directory)
     try:
-        content = sorted(os.listdir(directory))
+        content = sorted(listed) or sorted(os.listdir(directory))
     except OSError as error:
+        if name:
+            return ""
         return f"{at}: cannot be read ({error.strerror}); give yourself the right to read it"
     if os.path.islink(directory / missing):
         return missing_file(directory, missing, "")
     if _ADAPTER in content:
         return _adapter(directory, at)
     if any(re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?", file) for file in content):
-        return _pickled(at, "config.json" in content)
+        return _pickled(at, name, "config.json" in content)
+    if path := next(directory.glob(".cache/huggingface/download/*.incomplete"), None):
+        step = f"hf download MODEL --local-dir {shlex.quote(at)}"
+        return f"{at}: its download was cut short ({path.name}); go on with it: `{step}`"
     for pattern, what, command in _SHARDS:
         if found := next((file for file in content if re.fullmatch(pattern, file)), None):
             places = {"at": directory, "above": directory.absolute().parent, "own": directory.absolute().name}
             quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
             step = command.format(**quoted, found=found)
-            more = "" if "config.json" in content else ", and copy config.json from the base model"
-            return f"{at}: holds {what} ({found}) and no {missing}; join them: {step}{more}"
+            if "{at}/merged" in command:
+                more = f", then name {directory}/merged"
+            else:
+                more = "" if "config.json" in content else ", then copy config.json from the base model"
+            return f"{at}: holds {what} ({found}) and no {missing}; join them by `{step}`{more}"
     if below := _checkpoints_below(directory):
         shown = ", ".join(below[:SHOWN]) + (f" and {len(below) - SHOWN} more" if len(below) > SHOWN else "")
         return (
-            f"{at}: has no {missing} itself, but holds {shown}; name one of them, such as "
+            f"{at}: has no {missing} itself, but below it, newest first, {shown}; name one of them, such as "
             f"features.encoder.checkpoint: {directory / below[0]}"
         )
     for file in content:
@@ -96,12 +111,20 @@ def no_checkpoint(directory: Path, missing: str, name: str = "") -> str:
     if name or not visible:
         return "" if name else f"{at}: the folder is empty; name the one that holds config.json and the weights"
     shown = ", ".join(visible[:SHOWN]) + (f" and {len(visible) - SHOWN} more" if len(visible) > SHOWN else "")
-    return f"{at}: {_absent(missing)}; the folder holds {shown}"
+    return f"{at}: {_absent(directory, missing, visible)}; the folder holds {shown}"
 
 
-def _absent(missing: str) -> str:
+def _absent(directory: Path, missing: str, content: list[str]) -> str:
     if missing == "config.json":
         return "config.json is missing, which describes the model; copy it from the model that this one was made from"
+    if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", file) for file in content):
+        return "model.safetensors.index.json is missing, which says what is in which shard; copy it to them"
+    if len(named := [file for file in content if file.endswith(".safetensors") and file != missing]) == 1:
+        move = shlex.join(["mv", str(directory / named[0]), str(directory / missing)])
+        return f"the weights have another name than {missing}: `{move}`"
+    if saved := [file for file in content if _STATE.fullmatch(file)]:
+        move = shlex.join(["mv", str(directory / saved[0]), str(directory / "pytorch_model.bin")])
+        return f"{saved[0]} is no safetensors; if it is the model's state_dict, `{move}` and try again"
     return (
         "there are no weights, model.safetensors or shards with model.safetensors.index.json; save the model here with "
         "`save_pretrained`, or copy all of its files"
@@ -145,6 +168,9 @@ def broken_file(path: Path) -> str:
     for start, what in _HEADS.items():
         if head.lstrip().startswith(start):
             return f"it is {what.format(folder=path.parent)}"
+    if cached := _IN_HUB_CACHE.search(path.as_posix()):
+        owner, model, file_name = cached.groups()
+        return f"its download was cut short: `hf download {owner}/{model} {file_name} --force-download`"
     if not head.strip(b"\0 \n\r\t"):
         return "it is empty: its copy or its writing was cut short; copy it again from where it was saved"
     if path.suffix == ".json":
@@ -163,22 +189,24 @@ def _python(code: str) -> str:
     return shlex.join(["python", "-c", code])
 
 
-def _pickled(at: str, described: bool) -> str:
+def _pickled(at: str, name: str, described: bool) -> str:
     first = "" if described else "copy config.json from the base model, then "
+    target = f"{Path(name).name}-safetensors" if name else at
     code = (
         "from transformers import Qwen2_5_VLForConditionalGeneration as M; "
-        f'M.from_pretrained({json.dumps(at)}, dtype="auto").save_pretrained({json.dumps(at)})'
+        f'M.from_pretrained({json.dumps(at)}, dtype="auto").save_pretrained({json.dumps(target)})'
     )
+    more = f", then name {target}" if name else " and try again"
     return (
         f"{at}: its weights are pickled (pytorch_model.bin), which can run any code and is not read here; "
-        f"{first}write them as safetensors beside it: {_python(code)}"
+        f"{first}write them as safetensors by `{_python(code)}`{more}"
     )
 
 
 def _adapter(directory: Path, at: str) -> str:
     """Whether its base model or a merged one is to be named."""
     said = read_fields(directory / _ADAPTER).get("base_model_name_or_path")
-    base = said if isinstance(said, str) and said else "BASE_MODEL"
+    base = said if isinstance(said, str) and said else "ITS_BASE_MODEL"
     try:
         with safe_open(directory / "adapter_model.safetensors", framework="numpy") as file:
             touches = any("visual" in key for key in file.keys())  # noqa: SIM118  (it is no dict)
@@ -196,17 +224,18 @@ def _adapter(directory: Path, at: str) -> str:
         f"PeftModel.from_pretrained(m, {json.dumps(at)}).merge_and_unload()"
         f".save_pretrained({json.dumps(merged)})"
     )
-    return f"{at}: holds a LoRA ({_ADAPTER}) and no whole model; merge it and name the result: {_python(code)}"
+    return f"{at}: holds a LoRA ({_ADAPTER}) and no whole model; merge it and name the result: `{_python(code)}`"
 
 
 def _checkpoints_below(directory: Path) -> list[str]:
-    """Folders that hold a config.json, or a LoRA, at most three deep: Qwen2.5-VL's first, then by step and time."""
+    """Folders of a model, a LoRA or verl's shards, at most three deep: Qwen2.5-VL's first, then by step and time."""
     found = {}
     for pattern in ("*", "*/*", "*/*/*"):
-        for file in ("config.json", _ADAPTER):
+        for file in ("config.json", _ADAPTER, "model_world_size_*_rank_0.pt"):
             for path in directory.glob(f"{pattern}/{file}"):
-                steps = re.search(r"(\d+)\D*$", path.parent.relative_to(directory).as_posix())
-                is_model = file == _ADAPTER or read_fields(path).get("model_type") == "qwen2_5_vl"
-                found[path.parent] = (is_model, int(steps[1]) if steps else -1, path.stat().st_mtime)
+                if path.parent.parent not in found:
+                    steps = re.search(r"(\d+)\D*$", path.parent.relative_to(directory).as_posix())
+                    is_model = file != "config.json" or read_fields(path).get("model_type") == "qwen2_5_vl"
+                    found[path.parent] = (is_model, int(steps[1]) if steps else -1, path.stat().st_mtime)
     newest = sorted(found, key=lambda path: found[path], reverse=True)
     return [path.relative_to(directory).as_posix() for path in newest]

@@ -119,7 +119,7 @@ def prepare(checkpoint, **keys):
         (lambda at: (at / "config.json").write_text("[1]"), r"cannot be read as JSON \(a list, not an object\)"),
         (lambda at: configure(at, model_type="llama"), "describes 'llama', not a Qwen2.5-VL model"),
         (lambda at: configure(at, model_type="qwen3_vl"), "describes 'qwen3_vl', not a Qwen2.5-VL model"),
-        (lambda at: configure(at, vision_config=[]), "describes a vision tower of 32 blocks .* have 2"),
+        (lambda at: configure(at, vision_config=[]), "are of different models .depth 32 and 2, hidden_size 3584"),
         (lambda at: configure(at, vision_config=3), "vision_config in config.json is 3, not an object"),
         (lambda at: configure_vision(at, depth="2"), "depth in config.json is '2', not a whole number from 1 on"),
         (lambda at: configure_vision(at, num_heads=3), "cannot be: .*hidden_size \\(64\\) be divisible by"),
@@ -184,7 +184,7 @@ def test_what_vision_config_leaves_out_is_transformers_own(checkpoint, tiny_conf
     assert "rope_parameters" not in config.vision
     for key in tiny_config.vision:
         edit_json(checkpoint / "config.json", lambda config, key=key: config["vision_config"].pop(key, None))
-    config, _ = locate(checkpoint)
+    config = read_checkpoint_config(str(checkpoint), checkpoint.parent)
     assert (config.vision["depth"], config.vision["fullatt_block_indexes"]) == (32, [7, 15, 23, 31])
 
 
@@ -302,7 +302,7 @@ def hub(tmp_path, monkeypatch):
     [
         ("tiny-randm", "neither a directory nor a hub id.*did you mean tiny-random"),
         ("./gone", "neither a directory nor a hub id"),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", "config.json is not on this machine and the hub does not answer.*tiny-random"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "config.json is not on this machine and HF_HUB_OFFLINE forbids.*tiny-random"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_had_names_the_remedy(tmp_path, hub, name, message):

@@ -39,7 +39,12 @@ def adapter(at, *keys):
         (lambda at: only(at, "model_world_size_8_rank_0.pt"), "verl.model_merger merge"),
         (lambda at: only(at, "iter_0000100/", "latest_checkpointed_iteration.txt"), "swift export"),
         (lambda at: only(at, "model-Q4_K_M.gguf"), r"holds model-Q4_K_M.gguf, which is llama.cpp's format"),
-        (lambda at: only(at, "visual.onnx"), r"holds visual.onnx, which is ONNX"),
+        (lambda at: only(at, "visual.onnx", "model.pt"), r"holds visual.onnx, which is ONNX"),
+        (lambda at: only(at, "tower-fp8.safetensors"), "another name .*: `mv .*/tower-fp8.safetensors .*/model.safe"),
+        (lambda at: only(at, "optimizer.pt", "model.pt"), "if it is the model's state_dict, `mv .*/model.pt .*/pytor"),
+        (lambda at: (at / "model.safetensors.index.json").unlink(), "index.json is missing, .* copy it to them"),
+        (lambda at: only(at, "step_9/actor/model_world_size_1_rank_0.pt"), "checkpoint: .*/step_9/actor$"),
+        (lambda at: only(at, ".cache/huggingface/download/a.incomplete"), "go on with it: `hf download"),
         (lambda at: only(at, "merges.txt"), r"there are no weights.*the folder holds config.json, merges.txt, prepro"),
         (lambda at: (at / "config.json").unlink(), r"config.json is missing.*the folder holds model-00001"),
         (lambda at: [path.unlink() for path in at.iterdir()], r"the folder is empty"),
@@ -49,7 +54,7 @@ def test_what_lies_there_instead_is_recognised_and_the_step_that_helps_is_told(c
     lay(checkpoint)
     with pytest.raises(InputError, match=message) as caught:
         locate(checkpoint)
-    assert "download" not in str(caught.value)
+    assert "download" not in str(caught.value) or list(checkpoint.rglob("*.incomplete"))
 
 
 def test_the_command_for_pickled_weights_makes_them_readable(checkpoint, tiny_tower):
@@ -59,7 +64,7 @@ def test_the_command_for_pickled_weights_makes_them_readable(checkpoint, tiny_to
     with pytest.raises(InputError, match=r"its weights are pickled \(pytorch_model.bin\)") as caught:
         locate(checkpoint)
     with quiet_transformers():
-        exec(shlex.split(str(caught.value))[-1])
+        exec(shlex.split(str(caught.value).split("`")[1])[-1])
     assert locate(checkpoint)[1].digest() == tiny_tower.digest()
 
 
