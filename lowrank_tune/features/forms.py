@@ -27,7 +27,7 @@ def decoded(data: bytes, notes: list[str]) -> str:
     """Return a file's text, whatever its encoding; what was guessed becomes a note."""
     encoding = json.detect_encoding(data)  # by the byte order mark or the zeros of UTF-16 and UTF-32; else UTF-8
     try:
-        return data.decode(encoding)
+        return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         text = data.decode(encoding, "replace")
         line = data.count(b"\n", 0, error.start) + 1

@@ -142,8 +142,8 @@ class Finder:
         if image.startswith("file:"):
             image = unquote(re.sub(r"^file:(//(localhost)?(?=/))?", "", image))
         path = str(Path(folder, os.path.expanduser(image)))
-        if "\\" in image and not os.path.lexists(path):
-            path = str(Path(folder, image.replace("\\", "/")))
+        if ("\\" in image or image != image.strip()) and not os.path.lexists(path):
+            path = str(Path(folder, image.strip().replace("\\", "/")))
         if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES or os.path.isfile(path):
             return path
         directory, name = os.path.split(path)

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
-from lowrank_tune.features.forms import IMAGE_COLUMN, decoded, find_records, parsed
+from lowrank_tune.features.forms import decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
-from lowrank_tune.features.named import Finder, image_column, is_chat, named_images, refuse_addresses
+from lowrank_tune.features.named import Finder, image_column, is_chat, is_image_name, named_images, refuse_addresses
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 """Of the files that hold records."""
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 """What may follow the suffix of a text: what pyarrow unpacks by itself."""
 _ANOTHER = "write features.source.image_column, the column of the images"
+_LARGEST_BLOCK = 2**31 - 2
+_LONGEST_HEADER = 100_000
+_DECIMAL = r"^(-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]|-?inf)$"
+_MOST_NAMES = 256
+"""Of the objects in a column; more are keys, which a column each would not hold."""
+_DEEPEST = 16
 _FOLDER_TABLE = "metadata"
 """The stem of the tables in a directory made for `datasets.load_dataset("imagefolder")`."""
 _NOT_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -135,9 +145,9 @@ def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table
     try:
         match suffix:
             case ".csv" | ".tsv":
-                return _read_text_table(path)
+                return apart(_separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column))
             case ".parquet":
-                return _plain(pyarrow.parquet.read_table(path))
+                return apart(pyarrow.parquet.read_table(path))
             case _:
                 content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -145,18 +155,11 @@ def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply to be a list of records") from error
     try:
-        return columns_of(find_records(content, source.image_column, source.records, notes))
+        return apart(columns_of(find_records(content, source.image_column, source.records, notes)))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply to be a list of records") from error
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    for place, field in enumerate(table.schema):
-        if pa.types.is_dictionary(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
-    return table
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -165,48 +168,152 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _read_text_table(path: Path) -> pa.Table:
-    data = _read_bytes(path)
-    # As text, or images named 0001 would become the number 1.
-    text = pyarrow.csv.ConvertOptions(column_types={IMAGE_COLUMN: pa.string()})
-    separated = pyarrow.csv.ParseOptions(
-        newlines_in_values=True, delimiter="\t" if table_suffix(path) == ".tsv" else ","
+def _separated(text: str, tabs: bool, image_column: str | None) -> pa.Table:
+    """Read CSV, whatever separates its values; a ValueError that names the line where it cannot be read."""
+    if not text.strip():
+        raise ValueError("the file is empty")
+    told = re.match(r"sep=(.)\r?\n", text)  # as Excel tells it
+    text = text[told.end() if told else 0 :]
+    headers = [_header(text, separator) for separator in ([told[1]] if told else "\t,;|" if tabs else ",;\t|")]
+    header, separator = max(headers, key=lambda each: len(each[0]))
+    ragged: list[pyarrow.csv.InvalidRow] = []
+
+    def note(row: pyarrow.csv.InvalidRow) -> str:
+        ragged.append(row)
+        return "skip"
+
+    data = text.encode()
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(data),
+        # As one block, which a long value never leaves, and in one thread, which counts lines.
+        pyarrow.csv.ReadOptions(use_threads=False, block_size=min(len(data) + 1, _LARGEST_BLOCK)),
+        pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=note),
+        # As text, or what is named 0001 would become the number 1.
+        pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=True, null_values=[""]
+        ),
     )
-    return pyarrow.csv.read_csv(pa.BufferReader(data), None, separated, text)
+    if ragged:
+        raise ValueError(
+            _ragged(text, separator) or f"row {ragged[0].number} has not {len(header)} values, as the header has"
+        )
+    last = table.slice(max(len(table) - 1, 0)).to_pylist()
+    if text.count('"') % 2 and any("\n" in value for row in last for value in row.values() if isinstance(value, str)):
+        raise ValueError("the last record has a quote that is never closed")
+    table = table.rename_columns([name.strip() for name in table.column_names])
+    for place, name in enumerate(table.column_names):
+        if pa.types.is_string(table.column(place).type) and name != image_column and not is_image_name(name):
+            table = table.set_column(place, name, _numbers(table.column(place)))
+    return table
+
+
+def _header(text: str, separator: str) -> tuple[list[str], str]:
+    try:
+        return next(
+            csv.reader(io.StringIO(text[:_LONGEST_HEADER].lstrip("\r\n"), newline=""), delimiter=separator)
+        ), separator
+    except (csv.Error, StopIteration):
+        return [], separator
+
+
+def _ragged(text: str, separator: str) -> str | None:
+    """Tell of the first record that has not as many values as the header, and its line, which pyarrow does not know."""
+    rows = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=separator)
+    blank = len(text) - len(text.lstrip("\r\n"))
+    line = text.count("\n", 0, blank)
+    expected, begun = 0, 0
+    try:
+        for row in rows:
+            expected = expected or len(row)
+            if row and len(row) != expected:
+                return f"line {line + begun + 1} has {len(row)} values, the header has {expected}"
+            begun = rows.line_num
+    except csv.Error:  # a value of more than 128 KiB
+        pass
+    return None
+
+
+def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return numbers where each text is one, and is written as that is; else the texts."""
+    if column.null_count == len(column):
+        return column
+    try:
+        numbers = column.cast(pa.int64())
+        if numbers.cast(pa.string()) == column:
+            return numbers
+    except pa.ArrowInvalid:
+        pass
+    if pc.all(pc.match_substring_regex(column, _DECIMAL)).as_py():
+        return column.cast(pa.float64())
+    return column
 
 
 def columns_of(records: list[dict[str, Any]]) -> pa.Table:
     """Make a table of records, a column for every name that any of them has."""
     names = dict.fromkeys(name for record in records for name in record)
-    return pa.table({name: _column([record.get(name) for record in records]) for name in names})
+    columns = [_column([record.get(name) for record in records]) for name in names]
+    return pa.Table.from_arrays(columns, [_text(name) for name in names])
+
+
+def apart(table: pa.Table) -> pa.Table:
+    """Give each column a name of its own: `name`, then `name_2`; `unnamed` where it has none."""
+    names: list[str] = []
+    for name in table.column_names:
+        name, number = name or "unnamed", 1
+        while (unlike := f"{name}_{number}" if number > 1 else name) in names:
+            number += 1
+        names.append(unlike)
+    return table.rename_columns(names)
 
 
 def concatenate(tables: list[pa.Table]) -> pa.Table:
-    """Join the records of several tables; a column whose types cannot be reconciled becomes text."""
-    names = dict.fromkeys(name for table in tables for name in table.column_names)
-    for name in names:
-        holding = [number for number, table in enumerate(tables) if name in table.column_names]
+    """Join the records of several tables; a column of types that cannot be joined, or written, becomes text."""
+    whole: dict[str, pa.ChunkedArray] = {}
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        parts = [table.select([name] if name in table.column_names else []) for table in tables]
         try:
-            pa.unify_schemas(
-                [pa.schema([tables[number].schema.field(name)]) for number in holding], promote_options="permissive"
-            )
+            column = pa.concat_tables(parts, promote_options="permissive").column(0)
         except pa.ArrowException:
-            for number in holding:
-                table = tables[number]
-                place = table.column_names.index(name)
-                tables[number] = table.set_column(place, name, _texts(table.column(place).to_pylist()))
-    return pa.concat_tables(tables, promote_options="permissive")
+            parts = [pa.table({name: _texts(part.column(0).to_pylist())}) if part.columns else part for part in parts]
+            column = pa.concat_tables(parts, promote_options="permissive").column(0)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        whole[name] = column if _writable(column.type) else pa.chunked_array([_texts(column.to_pylist())])
+    return pa.table(whole)
 
 
 def _column(values: list[Any]) -> pa.Array:
     """An array of the values' common type, or else of texts."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        return _texts(values)
+    named = {
+        name
+        for value in values
+        for each in (value if isinstance(value, list) else [value])
+        if isinstance(each, dict)
+        for name in each
+    }
+    if len(named) <= _MOST_NAMES:
+        try:
+            array = pa.array(values)
+            if _writable(array.type):
+                return array
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+            pass
+    return _texts(values)
+
+
+def _writable(kind: pa.DataType, depth: int = 0) -> bool:
+    """Whether parquet holds values of this type; of the nested, those that readers of it get through."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    if pa.types.is_struct(kind) and not inner or depth > _DEEPEST:
+        return False
+    return all(_writable(each, depth + 1) for each in inner)
 
 
 def _texts(values: list[Any]) -> pa.Array:
     """An array of the values as text: their JSON where they are none."""
-    texts = (value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values)
-    return pa.array(list(texts), pa.string())
+    return pa.array([None if value is None else _text(value) for value in values], pa.string())
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be written

@@ -1,10 +1,14 @@
 import gzip
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError
@@ -316,6 +320,93 @@ def test_one_of_several_lists_of_records_is_chosen_by_its_name(tmp_path):
         records_of(path, records="val")
 
 
+LONG = "x" * 3_000_000
+CSVS = {
+    "comma.csv": 'image,n,note\n0001.jpg,7,a\n0002.jpg,,"b\nc, ""d"""\n',
+    "semicolon.csv": 'image;n;note\n0001.jpg;7;a\n0002.jpg;;"b\nc, ""d"""\n',
+    "tab.csv": 'image\tn\tnote\n0001.jpg\t7\ta\n0002.jpg\t\t"b\nc, ""d"""\n',
+    "tab.tsv": 'image\tn\tnote\n0001.jpg\t7\ta\n0002.jpg\t\t"b\nc, ""d"""\n',
+    "bar.csv": 'image|n|note\r\n0001.jpg|7|a\r\n0002.jpg||"b\nc, ""d"""\r\n',
+    "excel.csv": '\ufeffsep=;\r\nimage;n;note\r\n0001.jpg;7;a\r\n0002.jpg;;"b\nc, ""d"""\r\n',
+    "blank.csv": '\n\nimage, n, note\n\n0001.jpg,7,a\n0002.jpg,,"b\nc, ""d"""\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("name", CSVS)
+def test_a_csv_is_read_whatever_separates_its_values(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(CSVS[name].encode(encoding))
+    records = records_of(str(tmp_path / name))
+    assert [Path(image).name for image in records.images] == ["0001.jpg", "0002.jpg"]
+    assert records.columns["n"].to_pylist() == [7, None]
+    assert records.columns["note"].to_pylist() == ["a", 'b\nc, "d"']
+
+
+def test_what_a_csv_holds_keeps_its_meaning(tmp_path):
+    texts = {
+        "image": ["0001", "2"],
+        "": ["0", "1"],
+        "id": ["007", "8"],
+        "large": ["99999999999999999999", "1"],
+        "score": ["1.5", "nan"],
+        "day": ["2024-01-01", "2024-01-02"],
+        "text": ["NA", "true"],
+        "long": [LONG, "\u00fc"],
+    }
+    lines = [",".join((*texts, "id"))] + [",".join((*row, "x")) for row in zip(*texts.values(), strict=True)]
+    (tmp_path / "data.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    records = records_of(str(tmp_path / "data.csv"))
+    assert [Path(image).name for image in records.images] == ["0001", "2"]
+    found = records.columns.to_pydict()
+    assert found.pop("score") == [1.5, pytest.approx(float("nan"), nan_ok=True)]
+    assert found.pop("id_2") == ["x", "x"]
+    assert found.pop("unnamed") == [0, 1]
+    assert found == {name: values for name, values in texts.items() if name not in ("", "score")}
+    assert records.notes == (f"{tmp_path / 'data.csv'}: not in UTF-8, from line 3: read as Windows-1252",)
+
+
+ODD = {
+    "nan": [float("nan"), 1],
+    "large": [2**70, 1],
+    "mixed": [1, "one"],
+    "kinds": [[1], {"a": 1}],
+    "half": ["\ud800 broken", "\u00fc"],
+    "nested": [{"a": ["\ud800"]}, None],
+    "empty": [{}, {}],
+    "inner": [{"a": {}}, {"a": {}}],
+    "none": [None, None],
+    "keys": [{str(number): 1 for number in range(500)}, {}],
+    "deep": [json.loads("[" * 300 + "]" * 300), []],
+    "\ud800": [1, 2],
+    "": [3, 4],
+}
+
+
+def test_what_no_table_holds_is_kept_as_text_and_written(tmp_path):
+    (tmp_path / "sources").mkdir()
+    rows = [{"image": f"{number}.jpg", **{name: values[number] for name, values in ODD.items()}} for number in (0, 1)]
+    (tmp_path / "data.json").write_text(json.dumps(rows)[:-2] + ', "mixed": "twice"}]')
+    records = records_of(str(tmp_path / "data.json"))
+    found = pd.read_parquet(write_record_table(tmp_path, records, ["a", "b"], [None, None])).to_dict("list")
+    assert found["large"] == [str(2**70), "1"]
+    assert (found["mixed"], found["mixed_2"][1]) == (["1", "one"], "twice")
+    assert found["half"] == ["\\ud800 broken", "\u00fc"]
+    assert json.loads(found["nested"][0]) == {"a": ["\ud800"]}
+    assert [json.loads(found[name][0]) for name in ("kinds", "empty", "inner")] == [[1], {}, {"a": {}}]
+    assert (found["\\ud800"], found["unnamed"]) == ([1, 2], [3, 4])
+
+
+def test_a_folder_made_for_datasets_is_read_with_its_splits(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\n1.png,one\n")
+    (tmp_path / "test/metadata.csv").write_text("file_name,text\nsub/2.png,two\n")
+    (tmp_path / "test/labels.json").write_text("{}")
+    records = records_of(str(tmp_path))
+    assert records.images == (str(tmp_path / "test/sub/2.png"), str(tmp_path / "train/1.png"))
+    assert records.columns["text"].to_pylist() == ["two", "one"]
+
+
 TEXTS = {
     "misspelt.json": '[{"imag": "1.jpg", "question": "?"}]',
     "half.json": "[{",
@@ -331,6 +422,10 @@ TEXTS = {
     "deep.json": "[" * 100000,
     "five.json": "5",
     "settings.json": '{"a": {"b": 1}, "c": []}',
+    "ragged.csv": 'image,note\n1.jpg,"a\nb"\n\n2.jpg\n3.jpg,c\n',
+    "open.csv": 'image,note\n1.jpg,a\n2.jpg,"b\n3.jpg,c\n',
+    "void.csv": "\n\n",
+    "header.csv": "image\n",
     "wide.csv": "image\n1.jpg,too,many\n",
     "no.parquet": "no parquet",
     "annotations.json": '[{"image": "1.jpg"}]',
@@ -359,7 +454,11 @@ TEXTS = {
         ("deep.json", "/deep.json: nested too deeply"),
         ("five.json", "/five.json: .*has no records, nothing but a number"),
         ("settings.json", "/settings.json: .*has no records, but an object with 'a', 'c'"),
-        ("wide.csv", "/wide.csv: cannot be read as CSV"),
+        ("wide.csv", "/wide.csv: cannot be read as CSV: line 2 has 3 values, the header has 1"),
+        ("ragged.csv", "/ragged.csv: cannot be read as CSV: line 5 has 1 values, the header has 2"),
+        ("open.csv", "/open.csv: cannot be read as CSV: the last record has a quote that is never closed"),
+        ("void.csv", "/void.csv: .*the file is empty"),
+        ("header.csv", "/header.csv: has no records"),
         ("no.parquet", "/no.parquet: cannot be read as PARQUET"),
         ("annotation.json", r"/annotation.json: no such file.*did you mean annotations\.json"),
         ("no.csv.gz", "/no.csv.gz: cannot be read as CSV"),
@@ -381,3 +480,51 @@ def test_a_manifest_that_gives_no_records_is_named_with_what_is_wrong(tmp_path, 
         records_of("annotations.json", image_column="imag")
     with pytest.raises(InputError, match=r"gone: no such directory; correct features\.source\.root"):
         records_of("annotations.json", root="gone")
+
+
+NAMES = st.sampled_from(
+    ["image", "images", "path", "messages", "data", "columns", "annotations", "train", "id", "", "a.jpg"]
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["1.jpg", "file:", "[", "~"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=4)
+        | st.lists(st.dictionaries(NAMES, inner, max_size=3), max_size=3)
+    ),
+    max_leaves=12,
+)
+CELLS = st.text(st.sampled_from('ax1.,;\t|"\n\r \u00fc\x00[]{}\\'), max_size=40)
+FILES = (
+    VALUES.map(lambda value: json.dumps(value).encode())
+    | st.lists(VALUES, max_size=3).map(lambda values: "\n".join(map(json.dumps, values)).encode())
+    | CELLS.map(lambda text: b"image,a\n1.jpg,2\n" + text.encode())
+    | CELLS.map(str.encode)
+    | st.binary(max_size=60)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(FILES, st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".csv.gz"])), min_size=1, max_size=2)
+)
+def test_whatever_a_manifest_holds_its_records_can_be_written_or_it_is_refused(files):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "sources").mkdir()
+        paths = [Path(folder) / f"{number}{suffix}" for number, (_, suffix) in enumerate(files)]
+        for path, (data, _) in zip(paths, files, strict=True):
+            path.write_bytes(data)
+        try:
+            records = records_of([str(path) for path in paths])
+        except InputError as error:
+            assert str(error).startswith(folder)
+            return
+        keys = [None] * len(records.images)
+        table = pyarrow.parquet.read_table(write_record_table(Path(folder), records, keys, keys))
+        assert len(table) == len(records.images) > 0
+        assert table.num_columns == 4 + records.columns.num_columns
