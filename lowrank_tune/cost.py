@@ -7,12 +7,13 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from lowrank_tune.config.plan import (
     trial_config,
 )
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
-from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError
+from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault
 from lowrank_tune.features.cache import read_committed, read_sealed
 from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
@@ -106,15 +107,17 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
     def check(name: str, look: Callable[[], str]) -> None:
         try:
             checks.append(Check(name, True, look()))
-        except (LowrankTuneError, OSError) as error:
+        except LowrankTuneError as error:
             checks.append(Check(name, False, str(error)))
+        except Exception as error:  # a driver that is half installed raises anything
+            checks.append(Check(name, False, machine_fault(error) or f"{type(error).__name__}: {error}"))
 
     def device() -> str:
         gpus = []
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             gpus.append(f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-        return "; ".join(gpus) or f"no GPU; {os.cpu_count()} CPU cores"
+        return "; ".join(gpus) or f"no GPU; {joblib.cpu_count()} CPU cores"
 
     def tracking() -> str:
         store = reach_store(spec, results_directory(results))
@@ -131,9 +134,9 @@ def diagnose(spec: StudySpec | None, results: str | Path | None) -> list[Check]:
     if checks[-1].passed:
         check("tracking", tracking)
         if spec is not None:
-            cache_root, left = results_directory(results) / "features", list[int]()
-            check("features", lambda: _describe_survey(spec, cache_root, left))
-            check("encoder", lambda: _describe_images(spec, cache_root, left))
+            cache_root, surveys = results_directory(results) / "features", list[dict[str, Any]]()
+            check("features", lambda: _describe_survey(spec, cache_root, surveys))
+            check("encoder", lambda: _describe_images(spec, cache_root, surveys))
     return checks
 
 
@@ -166,11 +169,11 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     }
 
 
-def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, list[str], bool]:
+def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, list[str], list[str]]:
     """Turn the first images of a source into features, in this process, and keep nothing.
 
     Returns what an image takes one encoder (on a GPU in a whole shard, else as the quickest one did; 0 where none was
-    usable), a sentence on each of the images, and whether all were usable.
+    usable), and a sentence on each of the usable images and of the broken ones.
     """
     records = read_records(spec.source, cache_root, seed)
     extraction = plan_extraction(spec, cache_root, records)
@@ -182,7 +185,7 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
         encoder = Encoder(extraction.config, extraction.tower, spec.encoder.compute_dtype, device, batch)
         # A device's first pass finds kernels and memory, and is no measure of the others.
         encoder.encode(np.zeros((1, size, size, 3), np.uint8))
-    seconds, findings, sound = [], [], np.zeros((0, size, size, 3), np.uint8)
+    seconds, findings, broken, sound = [], [], [], np.zeros((0, size, size, 3), np.uint8)
     tried = [image for image in records.images if image is not None][:TRIED_IMAGES]
     for image in tried:
         started = time.perf_counter()
@@ -193,7 +196,7 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
             else:
                 features_TD = load_tensor(read_bytes(image), (tokens, dim))
         except (UnusableError, InputError, OSError) as error:
-            findings.append(f"{image}: {error}")
+            broken.append(f"{image}: {error}")
             continue
         seconds.append(time.perf_counter() - started)
         low, high = features_TD.min().item(), features_TD.max().item()
@@ -205,7 +208,7 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
             started = time.perf_counter()
             encoder.encode(shard_NHWC)
             each = (time.perf_counter() - started) / SHARD_ROWS
-    return each, findings, len(seconds) == len(tried)
+    return each, findings, broken
 
 
 def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_seconds: float) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_second
     trial_seconds = sum(seconds for seconds, _ in measured) / len(measured)
     memory = max(size for _, size in measured)
 
-    at_once = math.floor((os.cpu_count() or 1) / resources.cpus_per_trial + 1e-9)
+    at_once = math.floor(joblib.cpu_count() / resources.cpus_per_trial + 1e-9)
     if resources.gpus_per_trial:
         gpus = torch.cuda.device_count() or 1
         at_once = min(at_once, math.floor(gpus / resources.gpus_per_trial + 1e-9))
@@ -314,10 +317,10 @@ def _measure(config: TrialConfig, data: FeatureMatrix, split: Split, device: str
     return whole, 5 * weights + 4 * 4 * config.batch_size * data.tokens * data.dim
 
 
-def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:
-    """What the source and its cache hold; how many images are left to extract is kept for the next check."""
+def _describe_survey(spec: StudySpec, cache_root: Path, surveys: list[dict[str, Any]]) -> str:
+    """What the source and its cache hold, which is kept for the next check."""
     survey = survey_features(spec.features, cache_root, spec.seed)
-    left.append(survey["images_to_extract"])
+    surveys.append(survey)
     check_ranks(spec, *survey["features_shape"])
     facts = (
         f"{survey['records']} records, {survey['records_unreadable']} unreadable, {survey['images']} distinct images, "
@@ -328,13 +331,23 @@ def _describe_survey(spec: StudySpec, cache_root: Path, left: list[int]) -> str:
     return "; ".join((facts, *survey["notes"]))
 
 
-def _describe_images(spec: StudySpec, cache_root: Path, left: Sequence[int]) -> str:
-    """What the first images become, and how long those left to extract take; an error if one is broken."""
-    each, lines, sound = try_images(spec.features, cache_root, spec.seed)
-    if not sound:
-        raise InputError("; ".join(lines))
+def _describe_images(spec: StudySpec, cache_root: Path, surveys: Sequence[Mapping[str, Any]]) -> str:
+    """What the first images become, and how long those left to extract take; an error if too many are broken."""
+    each, lines, broken = try_images(spec.features, cache_root, spec.seed)
+    most = spec.features.max_quarantined
+    if broken:
+        unusable = f"unusable: {'; '.join(broken)}"
+        count = max((survey["images"] for survey in surveys), default=len(broken))
+        if not lines or len(broken) > most * count:
+            others = f"; the others are sound: {'; '.join(lines)}" if lines else ""
+            raise InputError(
+                f"{unusable}; an extraction stops above features.max_quarantined, {most:g} of {count} images: mend or "
+                f"remove what is broken, or raise it{others}"
+            )
+        lines.append(f"{unusable}; an extraction leaves such images out, up to features.max_quarantined, {most:g}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for images in left:
+    for survey in surveys:
+        images = survey["images_to_extract"]
         whole = timedelta(seconds=math.ceil(images * each))
         lines.append(f"{images} images are left to extract: about {whole} with one such worker on {device}")
     return "; ".join(lines)

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+import joblib
 import ray
 from ray.exceptions import AuthenticationError
 
@@ -30,6 +31,8 @@ _LONGEST_PLACE = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sock
 _OWN_VARIABLES = {
     f"RAY_{name}" for name in ("ADDRESS", "TMPDIR", "AUTH_MODE", "AUTH_TOKEN", "USAGE_STATS_ENABLED", "CLIENT_MODE")
 }
+_LEAST_MEMORY = 3 << 29
+"""Bytes below which Ray's own watch over memory ends every worker, again and again."""
 _LIMITS = (("v", resource.RLIMIT_AS, 1 << 50), ("n", resource.RLIMIT_NOFILE, 1024), ("u", resource.RLIMIT_NPROC, 1024))
 """By flag of `ulimit`, the limits of a process, and what Ray certainly gets along with."""
 
@@ -116,9 +119,14 @@ def _start(given: str | None, note: Callable[[str], None]) -> None:
 
 def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
     """How a Ray of one's own starts on this machine, whatever its TMPDIR, HOME, /dev/shm and CPUs are."""
+    from ray._common.utils import get_system_memory
     from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
-    from ray._private.utils import get_num_cpus
 
+    if (memory := get_system_memory()) < _LEAST_MEMORY:
+        raise LowrankTuneError(
+            f"this machine or container has {memory / 2**30:.1f} GiB of memory, and Ray with a worker takes more than "
+            f"{_LEAST_MEMORY / 2**30:.1f}: give it 2 GiB, or more"
+        )
     # Children find the place by the same variable.
     os.environ["RAY_TMPDIR"] = place = _place(note)
     if os.environ.get("PYTHONOPTIMIZE", "0") > "1":
@@ -131,9 +139,8 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
         # Left alone, Ray writes one below HOME, which may be missing or not ours.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         token.reset_cache()
-    # Half a CPU of a container counts as none for Ray, and what a job scheduler binds a process to not at all.
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    settings = {"address": "local", "include_dashboard": False, "num_cpus": max(1, min(int(get_num_cpus()), bound))}
+    # Of itself Ray takes half a CPU of a container for none, and does not see what a scheduler binds a process to.
+    settings = {"address": "local", "include_dashboard": False, "num_cpus": joblib.cpu_count()}
     if os.path.exists("/dev/shm") and not os.access("/dev/shm", os.W_OK):
         settings["_plasma_directory"] = place
     return settings

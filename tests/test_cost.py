@@ -1,17 +1,17 @@
 """What `plan` counts, tries and reckons and `doctor` finds; no Ray is started."""
 
 import hashlib
-import os
 import pickle
 from datetime import UTC, datetime
 from pathlib import Path
 
+import joblib
 import pytest
 import torch
 
 from lowrank_tune.config.plan import make_plan
 from lowrank_tune.config.schema import EncoderSpec, StudySpec
-from lowrank_tune.cost import calibrate, diagnose, expected_share, preview_study, survey_features, try_images
+from lowrank_tune.cost import calibrate, diagnose, expected_share, preview_study, survey_features
 from lowrank_tune.features.cache import recover, seal
 from lowrank_tune.features.extract import plan_extraction
 from lowrank_tune.features.shards import Pool, ShardPlan, ShardWorker
@@ -102,13 +102,27 @@ def test_what_of_a_source_was_left_out_is_told(tmp_path):
     assert checks["features"].finding.endswith("; left out: 2 .txt, 1 .mp4")
 
 
-def test_a_broken_image_is_told_beside_the_sound_ones(study, tmp_path):
-    *_, encoder = diagnose(study, tmp_path)
-    assert (encoder.name, encoder.passed) == ("encoder", False)
-    first, second, third = encoder.finding.split("; ")
-    assert first.startswith("features_0.pt [3, 5] in [0, 0]") and third.startswith("features_2.pt [3, 5] in [2, 2]")
-    assert "features_1.pt: not a readable .pt file" in second
-    assert not try_images(study.features, tmp_path / "features", 0)[2]
+@pytest.mark.parametrize(("most", "passed"), [(0.2, True), (0.1, False)])
+def test_a_broken_image_is_told_beside_the_sound_ones_and_fails_where_an_extraction_would(
+    study, tmp_path, most, passed
+):
+    features = study.features.model_copy(update={"max_quarantined": most})
+    *_, encoder = diagnose(study.model_copy(update={"features": features}), tmp_path)
+    assert (encoder.name, encoder.passed) == ("encoder", passed)
+    assert "features_0.pt [3, 5] in [0, 0]" in encoder.finding
+    assert f"unusable: {tmp_path}/tensors/features_1.pt: not a readable .pt file" in encoder.finding
+    assert f"max_quarantined, {most}" in encoder.finding
+    assert "features_2.pt [3, 5] in [2, 2]" in encoder.finding
+
+
+def test_doctor_goes_on_after_a_check_that_broke(study, tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("the driver is older than the library")
+
+    monkeypatch.setattr("torch.cuda.device_count", broken)
+    checks = diagnose(study, tmp_path)
+    assert [check.name for check in checks if not check.passed] == ["device"]
+    assert checks[1].finding == "RuntimeError: the driver is older than the library"
 
 
 def test_doctor_tells_what_is_left_and_stops_where_the_results_cannot_be_written(study, tmp_path):
@@ -123,7 +137,7 @@ def test_doctor_tells_what_is_left_and_stops_where_the_results_cannot_be_written
 
 
 def test_workers_take_places_from_trials_and_each_holds_its_share_of_a_batch(tmp_path):
-    share = (os.cpu_count() or 1) / 8
+    share = joblib.cpu_count() / 8
 
     def reckon(**resources):
         plan = make_plan(study_of({"samples": 80}, **resources), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))

@@ -81,6 +81,15 @@ def test_another_server_is_told_from_a_ray(started: list[dict[str, Any]], monkey
     assert started == []
 
 
+def test_a_container_too_small_for_ray_is_told_before_it_starts(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: 1 << 30)
+    with pytest.raises(LowrankTuneError, match=r"has 1\.0 GiB of memory, and Ray .* 1\.5"), ray_session():
+        pass
+    assert started == []
+
+
 def test_what_ray_says_is_one_line_with_what_may_be_to_blame(
     started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
