@@ -107,8 +107,10 @@ class Document:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             place = place_of(key_node.start_mark.line + 1)
-            key = _scalar(key_node)[0] if isinstance(key_node, ScalarNode) else None
-            if not isinstance(key, str):
+            key, unreadable = _scalar(key_node) if isinstance(key_node, ScalarNode) else (None, None)
+            if unreadable:
+                self.add(path, f"of a key, {unreadable}", place)
+            elif not isinstance(key, str):
                 shown = f" (got {key_node.value})" if isinstance(key_node, ScalarNode) else ""
                 self.add(path, f"a key must be a word{shown}", place)
             elif key in values:
@@ -156,6 +158,8 @@ def _scalar(node: Node) -> tuple[Any, str | None]:
             if isinstance(number, int) and abs(number) >= 2**63:
                 raise ValueError("too long to be meant, and for Python to print")
             return number, None
+        # JSON writes a character beyond U+FFFF as two halves, which YAML does not join.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         text.encode()
     except UnicodeEncodeError:
         return text, "the text holds half a character (a lone surrogate): remove it"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lowrank_tune.config.axes import DirectSpace, Range, SketchSpace
 from lowrank_tune.config.loading import load_past_study, load_study, parse_study
-from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.schema import StudySpec, TensorSource
 from lowrank_tune.errors import StudyFileError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -113,6 +113,11 @@ def test_samples_go_by_photograph_a_past_study_as_it_did_and_only_a_manifest_has
         parse_study(VALID, "study.yaml", ["features.source={images: photos}", "split.group_by=scene"])
     with pytest.raises(StudyFileError, match=r"split.group_by: .*samples are grouped by photograph"):
         parse_study(VALID, "study.yaml", [*samples, "split.group_by=scene"])
+
+
+def test_a_character_that_json_writes_as_two_halves_is_one(tmp_path: Path) -> None:
+    spec = parse_study(VALID, "study.yaml", ["features.source=" + json.dumps({"tensors": "photos \U0001f600"})])
+    assert spec.features.source == TensorSource(tensors="photos \U0001f600")
 
 
 def test_patience_as_long_as_the_budget_is_allowed_and_a_given_grace_counts_for_asha_alone() -> None:
