@@ -14,6 +14,7 @@ import pyarrow.parquet
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import SOURCES
 from lowrank_tune.features.commits import checksum
+from lowrank_tune.features.embedded import find_place, parts, read_place
 from lowrank_tune.files import file_sha256, write_durably
 
 HASHING_THREADS = 8
@@ -31,8 +32,9 @@ class SourceRecords:
 
 
 def read_bytes(image: str) -> bytes:
-    """Read an image's file, or a tensor's."""
-    return Path(image).read_bytes()
+    """Read an image's file, a tensor's, or what lies at its place in a table or a tar; an OSError where it cannot."""
+    place = find_place(image)
+    return read_place(place) if place else Path(image).read_bytes()
 
 
 def read_unchanged(image: str, key: str) -> bytes:
@@ -79,23 +81,32 @@ class SourceFiles:
 
 
 def hash_files(records: SourceRecords) -> SourceFiles:
-    """Read every file once; one that cannot be read becomes an error of its records."""
+    """Read every image once, in bounded memory; one that cannot be read becomes an error of its records."""
 
-    def digest(path: str | None) -> tuple[str | None, str | None]:
-        if path is None:
+    def digest(image: str | None) -> tuple[str | None, str | None]:
+        if image is None:
             return None, "the record names no file"
         try:
-            return file_sha256(Path(path)), None
+            place = find_place(image)
+            key = hashlib.sha256(read_place(place)).hexdigest() if place else file_sha256(Path(image))
         except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
             return None, getattr(error, "strerror", None) or str(error)
+        return key, None
 
+    def digests(part: range) -> list[tuple[str | None, str | None]]:
+        return [digest(records.images[number]) for number in part]
+
+    keys: list[str | None] = []
+    unread: list[str | None] = []
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        keys, unread = zip(*threads.map(digest, records.images), strict=True)
+        for made in threads.map(digests, parts(records.images)):
+            keys += [key for key, _ in made]
+            unread += [error for _, error in made]
     images: dict[str, str | None] = {}
     for key, path in zip(keys, records.images, strict=True):
         if key is not None:
             images.setdefault(key, path)
-    return SourceFiles(keys, unread, records.images, images)
+    return SourceFiles(tuple(keys), tuple(unread), records.images, images)
 
 
 RECORD_COLUMNS = ("record", "key", "path", "error")

@@ -5,13 +5,13 @@ T tokens lie on a grid of H x W places in row-major order; D dim, K channels sho
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.images import read_bytes
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.records import FeatureSet, Split
@@ -199,13 +200,13 @@ def photograph(features: FeatureSet, key: str) -> Image.Image | None:
     except (OSError, ValueError, KeyError) as error:
         logger.info("%s: the images' paths cannot be read (%s)", features.records_path, error)
         return None
-    for path in records["path"]:
-        if isinstance(path, str) and Path(path).is_file():
+    for image in records["path"]:
+        if isinstance(image, str):
             try:
-                with Image.open(path) as picture:
+                with Image.open(io.BytesIO(read_bytes(image))) as picture:
                     return ImageOps.exif_transpose(picture).convert("RGB")
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                logger.info("%s: not shown beside its maps (%s)", path, error)
+                logger.info("%s: not shown beside its maps (%s)", image, error)
     return None
 
 
