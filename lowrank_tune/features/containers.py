@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,11 +46,11 @@ def read_parquet(path: Path, wanted: str | None) -> pa.Table:
     schema, sizes = table.schema_arrow, _row_sizes(table)
     if wanted and schema.names.count(wanted) > 1:
         raise InputError(f"{path}: has {schema.names.count(wanted)} columns named {wanted!r}; rename all but one")
-    images = {wanted, *declared_columns(schema)}
+    images = {wanted, *_declared(schema)}
     special, kept = set(), list[str]()
     for field in schema:
         item, leaves = _item(field.type), _leaves(table, field.name)
-        likely = field.name in images or is_image_name(field.name) or sum(map(sizes.get, leaves)) > KEPT_BYTES
+        likely = field.name in images or is_image_name(field.name) or sum(sizes[leaf] for leaf in leaves) > KEPT_BYTES
         if _is_struct(item) or _is_text(item) or (_is_bytes(item) and likely):
             special.add(field.name)
         else:
@@ -73,11 +73,17 @@ def read_parquet(path: Path, wanted: str | None) -> pa.Table:
     return pa.table(columns, names=names)
 
 
-def declared_columns(schema: pa.Schema) -> list[str]:
-    """List the columns that Hugging Face's `datasets` wrote as images."""
+def declared_column(path: Path) -> str | None:
+    """The first column that Hugging Face's `datasets` wrote as images into a parquet file; None where it wrote none."""
+    if path.suffix.lower() != ".parquet":
+        return None
+    return next(iter(_declared(open_table(path).schema_arrow)), None)
+
+
+def _declared(schema: pa.Schema) -> list[str]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [name for name, feature in features.items() if _is_image_feature(feature)]
+        return [name for name, feature in features.items() if name in schema.names and _is_image_feature(feature)]
     except (KeyError, ValueError, TypeError, AttributeError):
         return []
 
@@ -156,14 +162,15 @@ def _without_bytes(
     column, first, places, called = field.name, 0, list[pa.Array](), list[pa.Array]()
     known = _known_without_bytes(table, field)
     for array, inside in known or _read_inside(table, column):
-        names, lengths = _names(array), _lengths(array)
+        names, lengths = _names(array, inside), _lengths(array)
         rows_N, items_N = np.arange(first, first + len(array)), None
         if lengths is not None:
             rows_N = np.repeat(rows_N, lengths)
             items_N = np.arange(len(rows_N)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         first += len(array)
         places.append(_listed(array, _places(f"{path}::{column}", rows_N, items_N, inside, names)))
-        called.append(_listed(array, pc.if_else(pa.array(inside), names, pa.scalar(None, pa.string()))))
+        if _is_struct(_item(field.type)):
+            called.append(_listed(array, pc.if_else(pa.array(inside), names, pa.scalar(None, pa.string()))))
     kind = pa.list_(pa.string()) if is_list(_plain_type(field.type)) else pa.string()
     any_called = any(_flat(array).null_count < len(_flat(array)) for array in called)
     return pa.chunked_array(places, kind), pa.chunked_array(called, kind) if any_called else None
@@ -247,12 +254,20 @@ def _listed(array: pa.Array, values: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, values, mask=array.is_null())
 
 
-def _names(array: pa.Array) -> pa.Array:
-    """The paths or names of a column's images."""
+def _names(array: pa.Array, inside_N: npt.NDArray[np.bool_]) -> pa.Array:
+    """The paths or names of a column's images, not those that are images themselves."""
     flat = _flat(array)
-    if pa.types.is_struct(flat.type) and "path" in flat.type.names:
-        flat = _flat(flat.field("path"))
-    return flat.cast(pa.string()) if _is_text(flat.type) else pa.nulls(len(flat), pa.string())
+    if (
+        pa.types.is_struct(flat.type)
+        and "path" in flat.type.names
+        and _is_text(_plain_type(flat.type.field("path").type))
+    ):
+        return _flat(flat.field("path")).cast(pa.string())
+    if not _is_text(flat.type):
+        return pa.nulls(len(flat), pa.string())
+    return pa.array(
+        [None if inside else text for text, inside in zip(flat.to_pylist(), inside_N, strict=True)], pa.string()
+    )
 
 
 def _places(

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet
 
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
+from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
 from lowrank_tune.features.forms import decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
 from lowrank_tune.features.named import Finder, image_column, is_chat, is_image_name, named_images, refuse_addresses
@@ -56,7 +56,7 @@ def read_manifest(source: ManifestSource) -> SourceRecords:
     columns = concatenate(tables)
     if not folders:
         raise InputError(f"{files[0]}: has no records{f', nor has any of {len(files) - 1} more' if files[1:] else ''}")
-    column = image_column(columns, source.image_column, files[0])
+    column = image_column(columns, source.image_column or declared_column(files[0]), files[0])
     named = [named_images(value) for value in columns.column(column).to_pylist()]
     kind = columns.column(column).type
     if not any(named):
@@ -147,7 +147,9 @@ def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table
             case ".csv" | ".tsv":
                 return apart(_separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column))
             case ".parquet":
-                return apart(pyarrow.parquet.read_table(path))
+                return apart(read_parquet(path, source.image_column))
+            case ".tar":
+                return columns_of(read_tar(path, source.image_column, notes))
             case _:
                 content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
     except (OSError, ValueError, pa.ArrowException) as error:
