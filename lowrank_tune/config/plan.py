@@ -183,10 +183,13 @@ def split_images(groups: Sequence[str], split: SplitSpec, seed: int) -> Split:
         validation += members[order.pop()]
     train = [index for name in order for index in members[name]]
     if not train:
-        of = f"{len(groups)}" if len(members) == len(groups) else f"{len(groups)} images in {len(members)} groups"
+        of, more = f"{len(groups)}", "give more images"
+        if len(members) < len(groups):
+            many = "s" * (len(members) > 1)
+            of, more = f"{of} images, kept together in {len(members)} group{many},", "group by a column of more values"
         raise InputError(
             f"split: {n_validation} images to validate and {n_test} to test leave none of {of} to train; "
-            "lower split.validation or split.test, or give more images"
+            f"lower split.validation or split.test, or {more}"
         )
     return Split(train=tuple(sorted(train)), validation=tuple(sorted(validation)), test=tuple(sorted(test)))
 

@@ -60,7 +60,7 @@ def cosine_text(value: float) -> str:
     """Four decimals, the digits in which methods differ; more where four would round up to a false 1."""
     if not math.isfinite(value):
         return ABSENT
-    return f"{value:.6f}" if 0.99995 <= value < 1 else f"{value:.4f}"
+    return f"{value:.6f}" if 0.99995 <= value < 0.9999995 else f"{value:.4f}"
 
 
 def ratio_text(value: float) -> str:

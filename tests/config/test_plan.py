@@ -241,3 +241,5 @@ def test_a_fraction_is_what_it_says_and_one_image_at_least_and_the_seed_decides_
     assert len({split_images(keys, SplitSpec(), seed) for seed in (0, 1, 2, 3, 4, 0)}) == 5
     with pytest.raises(InputError, match=r"80 to test leave none of 60 to train; lower split.validation"):
         split_images(keys, SplitSpec(test=80), 0)
+    with pytest.raises(InputError, match=r"of 60 images, kept together in 1 group, to train; .* column of more values"):
+        split_images(["x"] * 60, SplitSpec(), 0)

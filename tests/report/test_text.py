@@ -26,6 +26,7 @@ from tests.report.conftest import make_comparison
         (cosine_text(0.98931), "0.9893"),
         (cosine_text(0.999987), "0.999987"),
         (cosine_text(1.0), "1.0000"),
+        (cosine_text(0.99999999), "1.0000"),
         (cosine_text(float("nan")), "—"),
         (ratio_text(1.0304), "1.030"),
         (ratio_text(12.345), "12.3"),
