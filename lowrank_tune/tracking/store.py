@@ -65,9 +65,10 @@ class Store:
     @property
     def page(self) -> str:
         """Where its pages are, or the command that serves them; empty for the results directory's own database."""
-        if self.is_own or self.artifacts is None:
-            return "" if self.is_own else self.shown
-        return f"mlflow ui --backend-store-uri {shlex.quote(self.shown)}"
+        if self.is_own:
+            return ""
+        served = self.uri.lower().startswith(("http", "databricks"))
+        return self.shown if served else f"mlflow ui --backend-store-uri {shlex.quote(self.shown)}"
 
     def hide(self, error: Exception) -> str:
         """An error in one line, without this address's credentials."""

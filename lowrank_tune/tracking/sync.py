@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import TensorSource
-from lowrank_tune.errors import LowrankTuneError, redact
+from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
 from lowrank_tune.records import OBJECTIVES, Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.reach import deleted
 from lowrank_tune.tracking.store import Store
@@ -156,6 +156,8 @@ class StudySync:
 
     def comparison(self, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> None:
         """Tell the rank curves, the table, the files, each run's loss curves and the best model of each rank."""
+        from mlflow.exceptions import MlflowException
+
         from lowrank_tune.tracking.models import log_models
 
         study, register = self._study_run(), self._plan.spec.tracking.register_as
@@ -163,7 +165,15 @@ class StudySync:
         same = study.tags.get(_COMPARED) == digest
         if not same:
             self._tell_comparison(study.run_id, comparison, outcomes)
-        lacking = log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
+        try:
+            lacking = log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            raise TrackingError(
+                f"tracking server {self._store.shown} is older than MLflow 3 and knows no models: those of the best "
+                "trials are not there, all else is; `lowrank-tune export` gives them"
+            ) from error
         if lacking or not same:
             # Last: whatever is cut off before is told again.
             self._client.set_tag(study.run_id, _COMPARED, digest)

@@ -117,8 +117,12 @@ class Tracker(TrialTracker):
             pause = min(2 * pause, _LONGEST_PAUSE_S) if self._tell_all() else PAUSE_S
         deadline, pause = time.monotonic() + PATIENCE_S, PAUSE_S
         self._mark(*self._failed)  # what was refused has its last chance
+        told = False
         while away := self._tell_all():
             left = deadline - time.monotonic()
+            if not told:
+                logger.warning("MLflow is waited for, %.0f s at most: %s", left, away)
+                told = True
             if left <= 0:
                 self._failed |= dict.fromkeys(self._dirty, away)
                 return

@@ -12,6 +12,7 @@ class Gate:
         self.status = status  # answered in the server's place, unless 0
         self.body = b"out of order"
         self.refused = 0
+        self.missing = ""  # a part of the paths that it does not know
         self.lose: list[str] = []
         self.lost: list[str] = []
         gate = self
@@ -21,9 +22,9 @@ class Gate:
 
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if gate.status:
+                if gate.status or (gate.missing and gate.missing in self.path):
                     gate.refused += 1
-                    self._answer(gate.status, gate.body, "text/plain")
+                    self._answer(gate.status or 404, gate.body, "text/plain")
                     return
                 upstream = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
                 upstream.request(self.command, self.path, body, {"Content-Type": "application/json"})

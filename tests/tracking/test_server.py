@@ -14,7 +14,7 @@ import psutil
 import pytest
 from gate import Gate
 from tracked_once import assert_tracked_once
-from tracked_study import build_plan, config_of, track_trial, write_status
+from tracked_study import Reader, build_plan, config_of, outcome_of, track_trial, write_status, write_study
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.tracking import tracker as tracker_module
@@ -122,6 +122,17 @@ def test_a_server_that_stays_away_leaves_what_a_reconciliation_tells(
     write_status(plan, "finished")
     assert reconcile(plan).runs_made == 1
     assert_tracked_once(gate.uri, plan.study_dir)
+
+
+def test_a_server_older_than_mlflow_3_takes_all_but_models(gate: Gate, tmp_path: Path) -> None:
+    gate.missing = "logged-models"
+    plan = build_plan(tmp_path, name="old", tracking={"uri": gate.uri})
+    with Tracker(plan) as tracker:
+        track_trial(tracker, plan, config_of(0))
+        tracker.compared(write_study(plan, [config_of(0)]), [outcome_of(plan, config_of(0))])
+    assert [tracker.problems[0], gate.uri in tracker.problems[1]] == ["1 record could not be delivered", True]
+    assert "older than MLflow 3" in tracker.problems[1]
+    assert Reader(gate.uri, "old").history(Reader(gate.uri, "old").parent(), "test.svd.residual_ratio")
 
 
 def test_there_must_be_something_to_show_and_a_free_port(tmp_path: Path) -> None:
