@@ -46,6 +46,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # costs a fourth, most of which is the handing out of pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# A proxy to the world outside knows nothing of the servers on this machine.
+if any(os.environ.get(name) or os.environ.get(name.upper()) for name in ("http_proxy", "https_proxy", "all_proxy")):
+    _beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = ",".join(filter(None, (_beside, "localhost,127.0.0.1,::1")))
+
 # In a container a user may have a number and nothing else; MLflow, Ray and torch then fail when imported.
 try:
     pwd.getpwuid(os.getuid())

@@ -140,3 +140,32 @@ def test_ray_starts_where_home_is_no_folder_and_takes_the_cpus_that_this_process
     environment = {**os.environ, "HOME": str(tmp_path / "home"), "RAY_ADDRESS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "1.0\n", done.stderr
+
+
+def printed_by(code: str, without: set[str], **environment: str) -> str:
+    """What a process prints in this environment."""
+    kept = {name: value for name, value in os.environ.items() if name not in without}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_user_with_a_number_and_nothing_else_has_a_home_and_a_name() -> None:
+    code = (
+        "import pwd, getpass, pathlib\n"
+        "def nobody(number): raise KeyError(number)\n"
+        "pwd.getpwuid = nobody\n"
+        "import lowrank_tune\n"
+        "print(pathlib.Path.home(), getpass.getuser())"
+    )
+    assert printed_by(code, {"HOME", "USER", "LOGNAME", "LNAME", "USERNAME"}) == f"/ {os.getuid()}"
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_proxy_is_not_asked_for_this_machines_own_servers(name: str) -> None:
+    code = (
+        "import lowrank_tune, urllib.request\n"
+        "print(*(bool(urllib.request.proxy_bypass(host)) for host in ('127.0.0.1:5000', 'localhost', 'own', 'far')))"
+    )
+    proxies = {"no_proxy", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"}
+    said = printed_by(code, proxies, NO_PROXY="own", **{name: "http://127.0.0.1:9"})
+    assert said == "True True True False"
