@@ -133,7 +133,8 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
     """
     where = config.name, cache_root, config.revision
     directory = _fetch(*where, [], [_INDEX, _SINGLE])
-    if (directory / _INDEX).is_file():
+    # A whole file beside an index, of which one is older, is what transformers takes as well.
+    if (directory / _INDEX).is_file() and not os.path.isfile(directory / _SINGLE):
         weight_map = _read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(f"{directory / _INDEX}: its weight_map names no files; save the model once more")

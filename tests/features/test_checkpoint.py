@@ -310,6 +310,13 @@ def test_a_checkpoint_that_cannot_be_had_names_the_remedy(tmp_path, hub, name, m
         read_checkpoint_config(name, tmp_path)
 
 
+def test_a_whole_file_goes_before_an_index_that_was_left_there(checkpoint, tiny_tower):
+    index = (checkpoint / INDEX).read_bytes()
+    resave(checkpoint, lambda key, value: {key: value})
+    (checkpoint / INDEX).write_bytes(index)
+    assert locate(checkpoint)[1].digest() == tiny_tower.digest()
+
+
 def test_a_hub_id_needs_only_the_towers_files_in_the_local_cache(tmp_path, hub, checkpoint, tiny_tower):
     revision = "0123456789abcdef0123456789abcdef01234567"
     repository = hub / "models--Someone--Tiny-VL"
@@ -321,6 +328,19 @@ def test_a_hub_id_needs_only_the_towers_files_in_the_local_cache(tmp_path, hub, 
     config = read_checkpoint_config("Someone/Tiny-VL", tmp_path)
     assert (config.weights, config.revision) == ("pretrained", revision)
     assert find_tower(config, tmp_path).digest() == tiny_tower.digest()
+    truncate(repository / "snapshots" / revision / TOWER_SHARD, 900)
+    with pytest.raises(InputError, match=rf"`hf download Someone/Tiny-VL {TOWER_SHARD} --force-download`"):
+        find_tower(config, tmp_path)
     (repository / "snapshots" / revision / TOWER_SHARD).unlink()
     with pytest.raises(InputError, match=rf"Someone/Tiny-VL: .*{TOWER_SHARD} is not on this machine.*hf download"):
         find_tower(config, tmp_path)
+
+
+def test_a_lora_in_the_local_cache_is_recognised(tmp_path, hub):
+    snapshot = hub / "models--Someone--Lora" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    (snapshot / "adapter_config.json").write_text('{"base_model_name_or_path": "Some/Base"}')
+    with pytest.raises(InputError, match='^Someone/Lora: holds a LoRA .*"Some/Base".*save_pretrained."Lora-merged"'):
+        read_checkpoint_config("Someone/Lora", tmp_path)
