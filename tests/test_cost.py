@@ -110,7 +110,7 @@ def test_a_broken_image_is_told_beside_the_sound_ones_and_fails_where_an_extract
     *_, encoder = diagnose(study.model_copy(update={"features": features}), tmp_path)
     assert (encoder.name, encoder.passed) == ("encoder", passed)
     assert "features_0.pt [3, 5] in [0, 0]" in encoder.finding
-    assert f"unusable: {tmp_path}/tensors/features_1.pt: not a readable .pt file" in encoder.finding
+    assert f"unusable: {tmp_path}/tensors/features_1.pt: no file of torch, NumPy or safetensors" in encoder.finding
     assert f"max_quarantined, {most}" in encoder.finding
     assert "features_2.pt [3, 5] in [2, 2]" in encoder.finding
 

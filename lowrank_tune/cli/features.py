@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,7 +79,12 @@ def verify(
 
 @features_app.command("import", epilog="Example: lowrank-tune features import feature_cache_real --store-dtype float16")
 def import_directory(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Has features_N.pt, one tensor [tokens, dim] each.")],
+    directory: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR", help="Has .pt, .pth, .bin, .npy, .npz or .safetensors files; or a file, or a glob."
+        ),
+    ],
     results: Results = None,
     store_dtype: Annotated[
         Literal["float16", "bfloat16", "float32"], typer.Option(help="What the cache stores.")
@@ -87,12 +93,12 @@ def import_directory(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Take ready features_N.pt into the cache, each one checked; an import that was cut short is continued."""
+    """Take ready features into the cache, each one checked; an import that was cut short is continued."""
     from lowrank_tune.cluster.study_dir import results_directory
     from lowrank_tune.config.schema import FeaturesSpec, TensorSource
     from lowrank_tune.features.extract import extract_features
 
-    source = TensorSource(tensors=str(directory))
+    source = TensorSource(tensors=directory)
     spec = FeaturesSpec(source=source, store_dtype=store_dtype, max_quarantined=max_quarantined)
     with shown_progress() as progress:
         features = extract_features(
@@ -105,7 +111,7 @@ def import_directory(
         )
     show({"fingerprint": features.fingerprint, **features_facts(features)}, as_json)
     if not as_json:
-        place = json.dumps(str(directory.absolute()))
+        place = json.dumps(os.path.abspath(os.path.expanduser(directory)))
         dtype = "" if store_dtype == "float16" else f", store_dtype: {store_dtype}"
         print(f"In a study file, this is    features: {{source: {{tensors: {place}}}{dtype}}}")
 
@@ -133,7 +139,7 @@ def apply(
         str,
         typer.Argument(
             metavar="FEATURES",
-            help="A cache's name, the beginning of it, its path or address; or a directory of features_N.pt.",
+            help="A cache's name, the beginning of it, its path or address; or tensors: a directory, a file, a glob.",
             show_default=False,
         ),
     ],

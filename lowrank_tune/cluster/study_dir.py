@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from lowrank_tune.config.loading import load_past_study, parse_study
 from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
-from lowrank_tune.config.schema import StudySpec, TensorSource
+from lowrank_tune.config.schema import NamedTensors, StudySpec, TensorSource
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_text
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
@@ -87,6 +87,8 @@ def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
     """A study file's relative paths, by key, made absolute."""
     source: Any = spec.features.source
     named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
+    if isinstance(source, TensorSource) and isinstance(source.tensors, NamedTensors):
+        named = {"features.source.tensors.path": source.tensors.path}
     if not isinstance(source, TensorSource) and Path(spec.features.encoder.checkpoint).expanduser().is_dir():
         named["features.encoder.checkpoint"] = spec.features.encoder.checkpoint
     uri = spec.tracking.uri or ""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -64,11 +65,34 @@ class ManifestSource(Section):
     """The folder that relative image paths start from; each table's own folder by default."""
 
 
-class TensorSource(Section):
-    """A directory of ready features, `features_N.pt`, one tensor [tokens, dim] each."""
+class NamedTensors(Section):
+    """Files of ready features that hold more than the features."""
 
-    tensors: Text
-    """The directory."""
+    path: Paths
+    """A directory, a file, a glob, or a list of them."""
+    key: Annotated[Text, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
+    """The entry's name in each file, `hidden.states` for one within another, or a number in a list."""
+
+
+class TensorSource(Section):
+    """Ready features, [tokens, dim] an image: in .pt, .pth, .bin, .npy, .npz or .safetensors files."""
+
+    tensors: Annotated[
+        Annotated[Paths, Tag("<paths>")] | Annotated[NamedTensors, Tag("<named>")],
+        Discriminator(lambda value: "<named>" if isinstance(value, dict | Section) else "<paths>"),
+    ]
+    """A directory (searched recursively), a file, a glob, a list of them, or {path:, key:}."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All that is named."""
+        named = self.tensors.path if isinstance(self.tensors, NamedTensors) else self.tensors
+        return (named,) if isinstance(named, str) else named
+
+    @property
+    def key(self) -> str | None:
+        """The entry to take of each file, where one is named."""
+        return self.tensors.key if isinstance(self.tensors, NamedTensors) else None
 
 
 class SampleSource(Section):
@@ -344,7 +368,7 @@ class StudySpec(Section):
                 return split.model_copy(update={"group_by": "photograph"})
             case SampleSource() if split.group_by not in (None, "photograph"):
                 raise rejected("samples are grouped by photograph, or by null", ("group_by",))
-            case ImageSource() | TensorSource() if split.group_by is not None:
+            case ImageSource() if split.group_by is not None:
                 reason = "only a manifest has columns to group by: list the files in one, or set it to null"
                 raise rejected(reason, ("group_by",))
         return split

@@ -6,6 +6,8 @@ and what `cache.py` tells; a shard has the tensors that `pack_factors` makes
 
 from __future__ import annotations
 
+import glob
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +31,9 @@ from lowrank_tune.features.cache import (
 from lowrank_tune.features.commits import Identity, UnusableError, layout, stored_as
 from lowrank_tune.features.images import SourceFiles, SourceRecords, hash_files, read_unchanged, write_record_table
 from lowrank_tune.features.places import is_uri
-from lowrank_tune.features.remote import find_cache, open_local
+from lowrank_tune.features.remote import find_cache, is_cache, open_local
 from lowrank_tune.features.shards import Made, Node, Notes, Pool, Progress, Row, ShardJob, ShardPlan, fill
-from lowrank_tune.features.tensors import find_tensors, first_shape, load_tensor
+from lowrank_tune.features.tensors import common_shape, find_tensors, load_tensor
 from lowrank_tune.files import read_json, write_durably, write_whole
 from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, open_matrix, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
@@ -64,7 +66,8 @@ def apply_decomposer(
 
     Args:
         model: what `export_study` wrote; every Ray node must see it, `features` and `out` under these paths.
-        features: a cache's fingerprint, the beginning of it, its path or address; or a directory with `features_N.pt`.
+        features: a cache's fingerprint, the beginning of it, its path or address; or files of tensors: a directory, a
+            file or a glob, as in a study file.
         out: where the factors go; a new folder, an empty one, or one that an earlier run began.
         rank: R, one of those that the model was trained for; its own when None.
         store_dtype: how the factors are kept, one of `STORE_DTYPES`.
@@ -120,23 +123,23 @@ class Given:
 
 
 def find_given(name: str, results: str | Path | None) -> Given:
-    """Find what is to be decomposed; arguments as for `apply_decomposer`.
+    """Find what is to be decomposed: what is there and is no cache are tensors; arguments as for `apply_decomposer`.
 
     Raises:
         InputError: there is nothing of that name, or nothing in it.
         CacheError: the cache is unsealed or damaged.
     """
-    directory = Path(name).expanduser()
-    is_folder = not is_uri(name) and directory.is_dir()
-    if is_folder and any(directory.glob("features_*.pt")):
-        records = find_tensors(TensorSource(tensors=str(directory)))
+    directory = Path(os.path.expanduser(name))
+    exists = not is_uri(name) and directory.exists()
+    if not is_uri(name) and (exists or glob.has_magic(name)) and not is_cache(str(directory)):
+        records = find_tensors(TensorSource(tensors=name), "FEATURES, which is no feature cache")
         files = hash_files(records)
-        tokens, dim = first_shape(records.images)
+        tokens, dim = common_shape(records, said="FEATURES")
         # It says no more than what they are, for their bytes are their keys.
         mark = fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim})
         features = FeatureSet(str(directory), mark, "imported tensors", "unknown", "", tokens, dim, (), "")
         return Given(features, files, records)
-    features = open_local(find_cache(results, str(directory.absolute()) if is_folder else name))
+    features = open_local(find_cache(results, str(directory.absolute()) if exists else name))
     keys = tuple(row.key for row in features.rows)
     nothing = (None,) * len(keys)
     return Given(features, SourceFiles(keys, nothing, nothing, dict.fromkeys(keys)))

@@ -15,8 +15,8 @@ import re
 import tarfile
 import threading
 import urllib.parse
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lowrank_tune.features.tensor_files import is_tensors, read_entry
 from lowrank_tune.files import write_whole
 
 BATCH_BYTES = 16 << 20
@@ -43,7 +44,7 @@ class Place(NamedTuple):
     """An image inside of a file."""
 
     file: str
-    inside: str  # `COLUMN[ROW]`, `COLUMN[ROW][ITEM]`, or a tar's member
+    inside: str  # `COLUMN[ROW]`, `COLUMN[ROW][ITEM]`, a tar's member, or an entry of a file of tensors
 
 
 def find_place(image: str) -> Place | None:
@@ -90,7 +91,7 @@ class _Open(threading.local):
 
     file = ""
     stamp: tuple[int, int, int] = (0, 0, 0)
-    reader: Column | Members
+    reader: Callable[[str], bytes]
 
 
 _open = _Open()
@@ -227,8 +228,10 @@ class Members:
         return data
 
 
-def _reader(file: str, stamp: tuple[int, int, int]) -> Column | Members:
-    return Column(file) if is_table(file) else Members(file, stamp)
+def _reader(file: str, stamp: tuple[int, int, int]) -> Callable[[str], bytes]:
+    if is_table(file):
+        return Column(file)
+    return partial(read_entry, file) if is_tensors(file) else Members(file, stamp)
 
 
 @lru_cache(maxsize=4)

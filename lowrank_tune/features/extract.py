@@ -32,7 +32,7 @@ from lowrank_tune.features.shards import (
     shown,
 )
 from lowrank_tune.features.sources import read_records
-from lowrank_tune.features.tensors import first_shape, load_tensor
+from lowrank_tune.features.tensors import common_shape, load_tensor
 from lowrank_tune.features.tiny import TINY_RANDOM
 from lowrank_tune.records import FeatureSet
 
@@ -165,7 +165,7 @@ def known_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[str, 
 
 
 def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, int]:
-    """Tokens and dim that `extract_features` will give, from configuration files or the first tensor alone.
+    """Tokens and dim that `extract_features` will give, from configuration files or what the files of tensors tell.
 
     Of a checkpoint in a directory the weights are looked for as well, but not loaded.
 
@@ -173,7 +173,7 @@ def probe_shape(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[int, i
         InputError: the checkpoint, or the directory of tensors, cannot be used.
     """
     if isinstance(spec.source, TensorSource):
-        return first_shape(read_records(spec.source, cache_root, seed).images)
+        return common_shape(read_records(spec.source, cache_root, seed), spec.max_quarantined)
     config = read_checkpoint_config(spec.encoder.checkpoint, cache_root)
     if config.revision is None and config.name != TINY_RANDOM:
         find_tower(config, cache_root)
@@ -186,14 +186,14 @@ def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords
     Args:
         spec: the encoder and how features are kept.
         cache_root: the folder of the caches.
-        records: the source; the first usable one of ready tensors gives their shape.
+        records: the source; most of ready tensors give their shape.
 
     Raises:
         InputError: the checkpoint, or the directory of tensors, cannot be used.
     """
     root = cache_root.absolute()
     if isinstance(spec.source, TensorSource):
-        tokens, dim = first_shape(records.images)
+        tokens, dim = common_shape(records, spec.max_quarantined)
         identity = {"kind": "tensors", "forward": IMPORT_VERSION, "store_dtype": spec.store_dtype}
         identity |= {"tokens": tokens, "dim": dim}
         return ImportTensors(str(root / fingerprint(identity)), identity, "imported tensors", "unknown")

@@ -35,7 +35,7 @@ def listed_groups(source: Source, group_by: str | None) -> list[str]:
     if group_by not in records.columns.column_names:
         hint = did_you_mean(group_by, records.columns.column_names)
         raise InputError(
-            f"split.group_by: the manifest has no column {group_by!r}, only "
+            f"split.group_by: the records have no column {group_by!r}, only "
             f"{', '.join(records.columns.column_names)}{hint}"
         )
     values = records.columns.column(group_by).to_pylist()

@@ -190,7 +190,7 @@ def list_caches(results: str | Path | None) -> list[str]:
     root = join(results_place(results), FEATURES)
     folder = Place(root)
     try:
-        return [join(root, name) for name in sorted(folder.entries(FileType.Directory)) if _is_cache(join(root, name))]
+        return [join(root, name) for name in sorted(folder.entries(FileType.Directory)) if is_cache(join(root, name))]
     except OSError as error:
         raise InputError(
             f"{folder.name}: cannot be listed ({redact(str(error))}); see that its place answers"
@@ -204,7 +204,7 @@ def find_cache(results: str | Path | None, name: str) -> str:
         InputError: none does, or several do.
     """
     if "/" in name:
-        if not _is_cache(name):
+        if not is_cache(name):
             raise InputError(f"{redact(name)}: is no feature cache; give its folder, or its fingerprint and --results")
         return name
     places = {place: Place(place).last for place in list_caches(results)}
@@ -274,7 +274,7 @@ def remove_cache(place: str) -> int:
     if is_uri(place) and not place.startswith("file:"):
         raise InputError(f"{redact(place)}: only local caches are removed from here; use the object store's own tools")
     directory = Path(Place(place).path)
-    if not _is_cache(place):
+    if not is_cache(place):
         raise InputError(f"{directory}: is no feature cache, and is left alone")
     if directory.is_symlink():
         raise InputError(f"{directory}: is a link, and is left alone; remove the cache where it lies")
@@ -314,7 +314,8 @@ def only_writer(directory: Path, waiting: Callable[[], None] | None = None) -> I
         lock.release()
 
 
-def _is_cache(place: str) -> bool:
+def is_cache(place: str) -> bool:
+    """Whether a feature cache was begun at a path or an address."""
     # An object store has no empty folders, and a cache whose images are all broken has no shards.
     cache = Place(place)
     return not cache.last.startswith(".") and bool(

@@ -1,37 +1,226 @@
-"""Ready features, as they were saved -> one tensor [tokens, dim] each."""
+"""Ready features, as they were saved -> one tensor [tokens, dim] an image."""
 
 from __future__ import annotations
 
-import io
-import pickle
+import functools
+import glob
+import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
-from lowrank_tune.features.images import SourceRecords, read_bytes
+from lowrank_tune.features.images import HASHING_THREADS, SourceRecords, read_bytes
+from lowrank_tune.features.places import is_uri
+from lowrank_tune.features.tensor_files import SUFFIXES, Leaf, natural, only_leaf, read_leaves
 
 if TYPE_CHECKING:
     import torch
 
-_TENSOR_FILE = re.compile(r"^features_(\d+)\.pt$")
+_FEATURES = re.compile(r"features_\d+", re.IGNORECASE)
+_NUMBER = re.compile(r"(\d{1,18})$", re.ASCII)
+_NUMBERED = re.compile(r"\d+|\[\d+\]", re.ASCII)
+_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
-def find_tensors(source: TensorSource) -> SourceRecords:
-    """Find the tensors of a directory, in the order of their numbers; an InputError where there are none."""
-    place = Path(source.tensors).expanduser().absolute()
-    if not place.is_dir():
-        raise InputError(f"{place}: no such directory; correct features.source.tensors")
-    found = {path: int(match[1]) for path in place.iterdir() if (match := _TENSOR_FILE.match(path.name))}
-    if not found:
-        raise InputError(f"{place}: no file named features_N.pt in it; correct features.source.tensors")
-    paths = sorted(found, key=lambda path: (found[path], path.name))
-    return SourceRecords(tuple(map(str, paths)), pa.table({"number": [found[path] for path in paths]}))
+class _Image(NamedTuple):
+    """An image's tensor, and where it is: `entry` is empty where it is all that its file has."""
+
+    path: Path
+    entry: str = ""
+    tokens: int | None = None  # None where the file cannot be used
+    dim: int | None = None
+    dtype: str | None = None
+
+
+def find_tensors(source: TensorSource, said: str = "features.source.tensors") -> SourceRecords:
+    """Find the tensors of directories, files and globs, and how many images each file holds.
+
+    Files are in the order of the numbers at the ends of their names, or else of their names. The columns are that
+    `number`, `folder`, `file` and `entry`, and the `tokens`, `dim` and `dtype` that its file tells. No value is read,
+    and a file that cannot be used is a record, too. `said` is where the user named them.
+
+    Raises:
+        InputError: there are none.
+    """
+    paths, notes = _find_files(source.paths, said)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        scans = list(threads.map(_scan, paths))
+    images, how = _images(paths, scans, source.key)
+    top = Path(os.path.commonpath([path.parent for path in paths]))
+    parts = [(image, image.path.relative_to(top)) for image in images]
+    numbered = [image.entry.rstrip("]") if len(paths) == 1 else image.path.stem for image in images]
+    columns = {
+        "number": pa.array(
+            [int(match[1]) if (match := _NUMBER.search(name)) else None for name in numbered], pa.int64()
+        ),
+        "folder": pa.array([_printable(str(part.parent)) for _, part in parts], pa.string()),
+        "file": pa.array([_printable(str(part)) for _, part in parts], pa.string()),
+        "entry": pa.array([_printable(image.entry) or None for image in images], pa.string()),
+        "tokens": pa.array([image.tokens for image in images], pa.int64()),
+        "dim": pa.array([image.dim for image in images], pa.int64()),
+        "dtype": pa.array([image.dtype for image in images], pa.string()),
+    }
+    places = tuple(f"{image.path}::{image.entry}" if image.entry else str(image.path) for image in images)
+    return SourceRecords(places, pa.table(columns), (*notes, *how))
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _find_files(named: Sequence[str], said: str) -> tuple[list[Path], list[str]]:
+    """The files in order, and what was left out."""
+    found: dict[Path, None] = {}
+    left_out: Counter[str] = Counter()
+    for each in named:
+        given = os.path.expanduser(each)
+        place = Path(given).absolute()
+        if is_uri(each):
+            raise InputError(f"{each}: only local and mounted paths are read; copy it here first")
+        if place.is_dir():
+            paths = _walk(place, left_out)
+            problem = f"{place}: no file of tensors in it (looked for {_KINDS}, in subfolders too)"
+        elif place.exists():
+            paths, problem = [place], ""
+        else:
+            matches = glob.iglob(given, recursive=True) if glob.has_magic(given) else ()
+            paths = [path for name in matches if (path := Path(name).absolute()).is_file()]
+            problem = f"{place}: no such directory or file"
+            if glob.has_magic(each):
+                problem = f"{each}: matches no file from {Path.cwd()}"
+        if not paths:
+            raise InputError(f"{problem}; correct {said}")
+        found |= dict.fromkeys(paths)
+    stems: dict[Path, Path] = {}
+    for path in found:
+        other = stems.setdefault(path.with_suffix(""), path) if path.suffix.lower() in SUFFIXES else path
+        if other.suffix != path.suffix:
+            raise InputError(
+                f"{path.parent}: holds {path.stem} twice, as {other.suffix} and as {path.suffix}; choose one kind in "
+                f"{said}, such as {path.parent.name}/*{other.suffix}"
+            )
+    kinds = ", ".join(f"{number} {suffix}" for suffix, number in left_out.most_common())
+    return _ordered(list(found)), [f"tensors: left out {kinds}"] if kinds else []
+
+
+def _walk(place: Path, left_out: Counter[str]) -> list[Path]:
+    """The files of tensors below a directory: those named features_N alone, where there are any."""
+    paths: list[Path] = []
+    seen: set[str] = set()  # folders may be links, and lead back
+    for folder, folders, names in os.walk(place, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                paths.append(path)
+            elif not name.startswith("."):
+                left_out[path.suffix.lower() or "without a suffix"] += 1
+    named = [path for path in paths if _FEATURES.fullmatch(path.stem)]
+    if named and len(named) < len(paths):
+        left_out[
+            f"not named features_N as the others are ({next(path.name for path in paths if path not in named)})"
+        ] = len(paths) - len(named)
+    return [path for path in named or paths if path.is_file()]
+
+
+def _ordered(paths: list[Path]) -> list[Path]:
+    """By the number at the end of the name, where every file has one; else, as in different folders, by name."""
+    numbers = [int(match[1]) if (match := _NUMBER.search(path.stem)) else None for path in paths]
+    by_number = None not in numbers
+    folders = len(set(numbers)) < len(numbers) or not by_number
+
+    def place(pair: tuple[Path, int | None]) -> tuple[object, ...]:
+        path, number = pair
+        folder = [natural(part) for part in path.parent.parts] if folders else []
+        return folder, number if by_number else natural(path.name), path.name
+
+    return [path for path, _ in sorted(zip(paths, numbers, strict=True), key=place)]
+
+
+def _scan(path: Path) -> tuple[Leaf, ...]:
+    """The arrays of a file; none where it cannot be read."""
+    try:
+        status = path.stat()
+        return _scanned(path, status.st_mtime_ns, status.st_size)
+    except (UnusableError, OSError):
+        return ()
+
+
+@functools.lru_cache(maxsize=2**17)
+def _scanned(path: Path, changed: int, size: int) -> tuple[Leaf, ...]:
+    return tuple(read_leaves(path))
+
+
+def _images(
+    paths: Sequence[Path], scans: Sequence[tuple[Leaf, ...]], key: str | None
+) -> tuple[list[_Image], list[str]]:
+    """Every file's images, and how files that are more than one tensor [tokens, dim] were taken."""
+    alone = len(paths) == 1
+    wanted = [[leaf for leaf in leaves if key is None or _is_named(leaf.name, key)] for leaves in scans]
+    fitting = [[leaf for leaf in leaves if leaf.images()[0]] for leaves in wanted]
+    names = Counter(leaf.name for leaves in fitting if len(leaves) > 1 for leaf in leaves)
+    images: list[_Image] = []
+    how: dict[str, tuple[int, int, str]] = {}
+    for path, leaves, fits in zip(paths, wanted, fitting, strict=True):
+        taken = [leaf for leaf in fits if len(fits) == 1 or _are_images(fits, names)]
+        only = alone and len(taken) == 1
+        made = [image for leaf in taken for image in _of_leaf(path, leaf, only, key is not None or len(taken) > 1)]
+        images += made or [_Image(path, key or "")]
+        if taken and (said := _how(taken, len(leaves), only)):
+            files, number, example = how.get(said, (0, 0, f"{path.name}: {taken[0]}"))
+            how[said] = files + 1, number + len(made), example
+    return images, [
+        f"tensors: {files} file{'s' * (files > 1)}, {said}: {number} image{'s' * (number > 1)} ({example})"
+        for said, (files, number, example) in how.items()
+    ]
+
+
+def _is_named(name: str, key: str) -> bool:
+    """Whether a key of the study file names an entry, or what it lies in; a number names a place in a list, too."""
+    name, key = (re.sub(r"\[(\d+)\]", r".\1", text).lstrip(".") for text in (name, key))
+    return name == key or name.startswith(f"{key}.")
+
+
+def _are_images(fits: Sequence[Leaf], names: Counter[str]) -> bool:
+    """Whether entries are an image each, and no several things of one image, which every file names alike."""
+    numbered = all(_NUMBERED.fullmatch(leaf.name) for leaf in fits)
+    if len({leaf.images()[1:] for leaf in fits}) > 1:
+        return False
+    return numbered or all(names[leaf.name] == 1 and leaf.images()[0] == 1 for leaf in fits)
+
+
+def _of_leaf(path: Path, leaf: Leaf, alone: bool, by_name: bool) -> Iterator[_Image]:
+    number, tokens, dim = leaf.images(alone)
+    if number == 1:
+        yield _Image(path, leaf.name if by_name else "", tokens, dim, leaf.dtype)
+    else:
+        for row in range(number):
+            yield _Image(path, f"{leaf.name}[{row}]", tokens, dim, leaf.dtype)
+
+
+def _how(taken: Sequence[Leaf], leaves: int, alone: bool) -> str:
+    leaf = taken[0]
+    number, tokens, _ = leaf.images(alone)
+    if len(taken) > 1:
+        return "each entry taken as an image" if number == 1 else "each row of each entry taken as an image"
+    said = [f"{leaf.name} taken"] if leaf.name and leaves > 1 and number == 1 else []
+    if number > 1:
+        said = [f"each row of {leaf.name or 'the tensor'} taken as an image"]
+    if tokens not in leaf.shape:
+        said.append("each grid taken as tokens, row by row")
+    return " and ".join(said)
 
 
 def load_tensor(data: bytes, shape: tuple[int, int] | None = None) -> torch.Tensor:
@@ -40,41 +229,61 @@ def load_tensor(data: bytes, shape: tuple[int, int] | None = None) -> torch.Tens
     Raises:
         UnusableError: the file holds anything else, or would have to be unpickled.
     """
-    import torch
-
+    leaves = read_leaves(data)
+    leaf = only_leaf(leaves)
+    number, tokens, dim = leaf.images()
+    if number != 1:
+        raise UnusableError(f"holds {leaf}, {number} images")
+    if shape and (tokens, dim) != shape:
+        raise UnusableError(f"holds {leaf}; most files have {list(shape)}")
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnusableError(
-            "needs pickle, which could run code from the file; save the bare tensor again with torch.save(tensor, path)"
-        ) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for damaged archives
-        raise UnusableError(f"not a readable .pt file ({(str(error) or 'empty').splitlines()[0]})") from error
-    if not isinstance(content, torch.Tensor):
-        raise UnusableError(f"holds a {type(content).__name__}, not one tensor [tokens, dim]")
-    if content.layout is not torch.strided or content.is_nested:
-        raise UnusableError("holds a sparse or nested tensor, not a dense one; save it again as [tokens, dim]")
-    if content.ndim != 2 or not content.is_floating_point() or 0 in content.shape:
-        raise UnusableError(f"holds {_describe(content)}, not floating [tokens, dim]")
-    if shape and tuple(content.shape) != shape:
-        raise UnusableError(f"holds {_describe(content)}; the first usable file has {list(shape)}")
-    return content.detach()
+        return leaves[leaf](()).reshape(tokens, dim)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise UnusableError(f"its values cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def first_shape(images: Iterable[str | None]) -> tuple[int, int]:
-    """Tokens and dim of the first file that holds finite features; an InputError where none does."""
-    reasons = []
-    for path in filter(None, images):
-        try:
-            tensor = load_tensor(read_bytes(path))
-            if tensor.isfinite().all():
-                return tensor.shape[0], tensor.shape[1]
-            reasons.append(f"{path}: holds NaN or infinite values")
-        except (UnusableError, OSError) as error:
-            reasons.append(f"{path}: {error}")
+def common_shape(records: SourceRecords, limit: float = 1.0, said: str = "features.source.tensors") -> tuple[int, int]:
+    """Tokens and dim of most images, which `find_tensors` found.
+
+    Raises:
+        InputError: no image has finite features, or more than the fraction `limit` are unusable or of other shapes.
+    """
+    shapes = list(zip(*(records.columns[name].to_pylist() for name in ("tokens", "dim")), strict=True))
+    counted = Counter(shape for shape in shapes if None not in shape).most_common()
+    shape: tuple[int, int] = counted[0][0] if counted else (0, 0)
+    others = [image for image, its in zip(records.images, shapes, strict=True) if its != shape]
+    if counted and len(others) <= limit * len(shapes):
+        fitting = (image for image, its in zip(records.images, shapes, strict=True) if its == shape)
+        reasons = []
+        for reason in _reasons(fitting):
+            if reason is None:
+                return shape
+            reasons.append(reason)
+        raise _nothing(len(shapes), reasons, said)
+    unreadable = [image for image, its in zip(records.images, shapes, strict=True) if None in its]
+    if not counted:
+        raise _nothing(len(shapes), [reason or "" for reason in _reasons(unreadable[:3])], said)
+    found = [f"{number} of {list(its)}, such as {records.images[shapes.index(its)]}" for its, number in counted[:4]]
+    if unreadable:
+        found.append(f"{len(unreadable)} unusable, such as {next(_reasons(unreadable))}")
+    listed = "\n  ".join(found)
+    raise InputError(
+        f"{said}: {len(others)} of {len(shapes)} files or images cannot be used or have not most others' shape, "
+        f"features.max_quarantined = {limit:g} allows {int(limit * len(shapes))}:\n  {listed}\n"
+        "Make them alike, or name files of one shape."
+    )
+
+
+def _nothing(number: int, reasons: Sequence[str], said: str) -> InputError:
     listed = "\n  ".join(reasons[:3])
-    raise InputError(f"features.source.tensors: none of the {len(reasons)} files holds features:\n  {listed}")
+    return InputError(f"{said}: none of the {number} files holds features:\n  {listed}")
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _reasons(images: Iterable[str | None]) -> Iterator[str | None]:
+    """Why each image has no finite features; None where it has."""
+    for image in filter(None, images):
+        try:
+            finite = bool(load_tensor(read_bytes(image)).isfinite().all())
+            yield None if finite else f"{image}: holds NaN or infinite values"
+        except (UnusableError, OSError) as error:
+            yield f"{image}: {getattr(error, 'strerror', None) or error}"

@@ -65,6 +65,10 @@ def test_a_relative_path_of_any_characters_becomes_absolute(name: str) -> None:
     split = SPEC.split.model_copy(update={"group_by": None})
     source = anchored(SPEC.model_copy(update={"features": features, "split": split})).features.source
     assert source == TensorSource(tensors=str(Path.cwd() / name))
+    named = TensorSource.model_validate({"tensors": {"path": ["x", "/y"], "key": "a.b"}})
+    features = SPEC.features.model_copy(update={"source": named})
+    source = anchored(SPEC.model_copy(update={"features": features, "split": split})).features.source
+    assert (source.paths, source.key) == ((str(Path.cwd() / "x"), "/y"), "a.b")
 
 
 def test_a_killed_study_is_told_although_a_trial_of_it_is_damaged(tmp_path: Path) -> None:

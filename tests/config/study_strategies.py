@@ -31,7 +31,8 @@ sources = st.one_of(
         {"manifest": texts.map(lambda text: f"{text}x.csv") | st.lists(texts, min_size=1, max_size=2)},
         optional={"image_column": texts, "root": texts},
     ),
-    st.fixed_dictionaries({"tensors": texts}),
+    st.fixed_dictionaries({"tensors": texts | st.lists(texts, min_size=1, max_size=2)}),
+    st.fixed_dictionaries({"tensors": st.fixed_dictionaries({"path": texts, "key": texts})}),
     st.fixed_dictionaries({"samples": st.integers(100, 1024)}),
 )
 

@@ -109,6 +109,8 @@ def test_samples_go_by_photograph_a_past_study_as_it_did_and_only_a_manifest_has
     assert parse_study(VALID, "study.yaml", samples, begun=True).split.group_by is None
     manifest = ["features.source={manifest: data.csv}", "split.group_by=scene"]
     assert parse_study(VALID, "study.yaml", manifest).split.group_by == "scene"
+    tensors = ["features.source={tensors: features}", "split.group_by=folder"]
+    assert parse_study(VALID, "study.yaml", tensors).split.group_by == "folder"
     with pytest.raises(StudyFileError, match=r"split.group_by: .*only a manifest has columns to group by"):
         parse_study(VALID, "study.yaml", ["features.source={images: photos}", "split.group_by=scene"])
     with pytest.raises(StudyFileError, match=r"split.group_by: .*samples are grouped by photograph"):

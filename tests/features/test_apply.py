@@ -113,7 +113,7 @@ def test_what_is_done_is_not_done_again_and_starts_no_ray(model, few, out):
 def test_broken_files_are_quarantined_each_with_its_reason_and_more_files_are_gone_on_with(model, tmp_path):
     folder, target = write_tensors(tmp_path / "tensors", range(8)), tmp_path / "factors"
     torch.save(torch.full((TOKENS, DIM), float("nan")), folder / "features_1.pt")
-    torch.save({"features": torch.ones(TOKENS, DIM)}, folder / "features_2.pt")
+    torch.save({"features": torch.ones(DIM)}, folder / "features_2.pt")
     torch.save(print, folder / "features_3.pt")
     with pytest.raises(InputError, match=r"3 of 8 files cannot be used, --max-quarantined = 0.05 allows 0:") as error:
         apply_decomposer(model, folder, target)
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused_in_one_line(model, few, out, tmp_path, cap
         ((model, few, out, "--dtype", "int8"), "store_dtype: expected 'int8', found 'float32'"),
         ((model, few, foreign), "holds something else (thesis.tex), and is left alone"),
         ((model, few, foreign / "thesis.tex"), "is a file; name a folder"),
-        ((model, tmp_path / "nothing", new), "is no feature cache"),
+        ((model, tmp_path / "nothing", new), "no file of tensors in it"),
         ((model, "f00d", new, "--results", tmp_path), "feature cache f00d: not in"),
         ((few, few, new), "no exported model, it has no config.json"),
         ((model, few, new, "--rank", "4"), "was trained for 6"),

@@ -59,8 +59,6 @@ def test_no_column_is_lost_to_another_of_its_name(tmp_path):
         ({"images": "empty"}, r"/empty: no images in it .*; correct features\.source\.images"),
         ({"images": "photos/*.tiff"}, r"photos/\*\.tiff: matches no file .*; correct features\.source\.images"),
         ({"images": "half.json"}, r"/half.json: is a file; .*`manifest: half.json`"),
-        ({"tensors": "gone"}, "/gone: no such directory"),
-        ({"tensors": "."}, "no file named features_N.pt"),
     ],
 )
 def test_a_source_that_gives_no_files_is_named_with_what_is_wrong(tmp_path, monkeypatch, source, message):
@@ -69,15 +67,6 @@ def test_a_source_that_gives_no_files_is_named_with_what_is_wrong(tmp_path, monk
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         records_of(source)
-
-
-def test_tensor_files_are_sorted_by_number(tmp_path):
-    for number in (10, 9, 100, 2):
-        torch.save(torch.zeros(2, 2), tmp_path / f"features_{number}.pt")
-    (tmp_path / "features_x.pt").write_bytes(b"")
-    records = records_of({"tensors": str(tmp_path)})
-    assert [Path(image).name for image in records.images] == [f"features_{number}.pt" for number in (2, 9, 10, 100)]
-    assert records.columns["number"].to_pylist() == [2, 9, 10, 100]
 
 
 def digests(records):
@@ -91,7 +80,7 @@ def test_images_that_share_a_record_value_belong_together_and_one_without_stands
     named = listed_groups(source, "scene")
     assert named[:2] == ["scene kitchen"] * 2 and named[3:] == ["scene yard"] * 2
     assert len(set(named)) == 3 and len(set(listed_groups(source, None))) == 5
-    with pytest.raises(InputError, match=r"the manifest has no column 'scenes', .*did you mean scene\?"):
+    with pytest.raises(InputError, match=r"the records have no column 'scenes', .*did you mean scene\?"):
         listed_groups(source, "scenes")
     records = read_records(source, tmp_path, 0)
     keys = ["a", "b", None, "d", "a"]
