@@ -109,10 +109,10 @@ def test_a_broken_image_is_told_beside_the_sound_ones_and_fails_where_an_extract
     features = study.features.model_copy(update={"max_quarantined": most})
     *_, encoder = diagnose(study.model_copy(update={"features": features}), tmp_path)
     assert (encoder.name, encoder.passed) == ("encoder", passed)
-    assert "features_0.pt [3, 5] in [0, 0]" in encoder.finding
-    assert f"unusable: {tmp_path}/tensors/features_1.pt: no file of torch, NumPy or safetensors" in encoder.finding
-    assert f"max_quarantined, {most}" in encoder.finding
-    assert "features_2.pt [3, 5] in [2, 2]" in encoder.finding
+    assert f"{tmp_path}/tensors/features_1.pt: no file of torch, NumPy or safetensors" in encoder.finding
+    assert "max_quarantined" in encoder.finding and f"{most}" in encoder.finding
+    assert ("features_0.pt [3, 5] in [0, 0]" in encoder.finding) == passed
+    assert ("features_2.pt [3, 5] in [2, 2]" in encoder.finding) == passed
 
 
 def test_doctor_goes_on_after_a_check_that_broke(study, tmp_path, monkeypatch):

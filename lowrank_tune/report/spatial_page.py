@@ -21,16 +21,15 @@ from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
 from lowrank_tune.records import BEST_MODEL, Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.report.boxes import Box, read_boxes
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Picture, Section, render_page, script_safe
 from lowrank_tune.report.spatial import (
-    Box,
     Map,
     Reconstruction,
     Regions,
     SpatialView,
     compare_regions,
-    read_boxes,
     spatial_views,
 )
 from lowrank_tune.report.tables import Table
@@ -101,7 +100,11 @@ def spatial_section(
         )
     seen, regions = compare_regions(data, scene.split, boxes, shown, networks[shown]) if boxes else (0, {})
     if boxes is not None:
-        lacking = "" if seen else "; no test image here has a box, a photograph and tokens on both sides of it"
+        lacking = (
+            ""
+            if seen or not boxes.boxes
+            else "; no test image here has a box, a photograph and tokens on both sides of it"
+        )
         notes.append(f"{boxes.note[:1].upper()}{boxes.note[1:]}{lacking}.")
     return Section(
         "places",

@@ -13,15 +13,14 @@ from PIL import Image
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.report.boxes import BoxColumn, read_boxes
 from lowrank_tune.report.spatial import (
-    BoxColumn,
     check_images,
     check_shown,
     compare_regions,
     grid_shape,
     inside_boxes,
     photograph,
-    read_boxes,
     spatial_views,
 )
 from lowrank_tune.report.spatial_page import Scene, spatial_figure, spatial_section, write_spatial_page
@@ -78,7 +77,7 @@ def test_a_views_maps_are_numpys(study, view, network):
 
 def test_a_guessed_grid_is_told_and_carries_no_boxes(tmp_path):
     study = make_study(tmp_path, images(tokens=12))
-    boxes = BoxColumn({study.features.rows[17].key: ((0, 0, 20, 10),)}, True, "")
+    boxes = BoxColumn({study.features.rows[17].key: ((0, 0, 20, 10),)}, None, "")
     (view,) = views(study, 1, {3: None}, [0], boxes)
     assert (view.placed, view.boxes, view.norm_HW.shape) == (False, (), (3, 4))
     section = spatial_section(scene(study), study.directory / "plots", images=[1, 1], channels=3, rank=7)
@@ -172,55 +171,16 @@ def test_the_rank_that_is_shown_is_the_validation_images_best(study):
     assert scene(study).ranks(3) == [3, 5]
 
 
-@pytest.fixture
-def boxed(study):
-    """Write the records' boxes, a value for each of the first images, under a column's name."""
-
-    def write(name, *values):
-        records = pd.read_parquet(study.features.records_path)
-        values = [*values, *[None] * (20 - len(values))]
-        records.assign(**{name: values}).to_parquet(study.features.records_path)
-        return read_boxes(study.features)
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "expected"),
-    [
-        ("bbox", [[20.0, 10.0, 10.0, 5.0], [20.0, 10.0, 40.0, 50.0]], (0.1, 0.1, 0.15, 0.15)),
-        ("bbox", [[20, 10, 60, 50], [0, 0, 5, 5]], (0.1, 0.1, 0.3, 0.5)),
-        ("bbox_xywh", [[20, 10, 60, 50]], (0.1, 0.1, 0.4, 0.6)),
-        ("BBoxes_xyxy", [[[20, 10, 60, 50]]], (0.1, 0.1, 0.3, 0.5)),
-        ("boxes", ['[{"x": 20, "y": 10, "w": 60, "h": 50}]'], (0.1, 0.1, 0.4, 0.6)),
-        ("bounding_box", [{"xmin": 20, "ymin": 10, "xmax": 60, "ymax": 50}], (0.1, 0.1, 0.3, 0.5)),
-        ("bbox", [[0.25, 0.5, 0.1, 0.25], [0.5, 0.5, 0.1, 0.1]], (0.25, 0.5, 0.35, 0.75)),
-        ("bbox", [[150, 50, 100, 80], [1, 1, 1, 1]], (0.75, 0.5, 1.0, 1.0)),
-        ("boxes", [[[20, 10, 60, 50]] * 99 + [[90, 5, 80, 0]]], (0.1, 0.1, 0.3, 0.5)),  # one of many is broken
-        ("boxes", [[[0.1, 0.1, 0.3, 0.5]] * 99 + [[0.2, 0.2, 1.01, 0.1]]], (0.1, 0.1, 0.3, 0.5)),
-    ],
-)
-def test_boxes_are_read_by_the_rule(study, boxed, name, values, expected):
-    column = boxed(name, *values)
-    (box,) = column.of(study.features.rows[0].key, 200, 100)
-    assert box == pytest.approx(expected)
-    assert name in column.note
-
-
-def test_no_column_of_boxes_or_no_box_in_it_is_none(study, boxed):
-    assert read_boxes(study.features) is None
-    assert boxed("bbox", "not a box", "[1, 2, 3]", '{"x": 1}') is None
-    assert read_boxes(replace(study.features, records_path="nowhere.parquet")) is None
-
-
 def test_a_box_marks_the_tokens_whose_centre_it_holds_and_one_at_least():
     inside = inside_boxes([(0.25, 0.0, 0.75, 0.5)], 4, 4)
     assert np.argwhere(inside).tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
     assert np.argwhere(inside_boxes([(0.9, 0.9, 0.91, 0.91)], 4, 4)).tolist() == [[3, 3]]
 
 
-def test_the_error_inside_the_boxes_is_held_against_the_error_outside(study, boxed):
-    boxes, expected = boxed("bbox_xywh", *[[0, 0, 20, 10]] * 20), []
+def test_the_error_inside_the_boxes_is_held_against_the_error_outside(study):
+    records = pd.read_parquet(study.features.records_path)
+    records.assign(bbox_xywh=[[0, 0, 20, 10]] * 20).to_parquet(study.features.records_path)
+    boxes, expected = read_boxes(study.features), []
     for image in range(3):
         (view,) = views(study, image, {3: None}, [0], boxes)
         assert view.boxes == ((0.0, 0.0, 0.5, 0.5),)
