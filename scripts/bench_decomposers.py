@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_decomposers.py [--quick] [--skip-direct]
 
-One CPU thread; about twenty minutes, half of them `direct`'s, `--quick` three (two ranks, few images and epochs). Every
+One CPU thread; ten minutes of its time, `--quick` two (two ranks, few images and epochs, of `direct` as well). Every
 number comes from this one run: compare ratios, not machines. ρ is on images held out from training: exp(mean log ρ),
 the median and the worst image's. Times are CPU seconds of one image [1, T, D] at a time, routes in turns, each one's
 quickest run. `x rival` is the time of the quickest untrained route with no greater ρ (to four decimals) over a trained
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--skip-direct", action="store_true", help="leave out what takes longest to train")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console(width=110)
+    console = Console(width=150)
     ranks = [16, 128] if options.quick else [16, 32, 64, 128]
     train, validation, test = (16, 4, 8) if options.quick else (32, 8, 24)
     numbers = np.split(np.arange(train + validation + test), [train, train + validation])

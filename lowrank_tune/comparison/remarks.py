@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from lowrank_tune.comparison.choice import ROUNDING
 from lowrank_tune.records import (
     ComparisonRow,
     Compression,
@@ -20,6 +19,8 @@ from lowrank_tune.records import (
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""
+SHOWN = 5e-5
+"""The least part of ρ that is told: gains have two decimals of a percent."""
 
 
 def data_text(features: FeatureSet, test_images: int) -> str:
@@ -99,12 +100,12 @@ def about_training(rows: Sequence[ComparisonRow]) -> list[str]:
         gain, low, high = row.training_gain, row.training_gain_low, row.training_gain_high
         if gain is None or low is None or high is None:
             continue
-        if high < -ROUNDING:
+        if high < -SHOWN:
             remarks.append(
                 f"at rank {row.rank} training made {row.method} worse: its ρ rose by {-100 * gain:.2f} % "
                 f"({-100 * high:.2f} to {-100 * low:.2f})"
             )
-        elif low <= ROUNDING:
+        elif low <= SHOWN:
             nothing.setdefault(row.method, []).append(
                 f"rank {row.rank} ({100 * gain:z.2f} % off ρ, {100 * low:z.2f} to {100 * high:z.2f})"
             )

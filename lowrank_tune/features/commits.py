@@ -42,17 +42,19 @@ class UnusableError(Exception):
 
 
 def to_stored(features_TD: Tensor, store_dtype: str) -> Tensor:
-    """Convert floating [T, D] to the cache's dtype; an UnusableError where one is not finite or too large."""
+    """Convert floating [T, D] to the cache's dtype; an UnusableError where it does not hold what they are."""
     import torch
 
     if not torch.isfinite(features_TD).all():
         raise UnusableError("the features hold NaN or infinite values")
-    stored = features_TD.to(getattr(torch, store_dtype))
-    if not torch.isfinite(stored).all():
-        largest = features_TD.abs().max().item()
-        raise UnusableError(
-            f"a value of {largest:.4g} does not fit {store_dtype}; set features.store_dtype to bfloat16 or float32"
-        )
+    dtype = getattr(torch, store_dtype)
+    stored, largest = features_TD.to(dtype), features_TD.abs().max().item()
+    # Below the least normal number digits are lost, and zeros are what is left in the end.
+    vanish = 0 < largest < torch.finfo(dtype).tiny
+    if vanish or not torch.isfinite(stored).all():
+        remedy = "set features.store_dtype to bfloat16 or float32" if store_dtype == "float16" else "scale the features"
+        said = f"the largest value, {largest:.4g}, vanishes in" if vanish else f"a value of {largest:.4g} does not fit"
+        raise UnusableError(f"{said} {store_dtype}; {remedy}")
     return stored
 
 

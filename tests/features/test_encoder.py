@@ -88,6 +88,11 @@ def test_what_does_not_fit_the_stored_type_is_refused_with_the_remedy():
     with pytest.raises(UnusableError, match=r"7e\+04 does not fit float16; set features.store_dtype to bfloat16"):
         to_stored(torch.tensor([[70000.0, 1.0]]), "float16")
     assert to_stored(torch.tensor([[70000.0]]), "bfloat16").isfinite().all()
+    with pytest.raises(UnusableError, match=r"1e-20, vanishes in float16; set features.store_dtype to bfloat16"):
+        to_stored(torch.tensor([[1e-20, 0.0]]), "float16")
+    with pytest.raises(UnusableError, match=r"1e-50, vanishes in float32; scale the features"):
+        to_stored(torch.tensor([[1e-50]], dtype=torch.float64), "float32")
+    assert to_stored(torch.tensor([[1e-20]]), "bfloat16").item() > 0 == to_stored(torch.zeros(1, 1), "float16").item()
     with pytest.raises(UnusableError, match="NaN or infinite"):
         to_stored(torch.tensor([[float("nan")]]), "float32")
 
