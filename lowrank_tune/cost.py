@@ -31,7 +31,7 @@ from lowrank_tune.config.plan import (
     trial_config,
 )
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
-from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault
+from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault, printable
 from lowrank_tune.features.cache import read_committed, read_sealed
 from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
@@ -149,6 +149,7 @@ def survey_features(spec: FeaturesSpec, cache_root: Path, seed: int) -> dict[str
     contents = read_sealed(Path(extraction.directory), extraction.identity)
     if contents is None or contents.missing(files.images):
         contents = read_committed(Path(extraction.directory), extraction.identity)
+    contents = contents.standing(extraction.holds)
     files.check(contents.quarantined, spec.max_quarantined, "features.source", "features.max_quarantined")
     cached = sum(key in contents.rows for key in files.images)
     usable = sum(key not in contents.quarantined for key in files.images)
@@ -190,16 +191,18 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
         started = time.perf_counter()
         try:
             if encoder:
-                pixels_NHWC = decode_image(read_bytes(image), size)[None]
+                pixels_NHWC = decode_image(read_bytes(image), size, spec.max_pixels)[None]
                 features_TD, sound = encoder.encode(pixels_NHWC)[0], pixels_NHWC
             else:
                 features_TD = load_tensor(read_bytes(image), (tokens, dim))
         except (UnusableError, InputError, OSError) as error:
-            broken.append(f"{image}: {error}")
+            broken.append(printable(f"{image}: {error}"))
             continue
         seconds.append(time.perf_counter() - started)
         low, high = features_TD.min().item(), features_TD.max().item()
-        findings.append(f"{Path(image).name} {list(features_TD.shape)} in [{low:.3g}, {high:.3g}], {seconds[-1]:.2f} s")
+        findings.append(
+            f"{printable(Path(image).name)} {list(features_TD.shape)} in [{low:.3g}, {high:.3g}], {seconds[-1]:.2f} s"
+        )
     each = min(seconds, default=0.0)
     if encoder and device == "cuda" and seconds:
         shard_NHWC = np.repeat(sound, SHARD_ROWS, axis=0)

@@ -24,7 +24,7 @@ class LowrankTuneError(Exception):
     exit_code = 1
 
     def __init__(self, *said: object) -> None:
-        super().__init__(*(redact(part) if isinstance(part, str) else part for part in said))
+        super().__init__(*(printable(redact(part)) if isinstance(part, str) else part for part in said))
 
 
 class InputError(LowrankTuneError):
@@ -56,6 +56,17 @@ class StudyFailedError(LowrankTuneError):
 def redact(text: str) -> str:
     """Take user names, passwords and query strings out of every address in a text; a file's has none."""
     return re.sub(r"(://[^\s?]*)\?[^\s\"']+", r"\1", re.sub(r"(?<!file)(?<!sqlite)://\S*@", "://", text))
+
+
+def printable(text: str) -> str:
+    """Show as escapes what no terminal or table takes: bytes of a name that are not UTF-8, and control characters."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", _escape, text)
+
+
+def _escape(character: re.Match[str]) -> str:
+    code = ord(character[0])
+    # Python keeps a byte of a name that is not UTF-8 as one half of a surrogate pair.
+    return f"\\x{code & 0xFF:02x}" if code < 0x80 or 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def did_you_mean(name: str, others: Iterable[str]) -> str:

@@ -84,7 +84,7 @@ def find_study(results: Path, name: str) -> Path:
 
 
 def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
-    """A study file's relative paths, by key, made absolute."""
+    """A study file's relative paths, by key, made absolute; a list where one of its entries is relative."""
     source: Any = spec.features.source
     named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
     if isinstance(source, TensorSource) and isinstance(source.tensors, NamedTensors):
@@ -96,19 +96,24 @@ def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
         named["tracking.uri"] = uri.removeprefix(_SQLITE)
     made: dict[str, str | list[str]] = {}
     for key, value in named.items():
-        paths = [os.path.expanduser(path) for path in ([value] if isinstance(value, str) else value or ())]
-        if all(map(os.path.isabs, paths)):
-            continue
-        # A working directory's own brackets are no part of a glob.
-        globs = [glob.has_magic(path) and not os.path.exists(path) for path in paths]
-        bases = [glob.escape(os.getcwd()) if magic else os.getcwd() for magic in globs]
-        absolute = [os.path.join(base, path) for base, path in zip(bases, paths, strict=True)]
-        made[key] = absolute[0] if isinstance(value, str) else absolute
+        entries = [] if value is None else [value] if isinstance(value, str) else list(value)
+        absolute = [_absolute(entry) for entry in entries]
+        if absolute != entries:
+            made[key] = absolute[0] if isinstance(value, str) else absolute
     if "tracking.uri" in made:
         # Its own part is quoted already, where it needs it.
         here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")
         made["tracking.uri"] = f"{_SQLITE}{here}/{named['tracking.uri']}"
     return made
+
+
+def _absolute(path: str) -> str:
+    """A path or glob from here; one from the home directory, and an address, stay as they are."""
+    if "://" in path or os.path.isabs(os.path.expanduser(path)):
+        return path
+    # A working directory's own brackets are no part of a glob.
+    magic = glob.has_magic(path) and not os.path.exists(path)
+    return os.path.join(glob.escape(os.getcwd()) if magic else os.getcwd(), path)
 
 
 def anchored(spec: StudySpec) -> StudySpec:

@@ -36,6 +36,8 @@ from lowrank_tune.config.axes import (
 
 TOKEN_PIXELS = 28
 """Pixels a side that one merged token of the Qwen2.5-VL tower covers."""
+PILLOWS_MAX_PIXELS = 178_956_970
+"""Where Pillow takes a picture for an attack: 512 MiB of pixels."""
 SOURCES = ("images", "manifest", "tensors", "samples")
 
 
@@ -46,10 +48,10 @@ Paths = Annotated[
 
 
 class ImageSource(Section):
-    """A directory or a glob of images."""
+    """Images: a directory, a glob, a file, or a list of these."""
 
-    images: Text
-    """A directory (searched recursively) or a glob with `**`, relative to the working directory."""
+    images: Paths
+    """A directory (searched recursively), a glob with `**` or braces, or a list; from the working directory."""
 
 
 class ManifestSource(Section):
@@ -153,6 +155,8 @@ class FeaturesSpec(Section):
     """Images that an encoder takes at once: `auto` fills its device. Halved where the GPU's memory does not suffice."""
     decoders: CountOrAuto = "auto"
     """Tasks that read and decode images at once, half a CPU each: `auto` takes as many as fit."""
+    max_pixels: PositiveInt = PILLOWS_MAX_PIXELS
+    """Images with more are refused, as attacks; decoding takes 3 to 8 bytes a pixel."""
     max_quarantined: Annotated[Real, Field(ge=0, le=1)] = 0.05
     """The fraction of broken images above which the extraction fails."""
 

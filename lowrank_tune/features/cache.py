@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,11 @@ class Contents:
             for number, (key, _) in enumerate(commit.rows):
                 rows.setdefault(key, FeatureRow(key, commit.shard, number))
             quarantined |= dict(commit.quarantined)
-        return cls(rows, quarantined)
+        return cls(rows, {key: reason for key, reason in quarantined.items() if key not in rows})
+
+    def standing(self, holds: Callable[[str], bool]) -> Contents:
+        """The same without those that are quarantined for a reason that holds no longer."""
+        return Contents(self.rows, {key: reason for key, reason in self.quarantined.items() if holds(reason)})
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that are neither stored nor quarantined, each once, in their order."""

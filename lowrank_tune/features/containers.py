@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.decoding import IMAGE_SUFFIXES
 from lowrank_tune.features.embedded import is_encoded, is_list, open_table, plain, read_batches, read_members
-from lowrank_tune.features.folders import IMAGE_SUFFIXES
 from lowrank_tune.features.named import is_image_name
 
 KEPT_BYTES = 1024

@@ -14,7 +14,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import fingerprint
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, find_tower, read_checkpoint_config
 from lowrank_tune.features.commits import TENSOR, Identity, UnusableError, to_stored
-from lowrank_tune.features.decoding import decode_shard
+from lowrank_tune.features.decoding import decode_shard, fits_now
 from lowrank_tune.features.images import SourceRecords, hash_files, read_unchanged, write_record_table
 from lowrank_tune.features.remote import nearest_cache
 from lowrank_tune.features.shards import (
@@ -43,10 +43,11 @@ FIELDS_SHOWN = 5
 CALLS_AT_ONCE = 3
 """Shards an encoder has in hand: one is encoded while two are written, for writing may take longer than encoding."""
 
-FORWARD_VERSION = 2
+FORWARD_VERSION = 3
 """Counts up with every change of the forward or decoding code that can change a value.
 
 2: bfloat16, and float32 on a GPU, take steps that round otherwise than transformers' own; 16-bit images are scaled.
+3: what is transparent shows white in every mode; HEIF and 32-bit pixels of an evident range are read.
 """
 
 IMPORT_VERSION = 1
@@ -291,13 +292,17 @@ class EncodeImages(ShardJob):
             decoding=True,
         )
 
+    def holds(self, reason: str) -> bool:
+        """Not that an image has too many pixels, where features.max_pixels was raised since."""
+        return not fits_now(reason, self.spec.max_pixels)
+
     def prepare(self, shards: ray.data.Dataset) -> ray.data.Dataset:
         """Read and decode, in tasks."""
         import ray.data
 
         return shards.map(
             decode_shard,
-            fn_kwargs={"image_size": self.spec.encoder.image_size},
+            fn_kwargs={"image_size": self.spec.encoder.image_size, "max_pixels": self.spec.max_pixels},
             num_cpus=DECODE_CPUS,
             compute=ray.data.TaskPoolStrategy(size=None if self.spec.decoders == "auto" else self.spec.decoders),
         )

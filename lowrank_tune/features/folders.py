@@ -1,37 +1,301 @@
-"""Folders and globs of images."""
+"""Images of folders, globs and lists of them, as they lie there."""
 
 from __future__ import annotations
 
-import glob
+import errno
+import fnmatch
+import functools
+import os
+import re
+import stat
+import unicodedata
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from urllib.parse import unquote
 
 import pyarrow as pa
 
 from lowrank_tune.config.schema import ImageSource
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import InputError, printable
+from lowrank_tune.features.decoding import IMAGE_SUFFIXES, looks_like_an_image
 from lowrank_tune.features.images import SourceRecords
 
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_NO_DATA = frozenset(
+    {"__macosx", "@eadir", "$recycle.bin", "#recycle", "@recycle", "system volume information", "lost+found"}
+    | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+)
+"""Beside hidden names, what systems and file managers leave in folders, in lower case."""
+
+# A camera's RAW file begins like a TIFF, and what can be read of it is a thumbnail.
+_RAW = re.compile(
+    r"\.(3fr|arw|cr[23]|dcr|dng|erf|fff|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)"
+)
+_RECORDS = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".txt", ".arrow"}
+_PLURAL = {"dead link": "dead links", "no file": "no files"}
+_KINDS_SHOWN, _NAMES_SHOWN, _MOST_BRACES = 12, 3, 1_000_000
 
 
 def find_images(source: ImageSource) -> SourceRecords:
-    """Find the images of a directory, subfolders included, or of a glob; an InputError where there are none."""
-    pattern = source.images
-    place, paths, left_out = Path(pattern).expanduser().absolute(), [], Counter[str]()
-    if place.is_dir():
-        found = [path for path in place.rglob("*") if path.is_file()]
-        paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-        left_out.update(path.suffix.lower() for path in found if path.suffix.lower() not in IMAGE_SUFFIXES)
-        problem = f"{place}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, in subfolders too)"
-    elif glob.has_magic(pattern):
-        paths = [path for name in glob.glob(str(place), recursive=True) if (path := Path(name)).is_file()]
-        problem = f"{pattern}: matches no file from {Path.cwd()}"
-    elif place.exists():
-        problem = f"{place}: is a file; give a directory, a glob, or `manifest: {pattern}` for a table of records"
+    """Find the images of directories, subfolders included, of globs and of files; each real file once.
+
+    Links are followed; hidden files and folders, and what file managers leave, are not looked at. Which files are
+    images their suffixes tell, or, where there is none or a glob or a path names another, their first bytes.
+
+    Raises:
+        InputError: an entry gives no image, or a folder's disk does not answer.
+    """
+    entries = (source.images,) if isinstance(source.images, str) else source.images
+    walk, images, problems = _Walk(), dict[str, None](), list[str]()
+    for entry in entries:
+        found = walk.images_of(_path_of(entry))
+        if not found and "\\" in entry:
+            found = walk.images_of(_path_of(entry.replace("\\", "/")))
+        if not found:
+            problems.append(f"{printable(entry)}: {walk.nothing(_path_of(entry))}")
+        images |= dict.fromkeys(found)
+    if problems:
+        raise InputError("\n".join((*problems[:-1], f"{problems[-1]}; correct features.source.images")))
+    return SourceRecords(tuple(images), pa.table({}), tuple(walk.notes()))
+
+
+def _path_of(entry: str) -> str:
+    """An absolute path, with its wildcards, that names nothing yet; `..` stays, for it may follow a link."""
+    if entry.lower().startswith("file://"):
+        entry = unquote(re.sub(r"^file://(localhost)?(?=/)", "", entry, flags=re.IGNORECASE))
+    elif re.match(r"[a-z][a-z0-9+.-]+://", entry, re.IGNORECASE):
+        raise InputError(
+            f"{entry}: images are read from paths, not from addresses; mount or download it, then correct "
+            "features.source.images"
+        )
+    return os.path.join(os.getcwd(), os.path.expanduser(entry))
+
+
+def _existing(base: str, parts: list[str]) -> tuple[str, list[str]]:
+    """How far a path leads as it is written, wildcards in a folder's real name included, and what is left of it."""
+    for number, part in enumerate(parts):
+        further = os.path.join(base, part)
+        if not part.strip("*") or not os.path.lexists(further):
+            return base, parts[number:]
+        base = further
+    return base, []
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+_BRACES = re.compile(r"\{(?:([^{},]*(?:,[^{},]*)+)|(\d+)\.\.(\d+))\}")
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """A shell's braces: `{a,b}` and `{000..012}`."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        yield pattern
+        return
+    listed, first, last = braces.groups()
+    if listed is None:
+        low, high, width = int(first), int(last), len(first) if first.startswith("0") else 0
+        if abs(high - low) >= _MOST_BRACES:
+            raise InputError(f"{braces[0]}: too many names; write a wildcard instead in features.source.images")
+        step = 1 if high >= low else -1
+        each: list[str] = [f"{number:0{width}}" for number in range(low, high + step, step)]
     else:
-        problem = f"{place}: no such directory"
-    if not paths:
-        raise InputError(f"{problem}; correct features.source.images")
-    kinds = ", ".join(f"{number} {suffix or 'without a suffix'}" for suffix, number in left_out.most_common())
-    return SourceRecords(tuple(map(str, sorted(paths))), pa.table({}), (f"left out: {kinds}",) if kinds else ())
+        each = listed.split(",")
+    for text in each:
+        yield from _expand(pattern[: braces.start()] + text + pattern[braces.end() :])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One name of a pattern: `**`, or a name with wildcards; of the last one the suffix fits in any case."""
+
+    text: str
+    stem: Callable[[str], object]
+    suffix: str
+
+    @classmethod
+    def of(cls, text: str, last: bool) -> _Part:
+        text = unicodedata.normalize("NFC", text)
+        ending = re.search(r"\.[^.*?\[\]]+$", text) if last else None
+        suffix = ending[0].lower() if ending else ""
+        stem = text[: len(text) - len(suffix)]
+        return cls(text, re.compile(fnmatch.translate(stem)).match, suffix)
+
+    def fits(self, name: str) -> bool:
+        """Whether it means this name; what is hidden only where it begins so itself."""
+        if not name.isascii():
+            name = unicodedata.normalize("NFC", name)  # a Mac writes ü as two characters
+        if _is_no_data(name) and name != self.text and not (self.text.startswith(".") and name.startswith(".")):
+            return False
+        cut = len(name) - len(self.suffix)
+        return cut >= 0 and name[cut:].lower() == self.suffix and bool(self.stem(name[:cut]))
+
+
+def _is_no_data(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _NO_DATA
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Something in a folder: `kind` is that of what a link leads to, 0 where it leads nowhere."""
+
+    name: str
+    kind: int
+    is_link: bool
+
+
+@dataclass
+class _Walk:
+    """What was found in all folders that were looked through."""
+
+    taken: dict[str, str] = field(default_factory=dict)  # an image's real path -> as it was reached first
+    again: set[str] = field(default_factory=set)  # paths that lead to images which were reached otherwise
+    left_out: dict[str, str] = field(default_factory=dict)  # a file's real path -> its kind
+    folders: set[str] = field(default_factory=set)  # that fit, where files were looked for
+    unread: dict[str, str] = field(default_factory=dict)  # folders that may not be read
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        # Two names of a pattern in a row look at the same folder, and so do all of its braces.
+        self._listed = functools.lru_cache(4)(self._list)
+
+    def images_of(self, path: str) -> list[str]:
+        """The images that a path or pattern means, sorted."""
+        base, left = _existing("/", _parts(path))
+        found: dict[str, str] = {}
+        links: dict[str, str] = {}
+        for pattern in _expand("/".join(left)):
+            place, parts = _existing(base, _parts(pattern))
+            if parts and parts[-1] == "**":
+                parts.append("*")
+            if parts or not os.path.isdir(place):
+                by_content = not parts or bool(re.search(r"\.[^.*?\[\]]+$", parts[-1]))
+                alone = [(place, os.path.realpath(place), False)] if os.path.isfile(place) else []
+                files = self._matching(place, parts) if parts else iter(alone)
+            else:
+                by_content, files = False, self._matching(place, ["**", "*"])
+            for file, real, is_link in files:
+                if kind := _kind_left_out(file, by_content):
+                    self.left_out[real] = kind
+                else:
+                    (links if is_link else found).setdefault(real, file)
+        # Where a file and a link to it are both meant, the file's own name is told.
+        for real, file in chain(found.items(), links.items()):
+            if self.taken.setdefault(real, file) != file:
+                self.again.add(file)
+        return sorted({self.taken[real] for real in chain(found, links)}, key=lambda file: file.split("/"))
+
+    def _matching(self, place: str, texts: list[str]) -> Iterator[tuple[str, str, bool]]:
+        """The files below a folder that a pattern means, their real paths and whether they are links.
+
+        Each real folder is entered once, by its own name where there is one.
+        """
+        parts = [_Part.of(text, number == len(texts) - 1) for number, text in enumerate(texts)]
+        folders, linked = [(place, os.path.realpath(place), 0)], list[tuple[str, str, int]]()
+        entered: set[tuple[str, int]] = set()
+        while folders or linked:
+            folder, real, number = (folders or linked).pop()
+            if (real, number) in entered:
+                continue
+            entered.add((real, number))
+            part, last = parts[number], number == len(parts) - 1
+            deep = part.text == "**"
+            if deep:
+                self.hidden += sum(_is_no_data(entry.name) for entry in self._listed(folder))
+            for entry in self._listed(folder):
+                if _is_no_data(entry.name) if deep else not part.fits(entry.name):
+                    continue
+                path = os.path.join(folder, entry.name)
+                target = path if folder == real else os.path.join(real, entry.name)
+                if entry.is_link:
+                    target = os.path.realpath(path)
+                if stat.S_ISDIR(entry.kind) and (deep or not last):
+                    (linked if entry.is_link else folders).append((path, target, number if deep else number + 1))
+                elif stat.S_ISDIR(entry.kind):
+                    self.folders.add(path)
+                elif last and stat.S_ISREG(entry.kind):
+                    yield path, target, entry.is_link
+                elif last:
+                    self.left_out[path] = "no file" if entry.kind else "dead link"
+            if deep:
+                folders.append((folder, real, number + 1))
+
+    def _list(self, folder: str) -> list[_Entry]:
+        try:
+            with os.scandir(folder) as entries:
+                return [_Entry(entry.name, _kind(entry), entry.is_symlink()) for entry in entries]
+        except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+            self.unread[folder] = error.strerror or type(error).__name__
+            return []
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be read to its end ({error.strerror}); see that its place answers, then run again"
+            ) from error
+
+    def nothing(self, path: str) -> str:
+        """Why no image was found, with what was found instead."""
+        base, left = _existing("/", _parts(path))
+        if left and not re.search(r"[*?\[]|" + _BRACES.pattern, "/".join(left)):
+            variable = "; variables such as $HOME are not filled in" if "$" in "/".join(left) else ""
+            return f"no such directory or file, {base} has no {left[0]}{variable}"
+        if not left and not os.path.isdir(base):
+            suffix = os.path.splitext(base)[1].lower()
+            if suffix in _RECORDS:
+                return "is no image; for a table or a tar of records write `manifest:` instead of `images:`"
+            return "is no image that can be read" if os.path.isfile(base) else "is no file that can be read"
+        found = self._left_out() + [f"{folder} ({reason})" for folder, reason in self.unread.items()]
+        if self.hidden:
+            found.append(f"{self.hidden} hidden or of a file manager")
+        beside = f", only {', '.join(found)}" if found else ""
+        if set(self.left_out.values()) & _RECORDS:
+            beside += "; for tables or tars of records write `manifest:` instead of `images:`"
+        if not left:
+            return f"no images in it{beside}"
+        if self.folders and not self.left_out:
+            return f"matches directories only, such as {min(self.folders)}; end it with /** for what is in them"
+        return f"matches no image from {base}{beside}"
+
+    def _left_out(self) -> list[str]:
+        counts = Counter(kind for real, kind in self.left_out.items() if real not in self.taken)
+        kinds = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+        told = [f"{number} {kind if number == 1 else _PLURAL.get(kind, kind)}" for kind, number in kinds[:_KINDS_SHOWN]]
+        if len(kinds) > _KINDS_SHOWN:
+            told.append(f"{sum(number for _, number in kinds[_KINDS_SHOWN:])} of other kinds")
+        return [printable(text) for text in told]
+
+    def notes(self) -> Iterator[str]:
+        """What of the folders is not among the images."""
+        if told := self._left_out():
+            yield f"left out: {', '.join(told)}"
+        if self.again:
+            links = "1 link leads" if len(self.again) == 1 else f"{len(self.again)} links lead"
+            yield f"{links} to images that are there already; each image is taken once"
+        if self.unread:
+            named = [printable(f"{folder} ({reason})") for folder, reason in list(self.unread.items())[:_NAMES_SHOWN]]
+            more = f" and {len(self.unread) - len(named)} more" if len(self.unread) > len(named) else ""
+            yield f"left out, for they cannot be read: {', '.join(named)}{more}"
+
+
+def _kind(entry: os.DirEntry[str]) -> int:
+    try:
+        if not entry.is_symlink():
+            # Without asking the disk about each file.
+            return stat.S_IFDIR if entry.is_dir() else stat.S_IFREG if entry.is_file() else stat.S_IFIFO
+        return entry.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG):
+            return 0
+        raise
+
+
+def _kind_left_out(file: str, by_content: bool) -> str:
+    """The kind of a file that is no image, for people; empty where it is one."""
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return ""
+    if (by_content or not suffix) and not _RAW.fullmatch(suffix) and looks_like_an_image(file):
+        return ""
+    return suffix or "without a suffix"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import InputError, printable
 from lowrank_tune.features.cache import SOURCES
 from lowrank_tune.features.commits import checksum
 from lowrank_tune.features.embedded import find_place, parts, read_place
@@ -120,7 +120,8 @@ def write_record_table(
 
     A user's column whose name is taken becomes `source_<name>`.
     """
-    texts = (pa.array(each, pa.string()) for each in (keys, records.images, errors))
+    places = [image and printable(image) for image in records.images]
+    texts = (pa.array(each, pa.string()) for each in (keys, places, errors))
     numbers = range(len(keys)) if records.numbers is None else records.numbers
     own = [pa.array(numbers, pa.int64()), *texts]
     columns = dict(zip(RECORD_COLUMNS, own, strict=True))

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from lowrank_tune.errors import InputError, did_you_mean
-from lowrank_tune.features.folders import IMAGE_SUFFIXES
+from lowrank_tune.features.decoding import IMAGE_SUFFIXES
 
 INSIDE = "::"
 """After the file that an image lies inside of, in a place; what follows is for `read_bytes`."""

@@ -140,6 +140,10 @@ class ShardJob:
         """What comes before the workers."""
         return shards
 
+    def holds(self, reason: str) -> bool:
+        """Whether what an image was quarantined for still keeps it out."""
+        return True
+
     def open(self, pool: Pool) -> Callable[[ShardPlan, Row], Made]:
         """In a worker: what makes one shard of a plan and what `prepare` gave."""
         raise NotImplementedError
@@ -216,6 +220,7 @@ def fill(
     directory, total = Path(job.directory), len(images)
     progress, note = progress or (lambda done, total: None), note or logger.warning
     contents = read_sealed(directory, job.identity)
+    contents = contents and contents.standing(job.holds)
     check(contents.quarantined if contents else {})
     if contents is not None and not contents.missing(images):
         accept(contents)
@@ -224,7 +229,7 @@ def fill(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(directory, lambda: note(f"another process is {doing} into {directory}: waiting for it")):
         claim(note)
-        contents = recover(directory, job.identity)
+        contents = recover(directory, job.identity).standing(job.holds)
         accept(contents)
         missing, reasons = contents.missing(images), dict(contents.quarantined)
         check(reasons)

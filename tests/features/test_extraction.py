@@ -58,6 +58,7 @@ def folder(tmp_path_factory, photographs):
     Image.new("RGB", (1, 1), "teal").save(folder / "one.png")
     broken_files(folder)
     (folder / "README.md").write_text("Photographs.")
+    os.rename(folder / "photo-05.jpg", folder / "photo-05-caf\udce9.jpg")
     return folder
 
 
@@ -80,6 +81,7 @@ def extracted(ray_cluster, root, folder):
 def test_a_folder_becomes_a_sealed_cache_of_true_features(extracted, root, folder):
     features, told, notes = extracted
     assert notes.count("left out: 1 .md") == 1
+    assert rf"{folder}/photo-05-caf\xe9.jpg" in pd.read_parquet(features.records_path).path.tolist()
     assert (features.tokens, features.dim) == (4, 256)
     assert probe_shape(images_spec({"images": str(folder)}), root, 0) == (4, 256)
     assert len(features.rows) == MANY + 1

@@ -27,22 +27,6 @@ def records_of(source, root=Path("unused"), seed=0):
     return read_records(spec_of(source).source, root, seed)
 
 
-@pytest.fixture
-def tree(tmp_path):
-    for name in ("b.jpg", "a/2.PNG", "a/deep/1.webp", "notes.txt", "a/table.csv"):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "photos" / name).write_bytes(b"x")
-    return tmp_path / "photos"
-
-
-def test_a_directory_is_searched_for_images_and_a_glob_takes_what_it_matches_here(tree, monkeypatch):
-    found = [str(Path(image).relative_to(tree)) for image in records_of({"images": str(tree)}).images]
-    assert found == ["a/2.PNG", "a/deep/1.webp", "b.jpg"]
-    monkeypatch.chdir(tree.parent)
-    assert records_of({"images": "photos/**/*.PNG"}).images == (str(tree / "a/2.PNG"),)
-    assert [Path(image).name for image in records_of({"images": "photos/*"}).images] == ["b.jpg", "notes.txt"]
-
-
 def test_no_column_is_lost_to_another_of_its_name(tmp_path):
     (tmp_path / "sources").mkdir()
     columns = pa.table([[1], [2], [3]], names=["key", "source_key", "key"])
@@ -50,23 +34,6 @@ def test_no_column_is_lost_to_another_of_its_name(tmp_path):
     found = pyarrow.parquet.read_table(table).to_pylist()[0]
     assert found["key"] is None
     assert [value for name, value in found.items() if name.startswith("source_")] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ({"images": "nowhere"}, r"/nowhere: no such directory; correct features\.source\.images"),
-        ({"images": "empty"}, r"/empty: no images in it .*; correct features\.source\.images"),
-        ({"images": "photos/*.tiff"}, r"photos/\*\.tiff: matches no file .*; correct features\.source\.images"),
-        ({"images": "half.json"}, r"/half.json: is a file; .*`manifest: half.json`"),
-    ],
-)
-def test_a_source_that_gives_no_files_is_named_with_what_is_wrong(tmp_path, monkeypatch, source, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "half.json").write_text("[{")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=message):
-        records_of(source)
 
 
 def digests(records):

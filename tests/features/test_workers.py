@@ -16,7 +16,7 @@ import torch
 from cachekit import IDENTITY, importing, made
 from safetensors.torch import load_file, save_file
 
-from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.config.schema import PILLOWS_MAX_PIXELS, FeaturesSpec
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features.cache import open_cache, verify_cache
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
@@ -40,7 +40,7 @@ def test_a_file_that_changed_since_it_was_hashed_fails_its_shard_and_is_not_quar
     file = tmp_path / "features_0.pt"
     file.write_bytes(b"other") if change == "content" else file.unlink()
     result = made(importing(tmp_path), plan)
-    decoded = pickle.loads(decode_shard({"plan": pickle.dumps(plan)}, 56)["decoded"])
+    decoded = pickle.loads(decode_shard({"plan": pickle.dumps(plan)}, 56, PILLOWS_MAX_PIXELS)["decoded"])
     for error in (result.error, decoded[2]):
         with pytest.raises(InputError, match=f"{file}.*; run again"):
             raise error
@@ -69,7 +69,7 @@ def image_extraction(directory, config, tower, dtype="float16"):
 
 
 def encoded(plan, extraction, pool=POOL):
-    row = decode_shard({"plan": pickle.dumps(plan)}, 56)
+    row = decode_shard({"plan": pickle.dumps(plan)}, 56, PILLOWS_MAX_PIXELS)
     return made(extraction, plan, pool, pixels=row["pixels"], decoded=row["decoded"])
 
 
@@ -107,7 +107,7 @@ def test_features_beyond_float16_are_quarantined_one_by_one_and_never_infinite(
     images, tiny_config, tiny_tower, photographs, tmp_path
 ):
     """A checkpoint whose features are as large as float16 goes for half of the images, and larger for the rest."""
-    pixels = decode_shard({"plan": pickle.dumps(images)}, 56)["pixels"]
+    pixels = decode_shard({"plan": pickle.dumps(images)}, 56, PILLOWS_MAX_PIXELS)["pixels"]
     largest = Encoder(tiny_config, tiny_tower, "float32").encode(pixels).abs().amax((1, 2))
     spoilt = tmp_path / "checkpoint"
     shutil.copytree(tiny_config.directory, spoilt)
