@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
             making.replace(path)
             return
         unusable = state != "absent"
+        if state == "older" and _has_runs(path):
+            raise TrackingError(is_older(store))
         if unusable and not own:
             raise TrackingError(f"tracking store {store.shown}: it was left half made or is damaged; {_REMEDY}")
         _migrate(making, fresh=True)
@@ -73,6 +76,16 @@ def open_database(store: Store, fill: Callable[[Store], None] = lambda fresh: No
         making.replace(path)
 
 
+def is_older(store: Store) -> str:
+    """What is said of a database that an older MLflow has written."""
+    # Only the environment may hold a password.
+    address = shlex.quote(store.shown) if store.shown == store.uri else '"$MLFLOW_TRACKING_URI"'
+    return (
+        f"tracking store {store.shown}: an older MLflow has written it; make a copy, then bring it up to date with "
+        f"`mlflow db upgrade {address}`, or {_REMEDY}"
+    )
+
+
 def database_fault(path: Path) -> str:
     """What keeps MLflow from using a database file, in a few words, if anything; errors as `database_state`."""
     state = database_state(path)
@@ -83,6 +96,8 @@ def database_fault(path: Path) -> str:
         usable = state == "older" and _upgraded(path, copy)
     finally:
         copy.unlink(missing_ok=True)
+    if not usable and state == "older" and _has_runs(path):
+        return f"an older MLflow has written it, and it cannot be brought up to date; {_REMEDY}"
     return "" if usable else "left half made, or damaged; the next study sets it aside and tells MLflow all again"
 
 
@@ -119,6 +134,15 @@ def _state(path: Path) -> State:
     if "experiments" in tables:
         return "newer" if found else "older"
     return "foreign" if tables else "absent"
+
+
+def _has_runs(path: Path) -> bool:
+    """Whether anything would be missed; a database that was left half made holds none."""
+    try:
+        with closing(open_sqlite(path)) as connection:
+            return connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is not None
+    except sqlite3.DatabaseError:
+        return False
 
 
 def is_known_revision(version: str) -> bool:

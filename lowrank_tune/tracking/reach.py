@@ -19,8 +19,8 @@ import urllib.request
 from pathlib import Path
 
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError
-from lowrank_tune.tracking.database import database_state, is_known_revision
+from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, redact
+from lowrank_tune.tracking.database import database_state, is_known_revision, is_older
 from lowrank_tune.tracking.store import Store, open_sqlite, resolve_store, set_mlflow_defaults
 
 PROBE_TIMEOUT_S = 5.0
@@ -98,7 +98,7 @@ def _look_at_database(store: Store, path: Path, experiment: str) -> None:
             f"tracking store {store.shown}: no database, or a damaged one; move it away, or {_NAME_ANOTHER}"
         )
     if not store.is_own and state == "older":
-        raise TrackingError(_schema(store, newer=False))
+        raise TrackingError(is_older(store))
     if state in ("older", "current"):
         with contextlib.closing(open_sqlite(path)) as connection, contextlib.suppress(sqlite3.DatabaseError):
             query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'deleted'"
@@ -177,13 +177,40 @@ def _ask(store: Store, experiment: str) -> None:
     try:
         from mlflow import MlflowClient
 
-        found = MlflowClient(store.uri).get_experiment_by_name(experiment)
+        client = MlflowClient(store.uri)
+        found = client.get_experiment_by_name(experiment)
+        sibling = found or client.get_experiment_by_name("Default")
     except Exception as error:  # of MLflow, of requests, of a database's driver, of a plugin
         raise _explained(store, error) from error
     if found is not None and found.name != experiment:
         raise _no_mlflow(store)
     if found is not None and found.lifecycle_stage != "active":
         raise deleted(store, experiment, found.experiment_id)
+    if store.uri.lower().startswith("http") and sibling is not None and sibling.artifact_location:
+        _check_artifacts(store, sibling.artifact_location)
+
+
+def _check_artifacts(store: Store, address: str) -> None:
+    """A server may leave artifacts to its clients: to a cloud's package, or to a folder that is there only."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    try:
+        repository = get_artifact_repository(address, tracking_uri=store.uri)
+        if isinstance(repository, LocalArtifactRepository):
+            folder = Path(repository.artifact_dir)
+            with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+                pass
+    except OSError as error:
+        raise TrackingError(
+            f"tracking server {store.shown} keeps artifacts in a folder, {address}, that this machine cannot write to "
+            f"({error.strerror}); start it with --artifacts-destination, to take them itself, or mount the folder"
+        ) from None
+    except Exception as error:  # of whichever package the address needs
+        raise TrackingError(
+            f"tracking server {store.shown} keeps artifacts at {redact(address)}, which cannot be used from here "
+            f"({store.hide(error)}); install what that needs, or start the server with --artifacts-destination"
+        ) from None
 
 
 def _ask_registry(store: Store, registry: Store) -> None:
@@ -214,7 +241,8 @@ def _explained(store: Store, error: Exception) -> LowrankTuneError:
             f"postgresql://…, mysql://…, mssql://…, databricks; {_NAME_ANOTHER}"
         )
     if version := re.search(r"out-of-date database schema \(found version (\w+)", said):
-        return TrackingError(_schema(store, newer=not is_known_revision(version[1])))
+        newer = f"tracking store {store.shown}: a newer MLflow has written it; install that, or {_NAME_ANOTHER}"
+        return TrackingError(is_older(store) if is_known_revision(version[1]) else newer)
     if code == "ENDPOINT_NOT_FOUND" or "valid JSON" in said or "error code 405" in said or "redirects" in said:
         return _no_mlflow(store)
     kind = InputError if code == "INVALID_PARAMETER_VALUE" else TrackingError
@@ -225,17 +253,6 @@ def _no_mlflow(store: Store) -> TrackingError:
     return TrackingError(
         f"tracking server {store.shown} is no MLflow server, or asks for a login: it answers otherwise; check address, "
         f"path and credentials, or {_NAME_ANOTHER}"
-    )
-
-
-def _schema(store: Store, *, newer: bool) -> str:
-    if newer:
-        return f"tracking store {store.shown}: a newer MLflow has written it; install that, or {_NAME_ANOTHER}"
-    # Only the environment may hold a password.
-    address = shlex.quote(store.shown) if store.shown == store.uri else '"$MLFLOW_TRACKING_URI"'
-    return (
-        f"tracking store {store.shown}: an older MLflow has written it; make a copy, then bring it up to date with "
-        f"`mlflow db upgrade {address}`, or {_NAME_ANOTHER}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Self
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import LowrankTuneError, TrackingError
 from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.tracking.database import database_state
 from lowrank_tune.tracking.reach import reach_store
 from lowrank_tune.tracking.reconcile import Others, open_sync
 from lowrank_tune.tracking.sync import RunStatus, StudySync, is_passing, reason_of
@@ -51,6 +52,8 @@ class Tracker(TrialTracker):
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        if self.store.database and database_state(self.store.database) == "older":
+            open_sync(self._plan, self.store, self._others)  # brings it up to date, or says why not
         if not self.store.is_local:
             try:
                 self._begin()

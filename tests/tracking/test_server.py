@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 from gate import Gate
+from mlflow import MlflowClient
 from tracked_once import assert_tracked_once
 from tracked_study import Reader, build_plan, config_of, outcome_of, track_trial, write_status, write_study
 
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import InputError, TrackingError
 from lowrank_tune.tracking import tracker as tracker_module
 from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.tracker import Tracker
@@ -122,6 +123,22 @@ def test_a_server_that_stays_away_leaves_what_a_reconciliation_tells(
     write_status(plan, "finished")
     assert reconcile(plan).runs_made == 1
     assert_tracked_once(gate.uri, plan.study_dir)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("/proc/theirs", "folder, /proc/theirs, that this machine cannot write to .*--artifacts-destination"),
+        ("foo://bucket", "at foo://bucket, which cannot be used from here .*; install what that needs"),
+    ],
+)
+def test_a_server_whose_artifacts_cannot_be_written_from_here_is_told(
+    served: Served, address: str, said: str, tmp_path: Path
+) -> None:
+    uri = f"http://127.0.0.1:{served[1]}"
+    MlflowClient(uri).create_experiment(address[:3], address)
+    with pytest.raises(TrackingError, match=f"{uri} keeps artifacts .*{said}"):
+        Tracker(build_plan(tmp_path, tracking={"uri": uri, "experiment": address[:3]}))
 
 
 def test_a_server_older_than_mlflow_3_takes_all_but_models(gate: Gate, tmp_path: Path) -> None:

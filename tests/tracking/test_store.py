@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.store.db import utils
 from tracked_study import Reader, build_plan, config_of, outcome_of, track_trial, write_study
 
+from lowrank_tune.cluster.study_dir import anchored
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.reach import reach_store
@@ -46,6 +47,35 @@ def test_a_database_and_artifacts_lie_in_their_results_directory_whatever_that_i
     assert mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/report.html") == "report.html"
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert {path.name for path in results.iterdir()} == {"mlflow.db", "mlartifacts", "studies"}
+
+
+def test_a_relative_database_lies_in_the_working_directory_whatever_that_is_called(
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "100%25 ?"
+    home.mkdir()
+    shutil.copy(migrated, home / "a%b.db")
+    monkeypatch.chdir(home)
+    spec = anchored(build_plan(tmp_path, tracking={"uri": "sqlite:///a%25b.db"}).spec)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_store(spec.tracking.uri, tmp_path).database == home / "a%b.db"
+    MlflowClient(reach_store(spec, tmp_path).uri).search_experiments()
+    assert [path.name for path in tmp_path.rglob("*.db")] == ["a%b.db"]
+
+
+def test_a_database_with_runs_that_cannot_be_brought_up_to_date_is_left_where_it_is(
+    tmp_path: Path, migrated: Path
+) -> None:
+    path = tmp_path / "mlflow.db"
+    shutil.copy(migrated, path)
+    client = MlflowClient(f"sqlite:///{path}")
+    client.create_run(client.create_experiment("theirs"))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    with pytest.raises(TrackingError, match="an older MLflow has written it; .*`mlflow db upgrade sqlite:///"):
+        Tracker(build_plan(tmp_path)).__enter__()
+    assert "cannot be brought up to date" in database_fault(path)
+    assert [each.name for each in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
 
 
 def test_a_database_of_an_older_mlflow_keeps_its_runs_and_is_brought_up_to_date(tmp_path: Path) -> None:
