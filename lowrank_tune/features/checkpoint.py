@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors import SafetensorError, safe_open
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.recognised import broken_file, missing_file, no_checkpoint, not_a_folder
+from lowrank_tune.features.recognised import broken_file, missing_file, no_checkpoint, not_a_folder, quantised
 from lowrank_tune.features.tiny import (
     TINY_PREPROCESSOR,
     TINY_RANDOM,
@@ -29,7 +29,7 @@ from lowrank_tune.features.tiny import (
     tiny_directory,
     write_tiny_checkpoint,
 )
-from lowrank_tune.files import read_header
+from lowrank_tune.files import read_fields, read_header
 
 _CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -154,11 +154,13 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
                 "save the model into an empty folder"
             )
         if coded := [key for key in sorted(names) if header[key]["dtype"] not in _PLAIN_TYPES]:
-            raise InputError(_quantised(config, coded[0], header[coded[0]]["dtype"]))
+            described = read_fields(config.directory / _CONFIG)
+            raise InputError(quantised(config.name, described, f"{coded[0]} is {header[coded[0]]['dtype']}"))
     shapes = tower.shapes()
     held = {
         "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
         "hidden_size": next(iter(shapes[_ANCHOR]), 0),
+        "intermediate_size": next(iter(shapes.get("blocks.0.mlp.up_proj.bias", ())), 0),
         "out_hidden_size": next(iter(shapes.get("merger.mlp.2.bias", ())), 0),
     }
     if differ := [f"{key} {config.vision[key]} and {size}" for key, size in held.items() if config.vision[key] != size]:
@@ -284,19 +286,6 @@ def _tower_names(name: str, keys: Collection[str]) -> dict[str, str]:
             "save what `merge_and_unload()` returns"
         )
     return ours
-
-
-def _quantised(config: CheckpointConfig, key: str, dtype: str) -> str:
-    content = _read_json(config.directory / _CONFIG) if config.name != TINY_RANDOM else {}
-    said = content.get("quantization_config")
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    base = content.get("_name_or_path")
-    source = f" ({base})" if isinstance(base, str) and base and base != config.name else ""
-    return (
-        f"{config.name}: its vision tower is quantised ({f'{method}: ' if isinstance(method, str) else ''}{key} is "
-        f"{dtype}), and features come from a tower in 16 or 32 bits; name the model that it was made from{source}, or "
-        'quantise without the tower: modules_to_not_convert=["visual"], for bitsandbytes llm_int8_skip_modules'
-    )
 
 
 def _is_local(name: str) -> bool:

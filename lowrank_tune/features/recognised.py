@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -176,6 +177,20 @@ def broken_file(path: Path) -> str:
     if path.suffix == ".json":
         return "correct it, or copy it from the model that this one was made from"
     return "its copy or its writing was cut short; copy it again from where it was saved, or save the model once more"
+
+
+def quantised(name: str, described: dict[str, Any], found: str) -> str:
+    """What to name in place of a tower that is kept in fewer bits; `described` is its config.json."""
+    said = described.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    base = described.get("_name_or_path")
+    source = f" ({base})" if isinstance(base, str) and base not in ("", name) else ""
+    by = f"{method}: " if isinstance(method, str) else ""
+    return (
+        f"{name}: its vision tower is quantised ({by}{found}), and features "
+        f"come from a tower in 16 or 32 bits; name the model that it was made from{source}, or quantise without the "
+        'tower: modules_to_not_convert=["visual"], for bitsandbytes llm_int8_skip_modules'
+    )
 
 
 def _foreign(found: str, suffix: str) -> str:

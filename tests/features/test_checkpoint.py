@@ -120,6 +120,7 @@ def prepare(checkpoint, **keys):
         (lambda at: configure(at, model_type="llama"), "describes 'llama', not a Qwen2.5-VL model"),
         (lambda at: configure(at, model_type="qwen3_vl"), "describes 'qwen3_vl', not a Qwen2.5-VL model"),
         (lambda at: configure(at, vision_config=[]), "are of different models .depth 32 and 2, hidden_size 3584"),
+        (lambda at: configure_vision(at, intermediate_size=96), r"different models \(intermediate_size 96 and 128\)"),
         (lambda at: configure(at, vision_config=3), "vision_config in config.json is 3, not an object"),
         (lambda at: configure_vision(at, depth="2"), "depth in config.json is '2', not a whole number from 1 on"),
         (lambda at: configure_vision(at, num_heads=3), "cannot be: .*hidden_size \\(64\\) be divisible by"),

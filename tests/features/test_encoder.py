@@ -65,9 +65,9 @@ def test_spectra_of_photographs_decay(encoder, photographs):
     ("old", "new", "message"),
     [
         (
-            '"intermediate_size": 128',
-            '"intermediate_size": 96',
-            r"down_proj.weight .* is \[64, 128\] in the weights",
+            '"depth": 2',
+            '"depth": 2, "temporal_patch_size": 1',
+            r"patch_embed.proj.weight .* is \[64, 3, 2, 14, 14\] in",
         ),
         ('"depth": 2', '"depth": 2, "hidden_act": "loud"', "config.json describes no tower .*loud"),
         ('"depth": 2', '"depth": 2, "rope_parameters": {"rope_type": "mrope"}', "describes no tower .*mrope"),
