@@ -14,6 +14,8 @@ from lowrank_tune.files import read_json, write_json
 CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd", "gram_eigh")
 """What a trained family is held against beside the SVD, weakest first: `pca_basis` is fitted to the training images,
 the others know nothing of them."""
+SLOWER = 0.1
+"""The part by which the rates of two methods must differ: less is the machine's noise."""
 OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     "val_residual_ratio": "minimize",
     "val_mse": "minimize",

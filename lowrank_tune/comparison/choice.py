@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lowrank_tune.records import CONTROLS, ComparisonRow, TrialOutcome, sign
+from lowrank_tune.records import CONTROLS, SLOWER, ComparisonRow, TrialOutcome, sign
 
 Kind = tuple[str, int]
 """A method's name and rank."""
@@ -14,8 +14,6 @@ Paired = Callable[[Kind, Kind], tuple[float, float, float]]
 """The mean difference of log ρ between two methods on the same images, and the ends of its interval, NaN without."""
 ROUNDING = 1e-6
 """Ratios that differ by no more than this part are equal: float32 factors are no finer."""
-SLOWER = 0.1
-"""The part by which times must differ: less is the machine's noise."""
 AS_NEAR = 0.02
 """How much greater the ρ of a rival may be to count as near: of few images no interval excludes even that a method of
 twice the error is level."""

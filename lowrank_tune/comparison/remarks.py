@@ -86,7 +86,7 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
         how = "fitted but not trained" if first == "pca_basis" else "without training"
         remarks.append(
             f"at rank {row.rank} {first}, {how}, {verb} {row.method}: "
-            f"ρ {_plain(best.residual_ratio)} against {_plain(row.residual_ratio)}, "
+            f"ρ {_ratio(best.residual_ratio)} against {_ratio(row.residual_ratio)}, "
             f"{_plain(best.images_per_second)} against {_plain(row.images_per_second)} images/s{also}"
         )
     return remarks
@@ -152,6 +152,10 @@ def _reasons(failed: Sequence[TrialOutcome]) -> str:
     reasons = Counter(outcome.reason or "no reason given" for outcome in failed)
     told = "; ".join(f"{reason} ({number}x)" if number > 1 else reason for reason, number in reasons.most_common(3))
     return told + ("; and others" if len(reasons) > 3 else "")
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else _plain(value)
 
 
 def _plain(value: float) -> str:

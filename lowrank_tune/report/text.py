@@ -13,7 +13,7 @@ from pathlib import Path
 from rich import filesize
 
 from lowrank_tune.files import read_fields
-from lowrank_tune.records import BEST_MODEL, CONTROLS, Comparison, ComparisonRow, FeatureSet, TrialOutcome
+from lowrank_tune.records import BEST_MODEL, CONTROLS, SLOWER, Comparison, ComparisonRow, FeatureSet, TrialOutcome
 
 ABSENT = "—"
 BOUNDS = ("svd", "svd_rows")
@@ -168,7 +168,7 @@ def rank_summaries(comparison: Comparison) -> list[RankSummary]:
         rows = [row for row in comparison.rows if row.rank == rank]
         controls = [row for row in rows if row.method in CONTROLS]
         svd, trained = next((row for row in rows if row.method == "svd"), None), chosen.get(rank)
-        least = 0.9 * trained.images_per_second if trained else 0.0
+        least = trained.images_per_second / (1 + SLOWER) if trained else 0.0
         quick = [row for row in controls if row.images_per_second >= least] or controls
         control = min(quick, key=lambda row: (row.residual_ratio, -row.images_per_second), default=None)
         found.append(RankSummary(rank, svd, trained, control))

@@ -52,7 +52,7 @@ def test_a_control_that_wins_is_called_out_with_both_figures():
     rows = [row("svd", 1.0, 10), row("randomized_svd", 1.01, 90), row("power_1", 1.1, 400),
             row("random_sketch", 2.0, 900), row("direct", 1.3, 80, trial_id="r004-direct-0000")]  # fmt: skip
     assert about_rivals(judge(rows, paired_by(rows))) == [
-        "at rank 4 randomized_svd, without training, beats direct: ρ 1.01 against 1.3, 90 against 80 images/s; "
+        "at rank 4 randomized_svd, without training, beats direct: ρ 1.010 against 1.300, 90 against 80 images/s; "
         "so does power_1"
     ]
 
