@@ -7,8 +7,10 @@ import logging
 import os
 import resource
 import secrets
+import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,8 @@ _LONGEST_PLACE = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sock
 _OWN_VARIABLES = {
     f"RAY_{name}" for name in ("ADDRESS", "TMPDIR", "AUTH_MODE", "AUTH_TOKEN", "USAGE_STATS_ENABLED", "CLIENT_MODE")
 }
+_OBJECT_STORE = 200_000_000
+"""Bytes of a store that has no room in shared memory."""
 _LEAST_MEMORY = 3 << 29
 """Bytes below which Ray's own watch over memory ends every worker, again and again."""
 _LIMITS = (("v", resource.RLIMIT_AS, 1 << 50), ("n", resource.RLIMIT_NOFILE, 1024), ("u", resource.RLIMIT_NPROC, 1024))
@@ -141,9 +145,19 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
         token.reset_cache()
     # Of itself Ray takes half a CPU of a container for none, and does not see what a scheduler binds a process to.
     settings = {"address": "local", "include_dashboard": False, "num_cpus": joblib.cpu_count()}
-    if os.path.exists("/dev/shm") and not os.access("/dev/shm", os.W_OK):
-        settings["_plasma_directory"] = place
+    if sys.platform == "linux" and (free := _free_shared_memory()) < _OBJECT_STORE:
+        # Else Ray takes a third of the memory in a file on that disk. No features travel in it.
+        note(f"/dev/shm has {free / 1e6:.0f} MB: Ray's object store, {_OBJECT_STORE / 1e6:.0f} MB, lies in {place}")
+        settings |= {"_plasma_directory": place, "object_store_memory": _OBJECT_STORE}
     return settings
+
+
+def _free_shared_memory() -> int:
+    """Bytes that this user can have in /dev/shm."""
+    try:
+        return shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+    except OSError:
+        return 0
 
 
 def _suspects() -> str:

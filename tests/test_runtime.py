@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,16 @@ def test_a_container_too_small_for_ray_is_told_before_it_starts(
     with pytest.raises(LowrankTuneError, match=r"has 1\.0 GiB of memory, and Ray .* 1\.5"), ray_session():
         pass
     assert started == []
+
+
+def test_a_store_without_room_in_shared_memory_is_small_and_lies_beside_rays_files(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=64 << 20))
+    told: list[str] = []
+    with ray_session(note=told.append):
+        assert started[0]["_plasma_directory"] == "/tmp"
+    assert told == ["/dev/shm has 67 MB: Ray's object store, 200 MB, lies in /tmp"]
 
 
 def test_what_ray_says_is_one_line_with_what_may_be_to_blame(
