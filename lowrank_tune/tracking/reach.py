@@ -7,6 +7,7 @@ MLflow tries a database that is away for minutes, and then asked through MLflow 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from pathlib import Path
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, redact
 from lowrank_tune.tracking.database import database_state, is_known_revision, is_older
-from lowrank_tune.tracking.store import Store, open_sqlite, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.store import Store, brief, open_sqlite, resolve_store, set_mlflow_defaults
 
 PROBE_TIMEOUT_S = 5.0
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -115,11 +116,11 @@ def _knock_at_server(store: Store) -> None:
         if error.code < 500:
             return
         why = f"it answers {error.code} {error.reason}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):
             return  # MLflow has settings for certificates
-        why = "within 5 seconds" if isinstance(reason, TimeoutError) else str(reason)
+        why = "within 5 seconds" if isinstance(reason, TimeoutError) else brief(reason)
     raise TrackingError(f"tracking server {store.shown} does not answer ({why}); start it, or {_NAME_ANOTHER}")
 
 
@@ -162,8 +163,8 @@ def _check_form(store: Store) -> None:
             f"tracking store {store.shown}: write sqlite:///relative/path.db or sqlite:////absolute/path.db"
         )
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
-        raise InputError(f"tracking store {uri}: write http://{uri} for an MLflow server")
-    folder = uri.startswith("file:") or (":" not in uri and uri != "databricks" and uri != "databricks-uc")
+        raise InputError(f"tracking store {store.shown}: write http://{store.shown} for an MLflow server")
+    folder = uri.startswith("file:") or not re.match("databricks|[a-z][a-z0-9+.-]+:", uri, re.IGNORECASE)
     if folder and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
         path = re.sub(r"^file:(//)?", "", uri)
         move = f"`mlflow migrate-filestore --source {shlex.quote(path)} --target sqlite:///mlflow.db` makes one of it; "

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 from lowrank_tune.errors import redact
 
 _SQLITE, _SQLITE_QUOTED = "sqlite:///", "sqlite+pysqlite:///"
-_REASON_LENGTH = 300
+REASON_LENGTH = 300
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """The schemes of databases that MLflow itself opens."""
 _DEFAULTS = {
@@ -46,7 +46,12 @@ class Store:
 
     @property
     def shown(self) -> str:
-        return self.uri if self.is_local else redact(re.sub("://.*@", "://", self.uri, flags=re.DOTALL))
+        if self.is_local or self.uri.startswith("file:///") or not re.search("[:?].*@|[?]", self.uri, re.DOTALL):
+            return self.uri
+        scheme, mark, rest = self.uri.rpartition("://") if "://" in self.uri else ("", "", self.uri)
+        place, _, query = rest.partition("?")
+        # Of a password with a question mark, and of an @ in a query, nobody knows where they end.
+        return f"{scheme}{mark}{'…' if '@' in query else place.rpartition('@')[2]}"
 
     @property
     def database(self) -> Path | None:
@@ -72,12 +77,19 @@ class Store:
 
     def hide(self, error: Exception) -> str:
         """An error in one line, without this address's credentials."""
-        text = (str(error).splitlines() or [type(error).__name__])[0].replace(self.uri, self.shown)
+        text = brief(error).replace(self.uri, self.shown)
         with contextlib.suppress(ValueError):
             password = urlsplit(self.uri).password or ""
             for secret in {password, unquote(password)} - {""}:
                 text = text.replace(secret, "***")
-        return redact(text)[:_REASON_LENGTH]
+        return redact(text)[:REASON_LENGTH]
+
+
+def brief(error: object) -> str:
+    """The first line of an error; of a request that MLflow could not make, where and why only."""
+    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    failed = re.search(r"API request to (\S+?)/api/.* failed with exception (?:.*\(Caused by (\w+))?", said)
+    return f"{failed[1]} does not answer ({failed[2] or 'its answer is broken off'})" if failed else said
 
 
 def set_mlflow_defaults() -> None:

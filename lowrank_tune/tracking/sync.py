@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
 from lowrank_tune.records import OBJECTIVES, Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.reach import deleted
-from lowrank_tune.tracking.store import Store
+from lowrank_tune.tracking.store import REASON_LENGTH, Store, brief
 from lowrank_tune.trials.outcomes import TrialRecord
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -40,7 +39,6 @@ _TRIAL_ID, _PARENT = "lowrank.trial_id", "mlflow.parentRunId"
 _INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR"}
 _PASSING |= {"REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}  # 429, which MLflow knows by two names
-_REASON_LENGTH = 300
 _TABLE = "comparison_table.json"
 _FILES = (
     *("report.html", "study.yaml", "study.resolved.yaml"),
@@ -307,9 +305,9 @@ def is_passing(error: Exception) -> bool:
 
 def reason_of(error: Exception) -> str:
     """An error in one line, without credentials."""
-    said = str(error) if isinstance(error, LowrankTuneError) else f"{type(error).__name__}: {error}"
-    away = re.search(r"API request to (\S+?)/api/.* failed with exception .*\(Caused by (\w+)", said)
-    return redact(f"{away[1]} does not answer ({away[2]})" if away else said.splitlines()[0])[:_REASON_LENGTH]
+    said = brief(error)
+    plain = isinstance(error, LowrankTuneError) or "does not answer" in said
+    return redact(said if plain else f"{type(error).__name__}: {said}")[:REASON_LENGTH]
 
 
 def _open_experiment(client: Any, name: str, store: Store) -> str:

@@ -39,6 +39,8 @@ def gate() -> Iterator[Gate]:
         ("postgresql+psycopg2://me:secret@host/db", "driver psycopg2 is not installed; `pip install psycopg2-binary`"),
         ("mysql://me:se/cret@host/db", "mysql://host/db: its database driver MySQLdb .*`pip install mysqlclient`"),
         ("mysql+foo://me:secret@host/db", "no address of a database .*mysql.foo"),
+        ("//me:secret@host/x", "tracking store host/x: a folder of files"),
+        ("http://me:se?cret@host", "tracking server http://… does not answer"),
         ("sqlite://", "write sqlite:///relative/path.db or sqlite:////absolute/path.db"),
         ("sqlite:///", "write sqlite:///relative/path.db"),
     ],
@@ -49,8 +51,9 @@ def test_an_address_that_mlflow_cannot_use_is_the_users_to_correct(
     (tmp_path / "mlruns").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(InputError, match=said) as raised:
+    with pytest.raises(LowrankTuneError, match=said) as raised:
         Tracker(build_plan(tmp_path / "results"))
+    assert raised.value.exit_code == 2 or uri.startswith("http")
     assert "cret" not in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "results").exists()
