@@ -58,7 +58,10 @@ def about_data(features: FeatureSet, test_images: int, test_groups: int) -> list
     if features.quarantined:
         remarks.append(f"{features.quarantined} of the source's records had no usable image and are not in any figure")
     if test_images == 1:
-        remarks.append("one test image only: no spread over images is known, and the sd is given as 0")
+        remarks.append(
+            "one test image only: no spread over images is known, the sd is given as 0, and nothing is said of what "
+            "beats what; raise split.test"
+        )
     elif test_images < FEW_IMAGES:
         remarks.append(f"only {test_images} test images: means and worst cases are rough")
     if test_groups == 1 < test_images:
