@@ -45,7 +45,7 @@ class Leaf:
     """An array in a file.
 
     Attributes:
-        name: its place in the file, `features`, `model.features`, `[3]`; empty where the file is nothing but it.
+        name: its place in the file, `features`, `model.features`, `[3]` in a list, `(3)` in a tuple; empty where the file is nothing but it.
         shape: all its axes.
         dtype: in torch's words.
         problem: why it cannot be features, whatever its shape; empty where it can.
@@ -261,7 +261,7 @@ def _read_safetensors(file: Path | bytes) -> Iterator[tuple[Leaf, Load]]:
             name,
             tuple(sliced.get_shape()),
             _FLOATS.get(kind, kind.lower()),
-            "" if kind.startswith(("F", "BF")) else "not floating [tokens, dim]",
+            "" if kind in _FLOATS else "not floating [tokens, dim]",
         )
         yield leaf, functools.partial(_safe_slice, opened, name)
 
@@ -293,7 +293,9 @@ def _tensors(content: Any, name: str, depth: int) -> Iterator[tuple[str, torch.T
             yield from _tensors(value, f"{name}.{key}" if name else str(key), depth + 1)
     elif depth < _DEEPEST and isinstance(content, list | tuple):
         for place, value in enumerate(content):
-            yield from _tensors(value, f"{name}[{place}]", depth + 1)
+            # What several functions gave is a tuple, as the layers of one image; images are collected in a list.
+            where = f"({place})" if isinstance(content, tuple) else f"[{place}]"
+            yield from _tensors(value, f"{name}{where}", depth + 1)
 
 
 def _tensor_leaf(name: str, tensor: torch.Tensor) -> tuple[Leaf, Load]:
@@ -334,10 +336,12 @@ _FORMS: list[tuple[Callable[[bytes, int], bool], str, Callable[[Path | bytes], I
 def _read_zip(file: Path | bytes) -> Iterator[tuple[Leaf, Load]]:
     try:
         with zipfile.ZipFile(io.BytesIO(file) if isinstance(file, bytes) else file) as archive:
-            is_npz = any(name.endswith(".npy") for name in archive.namelist())
+            names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise UnusableError("cut short or damaged; copy or save it again") from error
-    return _read_npz(file) if is_npz else _read_torch(file)
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise UnusableError("holds a TorchScript program, no tensors; save what it gives with torch.save(tensor, path)")
+    return _read_npz(file) if any(name.endswith(".npy") for name in names) else _read_torch(file)
 
 
 def only_leaf(leaves: Iterable[Leaf], alone: bool = False) -> Leaf:

@@ -189,7 +189,7 @@ def _images(
 
 def _is_named(name: str, key: str) -> bool:
     """Whether a key of the study file names an entry, or what it lies in; a number names a place in a list, too."""
-    name, key = (re.sub(r"\[(\d+)\]", r".\1", text).lstrip(".") for text in (name, key))
+    name, key = (re.sub(r"\[(\d+)\]|\((\d+)\)", r".\1\2", text).lstrip(".") for text in (name, key))
     return name == key or name.startswith(f"{key}.")
 
 
@@ -270,7 +270,7 @@ def common_shape(records: SourceRecords, limit: float = 1.0, said: str = "featur
     raise InputError(
         f"{said}: {len(others)} of {len(shapes)} files or images cannot be used or have not most others' shape, "
         f"features.max_quarantined = {limit:g} allows {int(limit * len(shapes))}:\n  {listed}\n"
-        "Make them alike, or name files of one shape."
+        "Correct them, name files of one shape, or raise it."
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections import OrderedDict, namedtuple
 
 import numpy as np
@@ -136,12 +137,20 @@ def test_a_key_names_the_entry_to_take(tmp_path):
         save(tmp_path / f"{number}.pt", content)
     for key, factor in [("hidden.last", -1), ("hidden.first", 1), ("layers.1", 2), ("layers[1]", 2), (7, 1)]:
         assert torch.equal(torch.stack(tensors_of({"path": str(tmp_path), "key": key})), factor * X_NTD)
-    keys = [hash_files(records_of({"path": str(tmp_path), "key": f"hidden.{name}"})).keys for name in ("first", "last")]
+    save(tmp_path / "layers" / "a1.pt", (X_NTD[0], X_NTD[1]))
+    save(tmp_path / "layers" / "a2.pt", (X_NTD[2], X_NTD[3]))
+    assert torch.equal(torch.stack(tensors_of({"path": str(tmp_path / "layers"), "key": 1})), X_NTD[[1, 3]])
+    with pytest.raises(InputError, match=r"holds 2 entries that may be the features, \(0\) \(float32"):
+        common_shape(records_of(str(tmp_path / "layers")))
+    keys = [
+        hash_files(records_of({"path": str(tmp_path / "[0-9].pt"), "key": f"hidden.{name}"})).keys
+        for name in ("first", "last")
+    ]
     assert not set(keys[0]) & set(keys[1]), "another entry is another image"
     with pytest.raises(InputError, match=r'holds 5 entries .*7 \(float32 \[1, 6, 10\]\), hidden.first .*key: "7"'):
-        common_shape(records_of(str(tmp_path)))
+        common_shape(records_of(str(tmp_path / "*.pt")))
     with pytest.raises(InputError, match=r"no entry hiden, but .*hidden.last \(float32 \[6, 10\]\).*correct key"):
-        common_shape(records_of({"path": str(tmp_path), "key": "hiden"}))
+        common_shape(records_of({"path": str(tmp_path / "*.pt"), "key": "hiden"}))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +204,11 @@ class Harmful:
         return open, ("harmed", "w")
 
 
+def program(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/constants.pkl", "")
+
+
 def text(path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
 
@@ -221,6 +235,7 @@ REFUSED = {
     "an empty file": (lambda path: path.write_bytes(b""), "the file is empty"),
     "a pointer": (text, "git lfs pull"),
     "half": (lambda path: (save(path, X_NTD), path.write_bytes(path.read_bytes()[:700])), "cut short or damaged"),
+    "a program": (program, "a TorchScript program"),
     "a page": (lambda path: path.write_text("<!DOCTYPE html>"), "no file of torch, NumPy or safetensors"),
 }  # fmt: skip
 
