@@ -45,7 +45,8 @@ class Leaf:
     """An array in a file.
 
     Attributes:
-        name: its place in the file, `features`, `model.features`, `[3]` in a list, `(3)` in a tuple; empty where the file is nothing but it.
+        name: its place in the file, `features`, `model.features`, `[3]` in a list, `(3)` in a tuple; empty where
+            the file is nothing but it.
         shape: all its axes.
         dtype: in torch's words.
         problem: why it cannot be features, whatever its shape; empty where it can.
