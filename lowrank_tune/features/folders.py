@@ -89,7 +89,7 @@ def _parts(path: str) -> list[str]:
 _BRACES = re.compile(r"\{(?:([^{},]*(?:,[^{},]*)+)|(\d+)\.\.(\d+))\}")
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
     """A shell's braces: `{a,b}` and `{000..012}`."""
     braces = _BRACES.search(pattern)
     if braces is None:
@@ -99,13 +99,13 @@ def _expand(pattern: str) -> Iterator[str]:
     if listed is None:
         low, high, width = int(first), int(last), len(first) if first.startswith("0") else 0
         if abs(high - low) >= _MOST_BRACES:
-            raise InputError(f"{braces[0]}: too many names; write a wildcard instead in features.source.images")
+            raise InputError(f"{braces[0]}: too many names; write a wildcard instead")
         step = 1 if high >= low else -1
         each: list[str] = [f"{number:0{width}}" for number in range(low, high + step, step)]
     else:
         each = listed.split(",")
     for text in each:
-        yield from _expand(pattern[: braces.start()] + text + pattern[braces.end() :])
+        yield from expand_braces(pattern[: braces.start()] + text + pattern[braces.end() :])
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Walk:
         base, left = _existing("/", _parts(path))
         found: dict[str, str] = {}
         links: dict[str, str] = {}
-        for pattern in _expand("/".join(left)):
+        for pattern in expand_braces("/".join(left)):
             place, parts = _existing(base, _parts(pattern))
             if parts and parts[-1] == "**":
                 parts.append("*")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,9 +76,12 @@ class SourceFiles:
         if len(broken) > len(shown):
             shown.append(f"and {len(broken) - len(shown)} more")
         listed = "\n  ".join(shown)
+        advice = f"Correct or remove them, or raise {option}."
+        if errors.count(os.strerror(errno.ENOENT)) == len(errors):
+            advice = "None is there: features.source.root is the folder that a manifest's images are named from."
         raise InputError(
             f"{source}: {len(broken)} of {len(errors)} files cannot be used, {option} = {limit:g} allows "
-            f"{int(limit * len(errors))}:\n  {listed}\nCorrect or remove them, or raise {option}."
+            f"{int(limit * len(errors))}:\n  {listed}\n{advice}"
         )
 
 

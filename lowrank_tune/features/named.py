@@ -46,7 +46,7 @@ def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
     known = sorted(filter(is_image_name, names), key=lambda name: _WELL_KNOWN.get(_plain(name), len(_WELL_KNOWN)))
     named = {name: list(_first_named(table.column(name))) for name in known}
     for name, images in named.items():
-        if any(not _ADDRESS.match(image) for image in images):
+        if not all(map(is_address, images)):
             return name
     addresses = [name for name, images in named.items() if images]
     if addresses:
@@ -116,12 +116,24 @@ def is_chat(record_columns: Collection[str]) -> bool:
 
 def refuse_addresses(images: Iterable[str], column: str, file: Path) -> None:
     """Refuse, as an InputError, images that lie on another machine."""
-    addresses = [image for image in images if _ADDRESS.match(image)]
+    addresses = list(filter(is_address, images))
     if addresses:
         raise InputError(
             f"{file}: column {column!r} names {len(addresses)} addresses, the first {addresses[0][:200]}; download "
             "them first, then name the files: in features.source.image_column, or by features.source.root"
         )
+
+
+def is_address(text: str) -> bool:
+    """Whether a text names what lies on another machine."""
+    return _ADDRESS.match(text) is not None
+
+
+def local_path(text: str) -> str:
+    """Return a path as it is: of `file://`, of one that begins with `~`, or of one as people write it."""
+    if text.startswith("file:"):
+        return unquote(re.sub(r"^file:(//(localhost)?(?=/))?", "", text))
+    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 class Finder:
@@ -139,11 +151,10 @@ class Finder:
         """
         if INSIDE in image and image.split(INSIDE)[0] in self._tables:
             return image
-        if image.startswith("file:"):
-            image = unquote(re.sub(r"^file:(//(localhost)?(?=/))?", "", image))
-        path = str(Path(folder, os.path.expanduser(image)))
+        image = local_path(image)
+        path = os.path.join(folder, image)
         if ("\\" in image or image != image.strip()) and not os.path.lexists(path):
-            path = str(Path(folder, image.strip().replace("\\", "/")))
+            path = os.path.join(folder, image.strip().replace("\\", "/"))
         if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES or os.path.isfile(path):
             return path
         directory, name = os.path.split(path)

@@ -20,9 +20,20 @@ import pyarrow.csv
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
+from lowrank_tune.features.folders import expand_braces
 from lowrank_tune.features.forms import decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
-from lowrank_tune.features.named import Finder, image_column, is_chat, is_image_name, named_images, refuse_addresses
+from lowrank_tune.features.named import (
+    Finder,
+    image_column,
+    is_address,
+    is_chat,
+    is_image_name,
+    local_path,
+    looks_like_image,
+    named_images,
+    refuse_addresses,
+)
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 """Of the files that hold records."""
@@ -35,6 +46,7 @@ _DECIMAL = r"^(-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]|-?in
 _MOST_NAMES = 256
 """Of the objects in a column; more are keys, which a column each would not hold."""
 _DEEPEST = 16
+_FOLDER = ", or write features.source.images for a folder of images"
 _FOLDER_TABLE = "metadata"
 """The stem of the tables in a directory made for `datasets.load_dataset("imagefolder")`."""
 _NOT_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -44,7 +56,7 @@ _NOT_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_di
 def read_manifest(source: ManifestSource) -> SourceRecords:
     """Read the records of a manifest's files; an InputError where there are none, or they name no images."""
     files = manifest_files((source.manifest,) if isinstance(source.manifest, str) else source.manifest)
-    root = None if source.root is None else Path(os.path.expanduser(source.root)).absolute()
+    root = None if source.root is None else Path(local_path(source.root)).absolute()
     if root is not None and not root.is_dir():
         raise InputError(f"{root}: no such directory; correct features.source.root")
     tables, notes = list[pa.Table](), list[str]()
@@ -83,24 +95,30 @@ def manifest_files(patterns: Iterable[str]) -> list[Path]:
     """List the tables that a manifest's paths, directories and globs name; an InputError where one names none."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        place = Path(expanded).absolute()
-        if place.is_dir():
-            found = _tables_of(place)
-        elif place.is_file():
-            found = [place]
-        elif glob.has_magic(pattern):
-            found = sorted(
-                path for name in glob.glob(expanded, recursive=True) if (path := Path(name).absolute()).is_file()
-            )
-            if not found:
-                raise InputError(f"{pattern}: matches no file from {Path.cwd()}; correct features.source.manifest")
-        else:
-            siblings = [sibling.name for sibling in place.parent.iterdir()] if place.parent.is_dir() else []
-            hint = did_you_mean(place.name, siblings)
-            raise InputError(f"{place}: no such file; correct features.source.manifest{hint}")
-        files |= dict.fromkeys(found)
+        if is_address(pattern):
+            raise InputError(f"{pattern}: is an address; download it first, then correct features.source.manifest")
+        path = local_path(pattern)
+        for name in [path] if os.path.lexists(path) else expand_braces(path):
+            files |= dict.fromkeys(_files_of(name))
     return list(files)
+
+
+def _files_of(pattern: str) -> list[Path]:
+    place = Path(pattern).absolute()
+    if place.is_dir():
+        return _tables_of(place)
+    if place.is_file():
+        return [place]
+    if not glob.has_magic(pattern):
+        siblings = [sibling.name for sibling in place.parent.iterdir()] if place.parent.is_dir() else []
+        hint = did_you_mean(place.name, siblings)
+        raise InputError(f"{place}: no such file; correct features.source.manifest{hint}")
+    found = [path for name in glob.glob(pattern, recursive=True) if (path := Path(name).absolute()).is_file()]
+    tables = sorted(path for path in found if table_suffix(path) in SUFFIXES and path.name not in _NOT_RECORDS)
+    if not tables:
+        what = f"{len(found)} files, of which none is a table ({', '.join(SUFFIXES)})" if found else "no file"
+        raise InputError(f"{pattern}: matches {what} from {Path.cwd()}; correct features.source.manifest")
+    return tables
 
 
 def _tables_of(directory: Path) -> list[Path]:
@@ -117,7 +135,7 @@ def _tables_of(directory: Path) -> list[Path]:
         found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes) or "nothing"
         raise InputError(
             f"{directory}: no tables in it (looked for {', '.join(SUFFIXES)}, in subfolders too; found {found}); "
-            "correct features.source.manifest"
+            f"correct features.source.manifest{_FOLDER if any(map(looks_like_image, map(str, below))) else ''}"
         )
     if len(kinds) > 1:
         raise InputError(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.groups import listed_groups
-from lowrank_tune.features.images import write_record_table
+from lowrank_tune.features.images import hash_files, write_record_table
 from lowrank_tune.features.sources import read_records
 
 GROUNDING = [
@@ -102,7 +102,14 @@ def test_several_files_are_one_list_and_a_column_of_two_types_becomes_text(tmp_p
         (tmp_path / name).write_text(text)
     (tmp_path / "set[1].tsv").write_text("image\tscore\n3.jpg\t3\n")
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(b'{"image": "4.jpg"}\n'))
-    for manifest in ("set", "set/**/*.csv", ["set/a", "set/b/2.csv", "set"]):
+    for manifest in (
+        "set",
+        "set/**/*",
+        "set/{a/1,b/2}.csv",
+        f"file://{tmp_path}/set",
+        "set/**/*.csv",
+        ["set/a", "set/b/2.csv", "set"],
+    ):
         records = records_of(manifest)
         assert records.images == (str(tmp_path / "set/a/1.jpg"), str(tmp_path / "set/b/2.jpg")), manifest
         assert records.columns.to_pydict()["score"] == ["1", "two"]
@@ -222,6 +229,12 @@ def test_records_of_text_alone_are_left_out_and_counted_and_of_several_images_re
 def test_an_image_that_cannot_be_found_is_named(folder, records, message):
     with pytest.raises(InputError, match=message):
         named(records)
+
+
+def test_where_no_image_is_there_the_key_for_their_folder_is_named(folder):
+    _, records = named([{"image": "x/1.jpg"}, {"image": "x/2.jpg"}])
+    with pytest.raises(InputError, match=r"2 of 2 files(.|\n)*None is there: features.source.root"):
+        hash_files(records).check({}, 1, "features.source", "features.max_quarantined")
 
 
 ROWS = [
@@ -434,6 +447,7 @@ TEXTS = {
     "kinds/1.csv": "image\n",
     "kinds/2.json": "[]",
     "none/1.xml": "",
+    "none/1.jpg": "",
 }
 
 
@@ -465,7 +479,10 @@ TEXTS = {
         ("list.txt", r"/list.txt: the suffix tells .*\.jsonl"),
         ("*.tsv", r"\*.tsv: matches no file"),
         ("kinds", r"/kinds: tables of several kinds, 1 \.csv, 1 \.json; name the one, or a glob"),
-        ("none", r"/none: no tables in it .*found 1 \.xml"),
+        ("none/*", r"none/\*: matches 2 files, of which none is a table"),
+        ("{misspelt,gone}.csv", "/misspelt.csv: no such file.*did you mean misspelt.json"),
+        ("https://example.org/x.csv", "https://example.org/x.csv: is an address; download it first"),
+        ("none", r"/none: no tables in it .*found 1 \.jpg, 1 \.xml.*write features.source.images"),
         ("~nosuchuser/x.csv", "/~nosuchuser/x.csv: no such file"),
     ],
 )
