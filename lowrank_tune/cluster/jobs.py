@@ -226,12 +226,17 @@ def find_token() -> tuple[str, str]:
 
 
 def _tracking_variables() -> dict[str, str]:
-    """MLFLOW_TRACKING_URI, refused with a password, which a list of jobs would show."""
+    """MLFLOW_TRACKING_URI, refused with a password, which a list of jobs shows, or a path that no job keeps."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if redact(uri) != uri:
         raise InputError(
             f"MLFLOW_TRACKING_URI: {redact(uri)} holds credentials, and a job's environment is no secret; set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the head node, and give the address alone"
+        )
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {uri} lies in a job's working directory, which goes with the job; give the whole "
+            "path, sqlite:////…, or unset it"
         )
     return {"MLFLOW_TRACKING_URI": uri} if uri else {}
 

@@ -312,7 +312,8 @@ class TrackingSpec(Section):
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
         # A study file is copied into results, MLflow and the report.
-        if uri and not uri.startswith("sqlite:") and "@" in uri.partition("://")[2]:
+        secret = re.search(r"://.*@|[?&](user|password|passwd|pwd|token)=", uri or "", re.IGNORECASE | re.DOTALL)
+        if uri and secret and not uri.startswith(("sqlite:", "file:///")):
             raise rejected(
                 "an address in a study file must not hold a user name or password: set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or give the whole address in MLFLOW_TRACKING_URI"

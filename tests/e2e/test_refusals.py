@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from pytest import MonkeyPatch
 
 from lowrank_tune import resume_study, run_study
@@ -15,6 +16,7 @@ from lowrank_tune.cli import run
 from lowrank_tune.cluster.study_dir import claimed, read_status
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.tracker import Tracker
 from tests.conftest import Typed
 from tests.e2e.conftest import Witness, older, write_tensors
@@ -100,7 +102,7 @@ def refused(home: Home, typed: Typed) -> Callable[..., str]:
 
 
 SAID = {
-    "gone": "no such directory; correct features.source.tensors",
+    "gone": "no such directory or file; correct features.source.tensors",
     "others": "the study began with 9 images, and they are not the same any more",
     "relative": "has a relative path in features.source.tensors: go on with it from the working directory",
 }
@@ -200,6 +202,22 @@ def test_a_tracking_server_that_is_away_is_told_before_anything_is_touched(
     more = ["--trials", "1"] if command == "extend" else []
     arguments = [command, home.file if command == "run" else home.study_id, *more]
     assert "http://127.0.0.1:9 does not answer" in refused(*arguments, code=1)
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "extend", "clone", "reconcile"])
+def test_a_deleted_experiment_is_told_before_anything_is_touched(
+    home: Home, monkeypatch: MonkeyPatch, refused: Callable[..., str], command: str
+) -> None:
+    monkeypatch.chdir(home.path)
+    client = MlflowClient(local_uri(home.results))
+    client.delete_experiment("1")
+    more = ["--trials", "1"] if command == "extend" else []
+    try:
+        said = refused(command, home.file if command == "run" else home.study_id, *more)
+    finally:
+        client.restore_experiment("1")
+    assert "experiment here was deleted" in said
+    assert "mlflow experiments restore --experiment-id 1" in said
 
 
 def test_a_wrong_study_makes_no_results_directory(home: Home, elsewhere: Path) -> None:
