@@ -75,8 +75,8 @@ def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, A
             groups.setdefault(tuple(config[name] for name in fixed), []).append(trial)
     own = groups.get(tuple(fixed.values()), [])
     if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
-        groups = {(): own[-MOST_LESSONS:]}
-    for trials in groups.values():
+        groups = {(): own}
+    for trials in (every[-MOST_LESSONS:] for every in groups.values()):
         ended = [trial.value for trial in trials if trial.state.is_finished() and trial.value is not None]
         middle = median(_log_error(objective, value) for value in ended) if ended else 0.0
         for trial in trials:
