@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,16 +44,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_session(
-    address: str | None = None, meanwhile: Sequence[str] = (), note: Callable[[str], None] = logger.warning
-) -> Iterator[None]:
+def ray_session(address: str | None = None, meanwhile: Sequence[str] = ()) -> Iterator[None]:
     """A Ray to work in: the caller's, if there is one; else the cluster at `address` or RAY_ADDRESS, else a local one.
 
     Args:
         address: `ray://host:port`, `host:port`, `auto`, or `local` for a local one whatever RAY_ADDRESS says.
         meanwhile: modules, none of Ray's, to import on a thread while Ray starts on this one, for its processes end
             with the thread that started them.
-        note: told, in a sentence, where a local Ray lies when it cannot lie where it should.
 
     Raises:
         InputError: the address is none, or Ray finds no place for its files here.
@@ -64,7 +61,7 @@ def ray_session(
         return
     with ThreadPoolExecutor(1) as beside:
         imports = beside.submit(lambda: [importlib.import_module(name) for name in meanwhile])
-        _start(address, note)
+        _start(address)
     try:
         imports.result()
         with _terminated_like_interrupted():
@@ -95,7 +92,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     handler(signal.SIGINT, frame)
 
 
-def _start(given: str | None, note: Callable[[str], None]) -> None:
+def _start(given: str | None) -> None:
     name, address = ("--address", given) if given else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
     named, address = f"{name} {address}", address.strip()
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
@@ -103,9 +100,8 @@ def _start(given: str | None, note: Callable[[str], None]) -> None:
     logging.getLogger("ray").setLevel(logging.getLogger().level)
     remedy = f"correct {name}, or write `local` there for a Ray of this process's own"
     if address in ("", "local"):
-        # Before the settings, which are variables, too.
-        named, remedy = "on this machine", _suspects()
-        settings = _local_settings(note)
+        named, remedy = "on this machine", ""
+        settings = _local_settings()
     else:
         settings = {"address": _answering(address, named, remedy)}
         _carry_token()
@@ -118,10 +114,10 @@ def _start(given: str | None, note: Callable[[str], None]) -> None:
         ) from error
     except Exception as error:  # Ray raises any kind, the plain one too
         said = " ".join(str(error).split()) or type(error).__name__
-        raise LowrankTuneError(f"Ray {named} did not start or answer: {said}; {remedy}") from error
+        raise LowrankTuneError(f"Ray {named} did not start or answer: {said}; {remedy or _suspects()}") from error
 
 
-def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
+def _local_settings() -> dict[str, Any]:
     """How a Ray of one's own starts on this machine, whatever its TMPDIR, HOME, /dev/shm and CPUs are."""
     from ray._common.utils import get_system_memory
     from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
@@ -132,7 +128,7 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
             f"{_LEAST_MEMORY / 2**30:.1f}: give it 2 GiB, or more"
         )
     # Children find the place by the same variable.
-    os.environ["RAY_TMPDIR"] = place = _place(note)
+    os.environ["RAY_TMPDIR"] = place = _place()
     if os.environ.get("PYTHONOPTIMIZE", "0") > "1":
         os.environ["PYTHONOPTIMIZE"] = "1"  # Ray's agent dies without docstrings
     token = AuthenticationTokenLoader.instance()
@@ -147,7 +143,8 @@ def _local_settings(note: Callable[[str], None]) -> dict[str, Any]:
     settings = {"address": "local", "include_dashboard": False, "num_cpus": joblib.cpu_count()}
     if sys.platform == "linux" and (free := _free_shared_memory()) < _OBJECT_STORE:
         # Else Ray takes a third of the memory in a file on that disk. No features travel in it.
-        note(f"/dev/shm has {free / 1e6:.0f} MB: Ray's object store, {_OBJECT_STORE / 1e6:.0f} MB, lies in {place}")
+        said = "/dev/shm has %.0f MB: Ray's object store, %.0f MB, lies in %s"
+        logger.warning(said, free / 1e6, _OBJECT_STORE / 1e6, place)
         settings |= {"_plasma_directory": place, "object_store_memory": _OBJECT_STORE}
     return settings
 
@@ -168,10 +165,13 @@ def _suspects() -> str:
         for flag, kind, enough in _LIMITS
         if (now := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY and now < enough
     ]
-    return "; ".join((*found, "its logs are below session_latest/logs"))
+    load, cpus = os.getloadavg()[0], joblib.cpu_count()
+    if load > 4 * cpus:
+        found.append(f"try again when less is at work here (a load of {load:.0f} on {cpus} CPUs)")
+    return "; ".join((*found, f"its logs are in {os.environ['RAY_TMPDIR']}/ray/session_latest/logs"))
 
 
-def _place(note: Callable[[str], None]) -> str:
+def _place() -> str:
     """The folder for Ray's sockets and logs: the one that the environment names, else another that can hold them."""
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
     places = [os.environ[name]] if name else []
@@ -183,7 +183,7 @@ def _place(note: Callable[[str], None]) -> str:
             continue
         if unfit:
             first, reason = next(iter(unfit.items()))
-            note(f"{name}{' ' * bool(name)}{first}: {reason}; Ray's files lie in {place}/ray")
+            logger.warning("%s: %s; Ray's files lie in %s/ray", f"{name} {first}".strip(), reason, place)
         return place
     reasons = "; ".join(f"{place}: {reason}" for place, reason in unfit.items())
     raise InputError(f"Ray finds no folder for its files ({reasons}); set RAY_TMPDIR to a short path that can be used")

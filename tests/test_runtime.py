@@ -92,13 +92,12 @@ def test_a_container_too_small_for_ray_is_told_before_it_starts(
 
 
 def test_a_store_without_room_in_shared_memory_is_small_and_lies_beside_rays_files(
-    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=64 << 20))
-    told: list[str] = []
-    with ray_session(note=told.append):
+    with ray_session():
         assert started[0]["_plasma_directory"] == "/tmp"
-    assert told == ["/dev/shm has 67 MB: Ray's object store, 200 MB, lies in /tmp"]
+    assert caplog.messages == ["/dev/shm has 67 MB: Ray's object store, 200 MB, lies in /tmp"]
 
 
 def test_what_ray_says_is_one_line_with_what_may_be_to_blame(
@@ -125,17 +124,21 @@ def test_what_ray_says_is_one_line_with_what_may_be_to_blame(
 )
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_where_ray_cannot_make_its_sockets_another_place_is_chosen_and_told(
-    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str, place: str, said: str
+    started: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    place: str,
+    said: str,
 ) -> None:
-    told: list[str] = []
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # pytest's own are too long
         (Path(short) / "file").touch()
         if place not in ("missing", "file"):
             (Path(short) / place).mkdir()
         monkeypatch.setenv(name, f"{short}/{place}")
-        with ray_session(note=told.append):
+        with ray_session():
             assert os.environ["RAY_TMPDIR"] == "/tmp"
-    (sentence,) = told
+    (sentence,) = caplog.messages
     assert sentence.startswith(f"{name} {short}/{place}: ")
     assert said in sentence
     assert sentence.endswith("Ray's files lie in /tmp/ray")

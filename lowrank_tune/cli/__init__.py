@@ -30,6 +30,8 @@ def main() -> NoReturn:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         for name in (None, "huggingface_hub"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # What of this machine Ray has to do without is told, with --quiet, too.
+        logging.getLogger("lowrank_tune.runtime").setLevel(logging.WARNING)
         warnings.simplefilter("ignore")
     sys.exit(run(arguments, debug=debug))
 

@@ -96,7 +96,7 @@ def run(
     from lowrank_tune.runtime import ray_session
 
     spec = load_study(study, overrides or ())  # a wrong file is told before anything starts
-    with ray_session(address, _WITH_RAY, output.note):
+    with ray_session(address, meanwhile=_WITH_RAY):
         from lowrank_tune.study import run_study
 
         with shown_progress(spec.training.epochs, quiet) as progress:
@@ -289,7 +289,7 @@ def _go_on(
         return
     from lowrank_tune.runtime import ray_session
 
-    with ray_session(address, _WITH_RAY, output.note):
+    with ray_session(address, meanwhile=_WITH_RAY):
         from lowrank_tune import study
 
         library = {"resume": study.resume_study, "extend": study.extend_study, "clone": study.clone_study}

@@ -39,11 +39,6 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def note(sentence: str) -> None:
-    """Tell something beside a command's results."""
-    print(f"note: {sentence}", file=sys.stderr)
-
-
 def show(found: Any, as_json: bool, text: Callable[[Any], object] = print_facts) -> None:
     print(json.dumps(found, indent=2, default=_plain)) if as_json else text(found)
 

@@ -264,7 +264,7 @@ def _made(
 
     from lowrank_tune.runtime import ray_session
 
-    with ray_session(address, note=note):
+    with ray_session(address):
         nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         pool = wait_for_room(job.pool(len(plans), nodes), nodes, note)
         logger.info("%s: %d shards with %s", job.directory, len(plans), pool)
