@@ -51,11 +51,11 @@ def read_parquet(path: Path, wanted: str | None) -> pa.Table:
     for field in schema:
         item, leaves = _item(field.type), _leaves(table, field.name)
         likely = field.name in images or is_image_name(field.name) or sum(sizes[leaf] for leaf in leaves) > KEPT_BYTES
-        if _is_struct(item) or _is_text(item) or (_is_bytes(item) and likely):
+        if (_is_struct(item) or _is_text(item) or (_is_bytes(item) and likely)) and schema.names.count(field.name) == 1:
             special.add(field.name)
         else:
             kept += [leaf for leaf in leaves if leaf not in _files(table, sizes)]
-    read = table.read(columns=kept) if kept else None
+    read = table.read(columns=list(dict.fromkeys(kept))) if kept else None
     columns, names = list[pa.ChunkedArray](), list[str]()
     for field in schema:
         if field.name in special:
@@ -74,10 +74,24 @@ def read_parquet(path: Path, wanted: str | None) -> pa.Table:
 
 
 def declared_column(path: Path) -> str | None:
-    """The first column that Hugging Face's `datasets` wrote as images into a parquet file; None where it wrote none."""
+    """The column of a parquet file that holds images, as Hugging Face's `datasets` wrote or as its type says.
+
+    Raises:
+        InputError: several do, and none is named for it.
+    """
     if path.suffix.lower() != ".parquet":
         return None
-    return next(iter(_declared(open_table(path).schema_arrow)), None)
+    try:
+        schema = open_table(path).schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as PARQUET: {error}") from error
+    found = _declared(schema) or [field.name for field in schema if _is_struct(_item(field.type))]
+    named = [name for name in found if is_image_name(name)]
+    if len(found) > 1 and not named:
+        raise InputError(
+            f"{path}: columns {', '.join(map(repr, found))} hold images; write which in features.source.image_column"
+        )
+    return next(iter(named or found), None)
 
 
 def _declared(schema: pa.Schema) -> list[str]:

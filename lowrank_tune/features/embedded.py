@@ -16,26 +16,32 @@ import tarfile
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lowrank_tune.errors import InputError
 from lowrank_tune.features.tensor_files import is_tensors, read_entry
 from lowrank_tune.files import write_whole
 
-BATCH_BYTES = 16 << 20
-"""Of a table, read at once; its pages, which are read whole, may be larger."""
-TOGETHER = 256
-"""Files, or members of a tar, that one thread reads."""
+BATCH_BYTES, BATCH_ROWS = 16 << 20, 256
+"""Of a table, read at once. Its pages, which are read whole, may be larger; of equal images it may store one."""
+CONTAINERS_AT_ONCE = 2
+"""Tables and tars that threads read side by side: a table's page may hold a hundred photographs."""
+FILES_TOGETHER = 256
+"""That one thread reads."""
 
 _CELL = re.compile(r"(?P<column>.+?)\[(?P<row>\d+)\](?:\[(?P<item>\d+)\])?", re.DOTALL)
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cjP", b"\xffO\xffQ")
-"""What files of images begin with, but for those of the ISO base media format: `ftyp` after four bytes."""
-_LONGEST_PATH = 4096
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\0{4}|II[*+]\0|MM\0[*+]|RIFF|.{4}ftyp|\0\0\0\x0cjP|\xffO\xffQ|\0\0\x01\0|8BPS",
+    re.DOTALL,
+)
+"""What files of images begin with."""
 _DATA = re.compile(r"(data:)?[\w.+-]+/[\w.+-]+(;[^,;]*)*;base64,|data:([\w.+-]+/[\w.+-]+)?(;[^,;]*)*,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]+=*\s*")
 
@@ -97,13 +103,29 @@ class _Open(threading.local):
 _open = _Open()
 
 
+def _closed(inside: str) -> bytes:
+    raise ValueError(f"{inside}: its file is not open")
+
+
+_containers_read = threading.BoundedSemaphore(CONTAINERS_AT_ONCE)
+
+
+@contextmanager
+def turn(image: str | None) -> Iterator[None]:
+    """While a thread reads the part of a source that begins with this image; it leaves nothing open."""
+    place = find_place(image) if image else None
+    with _containers_read if _part(place) else nullcontext():
+        yield
+    if place:
+        _open.file, _open.reader = "", _closed
+
+
 def parts(images: Sequence[str | None]) -> Iterator[range]:
     """Cut images, in their order, into parts that threads read side by side, none of them anything twice."""
     start, current = 0, None
     for number, image in enumerate(images):
-        place = find_place(image) if image else None
-        part = place and (place.file, _row_group(place))
-        if number > start and (part != current or ((part is None or part[1] is None) and number - start == TOGETHER)):
+        part = _part(find_place(image) if image else None)
+        if number > start and (part != current or (part is None and number - start == FILES_TOGETHER)):
             yield range(start, number)
             start = number
         current = part
@@ -111,19 +133,24 @@ def parts(images: Sequence[str | None]) -> Iterator[range]:
         yield range(start, len(images))
 
 
-def _row_group(place: Place) -> int | None:
+def _part(place: Place | None) -> tuple[str, int] | None:
+    """A table's row group, or a tar."""
     try:
-        starts = _row_starts(place.file)
-        cell = _CELL.fullmatch(place.inside)
-        return bisect.bisect(starts, int(cell["row"])) if starts and cell else None
+        starts = _row_starts(place.file) if place else None
     except (OSError, pa.ArrowException):
         return None
+    if place is None or starts is None:
+        return None
+    cell = _CELL.fullmatch(place.inside)
+    return place.file, bisect.bisect(starts, int(cell["row"])) if cell else 0
 
 
 @lru_cache(maxsize=16)
-def _row_starts(file: str) -> list[int]:
-    """The first row of each row group of a table, and none for a tar."""
-    return _starts(open_table(file)) if is_table(file) else []
+def _row_starts(file: str) -> list[int] | None:
+    """The first row of each row group of a table; empty for a tar, None for another file."""
+    if is_table(file):
+        return _starts(open_table(file))
+    return None if is_tensors(file) else []
 
 
 def is_table(file: str | Path) -> bool:
@@ -145,7 +172,7 @@ def _starts(table: pq.ParquetFile) -> list[int]:
 def read_batches(table: pq.ParquetFile, column: str, group: int) -> Iterator[pa.Array]:
     """A column's values in a row group, some megabytes at once."""
     held = table.metadata.row_group(group)
-    rows = max(1, min(4096, BATCH_BYTES * held.num_rows // max(1, held.total_byte_size)))
+    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * held.num_rows // max(1, held.total_byte_size)))
     for batch in table.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
         yield batch.column(batch.schema.names.index(column))
 
@@ -167,7 +194,7 @@ class Column:
         if match and match["column"] not in names:  # a name that itself ends like a cell
             match = re.fullmatch(r"(?P<column>.+)\[(?P<row>\d+)\](?P<item>)", cell, re.DOTALL)
         if match is None or match["column"] not in names:
-            raise KeyError("there is no such column any more")
+            raise LookupError("there is no such column any more")
         self._go_to(match["column"], int(match["row"]))
         value = self.values[int(match["row"]) - self.first]
         if match["item"] and value.is_valid:
@@ -218,7 +245,7 @@ class Members:
     def __call__(self, member: str) -> bytes:
         """Read a member."""
         if member not in self.index:
-            raise KeyError("there is no such member any more")
+            raise LookupError("there is no such member any more")
         offset, size = self.index[member]
         with open(self.file, "rb") as opened:
             opened.seek(offset)
@@ -262,11 +289,9 @@ def is_encoded(text: str) -> bool:
     head = text[:512].lstrip()
     if _DATA.match(head):
         return True
-    if len(text) < 32 or not _BASE64.fullmatch(head):
+    if len(text) < 32 or " " in head[:32] or not _BASE64.fullmatch(head):
         return False
-    begins = _from_base64(head[:48])
-    known = begins.startswith(_SIGNATURES) or begins[4:8] == b"ftyp"
-    return known or (len(text) > _LONGEST_PATH and _BASE64.fullmatch(text) is not None)
+    return _SIGNATURE.match(_from_base64(head[:48])) is not None
 
 
 def decode_text(text: str) -> bytes:
@@ -286,16 +311,41 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
+def take_out(value: Any, cache_root: Path | None) -> Any:
+    """A record, or a part of it, with the paths of images, as `keep_text` keeps them, in the stead of their texts."""
+    match value:
+        case str():
+            return keep_text(value, cache_root) if is_encoded(value) else value
+        case list():
+            return [take_out(item, cache_root) for item in value]
+        case dict():
+            return {name: take_out(item, cache_root) for name, item in value.items()}
+    return value
+
+
+def take_out_columns(table: pa.Table, cache_root: Path | None) -> pa.Table:
+    """`take_out`, of a table's columns of texts."""
+    for number, column in enumerate(table.columns):
+        if pa.types.is_string(column.type) and any(
+            text is not None and is_encoded(text) for text in column.to_pylist()
+        ):
+            table = table.set_column(number, table.field(number).name, [take_out(column.to_pylist(), cache_root)])
+    return table
+
+
 def keep_text(text: str, cache_root: Path | None) -> str:
     """Write the image that a text is below `cache_root`, named by its content, and return its path.
 
-    Where that is None nothing is written, and the path tells images apart.
+    Where that is None nothing is written, and the path tells images apart; an InputError where it cannot be written.
     """
     data = decode_text(text)
     digest = hashlib.sha256(data).hexdigest()
     path = (cache_root or Path()).absolute() / "embedded" / digest[:2] / digest
     # Not synced: a machine that dies may leave one empty.
-    if cache_root and (not path.exists() or path.stat().st_size != len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: temporary.write_bytes(data))
+    try:
+        if cache_root and (not path.exists() or path.stat().st_size != len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda temporary: temporary.write_bytes(data))
+    except OSError as error:
+        raise InputError(f"{path}: cannot keep an image out of the manifest ({error}); make room for it") from error
     return str(path)

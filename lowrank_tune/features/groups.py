@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,7 @@ def listed_groups(source: Source, group_by: str | None) -> list[str]:
         photographs = photograph_paths()
         names = [photographs[number % len(photographs)].stem for number in range(source.samples)]
         return names if group_by else list(map(str, range(len(names))))
-    records = read_records(source, Path(), 0)
+    records = read_records(source, None, 0)
     alone = list(map(str, range(len(records.images))))
     if group_by is None:
         return alone

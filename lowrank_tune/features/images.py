@@ -16,7 +16,7 @@ import pyarrow.parquet
 from lowrank_tune.errors import InputError, printable
 from lowrank_tune.features.cache import SOURCES
 from lowrank_tune.features.commits import checksum
-from lowrank_tune.features.embedded import find_place, parts, read_place
+from lowrank_tune.features.embedded import find_place, parts, read_place, turn
 from lowrank_tune.files import file_sha256, write_durably
 
 HASHING_THREADS = 8
@@ -99,7 +99,8 @@ def hash_files(records: SourceRecords) -> SourceFiles:
         return key, None
 
     def digests(part: range) -> list[tuple[str | None, str | None]]:
-        return [digest(records.images[number]) for number in part]
+        with turn(records.images[part[0]]):
+            return [digest(records.images[number]) for number in part]
 
     keys: list[str | None] = []
     unread: list[str | None] = []

@@ -34,8 +34,10 @@ _LEAST_CONTRAST = 6.0
 """Standard deviation of the grey values, of 255: leaves out the black corners round the retina."""
 
 
-def read_records(source: Source, cache_root: Path, seed: int) -> SourceRecords:
+def read_records(source: Source, cache_root: Path | None, seed: int) -> SourceRecords:
     """List a source's files, the seed's sample crops below `cache_root`; none is opened but the manifest.
+
+    What is written as text in a manifest is kept there too; where it is None, which samples cannot be, nothing is.
 
     Raises:
         InputError: the directory, glob or manifest gives no files.
@@ -44,11 +46,11 @@ def read_records(source: Source, cache_root: Path, seed: int) -> SourceRecords:
         case ImageSource():
             return find_images(source)
         case ManifestSource():
-            return read_manifest(source)
+            return read_manifest(source, cache_root)
         case TensorSource():
             return find_tensors(source)
         case SampleSource():
-            crops = write_samples(source.samples, seed, cache_root.absolute() / "samples")
+            crops = write_samples(source.samples, seed, (cache_root or Path()).absolute() / "samples")
             return SourceRecords(tuple(str(path) for path, _ in crops), pa.Table.from_pylist([cut for _, cut in crops]))
 
 

@@ -20,6 +20,7 @@ import pyarrow.csv
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
+from lowrank_tune.features.embedded import take_out, take_out_columns
 from lowrank_tune.features.folders import expand_braces
 from lowrank_tune.features.forms import decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
@@ -53,8 +54,11 @@ _NOT_RECORDS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_di
 """What `datasets` writes beside its tables."""
 
 
-def read_manifest(source: ManifestSource) -> SourceRecords:
-    """Read the records of a manifest's files; an InputError where there are none, or they name no images."""
+def read_manifest(source: ManifestSource, cache_root: Path | None) -> SourceRecords:
+    """Read the records of a manifest's files; an InputError where there are none, or they name no images.
+
+    Images that are written there as texts are kept below `cache_root`, or, where it is None, only told apart.
+    """
     files = manifest_files((source.manifest,) if isinstance(source.manifest, str) else source.manifest)
     root = None if source.root is None else Path(local_path(source.root)).absolute()
     if root is not None and not root.is_dir():
@@ -62,7 +66,7 @@ def read_manifest(source: ManifestSource) -> SourceRecords:
     tables, notes = list[pa.Table](), list[str]()
     for path in files:
         told: list[str] = []
-        tables.append(read_table(path, source, told))
+        tables.append(read_table(path, source, cache_root, told))
         notes += [f"{path}: {sentence}" for sentence in told]
     folders = [str(root or path.parent) for path, table in zip(files, tables, strict=True) for _ in range(len(table))]
     columns = concatenate(tables)
@@ -151,7 +155,7 @@ def table_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table:
+def read_table(path: Path, source: ManifestSource, cache_root: Path | None, notes: list[str]) -> pa.Table:
     """Read one file's records, each column of a type that a table can hold; what was left out becomes a note.
 
     Raises:
@@ -163,7 +167,8 @@ def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table
     try:
         match suffix:
             case ".csv" | ".tsv":
-                return apart(_separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column))
+                table = _separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column)
+                return apart(take_out_columns(table, cache_root))
             case ".parquet":
                 return apart(read_parquet(path, source.image_column))
             case ".tar":
@@ -175,7 +180,8 @@ def read_table(path: Path, source: ManifestSource, notes: list[str]) -> pa.Table
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply to be a list of records") from error
     try:
-        return apart(columns_of(find_records(content, source.image_column, source.records, notes)))
+        records = find_records(content, source.image_column, source.records, notes)
+        return apart(columns_of([take_out(record, cache_root) for record in records]))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     except RecursionError as error:

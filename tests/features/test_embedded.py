@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import tarfile
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +17,11 @@ from PIL import Image
 
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.decoding import decode_image
+from lowrank_tune.features.decoding import decode_image, decode_shard
 from lowrank_tune.features.embedded import decode_text, is_encoded, keep_text
+from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.features.images import hash_files, read_bytes, read_unchanged, write_record_table
+from lowrank_tune.features.shards import ShardPlan
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.records import FeatureSet
 from lowrank_tune.report.spatial import photograph
@@ -90,7 +93,8 @@ ARRAYS = {
 
 
 def records_of(path, **more):
-    spec = FeaturesSpec.model_validate({"source": {"manifest": str(path), **more}})
+    manifest = path if isinstance(path, list) else str(path)
+    spec = FeaturesSpec.model_validate({"source": {"manifest": manifest, **more}})
     return read_records(spec.source, Path("unused"), 0)
 
 
@@ -162,7 +166,7 @@ def test_a_published_table_needs_no_column_named_and_keeps_what_is_no_image(fold
 @pytest.mark.parametrize(
     ("columns", "wanted", "message"),
     [
-        ({"a": structs(), "b": structs()}, None, r"no column has a name such as image.*'a', 'a.path', 'b'"),
+        ({"a": structs(), "b": structs()}, None, r"columns 'a', 'b' hold images; write which in .*image_column"),
         ({"a": structs()}, "aa", r"has no column 'aa', only 'a', 'a.path'; did you mean a\?"),
         ({"image": [[1.5]]}, "image", r"'image' holds list<.*double>, which names no image"),
     ],
@@ -291,6 +295,21 @@ def test_a_tar_of_images_alone_and_one_without(tmp_path):
         records_of(path)
 
 
+def test_workers_decode_what_lies_in_tables_and_tars_and_quarantine_what_is_broken(tmp_path):
+    pq.write_table(pa.table({"image": [*PICTURES[:2], PICTURES[2][:300]]}), tmp_path / "t.parquet")
+    write_tar(tmp_path / "u.tar", SAMPLES[:1])
+    records = records_of([str(tmp_path / "t.parquet"), str(tmp_path / "u.tar")])
+    files = hash_files(records)
+    plan = ShardPlan("s", tuple(files.images), tuple(files.images.values()))
+    row = decode_shard({"plan": pickle.dumps(plan)}, 28, 10**9)
+    keys, quarantined, problem = pickle.loads(row["decoded"])
+    assert (keys, problem) == ([files.keys[0], files.keys[1]], None)
+    assert row["pixels"].shape == (2, 28, 28, 3)
+    assert [key for key, _ in quarantined] == [files.keys[2]]
+    with pytest.raises(InputError, match=r"t\.parquet::image\[2\]: "):
+        files.check(dict(quarantined), 0.1, "source", "limit")
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_texts_are_told_from_paths_and_decoded(tmp_path, number):
     assert is_encoded(TEXTS[number])
@@ -300,6 +319,50 @@ def test_texts_are_told_from_paths_and_decoded(tmp_path, number):
     assert keep_text(TEXTS[number], tmp_path) == path
 
 
-@pytest.mark.parametrize("text", ["1.jpg", "a" * 60, "COCO_train2014_000000123456", "/9j/1.jpg", "", "photos/" * 30])
+def test_images_written_as_text_in_a_list_are_kept_beside_the_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": TEXTS[1]}}, {"type": "text"}]}]
+    files = {
+        "a.jsonl": "\n".join(json.dumps({"id": n, "image": TEXTS[n]}) for n in range(4)),
+        "b.json": json.dumps([{"image": [TEXTS[n], NAMES[n]], "id": n} for n in range(2)]),
+        "c.json": json.dumps([{"messages": chat}]),
+        "d.csv": "id,image\n" + "".join(f'{n},"{TEXTS[n]}"\n' for n in range(4)),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        source = FeaturesSpec.model_validate({"source": {"manifest": name}}).source
+        assert len(listed_groups(source, None)) == len(read_records(source, None, 0).images)
+        assert not (tmp_path / "embedded").exists()
+        records = read_records(source, tmp_path / "cache", 0)
+        kept = [image for image in records.images if not image.endswith(".jpg")]
+        wanted = {"a.jsonl": PICTURES, "b.json": PICTURES[:2], "c.json": PICTURES[1:2], "d.csv": PICTURES}[name]
+        assert [read_bytes(image) for image in kept] == wanted
+        assert all(Path(image).is_relative_to(tmp_path / "cache") for image in kept)
+        assert max(len(str(row)) for row in records.columns.to_pylist()) < 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.jpg",
+        "a" * 60,
+        "COCO_train2014_000000123456",
+        "/9j/1.jpg",
+        "/work/data/train/photos/000000001",
+        "",
+        "photos/" * 30,
+    ],
+)
 def test_paths_are_no_images(text):
     assert not is_encoded(text)
+
+
+def test_columns_of_one_name_and_tables_without_rows(tmp_path):
+    path = tmp_path / "t.parquet"
+    arrays = [pa.array(PICTURES[:2]), pa.array(["a", "b"]), pa.array(["c", "d"])]
+    table = pa.Table.from_arrays(arrays, names=["image", "note", "note"])
+    pq.write_table(table, path)
+    assert [column.to_pylist() for column in records_of(path).columns.columns[1:]] == [["a", "b"], ["c", "d"]]
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(InputError, match="has no records"):
+        records_of(path)
