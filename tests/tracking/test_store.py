@@ -134,6 +134,15 @@ def test_a_damaged_database_is_set_aside_only_where_it_is_the_results_own(tmp_pa
 
 
 @pytest.mark.parametrize(
+    "uri", ["http://me:secret@host", "postgresql://host/db?user=me&password=secret", "http://host/?Token=secret"]
+)
+def test_a_study_file_takes_no_address_with_a_secret(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must not hold a user name or password"):
+        build_plan(tmp_path, tracking={"uri": uri})
+    build_plan(tmp_path, tracking={"uri": "postgresql://host/db?sslmode=require"})
+
+
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("http://me:secret@host:5000/base?token=x", "http://host:5000/base"),
