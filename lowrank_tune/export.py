@@ -192,7 +192,7 @@ def _target(directory: str | Path) -> Path:
     """The folder to write, once it is sure that nothing but an earlier export would be lost."""
     if "://" in str(directory):
         raise InputError(f"{directory}: only local and mounted paths are written to; export there, then upload it")
-    target = Path(os.path.realpath(Path(directory).expanduser()))
+    target = Path(os.path.realpath(os.path.expanduser(directory)))
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: is a file; name a folder")
     names = {path.name for path in target.iterdir()} if target.exists() else set()

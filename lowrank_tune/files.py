@@ -20,7 +20,7 @@ TEMPORARY_PREFIX = ".tmp-"
 def results_place(results: str | Path | None) -> str:
     """The results directory, absolute unless it is an address: the given, else LOWRANK_TUNE_RESULTS, else `results`."""
     name = str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
-    return name if "://" in name else os.path.abspath(Path(name).expanduser())
+    return name if "://" in name else os.path.abspath(os.path.expanduser(name))
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:

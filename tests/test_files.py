@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.files import read_json, write_json, write_whole
+from lowrank_tune.files import read_json, results_place, write_json, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
@@ -37,3 +37,8 @@ def test_json_holds_records_and_no_nan(tmp_path: Path):
         write_json(path, Point(float("nan"), ()))
     assert json.loads(path.read_text()) == read_json(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_home_that_nobody_has_is_a_name_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert results_place("~nobody-of-this-name/results") == f"{tmp_path}/~nobody-of-this-name/results"

@@ -89,7 +89,7 @@ def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
     named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
     if isinstance(source, TensorSource) and isinstance(source.tensors, NamedTensors):
         named = {"features.source.tensors.path": source.tensors.path}
-    if not isinstance(source, TensorSource) and Path(spec.features.encoder.checkpoint).expanduser().is_dir():
+    if not isinstance(source, TensorSource) and os.path.isdir(os.path.expanduser(spec.features.encoder.checkpoint)):
         named["features.encoder.checkpoint"] = spec.features.encoder.checkpoint
     uri = spec.tracking.uri or ""
     if uri.startswith(_SQLITE):

@@ -84,7 +84,7 @@ def apply_decomposer(
     """
     if is_uri(str(out)):
         raise InputError(f"{out}: only local and mounted paths are written to; apply there, then upload it")
-    target = Path(out).expanduser().absolute()
+    target = Path(os.path.expanduser(out)).absolute()
     given, job = _plan(model, str(features), results, target, rank, store_dtype, device)
     try:
         _check_ours(target, job.identity)

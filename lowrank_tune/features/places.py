@@ -36,7 +36,7 @@ class Place(SubTreeFileSystem):
     """
 
     def __init__(self, place: str | Path) -> None:
-        address, path = str(place), os.path.abspath(Path(place).expanduser())
+        address, path = str(place), os.path.abspath(os.path.expanduser(place))
         filesystem: FileSystem = LocalFileSystem()
         self.name = path
         if is_uri(address):

@@ -5,6 +5,7 @@ Needs neither Ray nor MLflow.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -101,7 +102,7 @@ def write_exported(
 
 def read_exported(directory: str | Path) -> ExportedModel:
     """Read what an exported folder says of itself, without its weights; an InputError where it is none of ours."""
-    path = Path(directory).expanduser().absolute() / CONFIG
+    path = Path(os.path.expanduser(directory)).absolute() / CONFIG
     try:
         about = read_json(path)
     except FileNotFoundError:

@@ -81,3 +81,9 @@ def test_a_killed_study_is_told_although_a_trial_of_it_is_damaged(tmp_path: Path
     (told,) = list_studies(results=tmp_path)
     assert (told["state"], told["progress"]["done"]) == ("failed", 0)
     assert f"lowrank-tune resume {plan.study_id}" in told["reason"]
+
+
+def test_a_checkpoint_below_a_home_that_nobody_has_stays_a_name() -> None:
+    encoder = SPEC.features.encoder.model_copy(update={"checkpoint": "~nobody-of-this-name/x"})
+    features = SPEC.features.model_copy(update={"encoder": encoder})
+    assert anchored(SPEC.model_copy(update={"features": features})).features.encoder == encoder

@@ -303,6 +303,7 @@ def hub(tmp_path, monkeypatch):
     [
         ("tiny-randm", "neither a directory nor a hub id.*did you mean tiny-random"),
         ("./gone", "neither a directory nor a hub id"),
+        ("~nobody-of-this-name/gone", "neither a directory nor a hub id"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "config.json is not on this machine and HF_HUB_OFFLINE forbids.*tiny-random"),
     ],
 )
