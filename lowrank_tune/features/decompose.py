@@ -6,8 +6,8 @@ and what `cache.py` tells; a shard has the tensors that `pack_factors` makes
 
 from __future__ import annotations
 
-import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ def find_given(name: str, results: str | Path | None) -> Given:
     """
     directory = Path(os.path.expanduser(name))
     exists = not is_uri(name) and directory.exists()
-    if not is_uri(name) and (exists or glob.has_magic(name)) and not is_cache(str(directory)):
+    if not is_uri(name) and (exists or re.search(r"[*?\[{]", name)) and not is_cache(str(directory)):
         records = find_tensors(TensorSource(tensors=name), "FEATURES, which is no feature cache")
         files = hash_files(records)
         tokens, dim = common_shape(records, said="FEATURES")

@@ -1,4 +1,4 @@
-"""Images of folders, globs and lists of them, as they lie there."""
+"""Files of folders, globs and lists of them, as they lie there: images, or tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from urllib.parse import unquote
@@ -37,37 +37,67 @@ _PLURAL = {"dead link": "dead links", "no file": "no files"}
 _KINDS_SHOWN, _NAMES_SHOWN, _MOST_BRACES = 12, 3, 1_000_000
 
 
-def find_images(source: ImageSource) -> SourceRecords:
-    """Find the images of directories, subfolders included, of globs and of files; each real file once.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Files of a kind.
 
-    Links are followed; hidden files and folders, and what file managers leave, are not looked at. Which files are
-    images their suffixes tell, or, where there is none or a glob or a path names another, their first bytes.
+    Attributes:
+        one: what a person calls one of them.
+        many: and several.
+        said: where the user named them.
+        left_out: the kind of a file that is none, for people, and empty for one that is; where a path or a glob names
+            the suffix, its first bytes count as well.
+        tables: whether a table may have been meant.
+    """
+
+    one: str
+    many: str
+    said: str
+    left_out: Callable[[str, bool], str]
+    tables: bool = False
+
+
+def find_images(source: ImageSource) -> SourceRecords:
+    """Find the images of directories, of globs and of files.
 
     Raises:
         InputError: an entry gives no image, or a folder's disk does not answer.
     """
     entries = (source.images,) if isinstance(source.images, str) else source.images
-    walk, images, problems = _Walk(), dict[str, None](), list[str]()
+    images, notes = find_files(entries, Wanted("image", "images", "features.source.images", _kind_left_out, True))
+    return SourceRecords(tuple(images), pa.table({}), tuple(notes))
+
+
+def find_files(entries: Sequence[str], wanted: Wanted) -> tuple[list[str], list[str]]:
+    """Find the files of directories, subfolders included, of globs and of paths; each real file once. Tell notes, too.
+
+    Links are followed; hidden files and folders, and what file managers leave, are not looked at. Which files are
+    wanted their suffixes tell, or, where there is none or a glob or a path names another, their first bytes.
+
+    Raises:
+        InputError: an entry gives none, or a folder's disk does not answer.
+    """
+    walk, files, problems = _Walk(wanted), dict[str, None](), list[str]()
     for entry in entries:
-        found = walk.images_of(_path_of(entry))
+        found = walk.files_of(_path_of(entry, wanted))
         if not found and "\\" in entry:
-            found = walk.images_of(_path_of(entry.replace("\\", "/")))
+            found = walk.files_of(_path_of(entry.replace("\\", "/"), wanted))
         if not found:
-            problems.append(f"{printable(entry)}: {walk.nothing(_path_of(entry))}")
-        images |= dict.fromkeys(found)
+            problems.append(f"{printable(entry)}: {walk.nothing(_path_of(entry, wanted))}")
+        files |= dict.fromkeys(found)
     if problems:
-        raise InputError("\n".join((*problems[:-1], f"{problems[-1]}; correct features.source.images")))
-    return SourceRecords(tuple(images), pa.table({}), tuple(walk.notes()))
+        raise InputError("\n".join((*problems[:-1], f"{problems[-1]}; correct {wanted.said}")))
+    return list(files), list(walk.notes())
 
 
-def _path_of(entry: str) -> str:
+def _path_of(entry: str, wanted: Wanted) -> str:
     """An absolute path, with its wildcards, that names nothing yet; `..` stays, for it may follow a link."""
     if entry.lower().startswith("file://"):
         entry = unquote(re.sub(r"^file://(localhost)?(?=/)", "", entry, flags=re.IGNORECASE))
     elif re.match(r"[a-z][a-z0-9+.-]+://", entry, re.IGNORECASE):
         raise InputError(
-            f"{entry}: images are read from paths, not from addresses; mount or download it, then correct "
-            "features.source.images"
+            f"{entry}: {wanted.many} are read from paths, not from addresses; mount or download it, then correct "
+            f"{wanted.said}"
         )
     return os.path.join(os.getcwd(), os.path.expanduser(entry))
 
@@ -151,8 +181,9 @@ class _Entry:
 class _Walk:
     """What was found in all folders that were looked through."""
 
-    taken: dict[str, str] = field(default_factory=dict)  # an image's real path -> as it was reached first
-    again: set[str] = field(default_factory=set)  # paths that lead to images which were reached otherwise
+    wanted: Wanted
+    taken: dict[str, str] = field(default_factory=dict)  # a wanted file's real path -> as it was reached first
+    again: set[str] = field(default_factory=set)  # paths that lead to wanted files which were reached otherwise
     left_out: dict[str, str] = field(default_factory=dict)  # a file's real path -> its kind
     folders: set[str] = field(default_factory=set)  # that fit, where files were looked for
     unread: dict[str, str] = field(default_factory=dict)  # folders that may not be read
@@ -162,8 +193,8 @@ class _Walk:
         # Two names of a pattern in a row look at the same folder, and so do all of its braces.
         self._listed = functools.lru_cache(4)(self._list)
 
-    def images_of(self, path: str) -> list[str]:
-        """The images that a path or pattern means, sorted."""
+    def files_of(self, path: str) -> list[str]:
+        """The wanted files that a path or pattern means, sorted."""
         base, left = _existing("/", _parts(path))
         found: dict[str, str] = {}
         links: dict[str, str] = {}
@@ -178,7 +209,7 @@ class _Walk:
             else:
                 by_content, files = False, self._matching(place, ["**", "*"])
             for file, real, is_link in files:
-                if kind := _kind_left_out(file, by_content):
+                if kind := self.wanted.left_out(file, by_content):
                     self.left_out[real] = kind
                 else:
                     (links if is_link else found).setdefault(real, file)
@@ -236,27 +267,29 @@ class _Walk:
             ) from error
 
     def nothing(self, path: str) -> str:
-        """Why no image was found, with what was found instead."""
+        """Why nothing was found, with what was found instead."""
         base, left = _existing("/", _parts(path))
         if left and not re.search(r"[*?\[]|" + _BRACES.pattern, "/".join(left)):
             variable = "; variables such as $HOME are not filled in" if "$" in "/".join(left) else ""
             return f"no such directory or file, {base} has no {left[0]}{variable}"
         if not left and not os.path.isdir(base):
             suffix = os.path.splitext(base)[1].lower()
-            if suffix in _RECORDS:
+            if self.wanted.tables and suffix in _RECORDS:
                 return "is no image; for a table or a tar of records write `manifest:` instead of `images:`"
-            return "is no image that can be read" if os.path.isfile(base) else "is no file that can be read"
+            return (
+                f"is no {self.wanted.one} that can be read" if os.path.isfile(base) else "is no file that can be read"
+            )
         found = self._left_out() + [f"{folder} ({reason})" for folder, reason in self.unread.items()]
         if self.hidden:
             found.append(f"{self.hidden} hidden or of a file manager")
         beside = f", only {', '.join(found)}" if found else ""
-        if set(self.left_out.values()) & _RECORDS:
+        if self.wanted.tables and set(self.left_out.values()) & _RECORDS:
             beside += "; for tables or tars of records write `manifest:` instead of `images:`"
         if not left:
-            return f"no images in it{beside}"
+            return f"no {self.wanted.many} in it{beside}"
         if self.folders and not self.left_out:
             return f"matches directories only, such as {min(self.folders)}; end it with /** for what is in them"
-        return f"matches no image from {base}{beside}"
+        return f"matches no {self.wanted.one} from {base}{beside}"
 
     def _left_out(self) -> list[str]:
         counts = Counter(kind for real, kind in self.left_out.items() if real not in self.taken)
@@ -267,12 +300,12 @@ class _Walk:
         return [printable(text) for text in told]
 
     def notes(self) -> Iterator[str]:
-        """What of the folders is not among the images."""
+        """What of the folders was left out."""
         if told := self._left_out():
             yield f"left out: {', '.join(told)}"
         if self.again:
             links = "1 link leads" if len(self.again) == 1 else f"{len(self.again)} links lead"
-            yield f"{links} to images that are there already; each image is taken once"
+            yield f"{links} to {self.wanted.many} that are there already; each {self.wanted.one} is taken once"
         if self.unread:
             named = [printable(f"{folder} ({reason})") for folder, reason in list(self.unread.items())[:_NAMES_SHOWN]]
             more = f" and {len(self.unread) - len(named)} more" if len(self.unread) > len(named) else ""

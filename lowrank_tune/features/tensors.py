@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import os
 import re
 from collections import Counter
@@ -17,9 +16,9 @@ import pyarrow as pa
 from lowrank_tune.config.schema import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
+from lowrank_tune.features.folders import Wanted, find_files
 from lowrank_tune.features.images import HASHING_THREADS, SourceRecords, read_bytes
-from lowrank_tune.features.places import is_uri
-from lowrank_tune.features.tensor_files import SUFFIXES, Leaf, natural, only_leaf, read_leaves
+from lowrank_tune.features.tensor_files import SUFFIXES, Leaf, is_tensors, natural, only_leaf, read_leaves
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 _FEATURES = re.compile(r"features_\d+", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d{1,18})$", re.ASCII)
 _NUMBERED = re.compile(r"\d+|\[\d+\]", re.ASCII)
-_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
 class _Image(NamedTuple):
@@ -50,7 +48,7 @@ def find_tensors(source: TensorSource, said: str = "features.source.tensors") ->
     Raises:
         InputError: there are none.
     """
-    paths, notes = _find_files(source.paths, said)
+    paths, notes = _files(source.paths, said)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         scans = list(threads.map(_scan, paths))
     images, how = _images(paths, scans, source.key)
@@ -76,63 +74,34 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _find_files(named: Sequence[str], said: str) -> tuple[list[Path], list[str]]:
-    """The files in order, and what was left out."""
-    found: dict[Path, None] = {}
-    left_out: Counter[str] = Counter()
-    for each in named:
-        given = os.path.expanduser(each)
-        place = Path(given).absolute()
-        if is_uri(each):
-            raise InputError(f"{each}: only local and mounted paths are read; copy it here first")
-        if place.is_dir():
-            paths = _walk(place, left_out)
-            problem = f"{place}: no file of tensors in it (looked for {_KINDS}, in subfolders too)"
-        elif place.exists():
-            paths, problem = [place], ""
-        else:
-            matches = glob.iglob(given, recursive=True) if glob.has_magic(given) else ()
-            paths = [path for name in matches if (path := Path(name).absolute()).is_file()]
-            problem = f"{place}: no such directory or file"
-            if glob.has_magic(each):
-                problem = f"{each}: matches no file from {Path.cwd()}"
-        if not paths:
-            raise InputError(f"{problem}; correct {said}")
-        found |= dict.fromkeys(paths)
+def _files(entries: Sequence[str], said: str) -> tuple[list[Path], list[str]]:
+    """The files in order, and what was left out: of a directory with files named features_N, all others."""
+    found, notes = find_files(entries, Wanted("file of tensors", "files of tensors", said, _kind_left_out))
+    paths = list(map(Path, found))
+    for folder in (Path(entry).absolute() for entry in map(os.path.expanduser, entries) if os.path.isdir(entry)):
+        below = [path for path in paths if folder in path.parents]
+        others = [path for path in below if not _FEATURES.fullmatch(path.stem)]
+        if 0 < len(others) < len(below):
+            paths = [path for path in paths if path not in set(others)]
+            notes.append(f"left out: {len(others)} not named features_N, as others are ({others[0].name})")
     stems: dict[Path, Path] = {}
-    for path in found:
-        other = stems.setdefault(path.with_suffix(""), path) if path.suffix.lower() in SUFFIXES else path
-        if other.suffix != path.suffix:
+    for path in paths:
+        other = stems.setdefault(path.with_suffix(""), path)
+        if other.suffix != path.suffix and {other.suffix.lower(), path.suffix.lower()} <= set(SUFFIXES):
             raise InputError(
                 f"{path.parent}: holds {path.stem} twice, as {other.suffix} and as {path.suffix}; choose one kind in "
                 f"{said}, such as {path.parent.name}/*{other.suffix}"
             )
-    kinds = ", ".join(f"{number} {suffix}" for suffix, number in left_out.most_common())
-    return _ordered(list(found)), [f"tensors: left out {kinds}"] if kinds else []
+    return _ordered(paths), notes
 
 
-def _walk(place: Path, left_out: Counter[str]) -> list[Path]:
-    """The files of tensors below a directory: those named features_N alone, where there are any."""
-    paths: list[Path] = []
-    seen: set[str] = set()  # folders may be links, and lead back
-    for folder, folders, names in os.walk(place, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
-                paths.append(path)
-            elif not name.startswith("."):
-                left_out[path.suffix.lower() or "without a suffix"] += 1
-    named = [path for path in paths if _FEATURES.fullmatch(path.stem)]
-    if named and len(named) < len(paths):
-        left_out[
-            f"not named features_N as the others are ({next(path.name for path in paths if path not in named)})"
-        ] = len(paths) - len(named)
-    return [path for path in named or paths if path.is_file()]
+def _kind_left_out(file: str, by_content: bool) -> str:
+    suffix = os.path.splitext(file)[1].lower()
+    try:
+        wanted = suffix in SUFFIXES or ((by_content or not suffix) and is_tensors(file))
+    except OSError:
+        wanted = True  # told when it is read
+    return "" if wanted else suffix or "without a suffix"
 
 
 def _ordered(paths: list[Path]) -> list[Path]:

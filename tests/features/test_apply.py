@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused_in_one_line(model, few, out, tmp_path, cap
         ((model, few, out, "--dtype", "int8"), "store_dtype: expected 'int8', found 'float32'"),
         ((model, few, foreign), "holds something else (thesis.tex), and is left alone"),
         ((model, few, foreign / "thesis.tex"), "is a file; name a folder"),
-        ((model, tmp_path / "nothing", new), "no file of tensors in it"),
+        ((model, tmp_path / "nothing", new), "no files of tensors in it"),
         ((model, "f00d", new, "--results", tmp_path), "feature cache f00d: not in"),
         ((few, few, new), "no exported model, it has no config.json"),
         ((model, few, new, "--rank", "4"), "was trained for 6"),

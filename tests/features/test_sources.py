@@ -105,7 +105,7 @@ def test_what_cannot_be_read_or_written_is_named_for_what_it_is(tmp_path):
     root = tmp_path / "results" / "features"
     with pytest.raises(InputError, match=rf"{root}: cannot hold the feature cache \(.*Not a directory"):
         extract_features(spec_of({"tensors": str(tmp_path)}), root, seed=0)
-    with pytest.raises(InputError, match=r"x{300}: cannot be read \(File name too long\)"):
+    with pytest.raises(InputError, match=r"x{300}: no such directory or file"):
         extract_features(spec_of({"tensors": str(tmp_path / ("x" * 300))}), tmp_path / "features", seed=0)
 
 

@@ -181,7 +181,7 @@ def test_records_have_number_folder_file_and_entry_to_group_by(tmp_path):
     assert columns["entry"] == ["[0]", "[1]", "[2]", None] and columns["number"] == [7] * 4
     assert columns["file"][-1] == "v2/frames_7.npy"
     assert listed_groups(source, "folder") == ["folder v1"] * 3 + ["folder v2"]
-    assert read_records(source, None, 0).notes[0] == "tensors: left out 1 .txt"
+    assert read_records(source, None, 0).notes[0] == "left out: 1 .txt"
 
 
 def test_files_globs_and_lists_are_sources_too(tmp_path, monkeypatch):
@@ -190,7 +190,10 @@ def test_files_globs_and_lists_are_sources_too(tmp_path, monkeypatch):
         save(tmp_path / "[x]" / f"{number}.pt", x_TD)
         np.save(tmp_path / "[x]" / f"{number}.npy", x_TD)
     monkeypatch.chdir(tmp_path / "[x]")
-    for tensors in ("*.pt", ["0.pt", "[1-3].npy"], ["*.npy", "1.npy"]):
+    (tmp_path / "links" / "deep").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / "links" / "deep" / f"n{number}.pt").symlink_to(tmp_path / "[x]" / f"{number}.pt")
+    for tensors in ("*.pt", ["0.pt", "[1-3].npy"], ["*.npy", "1.npy"], "{0,1,2,3}.pt", str(tmp_path / "links")):
         assert torch.equal(torch.stack(tensors_of(tensors)), X_NTD)
     with pytest.raises(InputError, match=r"holds \d twice, as \.\w+ and as \.\w+; choose one kind"):
         records_of(str(tmp_path))
@@ -256,16 +259,18 @@ def test_what_is_no_features_says_what_it_is_and_nothing_in_it_is_executed(tmp_p
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ("~nosuchuser/x", "/~nosuchuser/x: no such"),
-        ("gone", r"/gone: no such directory or file; correct features\.source\.tensors"),
-        ("empty", r"/empty: no file of tensors in it \(looked for \.pt, .*\.safetensors, in subfolders too\)"),
-        ("*.pt", r"^\*\.pt: matches no file from /"),
-        ("s3://bucket/x", "s3://bucket/x: only local and mounted paths are read"),
+        ("~nosuchuser/x", "~nosuchuser/x: no such"),
+        ("gone", r"gone: no such directory or file, .*; correct features\.source\.tensors"),
+        ("empty", r"empty: no files of tensors in it, only 1 \.txt; correct"),
+        ("*.{pt,npy}", r"^\*\.{pt,npy}: matches no file of tensors from /"),
+        ("empty/a.txt", "a.txt: is no file of tensors that can be read"),
+        ("s3://bucket/x", "s3://bucket/x: files of tensors are read from paths, not from addresses"),
     ],
 )
 def test_a_place_without_tensors_is_named(tmp_path, monkeypatch, tensors, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("")
     with pytest.raises(InputError, match=said):
         records_of(tensors)
 
