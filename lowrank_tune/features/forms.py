@@ -21,6 +21,8 @@ IMAGE_COLUMN = "image"
 _LONGEST_INTEGER = 4000
 """Digits; Python refuses more than 4300."""
 _CHOICES_SHOWN = 12
+_SPLIT = re.compile(r"(mini|restricted)?(train|test|val|valid|dev|eval)([-_ ./]?\w+)?", re.IGNORECASE)
+"""A name of a list of records rather than of one."""
 
 
 def decoded(data: bytes, notes: list[str]) -> str:
@@ -100,17 +102,24 @@ def _lists(content: Record, column: str | None, notes: list[str], name: str = ""
         yield name, [{key: value.get(row) for key, value in content.items()} for row in rows]
     elif values and all(map(looks_like_image, content)):
         yield name, [{column or IMAGE_COLUMN: key, **_spread(value)} for key, value in content.items()]
-    elif _are(values, dict) and any(has_images([value], column) for value in values):
+    elif _are(values, dict) and not any(map(_SPLIT.fullmatch, content)) and has_images(values, column):
         key_column = "key" if any("id" in value for value in values) else "id"
         yield name, [{key_column: key, **value} for key, value in content.items()]
-    elif _are(values, dict) and len(values) > 1 and all(values) and len({frozenset(value) for value in values}) == 1:
+    elif (
+        _are(values, dict)
+        and not any(map(_SPLIT.fullmatch, content))
+        and len(values) > 1
+        and all(values)
+        and len({frozenset(value) for value in values}) == 1
+    ):
         yield name, [{column or IMAGE_COLUMN: key, **value} for key, value in content.items()]
     else:
         for key, value in content.items():
+            inner = f"{name}.{key}" if name else key
             if isinstance(value, dict):
-                yield from _lists(value, column, notes, f"{name}{key}.")
+                yield from _lists(value, column, notes, inner)
             elif _are(value, dict) or (_are(value, str) and all(map(looks_like_image, value))):
-                yield f"{name}{key}", _rows(value)
+                yield inner, _rows(value)
         return
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,13 +21,16 @@ from lowrank_tune.features.decoding import IMAGE_SUFFIXES
 INSIDE = "::"
 """After the file that an image lies inside of, in a place; what follows is for `read_bytes`."""
 _NAMES = """
-image images imagepath imagepaths imagefile imagefilename imagename img imgs imgpath imgfile imgname filename filepath
-file path paths photo photos picture pictures jpg jpeg png webp imageid imgid messages conversations
+image images imagepath imagepaths imagefile imagefilename imagename img imgs imgpath imgfile imgname filename imgfn
+filepath file path paths photo photos picture pictures jpg jpeg png webp imageid imgid messages conversations
+conversation prompt
 """
 _WELL_KNOWN = {name: place for place, name in enumerate(_NAMES.split())}
 """Names of the column of images, in the order of trust; small letters without `_`, `-`, `.` and blanks."""
 _CHAT = ("conversations", "conversation", "messages", "query", "instruction", "texts")
 """Columns of records for training a language model, some of which are of text alone."""
+_SPOKEN = ("messages", "conversations", "conversation", "prompt")
+"""Columns that name images in the parts of their messages only; a text of one is no path."""
 _KEYS = ("path", "image", "image_url", "url", "file_name", "filename", "image_path", "src", "file")
 """Of an object that stands for an image, or for a part of a message."""
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
@@ -44,14 +48,17 @@ def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
             )
         return wanted
     known = sorted(filter(is_image_name, names), key=lambda name: _WELL_KNOWN.get(_plain(name), len(_WELL_KNOWN)))
-    named = {name: list(_first_named(table.column(name))) for name in known}
-    for name, images in named.items():
+    addresses = []
+    for name in known:
+        images = list(islice(_named_in(table, name), _TRIED))
         if not all(map(is_address, images)):
             return name
-    addresses = [name for name, images in named.items() if images]
+        addresses += [name] if images else []
     if addresses:
         return addresses[0]
     empty = f"column {known[0]!r} names no image" if known else "no column has a name such as image, path or file_name"
+    if any(map(looks_like_image, names)):
+        empty = "the first line has to name the columns"
     raise InputError(f"{file}: {empty}; write features.source.image_column, the column of the images: {_only(names)}")
 
 
@@ -73,9 +80,13 @@ def _only(names: list[str]) -> str:
     return f"only {', '.join(map(repr, names))}" if names else "no columns at all"
 
 
-def _first_named(column: pa.ChunkedArray) -> Iterable[str]:
-    for value in column.slice(0, _TRIED).to_pylist():
-        yield from named_images(value)
+def _named_in(table: pa.Table, name: str) -> Iterable[str]:
+    """The images of a column, read no further than they are asked for."""
+    column = table.column(name).drop_null()
+    for start in range(0, len(column), _TRIED):
+        for value in column.slice(start, _TRIED).to_pylist():
+            if not (_plain(name) in _SPOKEN and isinstance(value, str) and value[:1] != "["):
+                yield from named_images(value)
 
 
 def named_images(value: Any) -> list[str]:

@@ -42,6 +42,7 @@ COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 """What may follow the suffix of a text: what pyarrow unpacks by itself."""
 _ANOTHER = "write features.source.image_column, the column of the images"
 _LARGEST_BLOCK = 2**31 - 2
+_LARGEST_POINTER = 1024
 _LONGEST_HEADER = 100_000
 _DECIMAL = r"^(-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]|-?inf)$"
 _MOST_NAMES = 256
@@ -164,7 +165,11 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
     suffix = table_suffix(path)
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: the suffix tells a table's format, and must be one of {', '.join(SUFFIXES)}")
+    if source.records is not None and suffix in (".csv", ".tsv", ".parquet", ".tar"):
+        raise InputError(f"{path}: has one list of records; leave out features.source.records")
     try:
+        if path.stat().st_size < _LARGEST_POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise ValueError("it is a pointer of Git LFS; fetch the file itself by `git lfs pull`")
         match suffix:
             case ".csv" | ".tsv":
                 table = _separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column)
@@ -337,7 +342,7 @@ def _writable(kind: pa.DataType, depth: int = 0) -> bool:
 
 def _texts(values: list[Any]) -> pa.Array:
     """An array of the values as text: their JSON where they are none."""
-    return pa.array([None if value is None else _text(value) for value in values], pa.string())
+    return pa.array([None if value is None or value != value else _text(value) for value in values], pa.string())
 
 
 def _text(value: Any) -> str:

@@ -163,6 +163,9 @@ def named(records, **keys):
         ({"path": "1.jpg", "bytes": None}, ["1.jpg"]),
         ([{"path": "1.jpg"}, {"path": "3.jpg"}], ["1.jpg", "3.jpg"]),
         ("", [None]),
+        (float("nan"), [None]),
+        ("1.jpg\n", ["1.jpg"]),
+        ("./1.jpg", ["1.jpg"]),
         (None, [None]),
     ],
 )
@@ -186,6 +189,8 @@ LINKED = {"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         {"messages": [ASKED, {"role": "assistant", "content": "A sign."}]},
         {"messages": [LINKED]},
         {"query": "x", "images": [{"path": "1.jpg", "bytes": None}]},
+        {"prompt": [LINKED], "chosen": "a sign"},
+        {"file": "1.jpg", "prompt": "a sign"},
         {"conversations": [{"from": "user", "value": "Picture 1: <img>1.jpg</img>\nWhat?"}]},
         {"id": 5, "Image Path": "1.jpg"},
         {"image_id": "1", "flickr_url": "https://example.org/1.jpg", "question": "?"},
@@ -324,6 +329,10 @@ def test_one_of_several_lists_of_records_is_chosen_by_its_name(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps({"train": ROWS[:3], "test": ROWS[3:]}))
     path = str(tmp_path / "data.json")
     assert len(records_of(path, records="train").images) == 3
+    (tmp_path / "by_column.json").write_text(
+        json.dumps({"train": {"image": ["1.jpg"] * 3, "n": [1, 2, 3]}, "test": {}})
+    )
+    assert records_of(str(tmp_path / "by_column.json")).columns["n"].to_pylist() == [1, 2, 3]
     with pytest.raises(InputError, match=r"several lists of records, 'train' \(3\), 'test' \(1\); .*records: train"):
         records_of(path)
     with pytest.raises(InputError, match=r"no records 'val': its lists of records are 'train' \(3\), 'test' \(1\)"):
@@ -423,6 +432,8 @@ def test_a_folder_made_for_datasets_is_read_with_its_splits(tmp_path):
 TEXTS = {
     "misspelt.json": '[{"imag": "1.jpg", "question": "?"}]',
     "half.json": "[{",
+    "pointer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n",
+    "noheader.csv": "1.jpg,one\n2.jpg,two\n",
     "two.json": '{"train": [{"image": "1"}], "test": [{"image": "2"}]}',
     "empty.json": "[]",
     "number.json": '[{"image": 7}]',
@@ -457,6 +468,8 @@ TEXTS = {
         ("misspelt.json", r"/misspelt.json: no column has a name such as .*image_column.*only 'imag', 'question'"),
         ("half.json", "/half.json: cannot be read as JSON"),
         ("two.json", "/two.json: .*several lists of records"),
+        ("pointer.json", "pointer.json: .*a pointer of Git LFS"),
+        ("noheader.csv", "noheader.csv: the first line has to name the columns; .*only '1.jpg', 'one'"),
         ("empty.json", "/empty.json: has no "),
         ("number.json", "/number.json: column 'image' holds int64, which are no files' names; write .*image_column"),
         ("line.jsonl", "/line.jsonl: .*line 2, column 9: the file ends inside of a value"),
