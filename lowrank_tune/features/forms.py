@@ -34,7 +34,7 @@ def decoded(data: bytes, notes: list[str]) -> str:
         text = data.decode(encoding, "replace")
         line = data.count(b"\n", 0, error.start) + 1
     if not encoding.startswith("utf-8") or any(character > "\x7f" for character in set(text) - {"\ufffd"}):
-        notes.append(f"{text.count(chr(0xFFFD))} broken characters, the first in line {line}, are read as \ufffd")
+        notes.append(f"broken characters are read as \ufffd: {text.count(chr(0xFFFD))}, the first in line {line}")
         return text
     notes.append(f"not in UTF-8, from line {line}: read as Windows-1252")
     return data.decode("cp1252", "replace")
@@ -156,7 +156,7 @@ def _join_coco(content: Record, notes: list[str]) -> list[Record]:
         by_image[str(annotation.get("image_id"))].append(annotation)
     if strange := set(by_image) - {str(image.get("id")) for image in images}:
         count = sum(len(by_image[image]) for image in strange)
-        notes.append(f"{count} annotations of images that are not in the list are left out")
+        notes.append(f"annotations of images that are not in the list are left out: {count}")
     known = {name for annotation in annotations for name in annotation}
     records = []
     for image in images:
@@ -220,6 +220,8 @@ def _told(error: json.JSONDecodeError, text: str, line: int | None = None, last:
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if last and (not after or error.msg.startswith("Unterminated string")):
         return f"{place}: the file ends inside of a value, as if it were cut off"
+    if after == ",":
+        return f"{place}: a comma after the record; remove it"
     if before.endswith(",") and after[:1] in ("]", "}"):
         return f"{place}: a comma before the closing bracket; remove it"
     return f"{place}: {error.msg}"

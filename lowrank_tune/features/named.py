@@ -130,8 +130,8 @@ def refuse_addresses(images: Iterable[str], column: str, file: Path) -> None:
     addresses = list(filter(is_address, images))
     if addresses:
         raise InputError(
-            f"{file}: column {column!r} names {len(addresses)} addresses, the first {addresses[0][:200]}; download "
-            "them first, then name the files: in features.source.image_column, or by features.source.root"
+            f"{file}: column {column!r}: {len(addresses)} of its images are addresses, the first {addresses[0][:200]}; "
+            "download them first, then name the files: in features.source.image_column, or by features.source.root"
         )
 
 

@@ -48,6 +48,14 @@ _DECIMAL = r"^(-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]|-?in
 _MOST_NAMES = 256
 """Of the objects in a column; more are keys, which a column each would not hold."""
 _DEEPEST = 16
+_NOTES_SHOWN = 5
+_ADVICE = {
+    ".arrow": "; `to_parquet` of `datasets` writes what it saved as one",
+    ".txt": "; a list of paths with the first line `image` is a .csv",
+    ".xlsx": "; save it as .csv",
+    ".zip": "; unpack it first",
+    ".tgz": "; unpack it to a .tar first",
+}
 _FOLDER = ", or write features.source.images for a folder of images"
 _FOLDER_TABLE = "metadata"
 """The stem of the tables in a directory made for `datasets.load_dataset("imagefolder")`."""
@@ -63,7 +71,9 @@ def read_manifest(source: ManifestSource, cache_root: Path | None) -> SourceReco
     files = manifest_files((source.manifest,) if isinstance(source.manifest, str) else source.manifest)
     root = None if source.root is None else Path(local_path(source.root)).absolute()
     if root is not None and not root.is_dir():
-        raise InputError(f"{root}: no such directory; correct features.source.root")
+        raise InputError(
+            f"{source.root if is_address(str(source.root)) else root}: no such directory; correct features.source.root"
+        )
     tables, notes = list[pa.Table](), list[str]()
     for path in files:
         told: list[str] = []
@@ -90,10 +100,12 @@ def read_manifest(source: ManifestSource, cache_root: Path | None) -> SourceReco
     if pa.types.is_integer(kind) and not any(map(os.path.exists, filter(None, images))):
         raise InputError(f"{files[0]}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
     if text_only:
-        notes.append(f"{text_only} of {len(named)} records name no image, only text, and are left out")
+        notes.insert(0, f"{text_only} of {len(named)} records name no image, only text, and are left out")
     if numbers != list(range(len(columns))):
         columns = columns.take(numbers)
-    return SourceRecords(tuple(images), columns, tuple(notes), tuple(numbers))
+    shown = notes[:_NOTES_SHOWN]
+    shown += [f"and {len(notes) - len(shown)} more such notes"] if len(notes) > len(shown) else []
+    return SourceRecords(tuple(images), columns, tuple(shown), tuple(numbers))
 
 
 def manifest_files(patterns: Iterable[str]) -> list[Path]:
@@ -138,9 +150,11 @@ def _tables_of(directory: Path) -> list[Path]:
     if not tables:
         suffixes = Counter(path.suffix.lower() or "no suffix" for path in below).most_common(5)
         found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes) or "nothing"
+        advice = "".join(_ADVICE[suffix] for suffix, _ in suffixes if suffix in _ADVICE)
+        advice += _FOLDER if any(looks_like_image(str(path)) for path in below) else ""
         raise InputError(
             f"{directory}: no tables in it (looked for {', '.join(SUFFIXES)}, in subfolders too; found {found}); "
-            f"correct features.source.manifest{_FOLDER if any(map(looks_like_image, map(str, below))) else ''}"
+            f"correct features.source.manifest{advice}"
         )
     if len(kinds) > 1:
         raise InputError(
@@ -164,7 +178,8 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
     """
     suffix = table_suffix(path)
     if suffix not in SUFFIXES:
-        raise InputError(f"{path}: the suffix tells a table's format, and must be one of {', '.join(SUFFIXES)}")
+        advice = _ADVICE.get(suffix, "")
+        raise InputError(f"{path}: the suffix tells a table's format, and must be one of {', '.join(SUFFIXES)}{advice}")
     if source.records is not None and suffix in (".csv", ".tsv", ".parquet", ".tar"):
         raise InputError(f"{path}: has one list of records; leave out features.source.records")
     try:

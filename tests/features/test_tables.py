@@ -225,7 +225,7 @@ def test_records_of_text_alone_are_left_out_and_counted_and_of_several_images_re
         ([{"image": "5"}], r"/5: 2 files have this name, 5\.PNG, 5\.jpg; name each with its suffix"),
         (
             [{"image": "s3://b/1.jpg"}, {"image": "1.jpg"}],
-            "'image' names 1 addresses, the first s3://b/1.jpg; download",
+            "'image': 1 of its images are addresses, the first s3://b/1.jpg; download",
         ),
         ([{"conversations": TALK}], "data.json: column 'conversations' names no image; write .*image_column"),
         ([{"image": True}], "column 'image' names no image"),
@@ -318,7 +318,7 @@ def test_cocos_annotations_are_joined_to_their_images(tmp_path):
     assert (second["boxes_xywh"], second["categories"]) == ([[4.0, 4.0, 30.5, 30.0], [1, 2, 3, 4]], ["sign", "cup"])
     assert json.loads(second["annotations"])[0]["segmentation"] == [[1, 2, 3, 4]]
     assert records.notes == (
-        f"{tmp_path / 'instances.json'}: 1 annotations of images that are not in the list are left out",
+        f"{tmp_path / 'instances.json'}: annotations of images that are not in the list are left out: 1",
     )
     captions = [{"image_id": 1, "caption": "one"}, {"image_id": 1, "caption": "two"}]
     (tmp_path / "captions.json").write_text(json.dumps({"images": coco["images"], "annotations": captions}))
@@ -418,6 +418,13 @@ def test_what_no_table_holds_is_kept_as_text_and_written(tmp_path):
     assert (found["\\ud800"], found["unnamed"]) == ([1, 2], [3, 4])
 
 
+def test_a_broken_character_is_noted_with_its_line_and_spoils_no_other(tmp_path):
+    (tmp_path / "data.csv").write_bytes("image,cap\n1.jpg,gr\u00f6\u00dfe\n2.jpg,".encode() + b"gr\xc3 x\n")
+    records = records_of(str(tmp_path / "data.csv"))
+    assert records.columns["cap"].to_pylist() == ["gr\u00f6\u00dfe", "gr\ufffd x"]
+    assert records.notes == (f"{tmp_path / 'data.csv'}: broken characters are read as \ufffd: 1, the first in line 3",)
+
+
 def test_a_folder_made_for_datasets_is_read_with_its_splits(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()
@@ -438,6 +445,9 @@ TEXTS = {
     "empty.json": "[]",
     "number.json": '[{"image": 7}]',
     "line.jsonl": '{"image": "1.jpg"}\n{"image"\n',
+    "commas.jsonl": '{"image": "1.jpg"},\n{"image": "2.jpg"}\n',
+    "saved/data-00000-of-00001.arrow": "",
+    "saved/state.json": "{}",
     "comma.json": '[{"image": "1.jpg"},\n]',
     "cut.json": '[{"image": "1.jpg"}, {"image": "2.j',
     "cut.jsonl": '{"image": "1.jpg"}\n{"image": "2.j\n\n',
@@ -473,6 +483,8 @@ TEXTS = {
         ("empty.json", "/empty.json: has no "),
         ("number.json", "/number.json: column 'image' holds int64, which are no files' names; write .*image_column"),
         ("line.jsonl", "/line.jsonl: .*line 2, column 9: the file ends inside of a value"),
+        ("commas.jsonl", "/commas.jsonl: .*line 1, column 19: a comma after the record; remove it"),
+        ("saved", "/saved: no tables in it .*`to_parquet` of `datasets`"),
         ("comma.json", "/comma.json: .*line 2, column 1: a comma before the closing bracket; remove it"),
         ("cut.json", "/cut.json: .*line 1, column 32: the file ends inside of a value"),
         ("cut.jsonl", "/cut.jsonl: .*line 2, column 11: the file ends inside of a value"),
@@ -489,7 +501,7 @@ TEXTS = {
         ("no.parquet", "/no.parquet: cannot be read as PARQUET"),
         ("annotation.json", r"/annotation.json: no such file.*did you mean annotations\.json"),
         ("no.csv.gz", "/no.csv.gz: cannot be read as CSV"),
-        ("list.txt", r"/list.txt: the suffix tells .*\.jsonl"),
+        ("list.txt", r"/list.txt: the suffix tells .*\.jsonl.*first line `image` is a \.csv"),
         ("*.tsv", r"\*.tsv: matches no file"),
         ("kinds", r"/kinds: tables of several kinds, 1 \.csv, 1 \.json; name the one, or a glob"),
         ("none/*", r"none/\*: matches 2 files, of which none is a table"),
