@@ -86,7 +86,7 @@ def test_two_studies_share_a_cluster_and_one_is_stopped_resumed_and_extended(
     assert [job.job_id.partition(".")[0] for job in jobs] == [study_id] * 3
     assert [job.status for job in jobs] == ["STOPPED", "SUCCEEDED", "SUCCEEDED"]
     if elsewhere := apart(results):  # where the results are not seen, the cluster is asked
-        look = [*elsewhere, sys.executable, "-m", "lowrank_tune", "status", study_id[:-2], "--json"]
+        look = [*elsewhere, sys.executable, "-m", "lowrank_tune", "status", study_id, "--json"]
         environment = client.environment | {"RAY_API_SERVER_ADDRESS": client.address}
         done = subprocess.run(look, check=True, capture_output=True, text=True, env=environment)
         status = json.loads(done.stdout)
