@@ -38,8 +38,11 @@ _TAGGED = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _TRIED = 1000
 
 
-def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
-    """Return the column of images: the wanted one, or the first of well-known names that has some; or an InputError."""
+def image_column(table: pa.Table, wanted: str | None, file: Path) -> str | None:
+    """Return the column of images: the wanted one, or the first of well-known names that has some.
+
+    None for chats of text alone; an InputError where others have no such column.
+    """
     names: list[str] = table.column_names
     if wanted is not None:
         if wanted not in names:
@@ -56,6 +59,8 @@ def image_column(table: pa.Table, wanted: str | None, file: Path) -> str:
         addresses += [name] if images else []
     if addresses:
         return addresses[0]
+    if is_chat(names):
+        return None
     empty = f"column {known[0]!r} names no image" if known else "no column has a name such as image, path or file_name"
     if any(map(looks_like_image, names)):
         empty = "the first line has to name the columns"

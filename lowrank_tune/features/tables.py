@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,38 +75,54 @@ def read_manifest(source: ManifestSource, cache_root: Path | None) -> SourceReco
         raise InputError(
             f"{source.root if is_address(str(source.root)) else root}: no such directory; correct features.source.root"
         )
-    tables, notes = list[pa.Table](), list[str]()
+    tables, notes, finder = list[pa.Table](), list[str](), Finder(files)
+    # Flat, for a list a record takes more memory than all else.
+    places, counts = list[str](), list[int]()
     for path in files:
         told: list[str] = []
         tables.append(read_table(path, source, cache_root, told))
         notes += [f"{path}: {sentence}" for sentence in told]
-    folders = [str(root or path.parent) for path, table in zip(files, tables, strict=True) for _ in range(len(table))]
+        found, found_counts = _places(path, tables[-1], source, finder, str(root or path.parent))
+        places += found
+        counts += found_counts
     columns = concatenate(tables)
-    if not folders:
-        raise InputError(f"{files[0]}: has no records{f', nor has any of {len(files) - 1} more' if files[1:] else ''}")
-    column = image_column(columns, source.image_column or declared_column(files[0]), files[0])
-    named = [named_images(value) for value in columns.column(column).to_pylist()]
-    kind = columns.column(column).type
-    if not any(named):
-        raise InputError(f"{files[0]}: column {column!r} holds {kind}, which names no image; {_ANOTHER}")
-    refuse_addresses((image for images in named for image in images), column, files[0])
-    finder, text_only = Finder(files), 0 if is_chat(columns.column_names) else None
-    images, numbers = list[str | None](), list[int]()
-    for number, (folder, names) in enumerate(zip(folders, named, strict=True)):
-        if not names and text_only is not None:
-            text_only += 1
-            continue
-        images += [finder.place(name, folder) for name in names] or [None]
-        numbers += [number] * (len(names) or 1)
-    if pa.types.is_integer(kind) and not any(map(os.path.exists, filter(None, images))):
-        raise InputError(f"{files[0]}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
+    if not places:
+        what = "no record that names an image" if counts else "no records"
+        raise InputError(f"{files[0]}: has {what}{f', nor has any of {len(files) - 1} more' if files[1:] else ''}")
+    text_only = counts.count(0) if is_chat(columns.column_names) else 0
     if text_only:
-        notes.insert(0, f"{text_only} of {len(named)} records name no image, only text, and are left out")
-    if numbers != list(range(len(columns))):
-        columns = columns.take(numbers)
+        notes.insert(0, f"{text_only} of {len(counts)} records name no image, only text, and are left out")
+    images, numbers, each = list[str | None](), list[int](), iter(places)
+    for number, count in enumerate(counts):
+        if count or not text_only:
+            images += islice(each, count) if count else [None]
+            numbers += [number] * (count or 1)
     shown = notes[:_NOTES_SHOWN]
     shown += [f"and {len(notes) - len(shown)} more such notes"] if len(notes) > len(shown) else []
-    return SourceRecords(tuple(images), columns, tuple(shown), tuple(numbers))
+    if numbers == list(range(len(columns))):
+        return SourceRecords(tuple(images), columns, tuple(shown))
+    return SourceRecords(tuple(images), columns.take(numbers), tuple(shown), tuple(numbers))
+
+
+def _places(
+    path: Path, table: pa.Table, source: ManifestSource, finder: Finder, folder: str
+) -> tuple[list[str], list[int]]:
+    """Where the images of a table's records lie, and how many each has; none where all are chats of text."""
+    column = image_column(table, source.image_column or declared_column(path), path) if len(table) else None
+    if column is None:
+        return [], [0] * len(table)
+    named, counts = list[str](), list[int]()
+    for value in table.column(column).to_pylist():
+        named += (found := named_images(value))
+        counts.append(len(found))
+    kind = table.column(column).type
+    if not named and not pa.types.is_null(kind):
+        raise InputError(f"{path}: column {column!r} holds {kind}, which names no image; {_ANOTHER}")
+    refuse_addresses(named, column, path)
+    places = [finder.place(image, folder) for image in named]
+    if pa.types.is_integer(kind) and not any(map(os.path.exists, places)):
+        raise InputError(f"{path}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
+    return places, counts
 
 
 def manifest_files(patterns: Iterable[str]) -> list[Path]:

@@ -219,6 +219,20 @@ def test_records_of_text_alone_are_left_out_and_counted_and_of_several_images_re
     assert len(set(listed_groups(source, "image"))) == 2
 
 
+def test_each_of_several_files_names_its_images_its_own_way(folder):
+    Path("a.csv").write_text("file_name,n\n1.jpg,1\n")
+    Path("b.json").write_text(json.dumps([{"image": ["1.jpg", "3.jpg"], "n": "two", "conversations": TALK}]))
+    Path("c.json").write_text(json.dumps([{"conversations": TALK}]))
+    Path("d.csv").write_text("image\n")
+    records = records_of(["a.csv", "b.json", "c.json", "d.csv"])
+    assert [os.path.relpath(image) for image in records.images] == ["1.jpg", "1.jpg", "3.jpg"]
+    assert (records.numbers, records.columns["n"].to_pylist()) == ((0, 1, 1), ["1", "two", "two"])
+    assert records.notes == ("1 of 3 records name no image, only text, and are left out",)
+    Path("d.csv").write_text("image\nhttps://example.org/1.jpg\n")
+    with pytest.raises(InputError, match="/d.csv: column 'image': 1 of its images are addresses"):
+        records_of("*.{csv,json}")
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
@@ -227,7 +241,7 @@ def test_records_of_text_alone_are_left_out_and_counted_and_of_several_images_re
             [{"image": "s3://b/1.jpg"}, {"image": "1.jpg"}],
             "'image': 1 of its images are addresses, the first s3://b/1.jpg; download",
         ),
-        ([{"conversations": TALK}], "data.json: column 'conversations' names no image; write .*image_column"),
+        ([{"conversations": TALK}], "data.json: has no record that names an image"),
         ([{"image": True}], "column 'image' names no image"),
     ],
 )
