@@ -76,7 +76,7 @@ def apply_decomposer(
         results: where fingerprints are looked for.
         address: the Ray to start or to join where the caller has none; as for `ray_session`.
         on_progress: called with the number of distinct images dealt with and their total.
-        on_note: called with a sentence when another process has to be waited for.
+        on_note: called with a sentence: how tensors were taken, or when another process has to be waited for.
 
     Raises:
         InputError: the model, the features or `out` cannot be used or do not fit, or too many images are unusable.
@@ -86,6 +86,9 @@ def apply_decomposer(
         raise InputError(f"{out}: only local and mounted paths are written to; apply there, then upload it")
     target = Path(os.path.expanduser(out)).absolute()
     given, job = _plan(model, str(features), results, target, rank, store_dtype, device)
+    if on_note and given.records:
+        for sentence in given.records.notes:
+            on_note(sentence)
     try:
         _check_ours(target, job.identity)
         contents = fill(

@@ -326,9 +326,11 @@ def _of_mapping(value: Mapping[Any, Any], form: Form | None, depth: int) -> Iter
         return
     inner = [(name, each) for name, each in value.items() if (match := _COLUMN.fullmatch(str(name)))]
     outlines = [(name, each) for name, each in value.items() if _OUTLINE.fullmatch(str(name))]
+    in_thousandths = by_name.get("bboxtype") == "norm1000"  # ms-swift's word
     for name, each in inner or outlines:
         match = _COLUMN.fullmatch(str(name))
-        yield from _boxes(each, (match and _form(match)) or form, depth + 1)
+        for box in _boxes(each, (match and _form(match)) or form, depth + 1):
+            yield box._replace(in_thousandths=True) if box and in_thousandths else box
     if not inner and not outlines and value:
         yield None
 

@@ -177,6 +177,14 @@ def test_a_box_marks_the_tokens_whose_centre_it_holds_and_one_at_least():
     assert np.argwhere(inside_boxes([(0.9, 0.9, 0.91, 0.91)], 4, 4)).tolist() == [[3, 3]]
 
 
+def test_a_column_of_boxes_that_is_not_understood_is_a_note_of_the_page(study):
+    records = pd.read_parquet(study.features.records_path)
+    records.assign(bbox="left").to_parquet(study.features.records_path)
+    section = spatial_section(scene(study), study.directory / "plots", images=[1], channels=1, rank=3)
+    note = "The records' column bbox looks like boxes, but is not understood (left), and is not drawn."
+    assert section.notes == (note,) and not section.tables
+
+
 def test_the_error_inside_the_boxes_is_held_against_the_error_outside(study):
     records = pd.read_parquet(study.features.records_path)
     records.assign(bbox_xywh=[[0, 0, 20, 10]] * 20).to_parquet(study.features.records_path)
