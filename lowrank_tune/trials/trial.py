@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lowrank_tune.errors import LowrankTuneError, redact
+from lowrank_tune.errors import InputError, LowrankTuneError, redact
 from lowrank_tune.features.remote import local_copy
 from lowrank_tune.files import write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
@@ -41,13 +41,22 @@ _CHECKPOINT_SHARE = 0.05
 
 
 def write_inputs(study_dir: Path, features: FeatureSet, split: Split) -> None:
-    """Write what a study's trials share; the optimum of its validation images is measured, once."""
+    """Write what a study's trials share; the optimum of its validation images is measured, once.
+
+    Raises:
+        InputError: a part of the split holds nothing but zeros.
+    """
+    data = FeatureMatrix(features)
+    for part in ("train", "validation", "test"):
+        images = getattr(split, part)
+        if images and not any(bool(x_NTD.any()) for x_NTD in data.batches(images, 16)):
+            raise InputError(f"split: every {part} image holds nothing but zeros; look at the source images")
     tune = study_dir / "tune"
     tune.mkdir(parents=True, exist_ok=True)
     features.write(tune / FEATURES)
     write_json(tune / SPLIT, split, indent=None)
-    batches = FeatureMatrix(features).batches(split.validation, 16)
-    kept_optimum(study_dir / VALIDATION_OPTIMUM, features.digest(split.validation), batches)
+    of = features.digest(split.validation)
+    kept_optimum(study_dir / VALIDATION_OPTIMUM, of, data.batches(split.validation, 16))
 
 
 @lru_cache(maxsize=1)

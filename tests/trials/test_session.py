@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_study import SPLIT
+from tiny_study import SPLIT, write_features
 
+from lowrank_tune.errors import InputError
 from lowrank_tune.records import FeatureSet, TrialConfig
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
@@ -30,6 +31,14 @@ SessionOf = Callable[..., TrialSession]
 CONFIG = TrialConfig(
     "r002-direct-0000", 0, 5, "direct", 2, 0.01, 1e-5, 4, 4, 4, {"lambda_b": 1e-4, "lambda_ortho": 0.0}
 )
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_a_part_of_the_split_that_is_all_zeros_is_told_before_any_trial(part, images_NTD, tmp_path):
+    x_NTD = images_NTD.clone()
+    x_NTD[list(getattr(SPLIT, part))] = 0
+    with pytest.raises(InputError, match=f"split: every {part} image holds nothing but zeros"):
+        write_inputs(tmp_path, write_features(tmp_path / "cache", x_NTD), SPLIT)
 
 
 def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
