@@ -58,7 +58,7 @@ MLflow; and a row of the comparison. They matter to short studies only."""
 TRIAL_S = 0.15
 """What starting a trial costs (scripts/bench_trials.py)."""
 METHODS_WITHOUT_TRAINING = 6
-TRIED_IMAGES = 3
+TRIED_IMAGES, MOST_BROKEN = 3, 8
 PACKAGES = ("torch", "transformers", "ray", "optuna", "mlflow")
 
 
@@ -185,9 +185,11 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
         encoder = Encoder(extraction.config, extraction.tower, spec.encoder.compute_dtype, device, batch)
         # A device's first pass finds kernels and memory, and is no measure of the others.
         encoder.encode(np.zeros((1, size, size, 3), np.uint8))
-    seconds, findings, broken, sound = [], [], [], np.zeros((0, size, size, 3), np.uint8)
-    tried = [image for image in records.images if image is not None][:TRIED_IMAGES]
-    for image in tried:
+    seconds, findings, broken = list[float](), list[str](), list[str]()
+    sound = np.zeros((0, size, size, 3), np.uint8)
+    for image in filter(None, records.images):
+        if len(seconds) == TRIED_IMAGES or len(broken) == MOST_BROKEN:
+            break
         started = time.perf_counter()
         try:
             if encoder:

@@ -115,6 +115,15 @@ def test_a_broken_image_is_told_beside_the_sound_ones_and_fails_where_an_extract
     assert ("features_2.pt [3, 5] in [2, 2]" in encoder.finding) == passed
 
 
+def test_doctor_looks_behind_broken_images_for_sound_ones(study, tmp_path):
+    for number in (0, 2, 3):
+        (tmp_path / "tensors" / f"features_{number}.pt").write_bytes(b"broken %d" % number)
+    features = study.features.model_copy(update={"max_quarantined": 0.5})
+    *_, encoder = diagnose(study.model_copy(update={"features": features}), tmp_path)
+    assert encoder.passed
+    assert "features_6.pt [3, 5]" in encoder.finding and "features_7.pt" not in encoder.finding
+
+
 def test_doctor_goes_on_after_a_check_that_broke(study, tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("the driver is older than the library")

@@ -24,6 +24,10 @@ def main() -> NoReturn:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     _mend_terminal()
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # Names of files are UTF-8 whatever an old locale says; what is printed stays in the terminal's own.
+        encodings = {"PYTHONIOENCODING": sys.stdout.encoding, **os.environ, "PYTHONUTF8": "1"}
+        os.execve(sys.executable, sys.orig_argv, encodings)
     if not debug:
         # The libraries' own chatter does not belong on the terminal.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -115,6 +115,14 @@ def test_whatever_the_terminal_is_a_command_works_or_says_one_line(
     assert not {"Traceback", "defect", "Exception"} & set((done.stdout + done.stderr).replace(":", " ").split())
 
 
+def test_an_old_locale_finds_a_file_with_an_accent(tmp_path: Path) -> None:
+    (tmp_path / "é.yaml").write_bytes(Path(QUICKSTART).read_bytes())
+    old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = typed_in(old, "validate", str(tmp_path / "é.yaml"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\\xe9.yaml: a valid study file, quickstart\n")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
