@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from lowrank_tune.features.named import is_image_name, looks_like_image
@@ -21,7 +22,9 @@ IMAGE_COLUMN = "image"
 _LONGEST_INTEGER = 4000
 """Digits; Python refuses more than 4300."""
 _CHOICES_SHOWN = 12
-_SPLIT = re.compile(r"(mini|restricted)?(train|test|val|valid|dev|eval)([-_ ./]?\w+)?", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(mini)?(train|test|val|valid|validation|dev|eval)(ing)?\d{0,4}([-_ ./]?[a-z]+\d{0,4})?", re.IGNORECASE
+)
 """A name of a list of records rather than of one."""
 
 
@@ -81,7 +84,7 @@ def _chosen(found: dict[str, list[Record]], content: Any, column: str | None, ch
     raise ValueError(f"has no records, {f'but an object with {keys}' if keys else f'nothing but {_kind(content)}'}")
 
 
-def has_images(records: Iterable[Record], column: str | None) -> bool:
+def has_images(records: Iterable[Iterable[str]], column: str | None) -> bool:
     """Whether records have a column of images: the one that is wanted, or one of a well-known name."""
     names = dict.fromkeys(name for record in records for name in record)
     return column in names if column is not None else any(map(is_image_name, names))
@@ -90,29 +93,23 @@ def has_images(records: Iterable[Record], column: str | None) -> bool:
 def _lists(content: Record, column: str | None, notes: list[str], name: str = "") -> Iterator[tuple[str, list[Record]]]:
     """Find an object's lists of records by the keys that lead to each."""
     values = list(content.values())
-    images = content.get("images")
+    images, are_splits = content.get("images"), any(map(_SPLIT.fullmatch, content))
     if _are(images, dict) and ("annotations" in content or has_images(content["images"], column)):
         yield name, _join_coco(content, notes)
     elif _are(content.get("columns"), str) and _are(content.get("data"), list):  # pandas' `split`
         yield name, [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
     elif _are(values, list) and len(set(map(len, values))) == 1 and has_images([content], column):
         yield name, [dict(zip(content, row, strict=True)) for row in zip(*values, strict=True)]
-    elif _are(values, dict) and has_images([content], column):  # pandas' default
-        rows = dict.fromkeys(row for value in values for row in value)
-        yield name, [{key: value.get(row) for key, value in content.items()} for row in rows]
     elif values and all(map(looks_like_image, content)):
         yield name, [{column or IMAGE_COLUMN: key, **_spread(value)} for key, value in content.items()]
-    elif _are(values, dict) and not any(map(_SPLIT.fullmatch, content)) and has_images(values, column):
-        key_column = "key" if any("id" in value for value in values) else "id"
+    elif _are(values, dict) and has_images([content], column):  # pandas' default
+        yield name, [dict(zip(content, row[1:], strict=True)) for row in _across(values)]
+    elif not are_splits and _are(values, dict) and all(values) and all(map(looks_like_image, chain(*values))):
+        yield name, [dict(zip((column or IMAGE_COLUMN, *content), row, strict=True)) for row in _across(values)]
+    elif not are_splits and _are(values, dict) and _are_keyed(values, column):
+        taken = set(chain(*values))
+        key_column = (column or IMAGE_COLUMN) if not has_images([taken], column) else "key" if "id" in taken else "id"
         yield name, [{key_column: key, **value} for key, value in content.items()]
-    elif (
-        _are(values, dict)
-        and not any(map(_SPLIT.fullmatch, content))
-        and len(values) > 1
-        and all(values)
-        and len({frozenset(value) for value in values}) == 1
-    ):
-        yield name, [{column or IMAGE_COLUMN: key, **value} for key, value in content.items()]
     else:
         for key, value in content.items():
             inner = f"{name}.{key}" if name else key
@@ -120,7 +117,19 @@ def _lists(content: Record, column: str | None, notes: list[str], name: str = ""
                 yield from _lists(value, column, notes, inner)
             elif _are(value, dict) or (_are(value, str) and all(map(looks_like_image, value))):
                 yield inner, _rows(value)
-        return
+
+
+def _across(columns: list[Record]) -> Iterator[tuple[Any, ...]]:
+    """Each row's key, and its value in each of the columns."""
+    for key in dict.fromkeys(key for column in columns for key in column):
+        yield key, *(column.get(key) for column in columns)
+
+
+def _are_keyed(values: list[Record], column: str | None) -> bool:
+    """Whether objects are records that their keys name: most have an image, or all are alike, and named by theirs."""
+    if sum(has_images([value], column) for value in values) > len(values) / 2:
+        return True
+    return len(values) > 1 and all(values) and len({frozenset(value) for value in values}) == 1
 
 
 def _are(values: Any, kind: type) -> bool:

@@ -299,6 +299,10 @@ def test_the_same_records_are_read_of_every_form_of_json(tmp_path, name):
         (ROWS[0], ROWS[:1]),
         ({"id": "1", "image": "1.jpg", "conversations": TALK}, [{"id": "1", "image": "1.jpg", "conversations": TALK}]),
         ({"a.jpg": ["one", "two"]}, [{"image": "a.jpg", "value": ["one", "two"]}]),
+        ({"cap": {"a.jpg": "x", "b.jpg": "y"}}, [{"image": "a.jpg", "cap": "x"}, {"image": "b.jpg", "cap": "y"}]),
+        ({"train": {"a.jpg": {"cap": "x"}}}, [{"image": "a.jpg", "cap": "x"}]),
+        ({"train_0001": {"img": "1.jpg"}}, [{"id": "train_0001", "img": "1.jpg"}]),
+        ({"info": {"path": "x"}, "dataset": {"train": ROWS}}, ROWS),
         ({"7": {"text": "x"}, "8": {"text": "y"}}, [{"image": "7", "text": "x"}, {"image": "8", "text": "y"}]),
         ({"dataset_type": "train", "data": [{"image_id": "1"}]}, [{"image_id": "1"}]),
         (
