@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from lowrank_tune.config.plan import make_plan
-from lowrank_tune.config.schema import EncoderSpec, StudySpec
+from lowrank_tune.config.schema import EncoderSpec, FeaturesSpec, StudySpec
 from lowrank_tune.cost import calibrate, diagnose, expected_share, preview_study, survey_features
 from lowrank_tune.features.cache import recover, seal
+from lowrank_tune.features.commits import commit_shard
 from lowrank_tune.features.extract import plan_extraction
+from lowrank_tune.features.images import hash_files
 from lowrank_tune.features.shards import Pool, ShardPlan, ShardWorker
 from lowrank_tune.features.sources import read_records, write_samples
 from lowrank_tune.records import Split
@@ -100,6 +102,25 @@ def test_what_of_a_source_was_left_out_is_told(tmp_path):
     assert preview_study(study, tmp_path / "results")["notes"] == ("left out: 2 .txt, 1 .mp4",)
     checks = {check.name: check for check in diagnose(study, tmp_path / "results")}
     assert checks["features"].finding.endswith("; left out: 2 .txt, 1 .mp4")
+
+
+def test_an_image_that_had_too_many_pixels_is_tried_again_when_the_limit_is_raised(tmp_path):
+    write_samples(9, 0, tmp_path / "photos")
+    source = {"images": str(tmp_path / "photos")}
+    fields = {"source": source, "encoder": {"checkpoint": "tiny-random"}, "max_quarantined": 0.2}
+    low, high = (FeaturesSpec.model_validate(fields | {"max_pixels": limit}) for limit in (99, 100))
+    records = read_records(low.source, tmp_path, 0)
+    extraction = plan_extraction(low, tmp_path, records)
+    directory, (key, *_) = Path(extraction.directory), hash_files(records).keys
+    recover(directory, extraction.identity)
+    commit_shard(directory, "first.safetensors", [], {}, [(key, "100 pixels are above features.max_pixels = 99; …")])
+    seal(directory, extraction.identity, "", "")
+    counts = [survey_features(spec, tmp_path, 0) for spec in (low, high)]
+    assert [(count["images_quarantined"], count["images_to_extract"]) for count in counts] == [(1, 8), (0, 9)]
+    row = torch.zeros(counts[0]["features_shape"], dtype=torch.float16)
+    commit_shard(directory, "again.safetensors", [key], {"features": [row]}, [])
+    assert survey_features(low, tmp_path, 0)["images_cached"] == 1
+    assert seal(directory, extraction.identity, "", "").quarantined == {}
 
 
 @pytest.mark.parametrize(("most", "passed"), [(0.2, True), (0.1, False)])

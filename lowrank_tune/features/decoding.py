@@ -39,6 +39,14 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 # Without a handler, what Pillow has to say of odd files would be printed by every worker.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+_NO_IMAGE = "not an image in any format that Pillow knows"
+_NO_IMAGES = (
+    (re.compile(rb"^version https://git-lfs"), "a pointer of Git LFS, not the image itself; fetch it: git lfs pull"),
+    (re.compile(rb"<svg[\s>]"), "a drawing in SVG, which Pillow does not read; save it as PNG"),
+    (re.compile(rb"(?i)^\s*<(!doctype html|html)"), "a web page, not an image: what a server answered instead of one"),
+    (re.compile(rb"^....ftyp(isom|mp4|qt|M4V|avc1)", re.DOTALL), "a video, not an image"),
+)
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -77,7 +85,7 @@ def decode_image(data: bytes, image_size: int, max_pixels: int = PILLOWS_MAX_PIX
             f"{int(had[0]) if had else 0:,} pixels are above features.max_pixels = {max_pixels:,}; raise it"
         ) from error
     except UnidentifiedImageError as error:
-        raise UnusableError("not an image in any format that Pillow knows") from error
+        raise UnusableError(next((text for sign, text in _NO_IMAGES if sign.search(data[:1000])), _NO_IMAGE)) from error
     except UnusableError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them trip over

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import fnmatch
 import functools
+import itertools
 import os
 import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -32,9 +32,9 @@ _NO_DATA = frozenset(
 _RAW = re.compile(
     r"\.(3fr|arw|cr[23]|dcr|dng|erf|fff|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)"
 )
-_RECORDS = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".txt", ".arrow"}
+_RECORDS = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar"}
 _PLURAL = {"dead link": "dead links", "no file": "no files"}
-_KINDS_SHOWN, _NAMES_SHOWN, _MOST_BRACES = 12, 3, 1_000_000
+_KINDS_SHOWN, _NAMES_SHOWN, _MOST_BRACES, _MOST_GROUPS = 12, 3, 1_000_000, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,51 +117,74 @@ def _parts(path: str) -> list[str]:
 
 
 _BRACES = re.compile(r"\{(?:([^{},]*(?:,[^{},]*)+)|(\d+)\.\.(\d+))\}")
+_SUFFIX = re.compile(r"\.[^.*?\[\]]+$")
 
 
-def expand_braces(pattern: str) -> Iterator[str]:
-    """A shell's braces: `{a,b}` and `{000..012}`."""
+def expand_braces(pattern: str) -> list[str]:
+    """All that a shell's braces mean, `{a,b}` and `{000..012}`; an InputError where they are too many to list."""
+    names = list(itertools.islice(_expanded(pattern), _MOST_BRACES + 1)) if pattern.count("{") <= _MOST_GROUPS else []
+    if not 0 < len(names) <= _MOST_BRACES:
+        raise InputError(f"{pattern}: too many names; write wildcards instead")
+    return names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
     braces = _BRACES.search(pattern)
     if braces is None:
         yield pattern
         return
     listed, first, last = braces.groups()
+    each: Iterable[str]
     if listed is None:
-        low, high, width = int(first), int(last), len(first) if first.startswith("0") else 0
-        if abs(high - low) >= _MOST_BRACES:
-            raise InputError(f"{braces[0]}: too many names; write a wildcard instead")
-        step = 1 if high >= low else -1
-        each: list[str] = [f"{number:0{width}}" for number in range(low, high + step, step)]
+        low, high, width = int(first), int(last), max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        each = (f"{number:0{width}}" for number in (range(low, high + 1) if low <= high else range(low, high - 1, -1)))
     else:
         each = listed.split(",")
     for text in each:
-        yield from expand_braces(pattern[: braces.start()] + text + pattern[braces.end() :])
+        yield from _expanded(pattern[: braces.start()] + text + pattern[braces.end() :])
 
 
-@dataclass(frozen=True)
+def _patterns(text: str) -> list[list[str]]:
+    """The patterns that a text means, in parts whose braces are left; only those round a `/` make several."""
+    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
+    spans = any(character == "/" and depth > 0 for character, depth in zip(text, depths, strict=True))
+    return [_parts(pattern) for pattern in (expand_braces(text) if spans else [text])]
+
+
 class _Part:
-    """One name of a pattern: `**`, or a name with wildcards; of the last one the suffix fits in any case."""
+    """One name of a pattern: `**`, or a name with wildcards and braces; the last one's suffix fits in any case."""
 
-    text: str
-    stem: Callable[[str], object]
-    suffix: str
-
-    @classmethod
-    def of(cls, text: str, last: bool) -> _Part:
-        text = unicodedata.normalize("NFC", text)
-        ending = re.search(r"\.[^.*?\[\]]+$", text) if last else None
-        suffix = ending[0].lower() if ending else ""
-        stem = text[: len(text) - len(suffix)]
-        return cls(text, re.compile(fnmatch.translate(stem)).match, suffix)
+    def __init__(self, text: str, last: bool) -> None:
+        self.last = last
+        names = [unicodedata.normalize("NFC", name) for name in expand_braces(text)]
+        self.is_deep = names == ["**"]
+        self.by_content = any(map(_SUFFIX.search, names))
+        # A hundred thousand names in braces are looked up, not tried one by one.
+        self.names = {self._plain(name) for name in names if not re.search(r"[*?\[]", name)}
+        self.patterns: list[tuple[str, Callable[[str], object], str]] = []
+        for name in set(names) - self.names:
+            suffix = ending[0] if last and (ending := _SUFFIX.search(name)) else ""
+            stem = re.compile(fnmatch.translate(name[: len(name) - len(suffix)])).match
+            self.patterns.append((name, stem, suffix.lower()))
 
     def fits(self, name: str) -> bool:
         """Whether it means this name; what is hidden only where it begins so itself."""
         if not name.isascii():
             name = unicodedata.normalize("NFC", name)  # a Mac writes ü as two characters
-        if _is_no_data(name) and name != self.text and not (self.text.startswith(".") and name.startswith(".")):
-            return False
-        cut = len(name) - len(self.suffix)
-        return cut >= 0 and name[cut:].lower() == self.suffix and bool(self.stem(name[:cut]))
+        if self._plain(name) in self.names:
+            return True
+        hidden = _is_no_data(name)
+        for pattern, stem, suffix in self.patterns:
+            cut = len(name) - len(suffix)
+            if hidden and not (name.startswith(".") and pattern.startswith(".")):
+                continue
+            if cut >= 0 and name[cut:].lower() == suffix and stem(name[:cut]):
+                return True
+        return False
+
+    def _plain(self, name: str) -> str:
+        stem, suffix = os.path.splitext(name) if self.last else (name, "")
+        return stem + suffix.lower()
 
 
 def _is_no_data(name: str) -> bool:
@@ -198,33 +221,31 @@ class _Walk:
         base, left = _existing("/", _parts(path))
         found: dict[str, str] = {}
         links: dict[str, str] = {}
-        for pattern in expand_braces("/".join(left)):
-            place, parts = _existing(base, _parts(pattern))
-            if parts and parts[-1] == "**":
-                parts.append("*")
-            if parts or not os.path.isdir(place):
-                by_content = not parts or bool(re.search(r"\.[^.*?\[\]]+$", parts[-1]))
-                alone = [(place, os.path.realpath(place), False)] if os.path.isfile(place) else []
-                files = self._matching(place, parts) if parts else iter(alone)
+        for pattern in _patterns("/".join(left)):
+            place, names = _existing(base, pattern)
+            if os.path.isfile(place) and not names:
+                files, by_content = iter([(place, os.path.realpath(place), False)]), True
             else:
-                by_content, files = False, self._matching(place, ["**", "*"])
+                if not names or names[-1] == "**":
+                    names += ["*"] if names else ["**", "*"]
+                parts = [_Part(name, number == len(names) - 1) for number, name in enumerate(names)]
+                files, by_content = self._matching(place, parts), parts[-1].by_content
             for file, real, is_link in files:
                 if kind := self.wanted.left_out(file, by_content):
                     self.left_out[real] = kind
                 else:
                     (links if is_link else found).setdefault(real, file)
         # Where a file and a link to it are both meant, the file's own name is told.
-        for real, file in chain(found.items(), links.items()):
+        for real, file in itertools.chain(found.items(), links.items()):
             if self.taken.setdefault(real, file) != file:
                 self.again.add(file)
-        return sorted({self.taken[real] for real in chain(found, links)}, key=lambda file: file.split("/"))
+        return sorted({self.taken[real] for real in itertools.chain(found, links)}, key=lambda file: file.split("/"))
 
-    def _matching(self, place: str, texts: list[str]) -> Iterator[tuple[str, str, bool]]:
+    def _matching(self, place: str, parts: list[_Part]) -> Iterator[tuple[str, str, bool]]:
         """The files below a folder that a pattern means, their real paths and whether they are links.
 
         Each real folder is entered once, by its own name where there is one.
         """
-        parts = [_Part.of(text, number == len(texts) - 1) for number, text in enumerate(texts)]
         folders, linked = [(place, os.path.realpath(place), 0)], list[tuple[str, str, int]]()
         entered: set[tuple[str, int]] = set()
         while folders or linked:
@@ -232,8 +253,8 @@ class _Walk:
             if (real, number) in entered:
                 continue
             entered.add((real, number))
-            part, last = parts[number], number == len(parts) - 1
-            deep = part.text == "**"
+            part = parts[number]
+            deep, last = part.is_deep, part.last
             if deep:
                 self.hidden += sum(_is_no_data(entry.name) for entry in self._listed(folder))
             for entry in self._listed(folder):
@@ -269,11 +290,13 @@ class _Walk:
     def nothing(self, path: str) -> str:
         """Why nothing was found, with what was found instead."""
         base, left = _existing("/", _parts(path))
-        if left and not re.search(r"[*?\[]|" + _BRACES.pattern, "/".join(left)):
+        if left and not re.search(r"[*?\[{]", "/".join(left)):
             variable = "; variables such as $HOME are not filled in" if "$" in "/".join(left) else ""
             return f"no such directory or file, {base} has no {left[0]}{variable}"
         if not left and not os.path.isdir(base):
             suffix = os.path.splitext(base)[1].lower()
+            if self.wanted.tables and suffix == ".txt":
+                return "is no image; a list of paths becomes a `manifest:` by a first line, image, and the suffix .csv"
             if self.wanted.tables and suffix in _RECORDS:
                 return "is no image; for a table or a tar of records write `manifest:` instead of `images:`"
             return (
@@ -287,7 +310,7 @@ class _Walk:
             beside += "; for tables or tars of records write `manifest:` instead of `images:`"
         if not left:
             return f"no {self.wanted.many} in it{beside}"
-        if self.folders and not self.left_out:
+        if self.folders and not self.left_out and "**" not in left:
             return f"matches directories only, such as {min(self.folders)}; end it with /** for what is in them"
         return f"matches no {self.wanted.one} from {base}{beside}"
 

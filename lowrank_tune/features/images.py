@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,14 @@ class SourceRecords:
 def read_bytes(image: str) -> bytes:
     """Read an image's file, a tensor's, or what lies at its place in a table or a tar; an OSError where it cannot."""
     place = find_place(image)
-    return read_place(place) if place else Path(image).read_bytes()
+    return read_place(place) if place else _regular(image).read_bytes()
+
+
+def _regular(image: str) -> Path:
+    """A path that has an end; an OSError of a pipe or a device, at which a reader would wait for ever."""
+    if not stat.S_ISREG(os.stat(image).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", image)
+    return Path(image)
 
 
 def read_unchanged(image: str, key: str) -> bytes:
@@ -93,7 +101,7 @@ def hash_files(records: SourceRecords) -> SourceFiles:
             return None, "the record names no file"
         try:
             place = find_place(image)
-            key = hashlib.sha256(read_place(place)).hexdigest() if place else file_sha256(Path(image))
+            key = hashlib.sha256(read_place(place)).hexdigest() if place else file_sha256(_regular(image))
         except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
             return None, getattr(error, "strerror", None) or str(error)
         return key, None

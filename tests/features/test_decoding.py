@@ -189,6 +189,8 @@ def test_one_pixel_and_the_longest_images_that_qwen_takes_are_taken(size):
     [
         (lambda data: b"", "the file is empty"),
         (lambda data: b"Dear reader,", "not an image in any format"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (lambda data: b"\n<!DOCTYPE html><html><svg></svg>", "a drawing|a web page, not an image"),
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[:200], "."),
         (lambda data: encoded(Image.new("L", (20000, 10))), "20000x10 pixels: the aspect ratio 2000 is above 200"),

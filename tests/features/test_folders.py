@@ -13,7 +13,7 @@ from PIL import Image
 from lowrank_tune.config.schema import ImageSource
 from lowrank_tune.errors import InputError, printable
 from lowrank_tune.features.folders import find_images
-from lowrank_tune.features.images import hash_files, write_record_table
+from lowrank_tune.features.images import SourceRecords, hash_files, write_record_table
 
 
 def found(images, root=None):
@@ -66,7 +66,9 @@ ALL = ["photos/a/2.PNG", "photos/a/deep/1.webp", "photos/b.jpg"]
         ("photos/{b,c}.{JPG,png}", ["photos/b.jpg"]),
         ("photos/{b.jpg,a/*}", ["photos/a/2.PNG", "photos/b.jpg"]),
         ("photos/a/{000..012}.png", []),
-        ("photos/a/{0..3}.png", ["photos/a/2.PNG"]),
+        ("photos/a/{3..0}.png", ["photos/a/2.PNG"]),
+        ("photos/**/{00000..99999,2,deep/1}.{png,webp}", ["photos/a/2.PNG", "photos/a/deep/1.webp"]),
+        ("photos/{a,b}/{2,[ab]}.png", ["photos/a/2.PNG"]),
         ("photos/a/[12].png", ["photos/a/2.PNG"]),
         (["photos/*.jpg", "photos/a", "photos/a/2.PNG"], ["photos/b.jpg", "photos/a/2.PNG", "photos/a/deep/1.webp"]),
         ("photos/b.jpg", ["photos/b.jpg"]),
@@ -146,6 +148,7 @@ def test_what_is_no_file_is_never_opened(here):
         assert found("in") == (["in/1.jpg"], ("left out: 3 no files",))
     with pytest.raises(InputError, match=r"in/pipe\.jpg: is no file that can be read"):
         found("in/pipe.jpg")
+    assert hash_files(SourceRecords(("in/pipe.jpg", "/dev/zero", "in"), None)).unread == ("is no regular file",) * 3
 
 
 def test_a_suffix_that_is_named_or_lacks_gives_way_to_the_content(here):
@@ -184,17 +187,20 @@ def test_every_format_that_pillow_reads_is_an_image_and_no_other(here):
     ("images", "message"),
     [
         ("nowhere", r"^nowhere: no such directory or file, /.* has no nowhere; correct features\.source\.images$"),
+        ("{a,b}" * 60, "too many names"),
+        ("photos/{a,b}.png", r"^photos/\{a,b\}\.png: matches no image from /.*/photos; correct"),
         ("$HOME/x", r"^\$HOME/x: .* has no \$HOME; variables such as \$HOME are not filled in; correct"),
         ("empty", r"^empty: no images in it; correct features\.source\.images"),
         ("photos/*.tiff", r"^photos/\*\.tiff: matches no image from /.*/photos; correct"),
         ("photos/d*", r"^photos/d\*: matches directories only, such as /.*/photos/dir; end it with /\*\* for"),
-        ("photos/*.txt", r"^photos/\*\.txt: matches no image from .*, only 1 \.txt; for tables .*`manifest:`"),
+        ("photos/*.txt", r"^photos/\*\.txt: matches no image from .*, only 1 \.txt; correct"),
+        ("*.json", r"^\*\.json: matches no image from .*, only 1 \.json; for tables .*`manifest:`"),
         ("data.json", r"^data\.json: is no image; for a table .*`manifest:` instead of `images:`"),
         ("photos/x.txt", r"^photos/x\.txt: is no image"),
         (["photos/*.tiff", "photos", "gone"], r"^photos/\*\.tiff: matches .*\ngone: no such .*correct features"),
         ("https://example.org/photos", r"^https://example\.org/photos: images are read from paths, not from addresses"),
         ("s3://bucket/photos/", "^s3://bucket/photos/: images are read from paths"),
-        ("photos/{0..99999999}.jpg", r"^\{0\.\.99999999\}: too many names"),
+        ("photos/{0..99999999}.jpg", r"^\{0\.\.99999999\}\.jpg: too many names"),
     ],
 )
 def test_a_source_that_gives_no_image_is_named_with_what_lies_there(here, images, message):
@@ -233,7 +239,8 @@ def test_a_folder_that_may_not_be_read_is_told_and_one_that_fails_is_an_error(he
 def test_names_of_every_kind_are_found_hashed_and_recorded(here):
     names = [
         "a b.jpg", "c#1%20?x=1.jpg", "g\nh.jpg", "i'j\".jpg", "\U0001f600.jpg", "u\u0308.jpg", "k" * 251 + ".jpg",
-        "-rf.jpg", "l\\m.jpg", "~p.jpg", "$HOME.jpg", "trailing .jpg", " .jpg", "caf\udce9.jpg", "\udcff/\udcfe.jpg",
+        "-rf.jpg", "l\\m.jpg", "~p.jpg", "$HOME.jpg", "trailing .jpg", " .jpg", "caf\udce9.jpg",
+        "a::b[0].jpg", "\udcff/\udcfe.jpg",
     ]  # fmt: skip
     make(here, *(f"in/{name}" for name in names))
     for images in ("in", "in/**/*.jpg"):
