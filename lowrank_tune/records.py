@@ -43,7 +43,7 @@ StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 class FeatureRow:
     """Where one image's features lie in a cache."""
 
-    key: str  # sha256 of the image file's bytes (of the `.pt` file's for imported tensors), 64 hex digits
+    key: str  # sha256 of the image's bytes, 64 hex digits (of an imported tensor's file, or of the one tensor in it)
     shard: str  # file name under the cache's `shards/`
     row: int  # index along the shard's first axis
 

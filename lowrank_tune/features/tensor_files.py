@@ -153,7 +153,9 @@ def read_leaves(file: Path | bytes) -> dict[Leaf, Load]:
         raise UnusableError("a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
     kind, read = next(((kind, read) for begins, kind, read in _FORMS if begins(start, size)), ("", None))
     if read is None:
-        raise UnusableError("no file of torch, NumPy or safetensors")
+        raise UnusableError(
+            "no file of torch, NumPy or safetensors; save it with torch.save(tensor, path) or np.save(path, array)"
+        )
     try:
         found = list(read(file))
     except (UnusableError, OSError):

@@ -76,7 +76,9 @@ def _printable(text: str) -> str:
 
 def _files(entries: Sequence[str], said: str) -> tuple[list[Path], list[str]]:
     """The files in order, and what was left out: of a directory with files named features_N, all others."""
-    found, notes = find_files(entries, Wanted("file of tensors", "files of tensors", said, _kind_left_out))
+    kinds = f"{', '.join(SUFFIXES[:-1])} and {SUFFIXES[-1]} are read"
+    wanted = Wanted("file of tensors", "files of tensors", f"{said} ({kinds})", _kind_left_out)
+    found, notes = find_files(entries, wanted)
     paths = list(map(Path, found))
     for folder in (Path(entry).absolute() for entry in map(os.path.expanduser, entries) if os.path.isdir(entry)):
         below = [path for path in paths if folder in path.parents]

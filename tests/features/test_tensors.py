@@ -261,7 +261,10 @@ def test_what_is_no_features_says_what_it_is_and_nothing_in_it_is_executed(tmp_p
     [
         ("~nosuchuser/x", "~nosuchuser/x: no such"),
         ("gone", r"gone: no such directory or file, .*; correct features\.source\.tensors"),
-        ("empty", r"empty: no files of tensors in it, only 1 \.txt; correct"),
+        (
+            "empty",
+            r"empty: no files of tensors in it, only 1 \.txt; correct .* \(\.pt, .* and \.safetensors are read\)",
+        ),
         ("*.{pt,npy}", r"^\*\.{pt,npy}: matches no file of tensors from /"),
         ("empty/a.txt", "a.txt: is no file of tensors that can be read"),
         ("s3://bucket/x", "s3://bucket/x: files of tensors are read from paths, not from addresses"),
