@@ -116,6 +116,7 @@ def hash_files(records: SourceRecords) -> SourceFiles:
         for made in threads.map(digests, parts(records.images)):
             keys += [key for key, _ in made]
             unread += [error for _, error in made]
+    pa.default_memory_pool().release_unused()  # what was read of tables
     images: dict[str, str | None] = {}
     for key, path in zip(keys, records.images, strict=True):
         if key is not None:

@@ -21,7 +21,7 @@ import pyarrow.csv
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
-from lowrank_tune.features.embedded import take_out, take_out_columns
+from lowrank_tune.features.embedded import is_list, take_out, take_out_columns
 from lowrank_tune.features.folders import expand_braces
 from lowrank_tune.features.forms import decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
@@ -120,7 +120,8 @@ def _places(
         raise InputError(f"{path}: column {column!r} holds {kind}, which names no image; {_ANOTHER}")
     refuse_addresses(named, column, path)
     places = [finder.place(image, folder) for image in named]
-    if pa.types.is_integer(kind) and not any(map(os.path.exists, places)):
+    item = kind.value_type if is_list(kind) else kind
+    if pa.types.is_integer(item) and not any(map(os.path.exists, places)):
         raise InputError(f"{path}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
     return places, counts
 
