@@ -21,8 +21,9 @@ import pyarrow.csv
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
+from lowrank_tune.features.decoding import IMAGE_SUFFIXES
 from lowrank_tune.features.embedded import is_list, take_out, take_out_columns
-from lowrank_tune.features.folders import expand_braces
+from lowrank_tune.features.folders import Wanted, expand_braces, find_files
 from lowrank_tune.features.forms import decoded, find_records, parsed
 from lowrank_tune.features.images import SourceRecords
 from lowrank_tune.features.named import (
@@ -32,7 +33,6 @@ from lowrank_tune.features.named import (
     is_chat,
     is_image_name,
     local_path,
-    looks_like_image,
     named_images,
     refuse_addresses,
 )
@@ -130,8 +130,6 @@ def manifest_files(patterns: Iterable[str]) -> list[Path]:
     """List the tables that a manifest's paths, directories and globs name; an InputError where one names none."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        if is_address(pattern):
-            raise InputError(f"{pattern}: is an address; download it first, then correct features.source.manifest")
         path = local_path(pattern)
         for name in [path] if os.path.lexists(path) else expand_braces(path):
             files |= dict.fromkeys(_files_of(name))
@@ -140,46 +138,35 @@ def manifest_files(patterns: Iterable[str]) -> list[Path]:
 
 def _files_of(pattern: str) -> list[Path]:
     place = Path(pattern).absolute()
-    if place.is_dir():
-        return _tables_of(place)
     if place.is_file():
         return [place]
-    if not glob.has_magic(pattern):
+    if not place.is_dir() and not glob.has_magic(pattern) and not is_address(pattern):
         siblings = [sibling.name for sibling in place.parent.iterdir()] if place.parent.is_dir() else []
         hint = did_you_mean(place.name, siblings)
         raise InputError(f"{place}: no such file; correct features.source.manifest{hint}")
-    found = [path for name in glob.glob(pattern, recursive=True) if (path := Path(name).absolute()).is_file()]
-    tables = sorted(path for path in found if table_suffix(path) in SUFFIXES and path.name not in _NOT_RECORDS)
-    if not tables:
-        what = f"{len(found)} files, of which none is a table ({', '.join(SUFFIXES)})" if found else "no file"
-        raise InputError(f"{pattern}: matches {what} from {Path.cwd()}; correct features.source.manifest")
-    return tables
-
-
-def _tables_of(directory: Path) -> list[Path]:
-    below = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(directory).parts)
-    ]
-    tables = [path for path in below if table_suffix(path) in SUFFIXES and path.name not in _NOT_RECORDS]
+    try:
+        found, _ = find_files([pattern], Wanted("table", "tables", "features.source.manifest", _kind_left_out))
+    except InputError as error:
+        advice = [text for suffix, text in _ADVICE.items() if suffix in str(error)]
+        advice += [_FOLDER] if any(suffix in str(error) for suffix in IMAGE_SUFFIXES) else []
+        raise InputError(f"{error}{''.join(advice)}") from error
+    tables = list(map(Path, found))
+    if not place.is_dir():
+        return tables
     tables = [path for path in tables if path.name.split(".")[0] == _FOLDER_TABLE] or tables
     kinds = Counter(map(table_suffix, tables))
-    if not tables:
-        suffixes = Counter(path.suffix.lower() or "no suffix" for path in below).most_common(5)
-        found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes) or "nothing"
-        advice = "".join(_ADVICE[suffix] for suffix, _ in suffixes if suffix in _ADVICE)
-        advice += _FOLDER if any(looks_like_image(str(path)) for path in below) else ""
-        raise InputError(
-            f"{directory}: no tables in it (looked for {', '.join(SUFFIXES)}, in subfolders too; found {found}); "
-            f"correct features.source.manifest{advice}"
-        )
     if len(kinds) > 1:
         raise InputError(
-            f"{directory}: tables of several kinds, {', '.join(f'{count} {kind}' for kind, count in kinds.items())}; "
-            f"name the one, or a glob such as {directory}/**/*{next(iter(kinds))}, in features.source.manifest"
+            f"{place}: tables of several kinds, {', '.join(f'{count} {kind}' for kind, count in kinds.items())}; "
+            f"name the one, or a glob such as {place}/**/*{next(iter(kinds))}, in features.source.manifest"
         )
     return tables
+
+
+def _kind_left_out(file: str, by_content: bool) -> str:
+    """The kind of a file that is no table, for people; empty where it is one."""
+    path = Path(file)
+    return path.suffix or "without a suffix" if table_suffix(path) not in SUFFIXES or path.name in _NOT_RECORDS else ""
 
 
 def table_suffix(path: Path) -> str:
