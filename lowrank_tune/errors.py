@@ -76,6 +76,7 @@ def did_you_mean(name: str, others: Iterable[str]) -> str:
 
 
 _ELSEWHERE = "or choose another place (--results, TMPDIR)"
+_LOOK = "see that its place answers; --debug shows where this happened"
 _REMEDIES = {
     errno.ENOSPC: f"make room there, {_ELSEWHERE}",
     errno.EDQUOT: f"make room there, {_ELSEWHERE}",
@@ -96,7 +97,7 @@ def machine_fault(error: Exception) -> str:
         case OSError():
             reason = error.strerror or str(error).strip() or type(error).__name__
             place = f"{error.filename}: " if error.filename else ""
-            remedy = _REMEDIES.get(error.errno or 0, "see that its place answers; --debug shows where this happened")
+            remedy = _REMEDIES.get(error.errno or 0, _LOOK)
             return f"{place}{reason}; {remedy}"
         case MemoryError():
             return f"no memory is left ({error}); {_REMEDIES[errno.ENOMEM]}".replace(" ()", "")
@@ -105,4 +106,8 @@ def machine_fault(error: Exception) -> str:
         case UnicodeEncodeError() if error.encoding.lower() != "utf-8":
             characters = ascii(error.object[error.start : error.end])
             return f"file names cannot hold {characters} in this locale: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
-    return ""
+    # Libraries in Rust and sqlite wrap the system's errors in their own.
+    said = " ".join(str(error).split())
+    if number := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", said):
+        return f"{said}; {_REMEDIES.get(int(number[1] or number[2]), _LOOK)}"
+    return f"{said}; {_REMEDIES[errno.ENOSPC]}" if "disk is full" in said else ""

@@ -37,7 +37,12 @@ _OBJECT_STORE = 200_000_000
 """Bytes of a store that has no room in shared memory."""
 _LEAST_MEMORY = 3 << 29
 """Bytes below which Ray's own watch over memory ends every worker, again and again."""
-_LIMITS = (("v", resource.RLIMIT_AS, 1 << 50), ("n", resource.RLIMIT_NOFILE, 1024), ("u", resource.RLIMIT_NPROC, 1024))
+_FEW_ADDRESSES = 1 << 36
+_LIMITS = (
+    ("v", resource.RLIMIT_AS, _FEW_ADDRESSES),
+    ("n", resource.RLIMIT_NOFILE, 1024),
+    ("u", resource.RLIMIT_NPROC, 1024),
+)
 """By flag of `ulimit`, the limits of a process, and what Ray certainly gets along with."""
 
 logger = logging.getLogger(__name__)
@@ -139,6 +144,10 @@ def _local_settings() -> dict[str, Any]:
         # Left alone, Ray writes one below HOME, which may be missing or not ours.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         token.reset_cache()
+    addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if resource.RLIM_INFINITY != addresses < _FEW_ADDRESSES:
+        said = "`ulimit -v` is %.0f GiB, and Ray's processes, which end without a word above it, may need more: lift it"
+        logger.warning(said, addresses / 2**30)
     # Of itself Ray takes half a CPU of a container for none, and does not see what a scheduler binds a process to.
     settings = {"address": "local", "include_dashboard": False, "num_cpus": joblib.cpu_count()}
     if sys.platform == "linux" and (free := _free_shared_memory()) < _OBJECT_STORE:

@@ -100,6 +100,15 @@ def test_a_store_without_room_in_shared_memory_is_small_and_lies_beside_rays_fil
     assert caplog.messages == ["/dev/shm has 67 MB: Ray's object store, 200 MB, lies in /tmp"]
 
 
+def test_a_limit_on_addresses_is_told_for_ray_ends_by_it_without_a_word(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (8 << 30, 8 << 30))
+    with ray_session():
+        pass
+    assert caplog.messages[0].startswith("`ulimit -v` is 8 GiB")
+
+
 def test_what_ray_says_is_one_line_with_what_may_be_to_blame(
     started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

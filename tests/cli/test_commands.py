@@ -129,6 +129,14 @@ def test_an_old_locale_finds_a_file_with_an_accent(tmp_path: Path) -> None:
         (PermissionError(errno.EACCES, "Permission denied", "/data"), "error: /data: Permission denied; let this user"),
         (OSError(errno.EMFILE, "Too many open files"), "error: Too many open files; let a process have more"),
         (OSError("the mount is gone"), "error: the mount is gone; see that its place answers"),
+        (
+            ValueError("I/O error: No space left (os error 28)"),
+            "error: I/O error: No space left (os error 28); make room",
+        ),
+        (
+            ValueError("(sqlite3.OperationalError) database or disk is full"),
+            "error: (sqlite3.OperationalError) database",
+        ),
         (MemoryError(), "error: no memory is left; free memory"),
         (ImportError("libtorch.so: failed to map", name="torch"), "error: a library cannot be loaded (libtorch.so"),
         (UnicodeEncodeError("ascii", "é", 0, 1, "no"), "error: file names cannot hold '\\xe9' in this locale"),
