@@ -44,9 +44,11 @@ _PREFIX = (
     r"(?:gt|gold|true|target|object|obj|ref|answer|region|face|person|text|word|ocr|pred|predicted|norm(?:alized)?)"
 )
 _COLUMN = re.compile(
-    rf"(?:(?:{_PREFIX}_)?{_BOX}(_?2d)?(?:_(xywh|xyxy|cxcywh|ltrb|ltwh)|_norm(?:alized)?|_pixels?|_abs)?|(xyxy|xywh|cxcywh))",
+    rf"(?!box(?:es)?_?2d)(?:(?:{_PREFIX}_)?{_BOX}(_?2d)?(?:_(xywh|xyxy|cxcywh|ltrb|ltwh)|_norm(?:alized)?|_pixels?|_abs)?|(xyxy|xywh|cxcywh))",
     re.IGNORECASE,
 )
+_EITHER = re.compile(r"box(?:es)?_?2d", re.IGNORECASE)
+"""What Gemini calls [y0, x0, y1, x1] and others [x0, y0, x1, y1]."""
 _OUTLINE = re.compile(
     r"(?:rect(?:angle)?|roi|polygon|quad|vertice|vertex|point|normalizedvertice)(?:s|es)?", re.IGNORECASE
 )
@@ -135,6 +137,10 @@ def read_boxes(features: FeatureSet) -> BoxColumn | None:
                     f"the records' column {name} looks like boxes, but is not understood ({example}), and is not drawn"
                 )
                 strange = BoxColumn({}, None, note)
+        for name in schema.names if strange is None else ():
+            if _EITHER.fullmatch(name):
+                why = "x or y may come first; call it boxes_xyxy where x does"
+                strange = BoxColumn({}, None, f"the records' column {name} looks like boxes, and is not drawn: {why}")
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         logger.info("%s: no boxes can be read (%s)", features.records_path, error)
         return None

@@ -142,6 +142,8 @@ def test_a_column_that_looks_like_boxes_and_is_not_understood_is_said_once(recor
     assert not column.boxes and column.of("0", WIDTH, HEIGHT) == ()
     angles = records.read(bbox=[[20, 10, 60, 50, 45.0], [0, 0, 7, 7, 90.0]])
     assert "five numbers of which the last is no score and the first no class" in angles.note
+    either = records.read(box_2d=[[100, 100, 500, 300]])
+    assert "column box_2d looks like boxes, and is not drawn: x or y may come first" in either.note
     assert "column boxes" in records.read(bbox=["a"], boxes=["1,2,3,4"]).note, "another is understood"
     for columns in ({"objects": ["cup"]}, {"regions": ["north"]}, {"answer": ["1"]}, {"bbox": [None]}, {"bbox": [[]]}):
         assert records.read(**columns) is None
