@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
@@ -101,9 +102,13 @@ def named_images(value: Any) -> list[str]:
             return _named_by_text(value)
         case list():
             return [image for item in value for image in named_images(item)]
-        case dict() if value.get("role") or value.get("from"):
+        case dict() if ("content" in value or "value" in value) and (value.get("role") or value.get("from")):
             content = value.get("content") or value.get("value")
-            return _TAGGED.findall(content) if isinstance(content, str) else named_images(content)
+            if isinstance(content, str):
+                return _TAGGED.findall(content)
+            return named_images(
+                [part for part in content if isinstance(part, dict)] if isinstance(content, list) else content
+            )
         case dict() if value.get("type") and "image" not in str(value["type"]):
             return []
         case dict():
@@ -117,11 +122,12 @@ def named_images(value: Any) -> list[str]:
 
 def _named_by_text(text: str) -> list[str]:
     if text[:1] + text[-1:] in ("[]", "{}"):  # of a column of several types, or of a CSV
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return named_images(parse(text))
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
+        with warnings.catch_warnings(action="ignore", category=Warning):  # of what is no Python after all
+            for parse in (json.loads, ast.literal_eval):
+                try:
+                    return named_images(parse(text))
+                except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                    continue
     return [text] if text.strip() else []
 
 

@@ -12,7 +12,7 @@ from lowrank_tune.cluster.studies import list_studies
 from lowrank_tune.cluster.study_dir import anchored, create_study, read_plan
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.config.plan import Plan, make_plan
-from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.config.schema import ManifestSource, TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.study import plan_study
 from tests.cluster.conftest import STUDY
@@ -69,6 +69,12 @@ def test_a_relative_path_of_any_characters_becomes_absolute(name: str) -> None:
     features = SPEC.features.model_copy(update={"source": named})
     source = anchored(SPEC.model_copy(update={"features": features, "split": split})).features.source
     assert (source.paths, source.key) == ((str(Path.cwd() / "x"), "/y"), "a.b")
+    tables = ManifestSource(manifest=("a.csv", "/b/*.csv", "c/*.csv"), root="d")
+    source = anchored(
+        SPEC.model_copy(update={"features": SPEC.features.model_copy(update={"source": tables})})
+    ).features.source
+    here = str(Path.cwd())
+    assert source == ManifestSource(manifest=(f"{here}/a.csv", "/b/*.csv", f"{here}/c/*.csv"), root=f"{here}/d")
 
 
 def test_a_killed_study_is_told_although_a_trial_of_it_is_damaged(tmp_path: Path) -> None:
