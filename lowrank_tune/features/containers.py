@@ -39,7 +39,7 @@ def read_parquet(path: Path, wanted: str | None) -> pa.Table:
     written; else what it calls the image becomes a column `<name>.path`.
 
     Raises:
-        InputError: there are several columns of the wanted name.
+        InputError: there are several columns of the wanted name, or it has bytes deep inside.
         OSError, pa.ArrowException: the file cannot be read.
     """
     table = open_table(path)
@@ -47,14 +47,22 @@ def read_parquet(path: Path, wanted: str | None) -> pa.Table:
     if wanted and schema.names.count(wanted) > 1:
         raise InputError(f"{path}: has {schema.names.count(wanted)} columns named {wanted!r}; rename all but one")
     images = {wanted, *_declared(schema)}
-    special, kept = set(), list[str]()
+    special, kept, nested, files = set[str](), list[str](), list[str](), _files(table, sizes)
     for field in schema:
         item, leaves = _item(field.type), _leaves(table, field.name)
         likely = field.name in images or is_image_name(field.name) or sum(sizes[leaf] for leaf in leaves) > KEPT_BYTES
         if (_is_struct(item) or _is_text(item) or (_is_bytes(item) and likely)) and schema.names.count(field.name) == 1:
             special.add(field.name)
         else:
-            kept += [leaf for leaf in leaves if leaf not in _files(table, sizes)]
+            kept += [leaf for leaf in leaves if leaf not in files]
+            if files.intersection(leaves):
+                nested.append(field.name)
+    chosen = [wanted] if wanted else list(filter(is_image_name, nested if not any(map(is_image_name, special)) else ()))
+    if deep := [name for name in chosen if name in nested]:
+        raise InputError(
+            f"{path}: column {deep[0]!r} holds images' bytes deep inside of it, from where they are not read; make a "
+            "column of them, or of lists of them, and name it in features.source.image_column"
+        )
     read = table.read(columns=list(dict.fromkeys(kept))) if kept else None
     columns, names = list[pa.ChunkedArray](), list[str]()
     for field in schema:

@@ -168,6 +168,7 @@ def test_a_published_table_needs_no_column_named_and_keeps_what_is_no_image(fold
     [
         ({"a": structs(), "b": structs()}, None, r"columns 'a', 'b' hold images; write which in .*image_column"),
         ({"a": structs()}, "aa", r"has no column 'aa', only 'a', 'a.path'; did you mean a\?"),
+        ({"messages": [[{"content": structs()}]]}, None, r"'messages' holds images' bytes deep inside"),
         ({"image": [[7, 8]]}, "image", r"'image' holds list<.*int64>, which are no files' names"),
         ({"image": [[1.5]]}, "image", r"'image' holds list<.*double>, which names no image"),
     ],
