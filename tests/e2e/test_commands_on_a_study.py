@@ -45,7 +45,7 @@ def test_doctor_looks_at_everything(ran: Ran, printed: Callable[..., tuple[int, 
     assert ran.result.features.directory in findings["features"]
     code, out = printed("doctor", ran.study_file, "--set", "features.source={images: nowhere/}")
     assert code == 1
-    assert "nowhere: no such directory" in out
+    assert "nowhere/: no such directory or file" in out
 
 
 def test_verify_finds_a_cache_sound_and_names_the_shard_of_a_flipped_bit(

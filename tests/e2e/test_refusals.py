@@ -102,7 +102,7 @@ def refused(home: Home, typed: Typed) -> Callable[..., str]:
 
 
 SAID = {
-    "gone": "no such directory or file; correct features.source.tensors",
+    "gone": "no such directory or file",
     "others": "the study began with 9 images, and they are not the same any more",
     "relative": "has a relative path in features.source.tensors: go on with it from the working directory",
 }
