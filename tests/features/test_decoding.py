@@ -190,6 +190,7 @@ def test_one_pixel_and_the_longest_images_that_qwen_takes_are_taken(size):
         (lambda data: b"", "the file is empty"),
         (lambda data: b"Dear reader,", "not an image in any format"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (lambda data: b"II*\0" + bytes(60), "a TIFF of a kind that Pillow does not read"),
         (lambda data: b"\n<!DOCTYPE html><html><svg></svg>", "a drawing|a web page, not an image"),
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[:200], "."),
