@@ -44,8 +44,7 @@ _NO_IMAGES = (
     (re.compile(rb"^version https://git-lfs"), "a pointer of Git LFS, not the image itself; fetch it: git lfs pull"),
     (
         re.compile(rb"^(II[*+]\0|MM\0[*+])"),
-        "a TIFF of a kind that Pillow does not read, such as one of 64 bits or of many bands; save it as 8 or 16 bits of "
-        "grey or RGB",
+        "a TIFF of a kind that Pillow does not read, such as one of 64 bits; save 8 or 16 bits of grey or RGB",
     ),
     (re.compile(rb"<svg[\s>]"), "a drawing in SVG, which Pillow does not read; save it as PNG"),
     (re.compile(rb"(?i)^\s*<(!doctype html|html)"), "a web page, not an image: what a server answered instead of one"),

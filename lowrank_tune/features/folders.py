@@ -80,7 +80,7 @@ def find_files(entries: Sequence[str], wanted: Wanted) -> tuple[list[str], list[
     walk, files, problems = _Walk(wanted), dict[str, None](), list[str]()
     for entry in entries:
         found = walk.files_of(_path_of(entry, wanted))
-        if not found and "\\" in entry:
+        if not found and "\\" in entry.strip("\\"):
             found = walk.files_of(_path_of(entry.replace("\\", "/"), wanted))
         if not found:
             problems.append(f"{printable(entry)}: {walk.nothing(_path_of(entry, wanted))}")
@@ -106,7 +106,9 @@ def _existing(base: str, parts: list[str]) -> tuple[str, list[str]]:
     """How far a path leads as it is written, wildcards in a folder's real name included, and what is left of it."""
     for number, part in enumerate(parts):
         further = os.path.join(base, part)
-        if not part.strip("*") or not os.path.lexists(further):
+        # A star is one, even where somebody has a file of that name; a folder's name is meant as it is written.
+        is_star = not part.strip("*") or (re.search(r"[*?]", part) and not os.path.isdir(further))
+        if is_star or not os.path.lexists(further):
             return base, parts[number:]
         base = further
     return base, []
@@ -263,7 +265,7 @@ class _Walk:
                 path = os.path.join(folder, entry.name)
                 target = path if folder == real else os.path.join(real, entry.name)
                 if entry.is_link:
-                    target = os.path.realpath(path)
+                    target = _real(path)
                 if stat.S_ISDIR(entry.kind) and (deep or not last):
                     (linked if entry.is_link else folders).append((path, target, number if deep else number + 1))
                 elif stat.S_ISDIR(entry.kind):
@@ -333,6 +335,13 @@ class _Walk:
             named = [printable(f"{folder} ({reason})") for folder, reason in list(self.unread.items())[:_NAMES_SHOWN]]
             more = f" and {len(self.unread) - len(named)} more" if len(self.unread) > len(named) else ""
             yield f"left out, for they cannot be read: {', '.join(named)}{more}"
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except OSError:  # it has gone meanwhile
+        return path
 
 
 def _kind(entry: os.DirEntry[str]) -> int:

@@ -100,6 +100,9 @@ def test_a_folder_whose_name_has_wildcards_is_meant_as_it_is_written(here, monke
     assert len(found("[raw] {a,b} *?/*.jpg")[0]) == len(found("[raw] {a,b} *?")[0]) == 2
     assert found("[raw] {a,b} *?/[1].jpg")[0] == ["[raw] {a,b} *?/[1].jpg"]
     assert len(found("*/*")[0]) == 5, "a star alone is always a wildcard"
+    make(here, "q/*.png", "q/{a,b}.jpg", "q/a.jpg")
+    assert found("q/*.png")[0] == ["q/*.png", "q/z.png"]
+    assert found("q/{a,b}.jpg")[0] == ["q/{a,b}.jpg"]
     monkeypatch.chdir(here / "[raw] {a,b} *?")
     assert found("*.jpg")[0] == ["[1].jpg", "x.jpg"]
 
