@@ -69,6 +69,16 @@ def _escape(character: re.Match[str]) -> str:
     return f"\\x{code & 0xFF:02x}" if code < 0x80 or 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
+def unescaped(text: str) -> str:
+    """The name that `printable` showed so, bytes that are not UTF-8 as Python keeps them."""
+    return re.sub(r"\\x([01][0-9a-f]|7f|[89a-f][0-9a-f])", _character, text)
+
+
+def _character(escape: re.Match[str]) -> str:
+    code = int(escape[1], 16)
+    return chr(code if code < 0x80 else 0xDC00 + code)
+
+
 def did_you_mean(name: str, others: Iterable[str]) -> str:
     """Return the end of a message, which asks for the name that is most like this one; empty where none is."""
     near = difflib.get_close_matches(name, list(others), n=1)

@@ -73,16 +73,25 @@ def decode_image(data: bytes, image_size: int, max_pixels: int = PILLOWS_MAX_PIX
     is taken where it is evident: floats from 0 to 1, whole numbers up to 255, and up to 65,535.
 
     Raises:
+        UnusableError: as `open_picture`.
+    """
+    return np.asarray(open_picture(data, max_pixels).resize((image_size, image_size)))
+
+
+def open_picture(data: bytes, max_pixels: int | None) -> Image.Image:
+    """A picture as `decode_image` takes it, in its own size.
+
+    Raises:
         UnusableError: the bytes are no image, a truncated one, one that is far too long and thin or has more than
             `max_pixels`, or one whose pixels have no range.
     """
     if not data:
         raise UnusableError("the file is empty")
-    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]  # Pillow refuses what has twice as many
+    Image.MAX_IMAGE_PIXELS = max_pixels and max_pixels / 2  # type: ignore[assignment]  # Pillow refuses what has twice as many
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, which no pixel needs, and of half of max_pixels
-            return _decode(data, image_size)
+            return _upright(data)
     except Image.DecompressionBombError as error:
         had = re.search(r"\d+", str(error))
         raise UnusableError(
@@ -136,7 +145,7 @@ def fits_now(reason: str, max_pixels: int) -> bool:
     return had is not None and int(had[1].replace(",", "")) <= max_pixels
 
 
-def _decode(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
+def _upright(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         ratio = max(width, height) / min(width, height)
@@ -150,9 +159,7 @@ def _decode(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
             turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
         except Exception:  # whatever broken metadata makes Pillow trip over: the pixels are sound
             turn = None
-        if turn is not None:
-            upright = upright.transpose(turn)
-    return np.asarray(upright.resize((image_size, image_size)))
+        return upright if turn is None else upright.transpose(turn)
 
 
 def _is_raw(data: bytes, tags: Any) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from lowrank_tune.errors import InputError, printable
+from lowrank_tune.errors import InputError, printable, unescaped
 from lowrank_tune.features.cache import SOURCES
 from lowrank_tune.features.commits import checksum
 from lowrank_tune.features.embedded import find_place, parts, read_place, turn
@@ -45,6 +45,16 @@ def _regular(image: str) -> Path:
     if not stat.S_ISREG(os.stat(image).st_mode):
         raise OSError(errno.EINVAL, "is no regular file", image)
     return Path(image)
+
+
+def read_recorded(path: str) -> bytes:
+    """`read_bytes` of what a table of records names, which shows a name that is not UTF-8 with escapes."""
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        if unescaped(path) == path:
+            raise
+        return read_bytes(unescaped(path))
 
 
 def read_unchanged(image: str, key: str) -> bytes:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lowrank_tune.features.images import read_bytes
+from lowrank_tune.features.images import read_recorded
 from lowrank_tune.records import FeatureSet
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def _in_thousandths(boxes: Mapping[str, tuple[Box, ...]], paths: Mapping[str, st
     inside = []
     for key in list(boxes)[:: max(1, len(boxes) // _TRIED)]:
         try:
-            with Image.open(io.BytesIO(read_bytes(paths[key] or ""))) as picture:
+            with Image.open(io.BytesIO(read_recorded(paths[key] or ""))) as picture:
                 # A turned photograph's sides may be either way.
                 largest = max(picture.size) if picture.getexif().get(0x0112, 1) > 4 else 0
                 width, height = (max(side, largest) for side in picture.size)

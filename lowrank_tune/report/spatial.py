@@ -5,7 +5,7 @@ T tokens lie on a grid of H x W places in row-major order; D dim, K channels sho
 
 from __future__ import annotations
 
-import io
+import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.images import read_bytes
+from lowrank_tune.features.commits import UnusableError
+from lowrank_tune.features.decoding import open_picture
+from lowrank_tune.features.images import read_recorded
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.records import FeatureSet, Split
@@ -189,7 +191,7 @@ def compare_regions(
 
 
 def photograph(features: FeatureSet, key: str) -> Image.Image | None:
-    """The picture behind an image's features, upright; None when no record names one that can be opened here."""
+    """The picture behind an image's features, as they saw it; None where no record names one that is here unchanged."""
     try:
         records = pd.read_parquet(features.records_path, columns=["key", "path"], filters=[("key", "==", key)])
     except (OSError, ValueError, KeyError) as error:
@@ -198,9 +200,11 @@ def photograph(features: FeatureSet, key: str) -> Image.Image | None:
     for image in records["path"]:
         if isinstance(image, str):
             try:
-                with Image.open(io.BytesIO(read_bytes(image))) as picture:
-                    return ImageOps.exif_transpose(picture).convert("RGB")
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                data = read_recorded(image)
+                if hashlib.sha256(data).hexdigest() == key:
+                    return open_picture(data, None)  # its features were within features.max_pixels
+                logger.info("%s: not shown beside its maps (it has changed)", image)
+            except (OSError, ValueError, UnusableError) as error:
                 logger.info("%s: not shown beside its maps (%s)", image, error)
     return None
 

@@ -1,5 +1,6 @@
 """A study as one that has finished leaves it, with photographs behind its images."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lowrank_tune.config.plan import make_plan
 from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.files import file_sha256
 from lowrank_tune.records import Comparison, ComparisonRow
 from lowrank_tune.trials.outcomes import write_history
 from tests.comparison.small_study import Study, build_study, make_outcome, make_row
@@ -52,8 +54,11 @@ def make_study(home: Path, x_NTD: Tensor | None = None) -> Study:
     paths = [home / "cache" / f"{image}.png" for image in range(19)]
     for image, path in enumerate(paths):
         Image.fromarray(np.full((20, 40, 3), 12 * image, dtype=np.uint8)).save(path)
-    records = pd.DataFrame({"key": [row.key for row in study.features.rows], "path": [*map(str, paths), None]})
-    records.to_parquet(study.features.records_path)
+    rows = study.features.rows
+    keys = [*map(file_sha256, paths), rows[19].key]
+    own = tuple(replace(row, key=key) for row, key in zip(rows, keys, strict=True))
+    study.features = replace(study.features, rows=own)
+    pd.DataFrame({"key": keys, "path": [*map(str, paths), None]}).to_parquet(study.features.records_path)
     study.add_trial("sketch", 3)
     study.add_trial("sketch", 3, status="pruned", stopped_by="asha", epochs=2, best_epoch=2)
     for outcome in study.outcomes:

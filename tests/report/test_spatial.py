@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lowrank_tune.config.schema import ImageSource
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.folders import find_images
+from lowrank_tune.features.images import hash_files, write_record_table
 from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.records import FeatureSet
 from lowrank_tune.report.boxes import BoxColumn, read_boxes
 from lowrank_tune.report.spatial import (
     check_images,
@@ -111,23 +116,34 @@ def test_maps_that_are_compared_share_a_scale(view):
         assert [image.get_extent()[0] for image in row] == sorted(image.get_extent()[0] for image in row)
 
 
-def test_the_photograph_is_shown_upright_where_it_is_at_hand(study, view, tmp_path):
+def test_the_photograph_is_shown_where_it_is_at_hand(study, view, tmp_path):
     assert view.photograph.size == (448, 448)
     assert set(np.unique(view.photograph)) == {12 * 17}
     (without,) = views(study, 3, {3: None}, [0])
     assert without.photograph is None
     assert "photograph" not in {text.get_text() for text in spatial_figure(without).axes[0].texts}
-    picture, exif = Image.new("RGB", (40, 20)), Image.Exif()
-    picture.paste((255, 0, 0), (0, 0, 20, 20))
-    exif[0x0112] = 6
-    picture.save(tmp_path / "cache" / "0.png", exif=exif)
-    (tmp_path / "cache" / "1.png").write_text("not a picture")
-    shown, damaged = (photograph(study.features, study.features.rows[place].key) for place in (0, 1))
-    assert shown.size == (20, 40)
-    assert (shown.getpixel((10, 5)), shown.getpixel((10, 35))) == ((255, 0, 0), (0, 0, 0))
-    assert damaged is None
     unrecorded = replace(study.features, records_path=str(tmp_path / "none.parquet"))
     assert photograph(unrecorded, study.features.rows[2].key) is None
+
+
+def test_the_photograph_is_shown_as_its_features_saw_it_whatever_its_name_and_only_while_it_is_unchanged(tmp_path):
+    picture, exif = Image.new("RGBA", (40, 20)), Image.Exif()
+    picture.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    exif[0x0112] = 6
+    for name, kind in (("turned on white.png", "PNG"), (os.fsdecode(b"caf\xe9.heic"), "HEIF")):
+        path = tmp_path / kind / name
+        path.parent.mkdir()
+        picture.save(path, kind, exif=exif, **({"quality": -1} if kind == "HEIF" else {}))
+        records = find_images(ImageSource(images=str(path.parent)))
+        files = hash_files(records)
+        table = str(write_record_table(tmp_path, records, files.keys, [None]))
+        features = FeatureSet("", "", "", "", "", 4, 4, (), table)
+        shown = photograph(features, files.keys[0])
+        assert shown.size == (20, 40)
+        assert shown.getpixel((10, 35)) == (255, 255, 255)
+        assert abs(np.array(shown.getpixel((10, 5))) - (255, 0, 0)).max() < 9
+        path.write_bytes(path.read_bytes() + b"another")
+        assert photograph(features, files.keys[0]) is None
 
 
 @pytest.mark.parametrize(
