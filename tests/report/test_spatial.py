@@ -130,18 +130,23 @@ def test_the_photograph_is_shown_as_its_features_saw_it_whatever_its_name_and_on
     picture, exif = Image.new("RGBA", (40, 20)), Image.Exif()
     picture.paste((255, 0, 0, 255), (0, 0, 20, 20))
     exif[0x0112] = 6
-    for name, kind in (("turned on white.png", "PNG"), (os.fsdecode(b"caf\xe9.heic"), "HEIF")):
-        path = tmp_path / kind / name
+    turned = {"size": (20, 40), "red": (10, 5), "white": (10, 35)}
+    upright = {"size": (40, 20), "red": (5, 10), "white": (35, 10)}
+    for name, options, places in (
+        ("turned.png", {"format": "PNG", "exif": exif}, turned),
+        (os.fsdecode(b"caf\xe9.heic"), {"format": "HEIF", "quality": -1}, upright),
+    ):
+        path = tmp_path / options["format"] / name
         path.parent.mkdir()
-        picture.save(path, kind, exif=exif, **({"quality": -1} if kind == "HEIF" else {}))
+        picture.save(path, **options)
         records = find_images(ImageSource(images=str(path.parent)))
         files = hash_files(records)
         table = str(write_record_table(tmp_path, records, files.keys, [None]))
         features = FeatureSet("", "", "", "", "", 4, 4, (), table)
         shown = photograph(features, files.keys[0])
-        assert shown.size == (20, 40)
-        assert shown.getpixel((10, 35)) == (255, 255, 255)
-        assert abs(np.array(shown.getpixel((10, 5))) - (255, 0, 0)).max() < 9
+        assert shown.size == places["size"]
+        assert shown.getpixel(places["white"]) == (255, 255, 255)
+        assert abs(np.array(shown.getpixel(places["red"])) - (255, 0, 0)).max() < 9
         path.write_bytes(path.read_bytes() + b"another")
         assert photograph(features, files.keys[0]) is None
 
