@@ -57,3 +57,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     }
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups.get(item.path, str(item.path))))
+    # The longest first, or one process ends with them while the other waits.
+    items.sort(key=lambda item: item.path not in groups)
