@@ -78,12 +78,17 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
     began_with = [row.key for row in before.rows]
     known = set(began_with)
     kept = [key for key in keys if key in known]
-    same = before.fingerprint == fingerprint
-    if not same or kept != began_with or len(keys) - len(kept) > before.quarantined:
-        what = "are not the same any more" if same else "are encoded otherwise now"
+    study_id = directory.parent.name
+    if before.fingerprint != fingerprint:
         raise InputError(
-            f"features.source: the study began with {len(before.rows)} images, and they {what}; restore them, or run "
-            "a new study with `lowrank-tune clone`"
+            f"study {study_id}: it began with the features {before.fingerprint}, and its file gives {fingerprint} now, "
+            "for its checkpoint, or the way in which this version of lowrank-tune reads images, is another; run it "
+            f"anew with `lowrank-tune clone {study_id}`; `compare` and `report` still tell what it has"
+        )
+    if kept != began_with or len(keys) - len(kept) > before.quarantined:
+        raise InputError(
+            f"features.source: the study began with {len(before.rows)} images, and they are not the same any more; "
+            f"restore them, or run a new study with `lowrank-tune clone {study_id}`"
         )
 
 

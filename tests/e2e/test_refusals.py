@@ -70,21 +70,26 @@ def elsewhere(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=["gone", "others", "relative"])
+@pytest.fixture(params=["gone", "others", "otherwise", "relative"])
 def spoilt(request: pytest.FixtureRequest, home: Home) -> Iterator[str]:
-    """The study with its tensors gone, one of them replaced, or its path relative, as an older version left it."""
+    """The study with its tensors gone, one replaced, or its features or path as an older version left them."""
+    began = home.directory / "tune" / "features.json"
+    features = began.read_text()
     resolved, first = home.directory / "study.resolved.yaml", home.first.read_bytes()
     text = resolved.read_text()
     if request.param == "gone":
         home.tensors.rename(home.path / "away")
     elif request.param == "others":
         torch.save(torch.ones(8, 16), home.first)
+    elif request.param == "otherwise":
+        began.write_text(json.dumps(json.loads(features) | {"fingerprint": "0" * 16}))
     else:
         resolved.write_text(text.replace(str(home.tensors), "in"))
     yield request.param
     if request.param == "gone":
         (home.path / "away").rename(home.tensors)
     home.first.write_bytes(first)
+    began.write_text(features)
     resolved.write_text(text)
 
 
@@ -104,6 +109,7 @@ def refused(home: Home, typed: Typed) -> Callable[..., str]:
 SAID = {
     "gone": "no such directory or file",
     "others": "the study began with 9 images, and they are not the same any more",
+    "otherwise": "it began with the features 0000000000000000, and its file gives",
     "relative": "has a relative path in features.source.tensors: go on with it from the working directory",
 }
 
@@ -114,7 +120,7 @@ def test_a_finished_study_stays_so_when_its_images_are_not_there(
 ) -> None:
     more = ["--trials", "1"] if command == "extend" else []
     assert SAID[spoilt] in refused(command, home.study_id, *more)
-    if spoilt != "others":
+    if spoilt in ("gone", "relative"):
         assert SAID[spoilt] in refused("clone", home.study_id)
 
 
