@@ -333,16 +333,19 @@ def read_tar(path: Path, wanted: str | None, notes: list[str]) -> list[dict[str,
                 stem, dot, extension = name.partition(".")
                 key, extension = os.path.join(folder, stem).removeprefix("./"), extension.lower()
                 last = PurePosixPath(name.lower()).suffix
+                is_text = last in (".json", *_TEXTS) and member.size <= _LONGEST_TEXT
+                if not (is_image := last in suffixes or f".{extension}" in suffixes) and not is_text:
+                    others[last or "without a suffix"] += 1
+                    if last not in IMAGE_SUFFIXES:
+                        continue  # a README is no sample
                 record = samples.setdefault(key, {column: None, "__key__": key, "__url__": str(path)})
-                if last in suffixes:
+                if is_image:
                     twice += member.name in images.setdefault(key, {})
                     images[key][member.name] = f"{path}::{member.name}"
-                elif last in (".json", *_TEXTS) and member.size <= _LONGEST_TEXT:
+                elif is_text:
                     opened.seek(member.offset_data)
                     text = opened.read(member.size).decode("utf-8-sig", "replace")
                     _add(record, extension, text, last == ".json")
-                else:
-                    others[last or "without a suffix"] += 1
     except tarfile.TarError as error:
         raise InputError(f"{path}: {_why(path, error)}") from error
     left_out = ", ".join(f"{count} {name}" for name, count in others.most_common(5))

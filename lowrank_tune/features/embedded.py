@@ -6,15 +6,18 @@ megabytes at once, from where the reading before it stopped: a shard of records 
 
 from __future__ import annotations
 
+import ast
 import base64
 import bisect
 import errno
 import hashlib
+import json
 import os
 import re
 import tarfile
 import threading
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -44,6 +47,8 @@ _SIGNATURE = re.compile(
 """What files of images begin with."""
 _DATA = re.compile(r"(data:)?[\w.+-]+/[\w.+-]+(;[^,;]*)*;base64,|data:([\w.+-]+/[\w.+-]+)?(;[^,;]*)*,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]+=*\s*")
+_LISTED = re.compile(r"""\[\s*["'](data:|[A-Za-z0-9+/_-]{32})""")
+"""How a text begins that is a list of texts which may be images."""
 
 
 class Place(NamedTuple):
@@ -311,10 +316,24 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
+def parsed_text(text: str) -> Any:
+    """Return the list or object that a text is, as JSON or Python write it; else the text."""
+    if text[:1] + text[-1:] in ("[]", "{}"):  # of a column of several types, or of a CSV
+        with warnings.catch_warnings(action="ignore", category=Warning):  # of what is no Python after all
+            for parse in (json.loads, ast.literal_eval):
+                try:
+                    return parse(text)
+                except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                    continue
+    return text
+
+
 def take_out(value: Any, cache_root: Path | None) -> Any:
     """A record, or a part of it, with the paths of images, as `keep_text` keeps them, in the stead of their texts."""
     match value:
         case str():
+            if _LISTED.match(value) and (listed := parsed_text(value)) != (taken := take_out(listed, cache_root)):
+                return json.dumps(taken)
             return keep_text(value, cache_root) if is_encoded(value) else value
         case list():
             return [take_out(item, cache_root) for item in value]
@@ -327,7 +346,7 @@ def take_out_columns(table: pa.Table, cache_root: Path | None) -> pa.Table:
     """`take_out`, of a table's columns of texts."""
     for number, column in enumerate(table.columns):
         if pa.types.is_string(column.type) and any(
-            text is not None and is_encoded(text) for text in column.to_pylist()
+            text is not None and (_LISTED.match(text) or is_encoded(text)) for text in column.to_pylist()
         ):
             table = table.set_column(number, table.field(number).name, [take_out(column.to_pylist(), cache_root)])
     return table

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from lowrank_tune.features.named import is_image_name, looks_like_image
+from lowrank_tune.features.named import is_image_name, is_message, looks_like_image
 
 Record = dict[str, Any]
 
@@ -58,6 +58,10 @@ def find_records(content: Any, image_column: str | None, chosen: str | None, not
     found: dict[str, list[Record]] = {}
     if isinstance(content, list):
         found = {"": _rows(content)}
+    elif isinstance(content, dict) and any(
+        _are(value, dict) and all(map(is_message, value)) for value in content.values()
+    ):
+        found = {"": [content]}  # one chat
     elif isinstance(content, dict):
         found = dict(_lists(content, image_column, notes))
     return _chosen(found, content, image_column, chosen)
@@ -97,12 +101,18 @@ def _lists(content: Record, column: str | None, notes: list[str], name: str = ""
     if _are(images, dict) and ("annotations" in content or has_images(content["images"], column)):
         yield name, _join_coco(content, notes)
     elif _are(content.get("columns"), str) and _are(content.get("data"), list):  # pandas' `split`
-        yield name, [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
+        rows = [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
+        keys = content.get("index")
+        if not isinstance(keys, list) or len(keys) != len(rows) or keys == list(range(len(rows))):
+            yield name, rows
+        else:
+            key_column = (column or IMAGE_COLUMN) if not has_images([content["columns"]], column) else "index"
+            yield name, [{key_column: key, **row} for key, row in zip(keys, rows, strict=True)]
     elif _are(values, list) and len(set(map(len, values))) == 1 and has_images([content], column):
         yield name, [dict(zip(content, row, strict=True)) for row in zip(*values, strict=True)]
     elif values and all(map(looks_like_image, content)):
         yield name, [{column or IMAGE_COLUMN: key, **_spread(value)} for key, value in content.items()]
-    elif _are(values, dict) and has_images([content], column):  # pandas' default
+    elif _are(values, dict) and len(set(map(frozenset, values))) == 1 and has_images([content], column):  # pandas'
         yield name, [dict(zip(content, row[1:], strict=True)) for row in _across(values)]
     elif not are_splits and _are(values, dict) and all(values) and all(map(looks_like_image, chain(*values))):
         yield name, [dict(zip((column or IMAGE_COLUMN, *content), row, strict=True)) for row in _across(values)]

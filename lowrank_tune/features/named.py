@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import math
 import os
 import re
-import warnings
+import unicodedata
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
@@ -18,13 +16,14 @@ import pyarrow as pa
 
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES
+from lowrank_tune.features.embedded import parsed_text
 
 INSIDE = "::"
 """After the file that an image lies inside of, in a place; what follows is for `read_bytes`."""
 _NAMES = """
 image images imagepath imagepaths imagefile imagefilename imagename img imgs imgpath imgfile imgname filename imgfn
 filepath file path paths photo photos picture pictures jpg jpeg png webp imageid imgid messages conversations
-conversation prompt
+conversation prompt imagebytes imgbytes jpgbytes imagebase64 imgbase64 base64
 """
 _WELL_KNOWN = {name: place for place, name in enumerate(_NAMES.split())}
 """Names of the column of images, in the order of trust; small letters without `_`, `-`, `.` and blanks."""
@@ -36,6 +35,8 @@ _KEYS = ("path", "image", "image_url", "url", "file_name", "filename", "image_pa
 """Of an object that stands for an image, or for a part of a message."""
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _TAGGED = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_COCO = re.compile(r"(?:COCO_[a-z]+\d+_)?(\d{12})")
+"""A file of COCO's, which annotations made of it name by its number alone."""
 _TRIED = 1000
 
 
@@ -70,7 +71,7 @@ def image_column(table: pa.Table, wanted: str | None, file: Path) -> str | None:
 
 def is_image_name(column: str) -> bool:
     """Whether a column of this name is likely to name images."""
-    return _plain(column) in _WELL_KNOWN or _plain(column).endswith("filename")
+    return _plain(column) in _WELL_KNOWN or _plain(column).endswith(("filename", "filenames"))
 
 
 def looks_like_image(text: str) -> bool:
@@ -102,13 +103,15 @@ def named_images(value: Any) -> list[str]:
             return _named_by_text(value)
         case list():
             return [image for item in value for image in named_images(item)]
-        case dict() if ("content" in value or "value" in value) and (value.get("role") or value.get("from")):
+        case dict() if is_message(value):
             content = value.get("content") or value.get("value")
             if isinstance(content, str):
                 return _TAGGED.findall(content)
             return named_images(
                 [part for part in content if isinstance(part, dict)] if isinstance(content, list) else content
             )
+        case {"bytes": str(data)} | {"source": {"type": "base64", "data": str(data)}}:
+            return [data]  # the file that it was kept in
         case dict() if value.get("type") and "image" not in str(value["type"]):
             return []
         case dict():
@@ -120,15 +123,15 @@ def named_images(value: Any) -> list[str]:
     return []
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value is one of a chat's messages."""
+    is_said = isinstance(value, dict) and ("content" in value or "value" in value)
+    return is_said and bool(value.get("role") or value.get("from"))
+
+
 def _named_by_text(text: str) -> list[str]:
-    if text[:1] + text[-1:] in ("[]", "{}"):  # of a column of several types, or of a CSV
-        with warnings.catch_warnings(action="ignore", category=Warning):  # of what is no Python after all
-            for parse in (json.loads, ast.literal_eval):
-                try:
-                    return named_images(parse(text))
-                except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                    continue
-    return [text] if text.strip() else []
+    value = parsed_text(text)
+    return named_images(value) if not isinstance(value, str) else [text] if text.strip() else []
 
 
 def is_chat(record_columns: Collection[str]) -> bool:
@@ -177,10 +180,14 @@ class Finder:
         path = os.path.join(folder, image)
         if ("\\" in image or image != image.strip()) and not os.path.lexists(path):
             path = os.path.join(folder, image.strip().replace("\\", "/"))
+        if not path.isascii() and not os.path.lexists(path):  # a Mac writes ü as two characters
+            others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+            path = next(filter(os.path.lexists, others), path)
         if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES or os.path.isfile(path):
             return path
         directory, name = os.path.split(path)
-        fitting = self._stems(directory).get(name, [path])
+        stems = self._stems(directory)
+        fitting = stems.get(name) or stems.get(f"{name}{INSIDE}") or [path]
         if len(fitting) > 1:
             raise InputError(
                 f"{path}: {len(fitting)} files have this name, {', '.join(sorted(map(os.path.basename, fitting)))}; "
@@ -199,5 +206,7 @@ class Finder:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in IMAGE_SUFFIXES:
                     stems.setdefault(stem, []).append(os.path.join(directory, name))
+                    if number := _COCO.fullmatch(stem):
+                        stems.setdefault(f"{int(number[1])}{INSIDE}", []).append(os.path.join(directory, name))
             self._listed[directory] = stems
         return self._listed[directory]

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lowrank_tune.features.containers import declared_column, read_parquet, read
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES
 from lowrank_tune.features.embedded import is_list, take_out, take_out_columns
 from lowrank_tune.features.folders import Wanted, expand_braces, find_files
-from lowrank_tune.features.forms import decoded, find_records, parsed
+from lowrank_tune.features.forms import decoded, find_records, has_images, parsed
 from lowrank_tune.features.images import SourceRecords
 from lowrank_tune.features.named import (
     Finder,
@@ -44,7 +45,7 @@ COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _ANOTHER = "write features.source.image_column, the column of the images"
 _LARGEST_BLOCK = 2**31 - 2
 _LARGEST_POINTER = 1024
-_LONGEST_HEADER = 100_000
+_LONGEST_HEADER, _ROWS_TRIED = 100_000, 50
 _DECIMAL = r"^(-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]|-?inf)$"
 _MOST_NAMES = 256
 """Of the objects in a column; more are keys, which a column each would not hold."""
@@ -55,6 +56,7 @@ _ADVICE = {
     ".txt": "; a list of paths with the first line `image` is a .csv",
     ".xlsx": "; save it as .csv",
     ".zip": "; unpack it first",
+    ".xz": "; unpack it first",
     ".tgz": "; unpack it to a .tar first",
 }
 _FOLDER = ", or write features.source.images for a folder of images"
@@ -120,7 +122,9 @@ def _places(
         raise InputError(f"{path}: column {column!r} holds {kind}, which names no image; {_ANOTHER}")
     refuse_addresses(named, column, path)
     places = [finder.place(image, folder) for image in named]
-    item = kind.value_type if is_list(kind) else kind
+    item = kind
+    while is_list(item):
+        item = item.value_type
     if pa.types.is_integer(item) and not any(map(os.path.exists, places)):
         raise InputError(f"{path}: column {column!r} holds {kind}, which are no files' names; {_ANOTHER}")
     return places, counts
@@ -154,6 +158,9 @@ def _files_of(pattern: str) -> list[Path]:
     if not place.is_dir():
         return tables
     tables = [path for path in tables if path.name.split(".")[0] == _FOLDER_TABLE] or tables
+    tars = {path.stem for path in tables if path.suffix.lower() == ".tar"}
+    # img2dataset's 00000.parquet and 00000_stats.json lie beside 00000.tar, which holds all of theirs.
+    tables = [path for path in tables if path.suffix.lower() == ".tar" or path.stem.removesuffix("_stats") not in tars]
     kinds = Counter(map(table_suffix, tables))
     if len(kinds) > 1:
         raise InputError(
@@ -200,6 +207,8 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
                 return columns_of(read_tar(path, source.image_column, notes))
             case _:
                 content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
+                if suffix != ".json" and isinstance(content, dict) and source.records is None:
+                    content = [content] if has_images([content], source.image_column) else content  # one line
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as {suffix[1:].upper()}: {error}") from error
     except RecursionError as error:
@@ -225,8 +234,12 @@ def _separated(text: str, tabs: bool, image_column: str | None) -> pa.Table:
         raise ValueError("the file is empty")
     told = re.match(r"sep=(.)\r?\n", text)  # as Excel tells it
     text = text[told.end() if told else 0 :]
-    headers = [_header(text, separator) for separator in ([told[1]] if told else "\t,;|" if tabs else ",;\t|")]
-    header, separator = max(headers, key=lambda each: len(each[0]))
+    begun = {each: _begun(text, each) for each in ([told[1]] if told else "\t,;|" if tabs else ",;\t|")}
+    # A name or a caption may hold another separator, but then not in every row.
+    separator = max(
+        begun, key=lambda each: (len({*map(len, begun[each])}) == 1 < len(begun[each][0]), len(begun[each][0]))
+    )
+    header = begun[separator][0]
     ragged: list[pyarrow.csv.InvalidRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -258,13 +271,13 @@ def _separated(text: str, tabs: bool, image_column: str | None) -> pa.Table:
     return table
 
 
-def _header(text: str, separator: str) -> tuple[list[str], str]:
-    try:
-        return next(
-            csv.reader(io.StringIO(text[:_LONGEST_HEADER].lstrip("\r\n"), newline=""), delimiter=separator)
-        ), separator
-    except (csv.Error, StopIteration):
-        return [], separator
+def _begun(text: str, separator: str) -> list[list[str]]:
+    """The header and the first records, as a separator cuts them."""
+    rows: list[list[str]] = []
+    lines = io.StringIO(text[:_LONGEST_HEADER].lstrip("\r\n"), newline="")
+    with suppress(csv.Error):
+        rows += filter(None, islice(csv.reader(lines, delimiter=separator), _ROWS_TRIED))
+    return (rows[:-1] if len(text) > _LONGEST_HEADER and len(rows) > 1 else rows) or [[]]
 
 
 def _ragged(text: str, separator: str) -> str | None:

@@ -246,6 +246,7 @@ SAMPLES = [
     ("PaxHeaders/0.jpg", b"x"),
     ("failed.json", b'{"caption": "gone"}'),
     ("b/0.npy", b"array"),
+    ("README.md", b"no sample"),
     ("plain.webp", picture(3, "WEBP")),
 ]
 
@@ -262,10 +263,11 @@ def test_a_tars_samples_are_the_files_of_one_name(tmp_path):
     assert [row["caption"] for row in rows] == ["zero", None, None, "gone", None]
     assert [row["cls"] for row in rows] == [None, "7", "7", None, None]
     assert (rows[0]["txt"], rows[0]["width"], rows[0]["tags"]) == ("nil", 32, ["x"])
-    assert records.notes == (f"{path}: left out: 1 .npy",)
+    assert records.notes == (f"{path}: left out: 1 .npy, 1 .md",)
     held = {f"{path}::{name}": hashlib.sha256(data).hexdigest() for name, data in SAMPLES}
     assert list(hash_files(records).keys) == [place and held[place] for place in places]
     assert decode_image(read_bytes(places[1]), 28).shape == (28, 28, 3)
+    assert records_of(path, image_column="left.png").images == (None, places[1], None, None)
     assert records_of(path, image_column="png").images == (None, *places[1:3], None, None)
 
 
@@ -324,11 +326,15 @@ def test_texts_are_told_from_paths_and_decoded(tmp_path, number):
 def test_images_written_as_text_in_a_list_are_kept_beside_the_cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": TEXTS[1]}}, {"type": "text"}]}]
+    part = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": TEXTS[0]}}
     files = {
         "a.jsonl": "\n".join(json.dumps({"id": n, "image": TEXTS[n]}) for n in range(4)),
         "b.json": json.dumps([{"image": [TEXTS[n], NAMES[n]], "id": n} for n in range(2)]),
         "c.json": json.dumps([{"messages": chat}]),
         "d.csv": "id,image\n" + "".join(f'{n},"{TEXTS[n]}"\n' for n in range(4)),
+        "e.tsv": f"id\timage\n1\t{TEXTS[:2]}\n",
+        "f.jsonl": json.dumps({"image": {"bytes": TEXTS[0], "path": NAMES[0]}}),
+        "g.jsonl": json.dumps({"messages": [{"role": "user", "content": [part]}, {"role": "system", "content": "x"}]}),
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -337,8 +343,8 @@ def test_images_written_as_text_in_a_list_are_kept_beside_the_cache(tmp_path, mo
         assert not (tmp_path / "embedded").exists()
         records = read_records(source, tmp_path / "cache", 0)
         kept = [image for image in records.images if not image.endswith(".jpg")]
-        wanted = {"a.jsonl": PICTURES, "b.json": PICTURES[:2], "c.json": PICTURES[1:2], "d.csv": PICTURES}[name]
-        assert [read_bytes(image) for image in kept] == wanted
+        cut = {"b": slice(2), "c": slice(1, 2), "e": slice(2), "f": slice(1), "g": slice(1)}.get(name[0], slice(4))
+        assert [read_bytes(image) for image in kept] == PICTURES[cut]
         assert all(Path(image).is_relative_to(tmp_path / "cache") for image in kept)
         assert max(len(str(row)) for row in records.columns.to_pylist()) < 400
 

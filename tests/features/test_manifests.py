@@ -115,11 +115,17 @@ def test_several_files_are_one_list_and_a_column_of_two_types_becomes_text(tmp_p
         assert records.columns.to_pydict()["score"] == ["1", "two"]
         assert records.columns.to_pydict()["only"] == [None, "x"]
     assert [Path(image).name for image in records_of(["set[1].tsv", "lines.jsonl.gz"]).images] == ["3.jpg", "4.jpg"]
+    for name in ("00000.tar", "00000.parquet", "00000_stats.json"):  # as img2dataset leaves them
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"/00000\.tar: is no tar"):
+        records_of("shards")
     (tmp_path / "set/metadata.jsonl").write_text('{"image": "5.jpg"}')
     assert [Path(image).name for image in records_of("set").images] == ["5.jpg"], "as `datasets` reads an imagefolder"
 
 
-IMAGES = ("1.jpg", "a b/2.png", "3.jpg", "3.json", "0004.webp", "5.PNG", "5.jpg", "back\\slash.jpg")
+IMAGES = ("COCO_val2014_000000000042.jpg", "000000000007.jpg", "gr\u00fcn.jpg")
+IMAGES += ("1.jpg", "a b/2.png", "3.jpg", "3.json", "0004.webp", "5.PNG", "5.jpg", "back\\slash.jpg")
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "No image.jpg"}]
 
 
@@ -155,6 +161,9 @@ def named(records, **keys):
         ("3", ["3.jpg"]),
         (3, ["3.jpg"]),
         ("0004", ["0004.webp"]),
+        (42, ["COCO_val2014_000000000042.jpg"]),
+        ("7", ["000000000007.jpg"]),
+        ("gru\u0308n.jpg", ["gr\u00fcn.jpg"]),
         ("gone", ["gone"]),
         ("1.JPG", ["1.JPG"]),
         (["1.jpg", "3"], ["1.jpg", "3.jpg"]),
@@ -199,6 +208,7 @@ LINKED = {"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         {"image_id": "1", "flickr_url": "https://example.org/1.jpg", "question": "?"},
         {"image": "https://example.org/1.jpg", "file_name": "1.jpg"},
         {"mask_file_name": "1.jpg"},
+        {"file_names": ["1.jpg"], "n": 1},
     ],
 )
 def test_the_column_of_images_is_found_by_itself(folder, record):
@@ -246,6 +256,7 @@ def test_each_of_several_files_names_its_images_its_own_way(folder):
         ),
         ([{"conversations": TALK}], "data.json: has no record that names an image"),
         ([{"image": True}], "column 'image' names no image"),
+        ([{"image": [[0, 255], [9, 9]]}], "column 'image' holds list.*no files' names"),
     ],
 )
 def test_an_image_that_cannot_be_found_is_named(folder, records, message):
@@ -274,6 +285,7 @@ FORMS = {
     "bom.jsonl": "\ufeff" + LINES,
     "columns.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
     **{f"{orient}.json": FRAME.to_json(orient=orient) for orient in ("columns", "records", "split", "table")},
+    "by_index.json": FRAME.set_index("image").to_json(orient="split"),
     "index.json": json.dumps({row["id"]: {name: row[name] for name in ("image", "boxes", "n")} for row in ROWS}),
     "by_path.json": json.dumps(KEYED),
     "nested.json": json.dumps({"info": {"v": 1}, "dataset": {"train": ROWS}, "licenses": [{"id": 1}]}),
@@ -301,6 +313,11 @@ def test_the_same_records_are_read_of_every_form_of_json(tmp_path, name):
         (["images/1.jpg", "images/2.jpg"], [{"image": "images/1.jpg"}, {"image": "images/2.jpg"}]),
         (ROWS[0], ROWS[:1]),
         ({"id": "1", "image": "1.jpg", "conversations": TALK}, [{"id": "1", "image": "1.jpg", "conversations": TALK}]),
+        (
+            {"images": ["1.jpg"], "messages": [{"role": "user", "content": "a"}]},
+            [{"images": ["1.jpg"], "messages": [{"role": "user", "content": "a"}]}],
+        ),
+        ({"imgs": {"a": {"file_name": "1.jpg"}}, "imgToAnns": {"b": {"c": [1]}}}, [{"id": "a", "file_name": "1.jpg"}]),
         ({"a.jpg": ["one", "two"]}, [{"image": "a.jpg", "value": ["one", "two"]}]),
         ({"cap": {"a.jpg": "x", "b.jpg": "y"}}, [{"image": "a.jpg", "cap": "x"}, {"image": "b.jpg", "cap": "y"}]),
         ({"train": {"a.jpg": {"cap": "x"}}}, [{"image": "a.jpg", "cap": "x"}]),
@@ -315,6 +332,9 @@ def test_the_same_records_are_read_of_every_form_of_json(tmp_path, name):
     ],
 )
 def test_records_are_found_in_less_usual_forms(tmp_path, content, records):
+    line = {"images": ["1.jpg", "2.jpg"], "messages": [{"role": "user", "content": "a"}] * 2}
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    assert records_of(str(tmp_path / "one.jsonl")).columns.to_pylist() == [line] * 2, "a line is a record"
     (tmp_path / "data.json").write_text(json.dumps(content))
     assert records_of(str(tmp_path / "data.json")).columns.to_pylist() == records
 
@@ -371,6 +391,7 @@ CSVS = {
     "tab.tsv": 'image\tn\tnote\n0001.jpg\t7\ta\n0002.jpg\t\t"b\nc, ""d"""\n',
     "bar.csv": 'image|n|note\r\n0001.jpg|7|a\r\n0002.jpg||"b\nc, ""d"""\r\n',
     "excel.csv": '\ufeffsep=;\r\nimage;n;note\r\n0001.jpg;7;a\r\n0002.jpg;;"b\nc, ""d"""\r\n',
+    "listed.csv": 'image;n;note;a, b, c, d\n0001.jpg;7;a;x\n0002.jpg;;"b\nc, ""d""";y\n',
     "blank.csv": '\n\nimage, n, note\n\n0001.jpg,7,a\n0002.jpg,,"b\nc, ""d"""\n',
 }
 
