@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,7 @@ from lowrank_tune.records import FeatureSet
 
 
 def listed_groups(source: Source, group_by: str | None) -> list[str]:
-    """Name what each image of a source belongs to, as its list tells, before anything is opened or hashed.
+    """Name what each image that a source lists belongs to, before anything is opened or hashed.
 
     Raises:
         InputError: as `read_records`, or the list has no such column.
@@ -28,17 +30,16 @@ def listed_groups(source: Source, group_by: str | None) -> list[str]:
         names = [photographs[number % len(photographs)].stem for number in range(source.samples)]
         return names if group_by else list(map(str, range(len(names))))
     records = read_records(source, None, 0)
-    alone = list(map(str, range(len(records.images))))
+    images = list(dict.fromkeys(image for image in records.images if image is not None))
     if group_by is None:
-        return alone
+        return list(map(str, range(len(images))))
     if group_by not in records.columns.column_names:
         hint = did_you_mean(group_by, records.columns.column_names)
         raise InputError(
             f"split.group_by: the records have no column {group_by!r}, only "
             f"{', '.join(records.columns.column_names)}{hint}"
         )
-    values = records.columns.column(group_by).to_pylist()
-    return [number if value is None else f"{group_by} {value}" for number, value in zip(alone, values, strict=True)]
+    return _joined(images, records.images, records.columns.column(group_by).to_pylist())
 
 
 def image_groups(features: FeatureSet, group_by: str | None) -> list[str]:
@@ -59,15 +60,20 @@ def image_groups(features: FeatureSet, group_by: str | None) -> list[str]:
         raise CacheError(
             f"{features.records_path}: the records' groups cannot be read ({error}); extract again"
         ) from error
-    pairs = {(key, str(value)) for key, value in zip(records["key"], records[column], strict=True) if value is not None}
-    numbers = {key: number for number, key in enumerate(keys)}
+    return _joined(keys, records["key"], records[column])
+
+
+def _joined(images: Sequence[str], recorded: Sequence[str | None], values: Sequence[Any]) -> list[str]:
+    """A name an image, from its image and value in each record; one without a value has its own."""
+    pairs = {(key, str(value)) for key, value in zip(recorded, values, strict=True) if value is not None}
+    numbers = {key: number for number, key in enumerate(images)}
     ends = [(numbers[key], value) for key, value in sorted(pairs, key=itemgetter(1)) if key in numbers]
-    values = {value: len(keys) + number for number, value in enumerate(dict.fromkeys(value for _, value in ends))}
-    size = len(keys) + len(values)
-    rows, columns = np.array([(end, values[value]) for end, value in ends], dtype=np.int64).reshape(-1, 2).T
+    places = {value: len(images) + number for number, value in enumerate(dict.fromkeys(value for _, value in ends))}
+    size = len(images) + len(places)
+    rows, columns = np.array([(end, places[value]) for end, value in ends], dtype=np.int64).reshape(-1, 2).T
     links = coo_array((np.ones(len(ends)), (rows, columns)), (size, size))
     components = connected_components(links, directed=False)[1]
     names: dict[int, str] = {}
-    for value, number in values.items():
+    for value, number in places.items():
         names.setdefault(components[number], value)
-    return [names.get(components[number], key) for number, key in enumerate(keys)]
+    return [names.get(components[number], key) for number, key in enumerate(images)]

@@ -180,7 +180,7 @@ def test_records_have_number_folder_file_and_entry_to_group_by(tmp_path):
     columns = read_records(source, None, 0).columns.to_pydict()
     assert columns["entry"] == ["[0]", "[1]", "[2]", None] and columns["number"] == [7] * 4
     assert columns["file"][-1] == "v2/frames_7.npy"
-    assert listed_groups(source, "folder") == ["folder v1"] * 3 + ["folder v2"]
+    assert listed_groups(source, "folder") == ["v1"] * 3 + ["v2"]
     assert read_records(source, None, 0).notes[0] == "left out: 1 .txt"
 
 
