@@ -76,7 +76,7 @@ def _chosen(found: dict[str, list[Record]], content: Any, column: str | None, ch
             raise ValueError(f"no records {chosen!r}: {what}; correct features.source.records")
         return found[chosen]
     named = {name: records for name, records in found.items() if has_images(records, column)}
-    if not named and isinstance(content, dict) and has_images([content], column):
+    if not named and "" not in found and isinstance(content, dict) and has_images([content], column):
         return [content]
     choices = list((named or found).values())
     if len(choices) > 1:
@@ -120,6 +120,16 @@ def _lists(content: Record, column: str | None, notes: list[str], name: str = ""
         taken = set(chain(*values))
         key_column = (column or IMAGE_COLUMN) if not has_images([taken], column) else "key" if "id" in taken else "id"
         yield name, [{key_column: key, **value} for key, value in content.items()]
+    elif paths := next(
+        (each for key, each in content.items() if has_images([[key]], column) and _are(each, str)), list[str]()
+    ):
+        columns = {key: each for key, each in content.items() if isinstance(each, list) and len(each) == len(paths)}
+        if len(columns) == 1:  # one record, of several images
+            yield name, [content]
+        else:
+            others = ", ".join(repr(key) for key in content if key not in columns)
+            notes.append(f"left out, for it is no value for each image: {others}")
+            yield name, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     else:
         for key, value in content.items():
             inner = f"{name}.{key}" if name else key

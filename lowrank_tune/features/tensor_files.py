@@ -355,9 +355,10 @@ def only_leaf(leaves: Iterable[Leaf], alone: bool = False) -> Leaf:
         return fitting[0]
     if not fitting:
         raise UnusableError(describe(leaves))
+    key = re.sub(r"^(\d+|\[\d+\])\.", "", fitting[0].name)  # of each in a list
     raise UnusableError(
         f"holds {len(fitting)} entries that may be the features, {_listed(fitting)}; name one of them, "
-        f"`tensors: {{path: …, key: {json.dumps(fitting[0].name)}}}`"
+        f"`tensors: {{path: …, key: {json.dumps(key)}}}`"
     )
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _FEATURES = re.compile(r"features_\d+", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d{1,18})$", re.ASCII)
-_NUMBERED = re.compile(r"\d+|\[\d+\]", re.ASCII)
+_NUMBERED = re.compile(r"(\d+|\[\d+\])(?=\.|$)", re.ASCII)
+"""How the name of a thing in a list begins, or of one that a number is the key of."""
 
 
 class _Image(NamedTuple):
@@ -161,13 +162,14 @@ def _images(
 def _is_named(name: str, key: str) -> bool:
     """Whether a key of the study file names an entry, or what it lies in; a number names a place in a list, too."""
     name, key = (re.sub(r"\[(\d+)\]|\((\d+)\)", r".\1\2", text).lstrip(".") for text in (name, key))
-    return name == key or name.startswith(f"{key}.")
+    return any(each == key or each.startswith(f"{key}.") for each in (name, re.sub(r"^\d+\.(?=\D)", "", name)))
 
 
 def _are_images(fits: Sequence[Leaf], names: Counter[str]) -> bool:
     """Whether entries are an image each, and no several things of one image, which every file names alike."""
-    numbered = all(_NUMBERED.fullmatch(leaf.name) for leaf in fits)
-    if len({leaf.images()[1:] for leaf in fits}) > 1:
+    numbered = all(_NUMBERED.match(leaf.name) for leaf in fits)
+    things = {_NUMBERED.sub("", leaf.name, count=1) for leaf in fits}
+    if len({leaf.images()[1:] for leaf in fits}) > 1 or (numbered and len(things) > 1):
         return False
     return numbered or all(names[leaf.name] == 1 and leaf.images()[0] == 1 for leaf in fits)
 

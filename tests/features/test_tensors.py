@@ -151,6 +151,11 @@ def test_a_key_names_the_entry_to_take(tmp_path):
         common_shape(records_of(str(tmp_path / "*.pt")))
     with pytest.raises(InputError, match=r"no entry hiden, but .*hidden.last \(float32 \[6, 10\]\).*correct key"):
         common_shape(records_of({"path": str(tmp_path / "*.pt"), "key": "hiden"}))
+    for number, x_NTD in enumerate((X_NTD[:3], X_NTD[3:])):
+        save(tmp_path / f"dicts/b{number}.pt", [{"x": x_TD, "y": x_TD[:2], "z": -x_TD} for x_TD in x_NTD])
+    with pytest.raises(InputError, match=r'holds 9 entries that may be .*key: "x"'):
+        common_shape(records_of(str(tmp_path / "dicts")))
+    assert torch.equal(torch.stack(tensors_of({"path": str(tmp_path / "dicts"), "key": "z"})), -X_NTD)
 
 
 @pytest.mark.parametrize(
