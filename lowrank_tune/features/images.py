@@ -21,7 +21,7 @@ from lowrank_tune.features.embedded import find_place, parts, read_place, turn
 from lowrank_tune.files import file_sha256, write_durably
 
 HASHING_THREADS = 8
-_REASONS_SHOWN = 5
+_REASONS_SHOWN, _PATH_SHOWN = 5, 1000
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class SourceFiles:
         """Refuse, as an InputError, where more than the fraction `limit` of all records, or every one, has no image."""
         errors = self.errors(quarantined)
         named = zip(self.records, self.keys, errors, strict=True)
-        broken = [f"{path or (key or 'a record')[:16]}: {error}" for path, key, error in named if error]
+        broken = [f"{(path or (key or 'a record')[:16])[:_PATH_SHOWN]}: {error}" for path, key, error in named if error]
         if len(broken) <= limit * len(errors) and len(broken) < len(errors):
             return
         shown = broken[:_REASONS_SHOWN]

@@ -139,6 +139,11 @@ def is_chat(record_columns: Collection[str]) -> bool:
     return any(name in record_columns for name in _CHAT)
 
 
+def also_of_chats(record_columns: Collection[str]) -> list[str]:
+    """Columns in which a chat may name its images where another chat of the same table has them elsewhere."""
+    return [name for name in ("image", "images", *_SPOKEN[:2]) if name in record_columns and is_chat(record_columns)]
+
+
 def refuse_addresses(images: Iterable[str], column: str, file: Path) -> None:
     """Refuse, as an InputError, images that lie on another machine."""
     addresses = list(filter(is_address, images))

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 
 from lowrank_tune.config.schema import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
@@ -29,24 +23,22 @@ from lowrank_tune.features.forms import decoded, find_records, has_images, parse
 from lowrank_tune.features.images import SourceRecords
 from lowrank_tune.features.named import (
     Finder,
+    also_of_chats,
     image_column,
     is_address,
     is_chat,
-    is_image_name,
     local_path,
     named_images,
     refuse_addresses,
 )
+from lowrank_tune.features.separated import read_separated
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 """Of the files that hold records."""
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 """What may follow the suffix of a text: what pyarrow unpacks by itself."""
 _ANOTHER = "write features.source.image_column, the column of the images"
-_LARGEST_BLOCK = 2**31 - 2
 _LARGEST_POINTER = 1024
-_LONGEST_HEADER, _ROWS_TRIED = 100_000, 50
-_DECIMAL = r"^(-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]|-?inf)$"
 _MOST_NAMES = 256
 """Of the objects in a column; more are keys, which a column each would not hold."""
 _DEEPEST = 16
@@ -114,8 +106,12 @@ def _places(
     if column is None:
         return [], [0] * len(table)
     named, counts = list[str](), list[int]()
-    for value in table.column(column).to_pylist():
-        named += (found := named_images(value))
+    others = [table.column(name) for name in also_of_chats(table.column_names) if source.image_column is None]
+    for number, value in enumerate(table.column(column).to_pylist()):
+        found = named_images(value)
+        for other in others if not found else ():
+            found = found or named_images(other[number].as_py())
+        named += found
         counts.append(len(found))
     kind = table.column(column).type
     if not named and not pa.types.is_null(kind):
@@ -199,7 +195,7 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
             raise ValueError("it is a pointer of Git LFS; fetch the file itself by `git lfs pull`")
         match suffix:
             case ".csv" | ".tsv":
-                table = _separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column)
+                table = read_separated(decoded(_read_bytes(path), notes), suffix == ".tsv", source.image_column)
                 return apart(take_out_columns(table, cache_root))
             case ".parquet":
                 return apart(read_parquet(path, source.image_column))
@@ -226,90 +222,6 @@ def _read_bytes(path: Path) -> bytes:
     with pa.input_stream(str(path), compression="detect") as stream:
         data: bytes = stream.read()
     return data
-
-
-def _separated(text: str, tabs: bool, image_column: str | None) -> pa.Table:
-    """Read CSV, whatever separates its values; a ValueError that names the line where it cannot be read."""
-    if not text.strip():
-        raise ValueError("the file is empty")
-    told = re.match(r"sep=(.)\r?\n", text)  # as Excel tells it
-    text = text[told.end() if told else 0 :]
-    begun = {each: _begun(text, each) for each in ([told[1]] if told else "\t,;|" if tabs else ",;\t|")}
-    # A name or a caption may hold another separator, but then not in every row.
-    separator = max(
-        begun, key=lambda each: (len({*map(len, begun[each])}) == 1 < len(begun[each][0]), len(begun[each][0]))
-    )
-    header = begun[separator][0]
-    ragged: list[pyarrow.csv.InvalidRow] = []
-
-    def note(row: pyarrow.csv.InvalidRow) -> str:
-        ragged.append(row)
-        return "skip"
-
-    data = text.encode()
-    table = pyarrow.csv.read_csv(
-        pa.BufferReader(data),
-        # As one block, which a long value never leaves, and in one thread, which counts lines.
-        pyarrow.csv.ReadOptions(use_threads=False, block_size=min(len(data) + 1, _LARGEST_BLOCK)),
-        pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=note),
-        # As text, or what is named 0001 would become the number 1.
-        pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=True, null_values=[""]
-        ),
-    )
-    if ragged:
-        raise ValueError(
-            _ragged(text, separator) or f"row {ragged[0].number} has not {len(header)} values, as the header has"
-        )
-    last = table.slice(max(len(table) - 1, 0)).to_pylist()
-    if text.count('"') % 2 and any("\n" in value for row in last for value in row.values() if isinstance(value, str)):
-        raise ValueError("the last record has a quote that is never closed")
-    table = table.rename_columns([name.strip() for name in table.column_names])
-    for place, name in enumerate(table.column_names):
-        if pa.types.is_string(table.column(place).type) and name != image_column and not is_image_name(name):
-            table = table.set_column(place, name, _numbers(table.column(place)))
-    return table
-
-
-def _begun(text: str, separator: str) -> list[list[str]]:
-    """The header and the first records, as a separator cuts them."""
-    rows: list[list[str]] = []
-    lines = io.StringIO(text[:_LONGEST_HEADER].lstrip("\r\n"), newline="")
-    with suppress(csv.Error):
-        rows += filter(None, islice(csv.reader(lines, delimiter=separator), _ROWS_TRIED))
-    return (rows[:-1] if len(text) > _LONGEST_HEADER and len(rows) > 1 else rows) or [[]]
-
-
-def _ragged(text: str, separator: str) -> str | None:
-    """Tell of the first record that has not as many values as the header, and its line, which pyarrow does not know."""
-    rows = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=separator)
-    blank = len(text) - len(text.lstrip("\r\n"))
-    line = text.count("\n", 0, blank)
-    expected, begun = 0, 0
-    try:
-        for row in rows:
-            expected = expected or len(row)
-            if row and len(row) != expected:
-                return f"line {line + begun + 1} has {len(row)} values, the header has {expected}"
-            begun = rows.line_num
-    except csv.Error:  # a value of more than 128 KiB
-        pass
-    return None
-
-
-def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return numbers where each text is one, and is written as that is; else the texts."""
-    if column.null_count == len(column):
-        return column
-    try:
-        numbers = column.cast(pa.int64())
-        if numbers.cast(pa.string()) == column:
-            return numbers
-    except pa.ArrowInvalid:
-        pass
-    if pc.all(pc.match_substring_regex(column, _DECIMAL)).as_py():
-        return column.cast(pa.float64())
-    return column
 
 
 def columns_of(records: list[dict[str, Any]]) -> pa.Table:

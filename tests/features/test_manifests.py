@@ -232,6 +232,12 @@ def test_records_of_text_alone_are_left_out_and_counted_and_of_several_images_re
     assert len(set(listed_groups(source, "image"))) == 2
 
 
+def test_one_chat_names_its_image_where_another_has_none(folder):
+    said = [{"from": "human", "value": "<img>5.jpg</img>"}]
+    records = [{"image": "1.jpg", "conversations": TALK}, {"images": ["3.jpg"]}, {"conversations": said}]
+    assert named(records)[0] == ["1.jpg", "3.jpg", "5.jpg"]
+
+
 def test_each_of_several_files_names_its_images_its_own_way(folder):
     Path("a.csv").write_text("file_name,n\n1.jpg,1\n")
     Path("b.json").write_text(json.dumps([{"image": ["1.jpg", "3.jpg"], "n": "two", "conversations": TALK}]))
@@ -409,6 +415,11 @@ def test_a_csv_is_read_whatever_separates_its_values(tmp_path, name, encoding):
     assert [Path(image).name for image in records.images] == ["0001.jpg", "0002.jpg"]
     assert records.columns["n"].to_pylist() == [7, None]
     assert records.columns["note"].to_pylist() == ["a", 'b\nc, "d"']
+
+
+def test_where_each_line_of_a_tsv_is_a_record_a_lone_quote_joins_none(tmp_path):
+    (tmp_path / "a.tsv").write_text('image\tnote\n1.jpg\t"one\n2.jpg\ttwo\n3.jpg\tthree" x\n')
+    assert records_of(str(tmp_path / "a.tsv")).columns["note"].to_pylist() == ['"one', "two", 'three" x']
 
 
 def test_what_a_csv_holds_keeps_its_meaning(tmp_path):
