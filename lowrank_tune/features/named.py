@@ -212,6 +212,7 @@ class Finder:
                 if suffix.lower() in IMAGE_SUFFIXES:
                     stems.setdefault(stem, []).append(os.path.join(directory, name))
                     if number := _COCO.fullmatch(stem):
-                        stems.setdefault(f"{int(number[1])}{INSIDE}", []).append(os.path.join(directory, name))
+                        for written in {number[1], str(int(number[1]))}:
+                            stems.setdefault(f"{written}{INSIDE}", []).append(os.path.join(directory, name))
             self._listed[directory] = stems
         return self._listed[directory]

@@ -204,7 +204,9 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
             case _:
                 content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
                 if suffix != ".json" and isinstance(content, dict) and source.records is None:
-                    content = [content] if has_images([content], source.image_column) else content  # one line
+                    by_column = all(isinstance(each, dict) and all(map(str.isdigit, each)) for each in content.values())
+                    if has_images([content], source.image_column) and not by_column and "annotations" not in content:
+                        content = [content]  # one line, one record
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as {suffix[1:].upper()}: {error}") from error
     except RecursionError as error:
@@ -233,13 +235,13 @@ def columns_of(records: list[dict[str, Any]]) -> pa.Table:
 
 def apart(table: pa.Table) -> pa.Table:
     """Give each column a name of its own: `name`, then `name_2`; `unnamed` where it has none."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     for name in table.column_names:
         name, number = name or "unnamed", 1
         while (unlike := f"{name}_{number}" if number > 1 else name) in names:
             number += 1
-        names.append(unlike)
-    return table.rename_columns(names)
+        names[unlike] = None
+    return table.rename_columns(list(names))
 
 
 def concatenate(tables: list[pa.Table]) -> pa.Table:
