@@ -13,14 +13,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from lowrank_tune.errors import InputError
+
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin so belong to an unfinished write; whoever holds the folder may delete them."""
 
 
 def results_place(results: str | Path | None) -> str:
-    """The results directory, absolute unless it is an address: the given, else LOWRANK_TUNE_RESULTS, else `results`."""
+    """The results directory, absolute unless it is an address: the given, else LOWRANK_TUNE_RESULTS, else `results`.
+
+    Raises:
+        InputError: its name is not UTF-8.
+    """
     name = str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
-    return name if "://" in name else os.path.abspath(os.path.expanduser(name))
+    place = name if "://" in name else os.path.abspath(os.path.expanduser(name))
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"results directory {place}: its name is not UTF-8, so neither Ray nor MLflow opens it; name another with "
+            "--results"
+        ) from None
+    return place
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:

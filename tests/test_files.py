@@ -1,9 +1,11 @@
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, results_place, write_json, write_whole
 
 
@@ -42,3 +44,9 @@ def test_json_holds_records_and_no_nan(tmp_path: Path):
 def test_a_home_that_nobody_has_is_a_name_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert results_place("~nobody-of-this-name/results") == f"{tmp_path}/~nobody-of-this-name/results"
+
+
+def test_a_results_directory_whose_name_is_not_utf_8_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(InputError, match=r"results directory .*/caf\\xe9: its name is not UTF-8, .*--results"):
+        results_place(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert results_place(tmp_path / "café\n") == f"{tmp_path}/café\n"

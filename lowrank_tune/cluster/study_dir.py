@@ -112,8 +112,13 @@ def _absolute(path: str) -> str:
     if "://" in path or os.path.isabs(os.path.expanduser(path)):
         return path
     # A working directory's own brackets are no part of a glob.
-    magic = glob.has_magic(path) and not os.path.exists(path)
-    return os.path.join(glob.escape(os.getcwd()) if magic else os.getcwd(), path)
+    magic, here = glob.has_magic(path) and not os.path.exists(path), os.getcwd()
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", here):
+        raise InputError(
+            f"working directory {here}: its name is not UTF-8, or has control characters, so that no study file can "
+            "hold a path from it; start from another"
+        )
+    return os.path.join(glob.escape(here) if magic else here, path)
 
 
 def anchored(spec: StudySpec) -> StudySpec:

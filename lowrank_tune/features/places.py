@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -68,9 +69,12 @@ class Place(SubTreeFileSystem):
 
     def entries(self, kind: FileType, folder: str = "") -> dict[str, int]:
         """Name and bytes of the files or folders in it or in a folder of it, the latest last; none if it is missing."""
-        infos = self.get_file_info(FileSelector(folder, allow_not_found=True))
-        infos.sort(key=lambda info: (info.mtime_ns or 0, info.base_name))
-        return {str(info.base_name): int(info.size or 0) for info in infos if info.type == kind}
+        found = []
+        for info in self.get_file_info(FileSelector(folder, allow_not_found=True)):
+            if info.type == kind:
+                with suppress(UnicodeDecodeError):  # a name in no encoding, which nothing of a cache has
+                    found.append((info.mtime_ns or 0, str(info.base_name), int(info.size or 0)))
+        return {name: size for _, name, size in sorted(found)}
 
 
 def is_uri(place: str | Path) -> bool:

@@ -208,7 +208,8 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
                     if has_images([content], source.image_column) and not by_column and "annotations" not in content:
                         content = [content]  # one line, one record
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as {suffix[1:].upper()}: {error}") from error
+        advice = "; it is cut short or damaged: get it again" if suffix == ".parquet" else ""
+        raise InputError(f"{path}: cannot be read as {suffix[1:].upper()}: {str(error).rstrip('.')}{advice}") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply to be a list of records") from error
     try:

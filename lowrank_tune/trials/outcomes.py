@@ -87,8 +87,8 @@ def check_same_images(directory: Path, fingerprint: str, keys: Sequence[str]) ->
         )
     if kept != began_with or len(keys) - len(kept) > before.quarantined:
         raise InputError(
-            f"features.source: the study began with {len(before.rows)} images, and they are not the same any more; "
-            f"restore them, or run a new study with `lowrank-tune clone {study_id}`"
+            f"features.source: the study began with {len(before.rows)} images, and they are not the same any more, "
+            f"or in another order; restore them, or run a new study with `lowrank-tune clone {study_id}`"
         )
 
 

@@ -1,5 +1,6 @@
 """Studies that begin at the same moment in one results directory."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -75,6 +76,17 @@ def test_a_relative_path_of_any_characters_becomes_absolute(name: str) -> None:
     ).features.source
     here = str(Path.cwd())
     assert source == ManifestSource(manifest=(f"{here}/a.csv", "/b/*.csv", f"{here}/c/*.csv"), root=f"{here}/d")
+
+
+def test_a_working_directory_that_no_study_file_can_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / os.fsdecode(b"caf\xe9")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    features = SPEC.features.model_copy(update={"source": TensorSource(tensors="in")})
+    with pytest.raises(InputError, match=r"working directory .*/caf\\xe9: its name is not UTF-8.*start from another"):
+        anchored(SPEC.model_copy(update={"features": features}))
 
 
 def test_a_killed_study_is_told_although_a_trial_of_it_is_damaged(tmp_path: Path) -> None:

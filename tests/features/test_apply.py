@@ -133,12 +133,13 @@ def test_what_does_not_fit_is_refused_in_one_line(model, few, out, tmp_path, cap
     other_shape = write_tensors(tmp_path / "shape", range(2), (TOKENS, DIM + 1))
     other_images = write_tensors(tmp_path / "images", range(1000, 1003))
     other_model = write_model(tmp_path / "other", seed=2)
-    foreign, begun, garbled = (tmp_path / name for name in ("foreign", "begun", "garbled"))
-    for folder in (foreign, begun, garbled, tmp_path / "nothing"):
+    foreign, begun, garbled, odd = (tmp_path / name for name in ("foreign", "begun", "garbled", "odd"))
+    for folder in (foreign, begun, garbled, odd, tmp_path / "nothing"):
         folder.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     (begun / "identity.json").write_bytes((out / "identity.json").read_bytes())
     (garbled / "identity.json").write_text("[]")
+    (odd / os.fsdecode(b"caf\xe9")).mkdir()
     new = tmp_path / "new"
     for arguments, reason in [
         ((model, other_shape, new), f"images of [16, {DIM + 1}], but {model} takes [16, {DIM}]"),
@@ -150,6 +151,7 @@ def test_what_does_not_fit_is_refused_in_one_line(model, few, out, tmp_path, cap
         ((model, few, foreign), "holds something else (thesis.tex), and is left alone"),
         ((model, few, foreign / "thesis.tex"), "is a file; name a folder"),
         ((model, tmp_path / "nothing", new), "no files of tensors in it"),
+        ((model, odd, new), "no files of tensors in it"),
         ((model, "f00d", new, "--results", tmp_path), "feature cache f00d: not in"),
         ((few, few, new), "no exported model, it has no config.json"),
         ((model, few, new, "--rank", "4"), "was trained for 6"),
