@@ -75,11 +75,14 @@ def _rows(
 
 def _typed(table: pa.Table, image_column: str | None) -> pa.Table:
     """Numbers where a column has them, but for that of the images."""
-    table = table.rename_columns([name.strip() for name in table.column_names])
-    for place, name in enumerate(table.column_names):
-        if pa.types.is_string(table.column(place).type) and name != image_column and not is_image_name(name):
-            table = table.set_column(place, name, _numbers(table.column(place)))
-    return table
+    names = [name.strip() for name in table.column_names]
+    columns = [
+        _numbers(column)
+        if pa.types.is_string(column.type) and name != image_column and not is_image_name(name)
+        else column
+        for name, column in zip(names, table.columns, strict=True)
+    ]
+    return pa.table(columns, names=names)
 
 
 def _begun(text: str, separator: str) -> list[list[str]]:

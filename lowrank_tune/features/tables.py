@@ -248,8 +248,9 @@ def apart(table: pa.Table) -> pa.Table:
 def concatenate(tables: list[pa.Table]) -> pa.Table:
     """Join the records of several tables; a column of types that cannot be joined, or written, becomes text."""
     whole: dict[str, pa.ChunkedArray] = {}
+    known = [set(table.column_names) for table in tables]
     for name in dict.fromkeys(name for table in tables for name in table.column_names):
-        parts = [table.select([name] if name in table.column_names else []) for table in tables]
+        parts = [table.select([name] if name in names else []) for table, names in zip(tables, known, strict=True)]
         try:
             column = pa.concat_tables(parts, promote_options="permissive").column(0)
         except pa.ArrowException:
