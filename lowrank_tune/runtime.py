@@ -98,6 +98,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _start(given: str | None) -> None:
+    try:
+        os.getcwd().encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"working directory {os.getcwd()}: its name is not UTF-8, and Ray does not start in it; start from another"
+        ) from None
     name, address = ("--address", given) if given else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
     named, address = f"{name} {address}", address.strip()
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.errors import LowrankTuneError
+from lowrank_tune.errors import InputError, LowrankTuneError
 from lowrank_tune.runtime import ray_session
 
 
@@ -192,3 +192,14 @@ def test_a_proxy_is_not_asked_for_this_machines_own_servers(name: str) -> None:
     proxies = {"no_proxy", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"}
     said = printed_by(code, proxies, NO_PROXY="own", **{name: "http://127.0.0.1:9"})
     assert said == "True True True False"
+
+
+def test_a_working_directory_that_ray_cannot_name_is_told(tmp_path, monkeypatch):
+    here = tmp_path / os.fsdecode(b"caf\xe9")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with (
+        pytest.raises(InputError, match=r"/caf\\xe9: its name is not UTF-8, and Ray .*; start from another"),
+        ray_session("local"),
+    ):
+        pass

@@ -74,7 +74,7 @@ def _look_at_database(store: Store, path: Path, experiment: str) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"tracking store {path!r}: MLflow cannot open a file whose name is not UTF-8; rename it"
+            f"tracking store {path}: MLflow cannot open a file whose name is not UTF-8; rename it"
         ) from None
     try:
         # Not in sqlite's own way, which makes an empty file where there is none. Beside it, sqlite keeps a journal.
