@@ -42,7 +42,7 @@ STEPS = {
 PROGRAM = """
 import sys
 from pathlib import Path
-from lowrank_tune.config.schema import ManifestSource
+from lowrank_tune.config.source import ManifestSource
 from lowrank_tune.features.images import hash_files
 from lowrank_tune.features.sources import read_records
 source = ManifestSource(manifest=sys.argv[1])

@@ -95,7 +95,8 @@ def import_directory(
 ) -> None:
     """Take ready features into the cache, each one checked; an import that was cut short is continued."""
     from lowrank_tune.cluster.study_dir import results_directory
-    from lowrank_tune.config.schema import FeaturesSpec, TensorSource
+    from lowrank_tune.config.schema import FeaturesSpec
+    from lowrank_tune.config.source import TensorSource
     from lowrank_tune.features.extract import extract_features
 
     source = TensorSource(tensors=directory)

@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from lowrank_tune.config.loading import load_past_study, parse_study
 from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
-from lowrank_tune.config.schema import NamedTensors, StudySpec, TensorSource
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.source import NamedTensors, TensorSource
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_text
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker

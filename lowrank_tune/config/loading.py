@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 
 from lowrank_tune.config.axes import Section
 from lowrank_tune.config.document import Document, KeyPath, Place, compose, key_text, one_line
-from lowrank_tune.config.schema import SOURCES, StudySpec
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.source import SOURCES
 from lowrank_tune.errors import StudyFileError
 
 _LARGEST_FILE = 64 * 1024

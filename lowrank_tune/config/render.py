@@ -10,7 +10,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from lowrank_tune.config.axes import FamiliesSpec, Range, Section
-from lowrank_tune.config.schema import FeaturesSpec, StudySpec, TensorSource
+from lowrank_tune.config.schema import FeaturesSpec, StudySpec
+from lowrank_tune.config.source import TensorSource
 
 
 class _Representer(RoundTripRepresenter):

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import (
     FACTORS,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_tune.config.schema import FeaturesSpec, TensorSource
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import fingerprint
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles, find_tower, read_checkpoint_config

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from lowrank_tune.config.schema import ImageSource
+from lowrank_tune.config.source import ImageSource
 from lowrank_tune.errors import InputError, printable
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES, looks_like_an_image
 from lowrank_tune.features.images import SourceRecords

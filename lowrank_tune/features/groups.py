@@ -12,7 +12,7 @@ import pyarrow.parquet
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lowrank_tune.config.schema import SampleSource, Source
+from lowrank_tune.config.source import SampleSource, Source
 from lowrank_tune.errors import CacheError, InputError, did_you_mean
 from lowrank_tune.features.images import RECORD_COLUMNS
 from lowrank_tune.features.sources import photograph_paths, read_records

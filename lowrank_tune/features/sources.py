@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from lowrank_tune.config.schema import ImageSource, ManifestSource, SampleSource, Source, TensorSource
+from lowrank_tune.config.source import ImageSource, ManifestSource, SampleSource, Source, TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.folders import find_images
 from lowrank_tune.features.images import SourceRecords

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lowrank_tune.config.schema import ManifestSource
+from lowrank_tune.config.source import ManifestSource
 from lowrank_tune.errors import InputError, did_you_mean
 from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES

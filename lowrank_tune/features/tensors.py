@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.folders import Wanted, find_files

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
 from lowrank_tune.records import OBJECTIVES, Comparison, ComparisonRow, TrialOutcome
 from lowrank_tune.tracking.reach import deleted

@@ -13,7 +13,7 @@ from lowrank_tune.cluster.studies import list_studies
 from lowrank_tune.cluster.study_dir import anchored, create_study, read_plan
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.config.plan import Plan, make_plan
-from lowrank_tune.config.schema import ManifestSource, TensorSource
+from lowrank_tune.config.source import ManifestSource, TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.study import plan_study
 from tests.cluster.conftest import STUDY

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from lowrank_tune.config.axes import DirectSpace, Range, SketchSpace
 from lowrank_tune.config.loading import load_past_study, load_study, parse_study
-from lowrank_tune.config.schema import StudySpec, TensorSource
+from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import StudyFileError
 
 GOLDEN = Path(__file__).parent / "golden"

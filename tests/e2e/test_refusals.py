@@ -15,7 +15,7 @@ from lowrank_tune import resume_study, run_study
 from lowrank_tune.cli import run
 from lowrank_tune.cluster.study_dir import claimed, read_status
 from lowrank_tune.config.loading import load_study
-from lowrank_tune.config.schema import TensorSource
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.tracker import Tracker
 from tests.conftest import Typed

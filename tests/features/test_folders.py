@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lowrank_tune.config.schema import ImageSource
+from lowrank_tune.config.source import ImageSource
 from lowrank_tune.errors import InputError, printable
 from lowrank_tune.features.folders import find_images
 from lowrank_tune.features.images import SourceRecords, hash_files, write_record_table

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_tune.config.schema import ManifestSource
+from lowrank_tune.config.source import ManifestSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.features.images import hash_files, write_record_table

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lowrank_tune.config.schema import FeaturesSpec, ManifestSource, SampleSource
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.config.source import ManifestSource, SampleSource
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features import sources
 from lowrank_tune.features.extract import extract_features

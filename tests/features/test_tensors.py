@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lowrank_tune.config.schema import FeaturesSpec, TensorSource
+from lowrank_tune.config.schema import FeaturesSpec
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.extract import plan_extraction

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowrank_tune.config.schema import ImageSource
+from lowrank_tune.config.source import ImageSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.folders import find_images
 from lowrank_tune.features.images import hash_files, write_record_table
