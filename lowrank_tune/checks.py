@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank_tune.cluster.study_dir import absolute_paths
+from lowrank_tune.config.paths import absolute_paths
 from lowrank_tune.config.plan import Plan, max_rank, split_images
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError

@@ -21,7 +21,6 @@ from lowrank_tune.cluster.jobs import check_shared
 from lowrank_tune.cluster.study_dir import (
     READY,
     Status,
-    anchored,
     check_id,
     claimed,
     create_study,
@@ -37,6 +36,7 @@ from lowrank_tune.cluster.study_dir import (
 from lowrank_tune.comparison.choice import winners
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.loading import load_past_study, load_study
+from lowrank_tune.config.paths import anchored
 from lowrank_tune.config.plan import Plan, first_params, make_plan, split_images, trial_config
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec

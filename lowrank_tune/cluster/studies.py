@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 
 from lowrank_tune.cluster.jobs import STOP_TIMEOUT_S, STUDY_FILE, Cluster, Job, wait_until
-from lowrank_tune.cluster.study_dir import OVER, anchors, check_id, find_study, read_status, results_path, unbegun
+from lowrank_tune.cluster.study_dir import OVER, check_id, find_study, read_status, results_path, unbegun
 from lowrank_tune.config.loading import load_study
+from lowrank_tune.config.paths import anchors
 from lowrank_tune.config.plan import make_study_id, spec_hash
 from lowrank_tune.errors import InputError, LowrankTuneError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import os
 import re
 import socket
@@ -22,18 +20,16 @@ from typing import Any, Literal, Self
 import psutil
 from filelock import FileLock, Timeout
 
-from lowrank_tune.config.loading import load_past_study, parse_study
+from lowrank_tune.config.loading import load_past_study
 from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.config.source import NamedTensors, TensorSource
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_text
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcomes import read_outcomes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_SQLITE = "sqlite:///"
 
 
 def results_directory(results: str | Path | None) -> Path:
@@ -82,59 +78,6 @@ def find_study(results: Path, name: str) -> Path:
         what = "several begin so" if found else f"not in {results} (--results names another)"
         raise InputError(f"study {name}: {what}; studies: {shown}")
     return root / found[0]
-
-
-def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
-    """A study file's relative paths, by key, made absolute; a list where one of its entries is relative."""
-    source: Any = spec.features.source
-    named = {f"features.source.{key}": getattr(source, key, None) for key in ("images", "manifest", "root", "tensors")}
-    if isinstance(source, TensorSource) and isinstance(source.tensors, NamedTensors):
-        named = {"features.source.tensors.path": source.tensors.path}
-    if not isinstance(source, TensorSource) and os.path.isdir(os.path.expanduser(spec.features.encoder.checkpoint)):
-        named["features.encoder.checkpoint"] = spec.features.encoder.checkpoint
-    uri = spec.tracking.uri or ""
-    if uri.startswith(_SQLITE):
-        named["tracking.uri"] = uri.removeprefix(_SQLITE)
-    made: dict[str, str | list[str]] = {}
-    for key, value in named.items():
-        entries = [] if value is None else [value] if isinstance(value, str) else list(value)
-        absolute = [_absolute(entry) for entry in entries]
-        if absolute != entries:
-            made[key] = absolute[0] if isinstance(value, str) else absolute
-    if "tracking.uri" in made:
-        # Its own part is quoted already, where it needs it.
-        here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")
-        made["tracking.uri"] = f"{_SQLITE}{here}/{named['tracking.uri']}"
-    return made
-
-
-def _absolute(path: str) -> str:
-    """A path or glob from here; one from the home directory, and an address, stay as they are."""
-    if "://" in path or os.path.isabs(os.path.expanduser(path)):
-        return path
-    # A working directory's own brackets are no part of a glob.
-    magic, here = glob.has_magic(path) and not os.path.exists(path), os.getcwd()
-    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", here):
-        raise InputError(
-            f"working directory {here}: its name is not UTF-8, or has control characters, so that no study file can "
-            "hold a path from it; start from another"
-        )
-    return os.path.join(glob.escape(here) if magic else here, path)
-
-
-def anchored(spec: StudySpec) -> StudySpec:
-    """The same study with absolute paths, to go on with from any working directory."""
-    overrides = anchors(spec)
-    return parse_study(render_study(spec), spec.name, overrides) if overrides else spec
-
-
-def anchors(spec: StudySpec) -> list[str]:
-    """Overrides, `key=value`, that make a study file's relative paths absolute."""
-    # YAML knows Python's escapes, but takes the two that JSON makes of a character beyond U+FFFF for two halves.
-    return [
-        f"{key}={json.dumps(path, ensure_ascii=False).encode('ascii', 'backslashreplace').decode()}"
-        for key, path in absolute_paths(spec).items()
-    ]
 
 
 def create_study(

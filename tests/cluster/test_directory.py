@@ -10,8 +10,9 @@ from threading import Barrier
 import pytest
 
 from lowrank_tune.cluster.studies import list_studies
-from lowrank_tune.cluster.study_dir import anchored, create_study, read_plan
+from lowrank_tune.cluster.study_dir import create_study, read_plan
 from lowrank_tune.config.loading import parse_study
+from lowrank_tune.config.paths import anchored
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.source import ManifestSource, TensorSource
 from lowrank_tune.errors import InputError

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.store.db import utils
 from tracked_study import Reader, build_plan, config_of, outcome_of, track_trial, write_study
 
-from lowrank_tune.cluster.study_dir import anchored
+from lowrank_tune.config.paths import anchored
 from lowrank_tune.errors import TrackingError, redact
 from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.reach import reach_store
