@@ -69,6 +69,20 @@ def _escape(character: re.Match[str]) -> str:
     return f"\\x{code & 0xFF:02x}" if code < 0x80 or 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: not with a byte of a name that is no UTF-8, nor half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def writable(text: str) -> str:
+    """The text with escapes for what `is_utf8` finds in it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def unescaped(text: str) -> str:
     """The name that `printable` showed so, bytes that are not UTF-8 as Python keeps them."""
     return re.sub(r"\\x([01][0-9a-f]|7f|[89a-f][0-9a-f])", _character, text)

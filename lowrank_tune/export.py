@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import sync
+from lowrank_tune.files import is_uri, sync
 from lowrank_tune.lowrank.pretrained import CONFIG, WEIGHTS, ExportedModel, read_exported, write_exported
 from lowrank_tune.past_study import PastStudy, comparison_of, open_study
 from lowrank_tune.records import BEST_MODEL, Comparison, ComparisonRow, FeatureSet
@@ -190,7 +190,7 @@ def _choose(study: PastStudy, comparison: Comparison, rank: int | None) -> Compa
 
 def _target(directory: str | Path) -> Path:
     """The folder to write, once it is sure that nothing but an earlier export would be lost."""
-    if "://" in str(directory):
+    if is_uri(str(directory)):
         raise InputError(f"{directory}: only local and mounted paths are written to; export there, then upload it")
     target = Path(os.path.realpath(os.path.expanduser(directory)))
     if target.exists() and not target.is_dir():

@@ -13,10 +13,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import InputError, is_utf8
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin so belong to an unfinished write; whoever holds the folder may delete them."""
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has left in the place of one."""
+
+
+def is_uri(place: str | Path) -> bool:
+    """Whether a place is an address and no path."""
+    return isinstance(place, str) and "://" in place
+
+
+def quoted_in_sqlite(path: Path) -> str:
+    """A path as it stands in an address of sqlite's."""
+    return str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def results_place(results: str | Path | None) -> str:
@@ -26,14 +38,12 @@ def results_place(results: str | Path | None) -> str:
         InputError: its name is not UTF-8.
     """
     name = str(results or os.environ.get("LOWRANK_TUNE_RESULTS") or "results")
-    place = name if "://" in name else os.path.abspath(os.path.expanduser(name))
-    try:
-        place.encode()
-    except UnicodeEncodeError:
+    place = name if is_uri(name) else os.path.abspath(os.path.expanduser(name))
+    if not is_utf8(place):
         raise InputError(
             f"results directory {place}: its name is not UTF-8, so neither Ray nor MLflow opens it; name another with "
             "--results"
-        ) from None
+        )
     return place
 
 

@@ -24,7 +24,7 @@ import joblib
 import ray
 from ray.exceptions import AuthenticationError
 
-from lowrank_tune.errors import InputError, LowrankTuneError
+from lowrank_tune.errors import InputError, LowrankTuneError, is_utf8
 
 _KNOCK_TIMEOUT_S, _READY_TIMEOUT_S = 5.0, 20.0
 _CLIENT_PORT = 10001  # of a ray:// address without one
@@ -98,12 +98,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _start(given: str | None) -> None:
-    try:
-        os.getcwd().encode()
-    except UnicodeEncodeError:
+    if not is_utf8(os.getcwd()):
         raise InputError(
             f"working directory {os.getcwd()}: its name is not UTF-8, and Ray does not start in it; start from another"
-        ) from None
+        )
     name, address = ("--address", given) if given else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
     named, address = f"{name} {address}", address.strip()
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}

@@ -25,7 +25,7 @@ from lowrank_tune.config.plan import Plan, extend_plan, make_plan, plan_summary
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, redact
-from lowrank_tune.files import read_fields, read_json, results_place, write_json, write_text
+from lowrank_tune.files import is_uri, read_fields, read_json, results_place, write_json, write_text
 from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.outcomes import read_outcomes
 
@@ -50,7 +50,7 @@ def results_directory(results: str | Path | None) -> Path:
 def results_path(results: str | Path | None) -> Path:
     """Where the results directory is, whether or not this machine sees it; an address is refused."""
     name = results_place(results)
-    if "://" in name:
+    if is_uri(name):
         raise InputError(
             f"results directory {redact(name)}: only local and mounted paths can be used; mount it, or pass "
             "--results DIR"

@@ -14,6 +14,7 @@ from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.config.source import NamedTensors, TensorSource
 from lowrank_tune.errors import InputError
+from lowrank_tune.files import is_uri, quoted_in_sqlite
 
 _SQLITE = "sqlite:///"
 
@@ -37,14 +38,13 @@ def absolute_paths(spec: StudySpec) -> dict[str, str | list[str]]:
             made[key] = absolute[0] if isinstance(value, str) else absolute
     if "tracking.uri" in made:
         # Its own part is quoted already, where it needs it.
-        here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")
-        made["tracking.uri"] = f"{_SQLITE}{here}/{named['tracking.uri']}"
+        made["tracking.uri"] = f"{_SQLITE}{quoted_in_sqlite(Path.cwd())}/{named['tracking.uri']}"
     return made
 
 
 def _absolute(path: str) -> str:
     """A path or glob from here; one from the home directory, and an address, stay as they are."""
-    if "://" in path or os.path.isabs(os.path.expanduser(path)):
+    if is_uri(path) or os.path.isabs(os.path.expanduser(path)):
         return path
     # A working directory's own brackets are no part of a glob.
     magic, here = glob.has_magic(path) and not os.path.exists(path), os.getcwd()

@@ -19,6 +19,7 @@ from lowrank_tune.config.schema import PILLOWS_MAX_PIXELS
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.images import read_unchanged
+from lowrank_tune.files import LFS_POINTER
 
 MAX_ASPECT_RATIO = 200
 """Qwen's own limit: beyond it an image resized to a square shows nothing of itself."""
@@ -41,7 +42,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _NO_IMAGE = "not an image in any format that Pillow knows"
 _NO_IMAGES = (
-    (re.compile(rb"^version https://git-lfs"), "a pointer of Git LFS, not the image itself; fetch it: git lfs pull"),
+    (re.compile(b"^" + LFS_POINTER), "a pointer of Git LFS, not the image itself; fetch it: git lfs pull"),
     (
         re.compile(rb"^(II[*+]\0|MM\0[*+])"),
         "a TIFF of a kind that Pillow does not read, such as one of 64 bits; save 8 or 16 bits of grey or RGB",

@@ -30,11 +30,10 @@ from lowrank_tune.features.cache import (
 )
 from lowrank_tune.features.commits import Identity, UnusableError, layout, stored_as
 from lowrank_tune.features.images import SourceFiles, SourceRecords, hash_files, read_unchanged, write_record_table
-from lowrank_tune.features.places import is_uri
 from lowrank_tune.features.remote import find_cache, is_cache, open_local
 from lowrank_tune.features.shards import Made, Node, Notes, Pool, Progress, Row, ShardJob, ShardPlan, fill
 from lowrank_tune.features.tensors import common_shape, find_tensors, load_tensor
-from lowrank_tune.files import read_json, write_durably, write_whole
+from lowrank_tune.files import is_uri, read_json, write_durably, write_whole
 from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, open_matrix, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
 from lowrank_tune.lowrank.quantization import STORE_DTYPES

@@ -21,6 +21,7 @@ from lowrank_tune.config.source import ImageSource
 from lowrank_tune.errors import InputError, printable
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES, looks_like_an_image
 from lowrank_tune.features.images import SourceRecords
+from lowrank_tune.features.named import is_address
 
 _NO_DATA = frozenset(
     {"__macosx", "@eadir", "$recycle.bin", "#recycle", "@recycle", "system volume information", "lost+found"}
@@ -94,7 +95,7 @@ def _path_of(entry: str, wanted: Wanted) -> str:
     """An absolute path, with its wildcards, that names nothing yet; `..` stays, for it may follow a link."""
     if entry.lower().startswith("file://"):
         entry = unquote(re.sub(r"^file://(localhost)?(?=/)", "", entry, flags=re.IGNORECASE))
-    elif re.match(r"[a-z][a-z0-9+.-]+://", entry, re.IGNORECASE):
+    elif is_address(entry):
         raise InputError(
             f"{entry}: {wanted.many} are read from paths, not from addresses; mount or download it, then correct "
             f"{wanted.said}"

@@ -19,6 +19,7 @@ from pyarrow.fs import (
 )
 
 from lowrank_tune.errors import InputError, redact
+from lowrank_tune.files import is_uri
 
 _READ_AHEAD = 8 * 2**20
 """Bytes of one request to an object store: some rows, so that a request's delay does not count."""
@@ -75,11 +76,6 @@ class Place(SubTreeFileSystem):
                 with suppress(UnicodeDecodeError):  # a name in no encoding, which nothing of a cache has
                     found.append((info.mtime_ns or 0, str(info.base_name), int(info.size or 0)))
         return {name: size for _, name, size in sorted(found)}
-
-
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is an address and no path."""
-    return isinstance(place, str) and "://" in place
 
 
 def join(place: str, name: str) -> str:

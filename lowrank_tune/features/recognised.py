@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lowrank_tune.files import read_fields
+from lowrank_tune.files import LFS_POINTER, read_fields
 
 SHOWN = 5
 """Names of a folder's content that a message has room for."""
@@ -59,7 +59,7 @@ _SHARDS = (
 )
 """A name in the folder, what it is of, and the command that joins the shards."""
 _HEADS = {
-    b"version https://git-lfs": "a git-lfs pointer and not the file itself: run `git lfs pull` in {folder}",
+    LFS_POINTER: "a git-lfs pointer and not the file itself: run `git lfs pull` in {folder}",
     b"<!": "a web page that was saved in the file's place: `hf download` gets the file itself",
     b"<html": "a web page that was saved in the file's place: `hf download` gets the file itself",
     b"PK": "a file of torch.save under this name: rename it to pytorch_model.bin",

@@ -35,8 +35,8 @@ from lowrank_tune.features.cache import (
     verify_cache,
 )
 from lowrank_tune.features.commits import COMMITS, SHARDS, Identity, checksum
-from lowrank_tune.features.places import Place, is_uri, join
-from lowrank_tune.files import results_place, sync
+from lowrank_tune.features.places import Place, join
+from lowrank_tune.files import is_uri, results_place, sync
 from lowrank_tune.records import FeatureSet
 
 FEATURES = "features"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from lowrank_tune.config.source import ManifestSource
-from lowrank_tune.errors import InputError, did_you_mean
+from lowrank_tune.errors import InputError, did_you_mean, writable
 from lowrank_tune.features.containers import declared_column, read_parquet, read_tar
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES
 from lowrank_tune.features.embedded import is_list, take_out, take_out_columns
@@ -32,6 +32,7 @@ from lowrank_tune.features.named import (
     refuse_addresses,
 )
 from lowrank_tune.features.separated import read_separated
+from lowrank_tune.files import LFS_POINTER
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 """Of the files that hold records."""
@@ -191,7 +192,7 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
     if source.records is not None and suffix in (".csv", ".tsv", ".parquet", ".tar"):
         raise InputError(f"{path}: has one list of records; leave out features.source.records")
     try:
-        if path.stat().st_size < _LARGEST_POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
+        if path.stat().st_size < _LARGEST_POINTER and path.read_bytes().startswith(LFS_POINTER):
             raise ValueError("it is a pointer of Git LFS; fetch the file itself by `git lfs pull`")
         match suffix:
             case ".csv" | ".tsv":
@@ -295,5 +296,4 @@ def _texts(values: list[Any]) -> pa.Array:
 
 
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be written
+    return writable(value if isinstance(value, str) else json.dumps(value, default=str))

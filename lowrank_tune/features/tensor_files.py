@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from lowrank_tune.features.commits import UnusableError
+from lowrank_tune.files import LFS_POINTER
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,7 @@ def read_leaves(file: Path | bytes) -> dict[Leaf, Load]:
         raise UnusableError("the file is empty")
     if start[:1] == b"\x80" and start[1:2] != b"\x02":  # torch's own are of protocol 2
         raise UnusableError(_unpickled(""))
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS_POINTER):
         raise UnusableError("a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
     kind, read = next(((kind, read) for begins, kind, read in _FORMS if begins(start, size)), ("", None))
     if read is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 
 from lowrank_tune.config.source import TensorSource
-from lowrank_tune.errors import InputError
+from lowrank_tune.errors import InputError, writable
 from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.folders import Wanted, find_files
 from lowrank_tune.features.images import HASHING_THREADS, SourceRecords, read_bytes
@@ -60,19 +60,15 @@ def find_tensors(source: TensorSource, said: str = "features.source.tensors") ->
         "number": pa.array(
             [int(match[1]) if (match := _NUMBER.search(name)) else None for name in numbered], pa.int64()
         ),
-        "folder": pa.array([_printable(str(part.parent)) for _, part in parts], pa.string()),
-        "file": pa.array([_printable(str(part)) for _, part in parts], pa.string()),
-        "entry": pa.array([_printable(image.entry) or None for image in images], pa.string()),
+        "folder": pa.array([writable(str(part.parent)) for _, part in parts], pa.string()),
+        "file": pa.array([writable(str(part)) for _, part in parts], pa.string()),
+        "entry": pa.array([writable(image.entry) or None for image in images], pa.string()),
         "tokens": pa.array([image.tokens for image in images], pa.int64()),
         "dim": pa.array([image.dim for image in images], pa.int64()),
         "dtype": pa.array([image.dtype for image in images], pa.string()),
     }
     places = tuple(f"{image.path}::{image.entry}" if image.entry else str(image.path) for image in images)
     return SourceRecords(places, pa.table(columns), (*notes, *how))
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _files(entries: Sequence[str], said: str) -> tuple[list[Path], list[str]]:

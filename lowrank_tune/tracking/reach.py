@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, redact
+from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, is_utf8, redact
 from lowrank_tune.tracking.database import database_state, is_known_revision, is_older
 from lowrank_tune.tracking.store import Store, brief, open_sqlite, resolve_store, set_mlflow_defaults
 
@@ -70,12 +70,8 @@ def _knock(store: Store) -> bool:
 
 
 def _look_at_database(store: Store, path: Path, experiment: str) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"tracking store {path}: MLflow cannot open a file whose name is not UTF-8; rename it"
-        ) from None
+    if not is_utf8(str(path)):
+        raise InputError(f"tracking store {path}: MLflow cannot open a file whose name is not UTF-8; rename it")
     try:
         # Not in sqlite's own way, which makes an empty file where there is none. Beside it, sqlite keeps a journal.
         with tempfile.TemporaryFile(dir=path.resolve().parent):

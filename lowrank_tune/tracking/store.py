@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from lowrank_tune.errors import redact
+from lowrank_tune.files import quoted_in_sqlite
 
 _SQLITE, _SQLITE_QUOTED = "sqlite:///", "sqlite+pysqlite:///"
 REASON_LENGTH = 300
@@ -117,7 +118,7 @@ def local_uri(results: Path) -> str:
 
 def sqlite_uri(path: Path) -> str:
     """The address of a database file, whatever characters its name has."""
-    name = str(path).replace("%", "%25").replace("?", "%3F")
+    name = quoted_in_sqlite(path)
     # MLflow makes the folder that it reads in a plain address, which for a quoted one is another folder.
     return (_SQLITE if name == str(path) else _SQLITE_QUOTED) + name
 
