@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.decoding import IMAGE_SUFFIXES
-from lowrank_tune.features.embedded import is_encoded, is_list, open_table, plain, read_batches, read_members
+from lowrank_tune.features.embedded import is_encoded, is_list, open_table, plain, read_batches, read_members, unwrapped
 from lowrank_tune.features.named import is_image_name
 
 KEPT_BYTES = 1024
@@ -204,11 +204,13 @@ Inside = tuple[pa.Array, npt.NDArray[np.bool_]]
 
 def _known_without_bytes(table: pq.ParquetFile, field: pa.Field) -> list[Inside] | None:
     """Tell from the file's counts and the images' names alone which rows have bytes; None where these do not tell."""
-    column, rows = field.name, table.metadata.num_rows
-    item, (nulls, values) = _item(field.type), _count(table, column)
-    names = [leaf for leaf in _leaves(table, column) if not leaf.endswith(".bytes")]
-    if nulls is None or _is_text(item):
+    column, rows, item = field.name, table.metadata.num_rows, _item(field.type)
+    if _is_text(item):
         return None
+    nulls, values = _count(table, column)
+    if nulls is None:
+        return None
+    names = [leaf for leaf in _leaves(table, column) if not leaf.endswith(".bytes")]
     if _is_struct(item) and names:
         chunks = table.read(columns=names).column(column).chunks
         there = [_flat(chunk).is_valid().to_numpy(zero_copy_only=False) for chunk in chunks]
@@ -248,16 +250,10 @@ def _read_inside(table: pq.ParquetFile, column: str) -> Iterator[Inside]:
 
 
 def _flat(array: pa.Array) -> pa.Array:
-    """The values of all lists, or the array itself, out of dictionaries and extension types."""
-    while True:
-        if isinstance(array, pa.ExtensionArray):
-            array = array.storage
-        elif isinstance(array, pa.DictionaryArray):
-            array = array.dictionary_decode()
-        elif is_list(array.type):
-            array = array.flatten()
-        else:
-            return array
+    """The values of all lists, or the array itself, `unwrapped`."""
+    while is_list((array := unwrapped(array)).type):
+        array = array.flatten()
+    return array
 
 
 def _lengths(array: pa.Array) -> npt.NDArray[np.int64] | None:

@@ -227,17 +227,18 @@ def is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
+def unwrapped(values: pa.Array) -> pa.Array:
+    """The values themselves, out of dictionaries and extension types."""
+    while isinstance(values, pa.ExtensionArray | pa.DictionaryArray):
+        values = values.storage if isinstance(values, pa.ExtensionArray) else values.dictionary_decode()
+    return values
+
+
 def plain(values: pa.Array) -> pa.Array:
-    """Texts or bytes themselves, out of dictionaries, extension types and structs that have `bytes`."""
-    while True:
-        if isinstance(values, pa.ExtensionArray):
-            values = values.storage
-        elif isinstance(values, pa.DictionaryArray):
-            values = values.dictionary_decode()
-        elif isinstance(values, pa.StructArray):
-            values = values.field("bytes")
-        else:
-            return values
+    """Texts or bytes themselves, `unwrapped`, out of structs that have `bytes`."""
+    while isinstance(values := unwrapped(values), pa.StructArray):
+        values = values.field("bytes")
+    return values
 
 
 class Members:

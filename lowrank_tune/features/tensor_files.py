@@ -98,9 +98,16 @@ def natural(text: str) -> list[Any]:
 
 def is_tensors(path: str) -> bool:
     """Whether a file begins as one of tensors does."""
-    with open(path, "rb") as stream:
-        start, size = stream.read(64), os.fstat(stream.fileno()).st_size
+    start, size = _start(path)
     return any(begins(start, size) for begins, _, _ in _FORMS)
+
+
+def _start(file: str | Path | bytes) -> tuple[bytes, int]:
+    """The first bytes of a file, or of a file's bytes, and how many there are."""
+    if isinstance(file, bytes):
+        return file[:64], len(file)
+    with open(file, "rb") as stream:
+        return stream.read(64), os.fstat(stream.fileno()).st_size
 
 
 def read_entry(path: str, entry: str) -> bytes:
@@ -141,11 +148,7 @@ def read_leaves(file: Path | bytes) -> dict[Leaf, Load]:
         UnusableError: it cannot be read, or would have to be unpickled.
         OSError: there is no such file.
     """
-    if isinstance(file, bytes):
-        start, size = file[:64], len(file)
-    else:
-        with open(file, "rb") as stream:
-            start, size = stream.read(64), os.fstat(stream.fileno()).st_size
+    start, size = _start(file)
     if not size:
         raise UnusableError("the file is empty")
     if start[:1] == b"\x80" and start[1:2] != b"\x02":  # torch's own are of protocol 2
@@ -348,14 +351,14 @@ def _read_zip(file: Path | bytes) -> Iterator[tuple[Leaf, Load]]:
     return _read_npz(file) if any(name.endswith(".npy") for name in names) else _read_torch(file)
 
 
-def only_leaf(leaves: Iterable[Leaf], alone: bool = False) -> Leaf:
+def only_leaf(leaves: Iterable[Leaf]) -> Leaf:
     """The one array that is features; an UnusableError, which lists what there is, where none is or several are."""
     leaves = list(leaves)
-    fitting = [leaf for leaf in leaves if leaf.images(alone)[0]]
+    fitting = [leaf for leaf in leaves if leaf.images()[0]]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
-        raise UnusableError(describe(leaves))
+        raise UnusableError(_described(leaves))
     key = re.sub(r"^(\d+|\[\d+\])\.", "", fitting[0].name)  # of each in a list
     raise UnusableError(
         f"holds {len(fitting)} entries that may be the features, {_listed(fitting)}; name one of them, "
@@ -363,9 +366,8 @@ def only_leaf(leaves: Iterable[Leaf], alone: bool = False) -> Leaf:
     )
 
 
-def describe(leaves: Iterable[Leaf]) -> str:
+def _described(leaves: list[Leaf]) -> str:
     """Say what a file holds instead of features."""
-    leaves = list(leaves)
     if len(leaves) == 1 and not leaves[0].name:
         (leaf,) = leaves
         if leaf.problem and not leaf.problem.startswith("not floating"):
