@@ -192,6 +192,20 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
     if source.records is not None and suffix in (".csv", ".tsv", ".parquet", ".tar"):
         raise InputError(f"{path}: has one list of records; leave out features.source.records")
     try:
+        content = _content(path, suffix, source, cache_root, notes)
+        if isinstance(content, pa.Table):
+            return content
+        records = find_records(content, source.image_column, source.records, notes)
+        return apart(columns_of([take_out(record, cache_root) for record in records]))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be a list of records") from error
+
+
+def _content(path: Path, suffix: str, source: ManifestSource, cache_root: Path | None, notes: list[str]) -> Any:
+    """A file's table, or what its JSON is."""
+    try:
         if path.stat().st_size < _LARGEST_POINTER and path.read_bytes().startswith(LFS_POINTER):
             raise ValueError("it is a pointer of Git LFS; fetch the file itself by `git lfs pull`")
         match suffix:
@@ -202,24 +216,15 @@ def read_table(path: Path, source: ManifestSource, cache_root: Path | None, note
                 return apart(read_parquet(path, source.image_column))
             case ".tar":
                 return columns_of(read_tar(path, source.image_column, notes))
-            case _:
-                content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
-                if suffix != ".json" and isinstance(content, dict) and source.records is None:
-                    by_column = all(isinstance(each, dict) and all(map(str.isdigit, each)) for each in content.values())
-                    if has_images([content], source.image_column) and not by_column and "annotations" not in content:
-                        content = [content]  # one line, one record
+        content = parsed(decoded(_read_bytes(path), notes), suffix != ".json")
     except (OSError, ValueError, pa.ArrowException) as error:
         advice = "; it is cut short or damaged: get it again" if suffix == ".parquet" else ""
         raise InputError(f"{path}: cannot be read as {suffix[1:].upper()}: {str(error).rstrip('.')}{advice}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: nested too deeply to be a list of records") from error
-    try:
-        records = find_records(content, source.image_column, source.records, notes)
-        return apart(columns_of([take_out(record, cache_root) for record in records]))
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: nested too deeply to be a list of records") from error
+    if suffix != ".json" and isinstance(content, dict) and source.records is None:
+        by_column = all(isinstance(each, dict) and all(map(str.isdigit, each)) for each in content.values())
+        if has_images([content], source.image_column) and not by_column and "annotations" not in content:
+            return [content]  # one line, one record
+    return content
 
 
 def _read_bytes(path: Path) -> bytes:
