@@ -271,12 +271,31 @@ class QuantisedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RateRow:
+    """A way to keep features, as real bytes, at one setting: means over the test images that were measured."""
+
+    method: str  # `x`, `svd`, `shared`, or the picture itself: `jpeg-q75`, `webp-q75`, `half-side`, `quarter-side`
+    rank: int  # 0 where there are no factors
+    dtype: str  # `int8`, `int8+zlib`, `int8+zstd`, `coded`; of pictures `jpeg` or `webp`
+    target: str  # the relative error that each image was to meet, `0.05`; empty where none was set
+    n_images: int
+    bytes_per_image: float  # what an image alone takes
+    relative_error_mean: float  # of ‖X − Y‖ / ‖X‖ for what comes back, Y
+    relative_error_max: float  # the worst image's
+    token_cosine_mean: float  # as in `ComparisonRow`
+    images_per_second: float | None = None  # that come back, on one CPU thread or the study's GPU
+    shared_bytes: int = 0  # what is kept once for the whole data set
+    trial_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Compression:
     """Bytes against error: what `compression.json` holds."""
 
     stored: tuple[StoredRow, ...] = ()  # the features themselves, then factors by rank, each in every dtype
     pruned: tuple[PrunedRow, ...] = ()  # factors with a rank an image, by target
     models: tuple[QuantisedRow, ...] = ()  # each trained model of the comparison, quantised
+    rates: tuple[RateRow, ...] = ()  # real bytes against error: X, factors and pictures by entropy coders
     words: tuple[str, ...] = ()  # which wins where, a sentence each
 
 
