@@ -289,14 +289,25 @@ class RateRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Pictures:
+    """What the picture itself takes as a file, and how far the features are that it gives when it is encoded again."""
+
+    images: tuple[int, ...] = ()  # the test images that were measured: places in `Split.test`, rising
+    rows: tuple[RateRow, ...] = ()  # one a way to keep the picture; none where nothing was measured
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by method, each image's bytes
+    errors: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by method, each image's ‖X − Y‖ / ‖X‖
+    remarks: tuple[str, ...] = ()  # on what and how it was measured, and what was not and why, a sentence each
+
+
+@dataclass(frozen=True, slots=True)
 class Compression:
     """Bytes against error: what `compression.json` holds."""
 
     stored: tuple[StoredRow, ...] = ()  # the features themselves, then factors by rank, each in every dtype
     pruned: tuple[PrunedRow, ...] = ()  # factors with a rank an image, by target
     models: tuple[QuantisedRow, ...] = ()  # each trained model of the comparison, quantised
-    rates: tuple[RateRow, ...] = ()  # real bytes against error: X, factors and pictures by entropy coders
     words: tuple[str, ...] = ()  # which wins where, a sentence each
+    rates: tuple[RateRow, ...] = ()  # real bytes against error: X, factors and pictures by entropy coders
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ from lowrank_tune.records import (
     FeatureSet,
     Front,
     FrontPoint,
+    Pictures,
     Split,
     TrialOutcome,
 )
@@ -73,13 +74,15 @@ def compare(
     directory: Path,
     groups: Sequence[str] = (),
     confirmations: Sequence[TrialOutcome] = (),
+    pictures: Pictures | None = None,
     device: str = "cpu",
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
 
     Validation chose the model behind a row by the `objective`, so its test figures are honest for that model; what
     its configuration gives with fresh seeds, `confirmations` tell. The seed draws random starts. Times on `device` are
-    only worth comparing when nothing else runs. `groups` names what each of the features' images belongs with.
+    only worth comparing when nothing else runs. `groups` names what each of the features' images belongs with;
+    `pictures` is what their files gave.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -110,12 +113,14 @@ def compare(
         _validated(data, split, directory, outcomes, models, device),
     )
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
+    pictures = pictures or Pictures()
+    compression = replace(compression, rates=(*compression.rates, *pictures.rows))
     said = say.about_study(features, outcomes, confirmations, rows, compression)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
-        remarks=(*said, *unmeasured, *lost, *left_out, *_at_the_floor(optimum, ranks)),
+        remarks=(*said, *unmeasured, *pictures.remarks, *lost, *left_out, *_at_the_floor(optimum, ranks)),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,

@@ -105,8 +105,8 @@ class Study:
         save_decomposer(model, path)
         return path
 
-    def compare(self, objective: str = "val_residual_ratio") -> Comparison:
-        given: dict[str, Any] = {"seed": 3, "directory": self.directory, "confirmations": self.confirmations}
+    def compare(self, objective: str = "val_residual_ratio", **given: Any) -> Comparison:
+        given |= {"seed": 3, "directory": self.directory, "confirmations": self.confirmations}
         given["groups"] = self.groups
         return compare(self.features, self.split, self.outcomes, objective=objective, **given)
 

@@ -9,7 +9,7 @@ import torch
 from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.compression import COUNT_BYTES, DTYPES, TARGETS
 from lowrank_tune.comparison.remarks import compression_texts, which_are_beaten
-from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.records import Compression, Pictures, PrunedRow, QuantisedRow, RateRow, StoredRow
 from tests.comparison.small_study import images
 
 LEVELS = {"int8": 127, "int5": 15, "int4": 7}
@@ -178,3 +178,12 @@ def test_the_sentences_tell_bytes_error_and_components_and_what_few_bits_cost_fa
         "17.2 % to 17.3 %.",
     ]
     assert compression_texts([], [], []) == [] and which_are_beaten([], []) == ""
+
+
+def test_what_the_pictures_gave_stands_in_the_comparison_and_is_read_back(study):
+    row = RateRow("jpeg-q75", 0, "jpeg", "", 2, 900.5, 0.04, 0.05, 0.99, 31.0)
+    pictures = Pictures((0, 3), (row,), {"jpeg-q75": (900, 901)}, {"jpeg-q75": (0.03, 0.05)}, ("on 2 of 6 images",))
+    comparison = study.compare(pictures=pictures)
+    assert row in comparison.compression.rates
+    assert "on 2 of 6 images" in comparison.remarks
+    assert row in read_comparison(study.directory, "val_residual_ratio").compression.rates
