@@ -1,10 +1,11 @@
 """A feature cache, `features/<fingerprint>/`: written, sealed, opened and checked.
 
-    shards/<name>.safetensors   tensor `features` [n, T, D], or those of factors; n <= 64
+    shards/<name>.safetensors   tensor `features` [n, T, D], or those of factors or coded images; n <= 64
     commits/<name>.json         written after its shard: the shard's size, checksums, quarantined keys
     quarantine.json             every quarantined key with its reason; written at sealing
     manifest.json               seals all of the above by digest; written last
     sources/<digest>.parquet    a user's records and the key of each one's image
+    codebook.safetensors        what all coded images share, written before the first shard
 
 A shard counts when its commit is there; a cache counts when its manifest is there. Everything is written whole, and
 names and contents depend only on the images and the fingerprint, so that a cache completed after any kill is byte for
@@ -34,8 +35,11 @@ FORMAT = 1
 SOURCES = "sources"
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.json"
+IDENTITY = "identity.json"
+CODEBOOK = "codebook.safetensors"
 FACTORS = "factors"
-"""The kind of a cache that holds A [T, R] and B [R, D] of each image, X ≈ A·B, in place of X."""
+"""The kind of a cache that holds what a decomposer made of each image in place of X: A [T, R] and B [R, D], or a stream
+of bytes from which, with the codebook, A·B comes back."""
 
 _STREAMS = 8
 """Shards that are read at once: one stream alone fills no network."""
@@ -320,7 +324,22 @@ def _checked_commits(cache: Place, manifest: dict[str, Any], full: bool) -> list
         return [*shard_problems(cache, commit, manifest["identity"], full=full)] or [commit]
 
     with ThreadPoolExecutor(_STREAMS) as threads:
-        return [found for each in threads.map(check, manifest["commits"]) for found in each]
+        commits = [found for each in threads.map(check, manifest["commits"]) for found in each]
+    return [*_codebook_problems(cache, manifest["identity"]), *commits]
+
+
+def _codebook_problems(cache: Place, identity: Identity) -> list[str]:
+    """What is wrong with the codebook of coded images; it is read whole, for all of them stand or fall with it."""
+    if "codebook" not in identity:
+        return []
+    path = f"{cache.name}/{CODEBOOK}"
+    try:
+        found = hashlib.sha256(cache.read(CODEBOOK)).hexdigest()
+    except FileNotFoundError:
+        return [f"{path}: is missing"]
+    except OSError as error:
+        return [f"{path}: cannot be read ({redact(str(error))})"]
+    return [] if found == identity["codebook"] else [f"{path}: is damaged, or another codebook"]
 
 
 def _digest(cache: Place, path: str) -> str | None:

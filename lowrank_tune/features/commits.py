@@ -16,7 +16,7 @@ from pyarrow.fs import FileType
 
 from lowrank_tune.errors import redact
 from lowrank_tune.features.places import Place
-from lowrank_tune.files import parse_header, write_durably
+from lowrank_tune.files import Readable, parse_header, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,9 @@ Identity = dict[str, Any]
 """What the features of a cache depend on, beside the images' bytes."""
 Layout = dict[str, tuple[str, list[int]]]
 """By name, in a shard's order, safetensors' dtype and the shape of each tensor that one image is."""
+LENGTH, STREAM = "length", "stream"
+CODED_IMAGE: Layout = {LENGTH: ("U32", []), STREAM: ("U8", [-1])}
+"""Of a coded image, of as many bytes as `length` says: a shard's `stream` is those of all, one after another."""
 
 SHARD_ROWS = 64
 """Images a shard, at most."""
@@ -32,9 +35,9 @@ TENSOR = "features"
 SHARDS = "shards"
 COMMITS = "commits"
 
-STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8"}
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8", "uint32": "U32"}
 """What safetensors calls each dtype of a cache."""
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1}
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1, "U32": 4}
 
 
 class UnusableError(Exception):
@@ -111,13 +114,14 @@ def layout(identity: Identity) -> Layout:
     }
 
 
-def _header(tensors: Layout, count: int) -> dict[str, Any]:
-    """What a safetensors header says of so many images: each tensor's `dtype`, `shape` and `data_offsets`."""
+def _header(tensors: Layout, count: int, size: int) -> dict[str, Any]:
+    """What a safetensors header says of so many images in `size` bytes: `dtype`, `shape`, `data_offsets` of tensors."""
     entries: dict[str, Any] = {}
     start = 0
     for name, (kind, shape) in tensors.items():
-        end = start + count * _row_bytes(kind, shape)
-        entries[name] = {"dtype": kind, "shape": [count, *shape], "data_offsets": [start, end]}
+        end = size if name == STREAM else start + count * _row_bytes(kind, shape)
+        rows = [end - start] if name == STREAM else [count, *shape]
+        entries[name] = {"dtype": kind, "shape": rows, "data_offsets": [start, end]}
         start = end
     return entries
 
@@ -143,17 +147,17 @@ def commit_shard(
 
     # numpy has no bfloat16, but it has bytes.
     pieces = [[row.reshape(-1).view(torch.uint8).numpy().data for row in rows] for rows in tensors.values()]
+    values = sum(piece.nbytes for rows in pieces for piece in rows)
     header = b""
     if keys:
-        text = json.dumps(
-            _header({name: stored_as(rows[0]) for name, rows in tensors.items()}, len(keys)), separators=(",", ":")
-        ).encode()
+        shapes = CODED_IMAGE if STREAM in tensors else {name: stored_as(rows[0]) for name, rows in tensors.items()}
+        text = json.dumps(_header(shapes, len(keys), values), separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         header = struct.pack("<Q", len(text)) + text
         write_durably(directory / SHARDS / shard, header, *itertools.chain.from_iterable(pieces))
     commit = Commit(
         shard=shard,
-        size=len(header) + sum(piece.nbytes for rows in pieces for piece in rows),
+        size=len(header) + values,
         header=checksum(header) if keys else "",
         rows=tuple((key, checksum(*row)) for key, row in zip(keys, zip(*pieces, strict=True), strict=True)),
         quarantined=tuple(quarantined),
@@ -183,23 +187,43 @@ def shard_problems(cache: Place, commit: Commit, identity: Identity, *, full: bo
         with cache.open(path) as file:
             start, header = parse_header(file, commit.size)
             tensors = layout(identity)
-            if header != (expected := _header(tensors, len(commit.rows))):
+            if header != (expected := _header(tensors, len(commit.rows), commit.size - len(start))):
                 return [f"{name}: holds {_shown(header)}, expected {_shown(expected)}"]
             if not full:
                 return []
-            found = [hashlib.blake2b(digest_size=8) for _ in commit.rows]
-            for kind, shape in tensors.values():
-                for row in found:
-                    row.update(file.read(_row_bytes(kind, shape)))
+            found = _row_checksums(file, tensors, len(commit.rows), commit.size - len(start))
     except FileNotFoundError:
         return [f"{name}: is missing"]
     except (OSError, ValueError) as error:
         return [f"{name}: cannot be read ({redact(str(error))})"]
     problems = [] if checksum(start) == commit.header else [f"{name}: the header is not the one that was committed"]
     for number, (row, (key, committed)) in enumerate(zip(found, commit.rows, strict=True)):
-        if row.hexdigest() != committed:
+        if row != committed:
             problems.append(f"{name}: row {number} ({key[:16]}) is not what was committed")
     return problems
+
+
+def _row_checksums(file: Readable, tensors: Layout, count: int, size: int) -> list[str]:
+    """The checksum of each of `count` rows whose values are the next `size` bytes; a ValueError where they are not."""
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(count)]
+    lengths: list[int] = []
+    for name, (kind, shape) in tensors.items():
+        if name == STREAM and sum(lengths) != size - count * _row_bytes(*CODED_IMAGE[LENGTH]):
+            raise ValueError("the lengths of its streams do not add up to their bytes")
+        for number, digest in enumerate(digests):
+            piece = file.read(lengths[number] if name == STREAM else _row_bytes(kind, shape))
+            digest.update(piece)
+            if name == LENGTH:
+                lengths.append(int.from_bytes(piece, "little"))
+    return [digest.hexdigest() for digest in digests]
+
+
+def stream_lengths(cache: Place, shard: str, count: int) -> list[int]:
+    """Bytes of each of the `count` coded images of a shard; an OSError or ValueError where it cannot be read."""
+    path = f"{SHARDS}/{shard}"
+    with cache.open(path) as file:
+        parse_header(file, cache.get_file_info(path).size)
+        return [int.from_bytes(file.read(_row_bytes(*CODED_IMAGE[LENGTH])), "little") for _ in range(count)]
 
 
 def _shown(header: dict[str, Any]) -> str:

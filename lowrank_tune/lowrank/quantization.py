@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import pad
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
@@ -189,14 +190,16 @@ def _bytes(tensor: Tensor) -> int:
 def ordered(factors: Factors) -> Factors:
     """Return the same products as their SVD, √Σ in either factor, components by falling Σ.
 
-    A [N, T, R] and B [N, R, D], R ≤ min(T, D), give float32 factors of the same shapes; components that are nothing but
-    rounding are nearly zero.
+    A [N, T, R] and B [N, R, D] give float32 factors of the same shapes; components that are nothing but rounding are
+    nearly zero, those beyond min(T, D) are zero.
     """
     q_NTR, left_NRR = torch.linalg.qr(factors.a_NTR.float())
     p_NDR, right_NRR = torch.linalg.qr(factors.b_NRD.float().mT)
-    u_NRR, sigma_NR, vh_NRR = torch.linalg.svd(left_NRR @ right_NRR.mT)
+    u_NRR, sigma_NR, vh_NRR = torch.linalg.svd(left_NRR @ right_NRR.mT, full_matrices=False)
     root_NR = sigma_NR.sqrt()
-    return Factors(q_NTR @ (u_NRR * root_NR[:, None, :]), root_NR[..., None] * (vh_NRR @ p_NDR.mT))
+    zeros = factors.a_NTR.shape[-1] - sigma_NR.shape[-1]
+    a_NTR, b_NRD = q_NTR @ (u_NRR * root_NR[:, None, :]), root_NR[..., None] * (vh_NRR @ p_NDR.mT)
+    return Factors(pad(a_NTR, (0, zeros)), pad(b_NRD, (0, 0, 0, zeros)))
 
 
 def restored_factors(factors: Factors, dtype: str) -> Factors:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save
 
 from lowrank_tune.errors import CacheError
 from lowrank_tune.features.cache import open_cache, read_sealed, seal, verify_cache
-from lowrank_tune.features.commits import commit_shard, shard_name
+from lowrank_tune.features.commits import commit_shard, shard_name, shard_problems, stream_lengths
+from lowrank_tune.features.places import Place
 from lowrank_tune.features.remote import only_writer
 from lowrank_tune.features.shards import fill
 
@@ -126,6 +127,29 @@ def test_a_shard_is_what_safetensors_itself_would_write(tmp_path, dtype, rows):
     assert (tmp_path / "shards" / "whole.safetensors").read_bytes() == expected
     assert (tmp_path / "shards" / "rows.safetensors").read_bytes() == expected
     assert whole.size == len(expected)
+
+
+def test_rows_that_differ_in_length_are_written_as_safetensors_itself_would_and_each_is_under_its_checksum(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "commits").mkdir()
+    lengths, keys = [3, 11, 1, 0], KEYS[:4]
+    rows = [torch.arange(length, dtype=torch.uint8) for length in lengths]
+    parts = {"length": torch.tensor(lengths, dtype=torch.uint32), "stream": rows}
+    commit = commit_shard(tmp_path, "a.safetensors", keys, parts, [])
+    path, whole = tmp_path / "shards" / "a.safetensors", save(parts | {"stream": torch.cat(rows)})
+    assert path.read_bytes() == whole
+    assert stream_lengths(Place(tmp_path), commit.shard, len(keys)) == lengths
+    identity = IDENTITY | {"tensors": {"stream": ["U8", [-1]], "length": ["U32", []]}}
+    for full in (False, True):
+        assert shard_problems(Place(tmp_path), commit, identity, full=full) == []
+    values = len(whole) - 15
+    for position, reason in [
+        (values, "row 0 "), (values + 3, "row 1 "), (values + 14, "row 2 "),
+        (values - 16, "the lengths of its streams do not add up"), (values - 13, "do not add up"), (20, "holds "),
+    ]:  # fmt: skip
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        (problem,) = shard_problems(Place(tmp_path), commit, identity, full=True)
+        assert "a.safetensors" in problem and reason in problem
 
 
 def test_an_all_broken_shard_is_committed_without_a_file(tmp_path):

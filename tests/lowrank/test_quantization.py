@@ -144,6 +144,16 @@ def test_ordered_factors_are_the_same_product_by_falling_weight(shape):
     assert (lengths.diff() <= 1e-6).all()
 
 
+@pytest.mark.parametrize("rank", [TOKENS + 3, DIM + 5])
+def test_factors_of_more_components_than_an_image_has_ranks_are_ordered_and_filled_with_zeros(rank):
+    generator = torch.Generator().manual_seed(0)
+    made = Factors(*(torch.randn(3, *shape, generator=generator) for shape in ((TOKENS, rank), (rank, DIM))))
+    a, b = ordered(made)
+    assert (a.shape, b.shape) == (made.a_NTR.shape, made.b_NRD.shape)
+    torch.testing.assert_close(a @ b, made.a_NTR @ made.b_NRD, rtol=0, atol=1e-4)
+    assert not a[..., TOKENS:].any() and not b[:, TOKENS:].any()
+
+
 def test_leading_components_of_ordered_factors_are_the_best_of_their_number():
     x = images()
     factors = ordered(mixed(baselines.svd(x, TOKENS)))
