@@ -15,6 +15,7 @@ from lowrank_tune.cluster.study_dir import find_study, read_plan, read_status, r
 from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.pictures import measure_pictures
 from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import compare_study
@@ -81,7 +82,10 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
     comparison = None if again else read_comparison(study.directory, study.plan.spec.objective)
     if comparison is None:
         with _writing(study):
-            comparison = compare_study(study.plan, study.features, study.split, study.outcomes, study.confirmations)
+            pictures = measure_pictures(study.plan, study.features, study.split.test)
+            comparison = compare_study(
+                study.plan, study.features, study.split, study.outcomes, study.confirmations, pictures
+            )
     return replace(comparison, remarks=(*study.remarks, *comparison.remarks))
 
 

@@ -283,7 +283,9 @@ class RateRow:
     relative_error_mean: float  # of ‖X − Y‖ / ‖X‖ for what comes back, Y
     relative_error_max: float  # the worst image's
     token_cosine_mean: float  # as in `ComparisonRow`
-    images_per_second: float | None = None  # that come back, on one CPU thread or the study's GPU
+    images_per_second: float | None = (
+        None  # that come back: on one CPU thread or the study's GPU, pictures on the encoder's
+    )
     shared_bytes: int = 0  # what is kept once for the whole data set
     trial_id: str = ""
 

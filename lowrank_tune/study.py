@@ -43,11 +43,13 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.groups import image_groups
+from lowrank_tune.features.pictures import measure_pictures
 from lowrank_tune.features.remote import local_copy, open_local
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
 from lowrank_tune.records import (
     Comparison,
     FeatureSet,
+    Pictures,
     Split,
     StudyProgress,
     TrialOutcome,
@@ -241,9 +243,9 @@ def open_features(directory: str | Path) -> FeatureMatrix:
 
 
 def compare_study(
-    plan: Plan, features: FeatureSet, split: Split, outcomes: Trials, confirmations: Trials
+    plan: Plan, features: FeatureSet, split: Split, outcomes: Trials, confirmations: Trials, pictures: Pictures
 ) -> Comparison:
-    """Compare what a study's trials left, on its test split; errors as `compare`."""
+    """Compare what a study's trials left, on its test split, with what its pictures gave; errors as `compare`."""
     return compare(
         features,
         split,
@@ -253,6 +255,7 @@ def compare_study(
         directory=plan.study_dir,
         groups=image_groups(features, plan.spec.split.group_by),
         confirmations=confirmations,
+        pictures=pictures,
         device=device_of(plan.spec),
     )
 
@@ -351,8 +354,9 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
             say(f"training the best of each rank again: {repetitions} with fresh seeds")
             progress.trials(repetitions)
         confirmations = confirm_trials(plan, best, observers)
+        pictures = measure_pictures(plan, features, split.test, say)
     say(f"comparing with the SVD and the controls on {len(split.test)} test images")
-    comparison = compare_study(plan, features, split, outcomes, confirmations)
+    comparison = compare_study(plan, features, split, outcomes, confirmations, pictures)
     # Here, for it imports what draws, which takes seconds.
     from lowrank_tune.report.report import write_report
 

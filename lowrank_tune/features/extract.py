@@ -40,6 +40,8 @@ from lowrank_tune.records import FeatureSet
 if TYPE_CHECKING:
     import ray.data
 
+    from lowrank_tune.features.encoder import Encoder
+
 FIELDS_SHOWN = 5
 CALLS_AT_ONCE = 3
 """Shards an encoder has in hand: one is encoded while two are written, for writing may take longer than encoding."""
@@ -199,6 +201,12 @@ def plan_extraction(spec: FeaturesSpec, cache_root: Path, records: SourceRecords
         identity = {"kind": "tensors", "forward": IMPORT_VERSION, "store_dtype": spec.store_dtype}
         identity |= {"tokens": tokens, "dim": dim}
         return ImportTensors(str(root / fingerprint(identity)), identity, "imported tensors", "unknown")
+    return plan_encoding(spec, root)
+
+
+def plan_encoding(spec: FeaturesSpec, cache_root: Path) -> EncodeImages:
+    """`plan_extraction` of images, whichever these are."""
+    root = cache_root.absolute()
     config = read_checkpoint_config(spec.encoder.checkpoint, root)
     tower = find_tower(config, root)
     identity = image_identity(spec, config, tower.digest())
@@ -308,8 +316,12 @@ class EncodeImages(ShardJob):
             compute=ray.data.TaskPoolStrategy(size=None if self.spec.decoders == "auto" else self.spec.decoders),
         )
 
-    def open(self, pool: Pool) -> Callable[[ShardPlan, Row], Made]:
-        """Load the tower; threads that make shards take turns at it, while others write theirs."""
+    def load_encoder(self, pool: Pool) -> Encoder:
+        """Load the tower, onto a worker's GPU where the pool gives it one.
+
+        Raises:
+            InputError: torch sees no GPU, or as `Encoder`.
+        """
         # Both take seconds to import, which the driver need not spend.
         import torch
 
@@ -321,8 +333,14 @@ class EncodeImages(ShardJob):
                 "install a torch built for it and its driver, or start Ray without GPUs (num_gpus=0)"
             )
         batch = None if self.spec.batch_size == "auto" else self.spec.batch_size
-        device, store_dtype = "cuda" if pool.gpus else "cpu", self.identity["store_dtype"]
-        encoder = Encoder(self.config, self.tower, self.spec.encoder.compute_dtype, device, batch)
+        device = "cuda" if pool.gpus else "cpu"
+        return Encoder(self.config, self.tower, self.spec.encoder.compute_dtype, device, batch)
+
+    def open(self, pool: Pool) -> Callable[[ShardPlan, Row], Made]:
+        """Load the tower; threads that make shards take turns at it, while others write theirs."""
+        import torch
+
+        encoder, store_dtype = self.load_encoder(pool), self.identity["store_dtype"]
 
         def make(plan: ShardPlan, row: Row) -> Made:
             keys, quarantined, problem = pickle.loads(row["decoded"])

@@ -19,6 +19,7 @@ from lowrank_tune.features.cache import SOURCES
 from lowrank_tune.features.commits import checksum
 from lowrank_tune.features.embedded import find_place, parts, read_place, turn
 from lowrank_tune.files import file_sha256, write_durably
+from lowrank_tune.records import FeatureSet
 
 HASHING_THREADS = 8
 _REASONS_SHOWN, _PATH_SHOWN = 5, 1000
@@ -55,6 +56,27 @@ def read_recorded(path: str) -> bytes:
         if unescaped(path) == path:
             raise
         return read_bytes(unescaped(path))
+
+
+def read_original(features: FeatureSet, key: str) -> bytes:
+    """Read the file behind an image's features; an OSError, with a reason, where no record names one that is here."""
+    try:
+        records = pyarrow.parquet.read_table(
+            features.records_path, columns=["key", "path"], filters=[("key", "==", key)]
+        )
+    except pa.ArrowException as error:
+        raise OSError(f"{features.records_path}: the images' paths cannot be read ({error})") from error
+    reason = f"no record names the file of {key[:16]}"
+    for path in filter(None, records["path"].to_pylist()):
+        try:
+            data = read_recorded(path)
+        except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+            reason = f"{path}: {getattr(error, 'strerror', None) or error}"
+            continue
+        if hashlib.sha256(data).hexdigest() == key:
+            return data
+        reason = f"{path}: has changed since"
+    raise OSError(reason)
 
 
 def read_unchanged(image: str, key: str) -> bytes:

@@ -5,7 +5,6 @@ T tokens lie on a grid of H x W places in row-major order; D dim, K channels sho
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,7 +20,7 @@ from torch import Tensor
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.commits import UnusableError
 from lowrank_tune.features.decoding import open_picture
-from lowrank_tune.features.images import read_recorded
+from lowrank_tune.features.images import read_original
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.records import FeatureSet, Split
@@ -193,20 +191,10 @@ def compare_regions(
 def photograph(features: FeatureSet, key: str) -> Image.Image | None:
     """The picture behind an image's features, as they saw it; None where no record names one that is here unchanged."""
     try:
-        records = pd.read_parquet(features.records_path, columns=["key", "path"], filters=[("key", "==", key)])
-    except (OSError, ValueError, KeyError) as error:
-        logger.info("%s: the images' paths cannot be read (%s)", features.records_path, error)
+        return open_picture(read_original(features, key), None)  # its features were within features.max_pixels
+    except (OSError, UnusableError) as error:
+        logger.info("not shown beside its maps: %s", error)
         return None
-    for image in records["path"]:
-        if isinstance(image, str):
-            try:
-                data = read_recorded(image)
-                if hashlib.sha256(data).hexdigest() == key:
-                    return open_picture(data, None)  # its features were within features.max_pixels
-                logger.info("%s: not shown beside its maps (it has changed)", image)
-            except (OSError, ValueError, UnusableError) as error:
-                logger.info("%s: not shown beside its maps (%s)", image, error)
-    return None
 
 
 def inside_boxes(boxes: Iterable[Box], height: int, width: int) -> NDArray[np.bool_] | None:

@@ -96,6 +96,8 @@ def test_a_stopped_study_is_compared_with_the_trials_that_it_has(stopped: Path, 
     assert trained <= {outcome.config.trial_id for outcome in past.outcomes}
     assert (past.directory / "comparison.json").is_file()
     had = {(row.method, row.rank): row.residual_ratio_mean for row in ran.result.comparison.rows}
+    pictures = {row for row in ran.result.comparison.compression.rates if row.dtype in ("jpeg", "webp")}
+    assert pictures and pictures <= set(comparison.compression.rates), "kept from when the study ran"
     controls = [row for row in comparison.rows if not row.trial_id]
     assert [row.residual_ratio_mean for row in controls] == pytest.approx([had[r.method, r.rank] for r in controls])
 

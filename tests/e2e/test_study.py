@@ -51,6 +51,16 @@ def test_comparison_has_every_method_at_every_rank(ran: Ran) -> None:
     assert all(s["residual_ratio_mean"] < r["residual_ratio_mean"] for s, r in zip(sketch, random, strict=True))
 
 
+def test_the_pictures_of_the_test_images_stand_beside_their_features(ran: Ran) -> None:
+    rates = json.loads((ran.result.directory / "compression.json").read_text())["rates"]
+    pictures = {row["method"]: row for row in rates if row["dtype"] in ("jpeg", "webp")}
+    assert {"jpeg-q75", "webp-q75", "half-side", "quarter-side"} < pictures.keys()
+    for row in pictures.values():
+        assert row["n_images"] == 6 and row["bytes_per_image"] > 300 and row["relative_error_mean"] > 0
+    (said,) = [remark for remark in ran.result.comparison.remarks if remark.startswith("the picture itself")]
+    assert "on 6 of 6 test images" in said and "tiny-random on 1 CPU thread" in said
+
+
 def test_the_best_of_each_rank_is_confirmed_and_nothing_else(ran: Ran) -> None:
     repeats = ran.result.confirmations
     best = {
