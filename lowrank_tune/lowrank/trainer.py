@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,7 @@ class Trainer:
             for weight in self._weights if self.world.size > 1 else ():
                 weight.grad = self.world.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
             self._optimizer.step()
+            self.model.settle()
         return self.world.sum(total).item() / len(train)
 
     def _precompute(self) -> None:
@@ -298,8 +299,18 @@ def initialise(
     generator = stream(config.seed, "initialise")
     order = torch.randperm(len(train), generator=generator)[:INITIAL_IMAGES].tolist()
     images = [train[place] for place in order]
-    starts = range(0, len(images), at_once)
-    model.initialise((load(images[start : start + at_once]) for start in starts), generator)
+    model.initialise(_Batches(load, images, at_once), generator)
+
+
+class _Batches:
+    """Batches that are loaded as they are gone through, as often as that is."""
+
+    def __init__(self, load: Callable[[Sequence[int]], Tensor], images: Sequence[int], at_once: int) -> None:
+        self._load, self._images, self._at_once = load, images, at_once
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self._images), self._at_once):
+            yield self._load(self._images[start : start + self._at_once])
 
 
 def largest_share(config: TrialConfig, world: World = ALONE) -> int:

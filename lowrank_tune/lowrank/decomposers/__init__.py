@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,18 +16,19 @@ from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
 from lowrank_tune.lowrank.decomposers.direct import Direct
 from lowrank_tune.lowrank.decomposers.refined import Refined
+from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.decomposers.sketch import Sketch
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.records import TrialConfig
 
-FAMILIES: Mapping[str, type[Decomposer]] = {cls.family: cls for cls in (Direct, Sketch, Refined)}
+FAMILIES: Mapping[str, type[Decomposer]] = {cls.family: cls for cls in (Direct, Sketch, Refined, Shared)}
 
 
 def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
     """Make a trial's decomposer for features [tokens, dim], its weights drawn from the trial's seed.
 
     Raises:
-        InputError: There is no such family, it takes other parameters, or the rank exceeds min(tokens, dim).
+        InputError: There is no such family, it takes other parameters, or it has no such rank.
     """
     return _make(config.family, tokens, dim, config.rank, config.family_params, stream(config.seed, "weights"))
 
@@ -60,7 +62,7 @@ def load_decomposer(path: Path) -> Decomposer:
 
 
 def _make(
-    family: str, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
+    family: str, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator
 ) -> Decomposer:
     if family not in FAMILIES:
         raise InputError(f"family {family}: there is none of this name; choose of {', '.join(FAMILIES)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Decomposer(nn.Module, ABC):
         generator: Draws the weights; on the CPU.
 
     Raises:
-        InputError: The rank exceeds min(tokens, dim), or `params` are not the family's.
+        InputError: The rank exceeds the family's `highest_rank`, or `params` are not the family's.
     """
 
     family: ClassVar[str]
@@ -47,13 +47,12 @@ class Decomposer(nn.Module, ABC):
     ordered: ClassVar[bool] = False
     """Whether `forward` serves lower ranks, too, by leading columns: one training can then serve them all."""
 
-    def __init__(
-        self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
-    ) -> None:
+    def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
         super().__init__()
-        if not 1 <= rank <= min(tokens, dim):
+        highest = self.highest_rank(tokens, dim)
+        if not 1 <= rank <= highest:
             raise InputError(
-                f"rank {rank}: features of [{tokens}, {dim}] have ranks 1 to {min(tokens, dim)}; lower `rank`"
+                f"rank {rank}: {self.family} has ranks 1 to {highest} for features of [{tokens}, {dim}]; lower `rank`"
             )
         if set(params) != set(self.params):
             raise InputError(
@@ -66,6 +65,11 @@ class Decomposer(nn.Module, ABC):
         self.default_rank = rank
         self.family_params = dict(params)
         self._loss_weights = {rank: 1.0}
+
+    @classmethod
+    def highest_rank(cls, tokens: int, dim: int) -> int:
+        """Return the highest rank that the family has for features [tokens, dim]: by default their own."""
+        return min(tokens, dim)
 
     @abstractmethod
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
@@ -111,7 +115,13 @@ class Decomposer(nn.Module, ABC):
         return (chosen * chosen.new_tensor(list(self._loss_weights.values()))).mean()
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:  # noqa: B027
-        """Set the weights from training images [n, T, D] before the first epoch; by default they stay."""
+        """Set the weights from training images [n, T, D] before the first epoch; by default they stay.
+
+        `x_batches` may be gone through several times.
+        """
+
+    def settle(self) -> None:  # noqa: B027
+        """Bring the weights back to where they belong after a step of the optimiser; by default anywhere."""
 
     def check_rank(self, rank: int | None) -> int:
         """Return the rank to compute; InputError where it is not in 1..`self.rank`."""

@@ -6,6 +6,7 @@ N images, T tokens, D dim, R rank, H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,7 @@ class Direct(Decomposer):
     family = "direct"
     params = ("lambda_b", "lambda_ortho")
 
-    def __init__(
-        self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
-    ) -> None:
+    def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
         super().__init__(tokens, dim, rank, params, generator)
         self.token_in = _linear(dim, HIDDEN, generator)
         self.token_out = _linear(HIDDEN, rank, generator)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,7 @@ class Refined(Decomposer):
     omega_D: Tensor
     start_TW: Tensor
 
-    def __init__(
-        self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
-    ) -> None:
+    def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
         super().__init__(tokens, dim, rank, params, generator)
         steps = int(params["steps"])
         if steps < 1 or steps != params["steps"]:

@@ -7,6 +7,7 @@ B is the least-squares one for its A. N images, T tokens, D dim, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,7 @@ class Sketch(Decomposer):
     family = "sketch"
     ordered = True
 
-    def __init__(
-        self, tokens: int, dim: int, rank: int, params: Mapping[str, float], generator: torch.Generator
-    ) -> None:
+    def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
         super().__init__(tokens, dim, rank, params, generator)
         # The length of a column means nothing to A; elements of size 1 make a learning rate a relative step.
         self.omega_DR = nn.Parameter(torch.randn(dim, rank, generator=generator))

@@ -1,0 +1,195 @@
+"""`shared`: one basis for a whole data set, learned for few bits at little error.
+
+    X̂ = X / rms(X)                    every image counts alike
+    A = X Bᵀ, X ≈ A B                 B [R, D] has orthonormal rows, the first along the mean token M: A B, of rank R,
+                                      is (X − M) BᵀB + M, and A the least-squares one for B
+    Z = C (X̂ − M̂) Bᵀ [T, R]           coefficients; C [T, T], orthonormal, transforms the tokens (Tucker's form)
+    loss = bits(Z) / T / D + lambda_rate · ‖X̂ − Y‖ / ‖X̂‖
+
+B is the same for every image, so that an image is kept as its coefficients, which `lowrank.coding` writes in bits. In
+training they are rounded by noise added to them, and their bits are those of Laplace distributions with learned scales
+(Ballé, Laparra & Simoncelli, 2017).
+
+N images, T tokens, D dim, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.fft import dct
+from torch import Tensor, nn
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
+from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
+
+TOKEN_TRANSFORMS = ("none", "dct", "learned")
+LEAST_RATIO = 1 / 64
+"""Of a coefficient's scale to the step, below which it is zero for certain."""
+LEAST_SCALE = 1e-6
+"""Of a coefficient, where X̂'s elements are about 1: what never differs from the mean needs a scale, too."""
+
+
+class Shared(Decomposer):
+    """Its basis is ordered at its start: the leading rows of B are the best for fewer ranks.
+
+    Two parameters: `token_transform`, and `lambda_rate`, how many bits an element a relative error of 1 is worth.
+    """
+
+    family = "shared"
+    params = ("token_transform", "lambda_rate")
+    ordered = True
+    mean_D: Tensor
+    transform_TT: Tensor
+
+    def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
+        super().__init__(tokens, dim, rank, params, generator)
+        kind, self.lambda_rate = params["token_transform"], float(params["lambda_rate"])
+        if kind not in TOKEN_TRANSFORMS:
+            raise InputError(f"token_transform {kind!r}: there is none; choose of {', '.join(TOKEN_TRANSFORMS)}")
+        if not (math.isfinite(self.lambda_rate) and self.lambda_rate > 0):
+            raise InputError(f"lambda_rate {self.lambda_rate}: must be a number above 0")
+        self.register_buffer("mean_D", torch.zeros(dim))
+        # Elements of size 1 make a learning rate a relative step.
+        start_DR = torch.randn(dim, rank, generator=generator)
+        self.basis_RD = nn.Parameter(orthonormalise(start_DR).mT.contiguous() * dim**0.5)
+        if kind == "none":
+            self.register_buffer("transform_TT", torch.eye(tokens))
+        elif kind == "dct":
+            self.register_buffer("transform_TT", grid_dct(tokens))
+        else:
+            self.transform_TT = nn.Parameter(torch.eye(tokens) * tokens**0.5)
+        self.log_scale_TR = nn.Parameter(torch.zeros(tokens, rank))
+        self.log_step = nn.Parameter(torch.tensor(-3.0))
+        # The noise of training is part of the loss, not of the weights: a model restored goes on as it would have.
+        self.register_buffer("noise_seed", torch.randint(2**31, (), generator=generator))
+
+    @classmethod
+    def highest_rank(cls, tokens: int, dim: int) -> int:
+        """Return D: of so many directions a data set may be, whatever one image has."""
+        return dim
+
+    @property
+    def basis(self) -> Tensor:
+        """B [R, D]."""
+        return self.basis_RD / self.dim**0.5
+
+    @property
+    def transform(self) -> Tensor:
+        """C [T, T]."""
+        return self.transform_TT / self.tokens**0.5 if self._learns_transform else self.transform_TT
+
+    @property
+    def _learns_transform(self) -> bool:
+        return isinstance(self.transform_TT, nn.Parameter)
+
+    def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
+        """Decompose images [N, T, D], at the model's rank or a smaller one."""
+        basis_RD = self.basis[: self.check_rank(rank)]
+        return Factors(x_NTD @ basis_RD.mT, basis_RD.expand(len(x_NTD), -1, -1))
+
+    def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:
+        """Set B to the mean and the principal axes of the tokens of training images [n, T, D], and fit the scales."""
+        total, images = torch.zeros(self.dim, dtype=torch.float64), 0
+        for x_NTD in x_batches:
+            total += unit_images(x_NTD)[0].double().mean(1).sum(0).cpu()
+            images += len(x_NTD)
+        mean_D = (total / max(images, 1)).to(self.mean_D)
+        direction_D = mean_D / torch.linalg.vector_norm(mean_D).clamp_min(torch.finfo(mean_D.dtype).tiny)
+
+        def centred() -> Iterator[Tensor]:
+            for x_NTD in x_batches:
+                tokens_NTD = unit_images(x_NTD)[0] - mean_D
+                yield tokens_NTD - (tokens_NTD @ direction_D)[..., None] * direction_D
+
+        with torch.no_grad():
+            axes_DR = principal_axes(centred(), self.rank, generator).to(mean_D)
+            kept = direction_D[:, None] if mean_D.any() else axes_DR[:, :1]
+            others = axes_DR[:, : self.rank - 1] if mean_D.any() else axes_DR[:, 1:]
+            self.mean_D.copy_(mean_D)
+            self.basis_RD.copy_(orthonormalise(torch.cat([kept, others], 1)).mT * self.dim**0.5)
+            if self._learns_transform:
+                self.transform_TT.copy_(self._token_axes(x_batches) * self.tokens**0.5)
+            self._fit_scales(x_batches, images)
+
+    def _token_axes(self, x_batches: Iterable[Tensor]) -> Tensor:
+        """Return the principal axes of the tokens [T, T], largest first, all components alike."""
+        moment_TT = self.mean_D.new_zeros(self.tokens, self.tokens, dtype=torch.float64)
+        for x_NTD in x_batches:
+            z_NTR = self._projected(x_NTD)
+            power_R = z_NTR.square().mean((0, 1)).clamp_min(LEAST_SCALE**2)
+            unit_NTR = (z_NTR * power_R.rsqrt()).double()
+            moment_TT += torch.einsum("ntr,nsr->ts", unit_NTR, unit_NTR)
+        return torch.linalg.eigh(moment_TT).eigenvectors.flip(-1).mT.to(self.mean_D)
+
+    def _fit_scales(self, x_batches: Iterable[Tensor], images: int) -> None:
+        """Set each coefficient's scale to its mean size, the Laplace distribution's maximum of likelihood."""
+        sizes_TR = torch.zeros_like(self.log_scale_TR)
+        for x_NTD in x_batches:
+            sizes_TR += self.coefficients(x_NTD).abs().sum(0)
+        self.log_scale_TR.copy_((sizes_TR / max(images, 1)).clamp_min(LEAST_SCALE).log())
+
+    def settle(self) -> None:
+        """Make B's rows, and C, orthonormal again."""
+        with torch.no_grad():
+            self.basis_RD.copy_(orthonormalise(self.basis_RD.mT).mT * self.dim**0.5)
+            if self._learns_transform:
+                self.transform_TT.copy_(orthonormalise(self.transform_TT.mT).mT * self.tokens**0.5)
+
+    def _projected(self, x_NTD: Tensor) -> Tensor:
+        return (unit_images(x_NTD)[0] - self.mean_D) @ self.basis.mT
+
+    def coefficients(self, x_NTD: Tensor) -> Tensor:
+        """Return Z [N, T, R] of images [N, T, D]."""
+        return self.transform @ self._projected(x_NTD)
+
+    def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
+        """Return bits an element of X and lambda_rate times the relative error, the mean over images [N, T, D]."""
+        unit_NTD, seen_N = unit_images(precomputed[0])
+        z_NTR = self.transform @ ((unit_NTD - self.mean_D) @ self.basis.mT)
+        step = self.log_step.exp()
+        exact_NTR = z_NTR / step
+        rounding_NTR = (exact_NTR.round() - exact_NTR).detach()
+        bits_N = laplace_bits(exact_NTR + rounding_NTR, (self.log_scale_TR - self.log_step).exp()).sum((-2, -1))
+        inside_N = (step * rounding_NTR).square().sum((-2, -1))
+        outside_N = (unit_NTD - self.mean_D).square().sum((-2, -1)) - z_NTR.square().sum((-2, -1))
+        elements = self.tokens * self.dim
+        error_N = ((inside_N + outside_N.clamp_min(0)) / elements + LEAST_SCALE**2).sqrt()
+        return ((bits_N / elements + self.lambda_rate * error_N) * seen_N).mean()
+
+
+def unit_images(x_NTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images over their root mean square, and which [N] are not all zeros."""
+    energy_N = torch.linalg.vector_norm(x_NTD, dim=(-2, -1), dtype=torch.float64)
+    rms_N = (energy_N / x_NTD[0].numel() ** 0.5).to(x_NTD.dtype).clamp_min(torch.finfo(x_NTD.dtype).tiny)
+    return x_NTD / rms_N[:, None, None], energy_N > 0
+
+
+def laplace_bits(u: Tensor, scale: Tensor) -> Tensor:
+    """Return −log2 of the chance that a Laplace variable of this scale lies within ½ of u; shapes broadcast."""
+    scale, size = scale.clamp_min(LEAST_RATIO), u.abs()
+    # Each part within its own range: the other's gradient may not be finite.
+    within, beyond = size.clamp_max(0.5), size.clamp_min(0.5) - 0.5
+    near = -torch.log1p(-0.5 * ((within - 0.5) / scale).exp() - 0.5 * ((-within - 0.5) / scale).exp())
+    far = beyond / scale - (-torch.expm1(-1 / scale)).log() + math.log(2)
+    return torch.where(size < 0.5, near, far) / math.log(2)
+
+
+def grid_dct(tokens: int) -> Tensor:
+    """Return the orthonormal 2-D DCT-II of a square grid of tokens, row by row, as a matrix [T, T].
+
+    Raises:
+        InputError: the number of tokens is no square.
+    """
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise InputError(
+            f"token_transform dct: {tokens} tokens are no square grid; take `learned`, which fits any order, or `none`"
+        )
+    row = dct(np.eye(side), norm="ortho", axis=0)
+    return torch.from_numpy(np.kron(row, row)).float()
