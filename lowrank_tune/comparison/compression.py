@@ -93,7 +93,8 @@ def measure_compression(
                 models.append(QuantisedRow(method.name, method.rank, method.trial_id, *sizes, before, after))
         trials = {method.kind: method.trial_id for method in best}
         stored, pruned = _rows(pd.concat(found), (data.tokens, data.dim), trials)
-        return Compression(stored, pruned, tuple(models), tuple(compression_texts(stored, pruned, models))), []
+        words = tuple(compression_texts(stored, pruned, models))
+        return Compression(stored, pruned, tuple(models), words=words), []
     except CacheError:
         raise
     except Exception as error:

@@ -29,7 +29,14 @@ from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
 from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
 
 TOKEN_TRANSFORMS = ("none", "dct", "learned")
-LEAST_RATIO = 1 / 64
+PACE = 10.0
+"""What a step of the optimiser counts for a number that rules all coefficients."""
+FADING, PRIOR, SMALL = 0.625, 2.0, 0.3
+"""How `surprise` weighs: an older group's part of the next one's, what is taken for seen beforehand, and the expected
+size below which a coefficient counts by it."""
+MOST_DEAD = 0.25
+"""By how much `rounded` moves a border at most."""
+LEAST_RATIO = 1 / 16
 """Of a coefficient's scale to the step, below which it is zero for certain."""
 LEAST_SCALE = 1e-6
 """Of a coefficient, where X̂'s elements are about 1: what never differs from the mean needs a scale, too."""
@@ -46,6 +53,8 @@ class Shared(Decomposer):
     ordered = True
     mean_D: Tensor
     transform_TT: Tensor
+    group_T: Tensor
+    dither_TR: Tensor
 
     def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
         super().__init__(tokens, dim, rank, params, generator)
@@ -65,9 +74,10 @@ class Shared(Decomposer):
         else:
             self.transform_TT = nn.Parameter(torch.eye(tokens) * tokens**0.5)
         self.log_scale_TR = nn.Parameter(torch.zeros(tokens, rank))
-        self.log_step = nn.Parameter(torch.tensor(-3.0))
-        # The noise of training is part of the loss, not of the weights: a model restored goes on as it would have.
-        self.register_buffer("noise_seed", torch.randint(2**31, (), generator=generator))
+        self.log_step = nn.Parameter(torch.tensor(math.log(0.2) / PACE))
+        self.adaptation = nn.Parameter(torch.zeros(()))
+        self.register_buffer("group_T", _groups(kind, tokens))
+        self.register_buffer("dither_TR", torch.rand(tokens, rank, generator=generator) - 0.5, persistent=False)
 
     @classmethod
     def highest_rank(cls, tokens: int, dim: int) -> int:
@@ -77,7 +87,8 @@ class Shared(Decomposer):
     @property
     def basis(self) -> Tensor:
         """B [R, D]."""
-        return self.basis_RD / self.dim**0.5
+        basis_RD: Tensor = self.basis_RD / self.dim**0.5
+        return basis_RD
 
     @property
     def transform(self) -> Tensor:
@@ -125,7 +136,8 @@ class Shared(Decomposer):
             power_R = z_NTR.square().mean((0, 1)).clamp_min(LEAST_SCALE**2)
             unit_NTR = (z_NTR * power_R.rsqrt()).double()
             moment_TT += torch.einsum("ntr,nsr->ts", unit_NTR, unit_NTR)
-        return torch.linalg.eigh(moment_TT).eigenvectors.flip(-1).mT.to(self.mean_D)
+        axes_TT: Tensor = torch.linalg.eigh(moment_TT).eigenvectors.flip(-1).mT
+        return axes_TT.to(self.mean_D)
 
     def _fit_scales(self, x_batches: Iterable[Tensor], images: int) -> None:
         """Set each coefficient's scale to its mean size, the Laplace distribution's maximum of likelihood."""
@@ -142,25 +154,46 @@ class Shared(Decomposer):
                 self.transform_TT.copy_(orthonormalise(self.transform_TT.mT).mT * self.tokens**0.5)
 
     def _projected(self, x_NTD: Tensor) -> Tensor:
-        return (unit_images(x_NTD)[0] - self.mean_D) @ self.basis.mT
+        projected_NTR: Tensor = (unit_images(x_NTD)[0] - self.mean_D) @ self.basis.mT
+        return projected_NTR
 
     def coefficients(self, x_NTD: Tensor) -> Tensor:
         """Return Z [N, T, R] of images [N, T, D]."""
-        return self.transform @ self._projected(x_NTD)
+        z_NTR: Tensor = self.transform @ self._projected(x_NTD)
+        return z_NTR
 
     def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
         """Return bits an element of X and lambda_rate times the relative error, the mean over images [N, T, D]."""
         unit_NTD, seen_N = unit_images(precomputed[0])
         z_NTR = self.transform @ ((unit_NTD - self.mean_D) @ self.basis.mT)
-        step = self.log_step.exp()
-        exact_NTR = z_NTR / step
-        rounding_NTR = (exact_NTR.round() - exact_NTR).detach()
-        bits_N = laplace_bits(exact_NTR + rounding_NTR, (self.log_scale_TR - self.log_step).exp()).sum((-2, -1))
-        inside_N = (step * rounding_NTR).square().sum((-2, -1))
+        log_step = PACE * self.log_step
+        exact_NTR, log_ratio_TR = z_NTR / log_step.exp(), self.log_scale_TR - log_step
+        rounded_NTR = rounded(exact_NTR.detach(), log_ratio_TR.detach())
+        noisy_NTR = exact_NTR + ((exact_NTR + self.dither_TR).round() - (exact_NTR + self.dither_TR)).detach()
+        log_ratio_NTR = log_ratio_TR + PACE * self.adaptation * self.surprise(rounded_NTR, log_ratio_TR.detach())
+        coded_TR = log_ratio_TR.detach() > math.log(LEAST_RATIO)
+        bits_N = (laplace_bits(noisy_NTR, log_ratio_NTR.exp()) * coded_TR).sum((-2, -1))
+        lost_NTR = torch.where(rounded_NTR == 0, z_NTR, log_step.exp() * (exact_NTR.detach() - rounded_NTR))
         outside_N = (unit_NTD - self.mean_D).square().sum((-2, -1)) - z_NTR.square().sum((-2, -1))
         elements = self.tokens * self.dim
-        error_N = ((inside_N + outside_N.clamp_min(0)) / elements + LEAST_SCALE**2).sqrt()
+        error_N = ((lost_NTR.square().sum((-2, -1)) + outside_N.clamp_min(0)) / elements + LEAST_SCALE**2).sqrt()
         return ((bits_N / elements + self.lambda_rate * error_N) * seen_N).mean()
+
+    def surprise(self, rounded_NTR: Tensor, log_ratio_TR: Tensor) -> Tensor:
+        """Return by how much the coefficients of earlier groups of tokens were larger than expected, as a logarithm.
+
+        Groups follow each other as they are coded; each has [N, 1, R] of those before it, newer ones counting more.
+        """
+        expected_TR = expected_size(log_ratio_TR)
+        weight_TR = 1 / (expected_TR + SMALL)
+        member_GT = torch.nn.functional.one_hot(self.group_T).T.to(expected_TR)
+        found_NGR = member_GT @ (rounded_NTR.abs() * weight_TR)
+        awaited_GR = member_GT @ (expected_TR * weight_TR)
+        ages_GG = torch.arange(len(member_GT), device=expected_TR.device)
+        ages_GG = ages_GG[:, None] - ages_GG - 1
+        past_GG = torch.where(ages_GG >= 0, FADING ** ages_GG.clamp_min(0).to(expected_TR), 0)
+        log_NGR = ((past_GG @ found_NGR + PRIOR) / (past_GG @ awaited_GR + PRIOR)).log()
+        return log_NGR[:, self.group_T]
 
 
 def unit_images(x_NTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +213,30 @@ def laplace_bits(u: Tensor, scale: Tensor) -> Tensor:
     return torch.where(size < 0.5, near, far) / math.log(2)
 
 
+def expected_size(log_ratio: Tensor) -> Tensor:
+    """Return the mean size of a rounded Laplace variable, its scale over the step given as a logarithm."""
+    inverse = (-log_ratio).clamp_max(-math.log(LEAST_RATIO)).exp()
+    size: Tensor = (-0.5 * inverse).exp() / -torch.expm1(-inverse)
+    return size
+
+
+def borders(log_ratio: Tensor) -> Tensor:
+    """Return where a coefficient's size is rounded up to the next whole step, its scale over the step as a logarithm.
+
+    A bit more is worth its cost where it lowers the error D, in steps², by 2 ln 2 D with D = 1/12, as at a fine step:
+    the border between 0 and 1 moves by half of that times the bits between them, and the others with it.
+    """
+    ratio = log_ratio.clamp_min(math.log(LEAST_RATIO)).exp()
+    zero, one = laplace_bits(torch.zeros_like(ratio), ratio), laplace_bits(torch.ones_like(ratio), ratio)
+    return 0.5 + (math.log(2) / 12 * (one - zero)).clamp(0, MOST_DEAD)
+
+
+def rounded(exact: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return whole numbers for exact ones, by `borders`, and 0 below `LEAST_RATIO`."""
+    size = (exact.abs() + 1 - borders(log_ratio)).floor().clamp_min(0)
+    return size * exact.sign() * (log_ratio > math.log(LEAST_RATIO))
+
+
 def grid_dct(tokens: int) -> Tensor:
     """Return the orthonormal 2-D DCT-II of a square grid of tokens, row by row, as a matrix [T, T].
 
@@ -193,3 +250,12 @@ def grid_dct(tokens: int) -> Tensor:
         )
     row = dct(np.eye(side), norm="ortho", axis=0)
     return torch.from_numpy(np.kron(row, row)).float()
+
+
+def _groups(kind: str, tokens: int) -> Tensor:
+    """Return which group [T] each row of C Z is coded in: rows of the grid, or with a dct its shells around 0."""
+    side = math.isqrt(tokens)
+    place_T = torch.arange(tokens)
+    if kind == "dct":
+        return torch.maximum(place_T // side, place_T % side)
+    return place_T // side

@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.coding import HIGHEST, LOWEST, OCTAVE, TOTAL, Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.decomposers.shared import Shared
+
+TOKENS, DIM = 16, 24
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(9)) * 0.7 ** torch.arange(DIM)[:, None]
+    return torch.randn(n, TOKENS, DIM, generator=generator) @ axes + 0.3
+
+
+def model(x: Tensor, rank: int = DIM, transform: str = "dct") -> Shared:
+    made = Shared(
+        x.shape[1],
+        x.shape[2],
+        rank,
+        {"token_transform": transform, "lambda_rate": 10.0},
+        torch.Generator().manual_seed(0),
+    )
+    made.initialise(list(x.split(8)), torch.Generator().manual_seed(1))
+    return made
+
+
+@pytest.fixture(scope="module")
+def book() -> Codebook:
+    return make_codebook(model(images(40)))
+
+
+def error(x: Tensor, y: Tensor) -> float:
+    return (torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(x)).item()
+
+
+@pytest.mark.parametrize("target", [0.002, 0.01, 0.05, 0.14, 0.5, 0.9])
+@pytest.mark.parametrize("transform", ["none", "dct", "learned"])
+def test_an_image_comes_back_within_the_error_and_no_finer_than_asked(target, transform):
+    book = make_codebook(model(images(40), transform=transform))
+    for x in images(3, seed=5):
+        found = error(x, book.decode(book.encode(x, target_error=target)))
+        assert 0.8 * target < found <= target * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e15])
+def test_any_size_of_the_features_gives_as_many_bytes(book, scale):
+    x = images(1, seed=5)[0]
+    stream = book.encode(x * scale, target_error=0.05)
+    assert abs(len(stream) - len(book.encode(x, target_error=0.05))) <= 4
+    assert error(x * scale, book.decode(stream)) <= 0.0501
+
+
+def test_more_bytes_are_nearer_and_never_more_than_allowed(book):
+    x, errors = images(1, seed=6)[0], []
+    for most in (40, 80, 160, 320):
+        stream = book.encode(x, max_bytes=most)
+        assert most - 12 <= len(stream) <= most
+        errors.append(error(x, book.decode(stream)))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "constant channel", "outlier", "unlike the data", "one token"])
+def test_images_unlike_the_others_are_held_as_well(kind):
+    x = images(40)
+    if kind == "constant channel":
+        x[:, :, 3] = 2.5
+    book = make_codebook(model(x))
+    x = x[0].clone()
+    match kind:
+        case "zeros":
+            x[:] = 0
+        case "outlier":
+            x[3, 5] = 1e5
+        case "unlike the data":
+            x = torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(3))
+        case "constant channel":
+            x[4, 3] = -100
+        case "one token":
+            x[1:] = 0
+    y = book.decode(book.encode(x, target_error=0.02))
+    assert torch.linalg.vector_norm(x - y) <= 0.0201 * torch.linalg.vector_norm(x)
+
+
+def test_one_image_is_enough_to_learn_from():
+    x = images(1)
+    book = make_codebook(model(x))
+    assert error(x[0], book.decode(book.encode(x[0], target_error=0.05))) <= 0.0501
+
+
+def test_what_the_rank_cannot_hold_is_refused_with_what_it_can():
+    book = make_codebook(model(images(40), rank=4))
+    with pytest.raises(UnreachableError, match=r"rank 4 holds this image to a relative error of 0\.\d+, not 0\.01"):
+        book.encode(images(1, seed=5)[0], target_error=0.01)
+    with pytest.raises(UnreachableError, match="7 bytes or less"):
+        book.encode(images(1, seed=5)[0], max_bytes=7)
+
+
+def test_a_stream_cut_short_or_with_a_flipped_bit_is_found(book):
+    stream = book.encode(images(1, seed=5)[0], target_error=0.05)
+    broken = [stream[:end] for end in range(len(stream))]
+    broken += [
+        stream[:at] + bytes([stream[at] ^ 1 << bit]) + stream[at + 1 :] for at in range(len(stream)) for bit in (0, 7)
+    ]
+    for each in broken:
+        with pytest.raises(ValueError):
+            book.decode(each)
+
+
+def test_a_codebook_read_back_gives_the_same_streams_and_holds_whole_numbers_alone_for_decoding(book, tmp_path):
+    book.save(tmp_path / "codebook.safetensors")
+    again, x = Codebook.load(tmp_path / "codebook.safetensors"), images(1, seed=5)[0]
+    stream = book.encode(x, target_error=0.05)
+    assert again.encode(x, target_error=0.05) == stream
+    assert torch.equal(again.decode(stream), book.decode(stream))
+    arrays = load_file(tmp_path / "codebook.safetensors")
+    floats = {name for name, array in arrays.items() if array.dtype.kind == "f"}
+    assert floats == {"basis", "mean", "transform", "border"}  # none of which has a say in what is read
+    (tmp_path / "cut").write_bytes((tmp_path / "codebook.safetensors").read_bytes()[:200])
+    for name in ("cut", "absent"):
+        with pytest.raises(InputError, match=f"{name}: not a codebook"):
+            Codebook.load(tmp_path / name)
+
+
+def test_streams_are_within_3_percent_of_what_their_tables_make_ideal(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(9, 64, 64, generator=generator) * 0.998 + 0.001)
+    book = make_codebook(model(x, rank=64, transform="none"))
+    bits: list[float] = []
+    uncounted = book._symbols
+
+    def counted(values, level):
+        parts = uncounted(values, level)
+        low = max(0, -((HIGHEST - level) // OCTAVE))
+        starts = np.append(0, np.cumsum(book._arrays["symbols"]))
+        own = book._arrays["counts"][starts[level - low * OCTAVE - LOWEST] :]
+        bits.append(float(-np.log2(own[parts[0][0]] / TOTAL).sum()) + low * len(values))
+        return parts
+
+    monkeypatch.setattr(book, "_symbols", counted)
+    for target in (0.01, 0.05, 0.2, 0.5):
+        bits.clear()
+        stream = book.encode(x[8], target_error=target)
+        assert len(stream) > 600
+        assert sum(bits) / 8 <= len(stream) <= 1.01 * sum(bits) / 8 + 16
