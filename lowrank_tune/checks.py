@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowrank_tune.config.objective import no_ratio
 from lowrank_tune.config.paths import absolute_paths
 from lowrank_tune.config.plan import Plan, max_rank, split_images
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import known_images, probe_shape
 from lowrank_tune.features.groups import listed_groups
+from lowrank_tune.lowrank.decomposers import FAMILIES
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.trials.outcomes import check_same_images
 
@@ -21,19 +24,34 @@ def check_data(spec: StudySpec, *, trains: bool = True) -> None:
     source = spec.features.source
     groups = listed_groups(source, spec.split.group_by)
     # Only samples, and features themselves, are written into a cache.
-    check_ranks(spec, *probe_shape(spec.features, Path(), spec.seed))
+    check_space(spec, *probe_shape(spec.features, Path(), spec.seed))
     if trains:
         split = split_images(groups, spec.split, spec.seed)
         check_images(spec.report.images, len(split.test))
 
 
-def check_ranks(spec: StudySpec, tokens: int, dim: int) -> None:
-    """Refuse a rank that no matrix [tokens, dim] has."""
-    highest = max_rank(spec)
-    if highest > min(tokens, dim):
+def check_space(spec: StudySpec, tokens: int, dim: int) -> None:
+    """Refuse a rank that a family has not for matrices [tokens, dim], and what needs a grid of tokens without one."""
+    highest, families, least = max_rank(spec), spec.search.space.families.chosen(), min(tokens, dim)
+    limits = {family: FAMILIES[family].highest_rank(tokens, dim) for family in families}
+    above = [family for family, limit in limits.items() if highest > limit == least]
+    if above:
+        alone = "; shared alone may go on to dim" if max(limits.values()) > least else ""
         raise InputError(
-            f"search.space.rank: {highest} is above min(tokens, dim) = min({tokens}, {dim}) = {min(tokens, dim)}, "
-            "the rank of the features themselves; lower it"
+            f"search.space.rank: {highest} is above min(tokens, dim) = min({tokens}, {dim}) = {least}, the rank of the "
+            f"features themselves, and so of {', '.join(above)}; lower it{alone}"
+        )
+    if highest > max(limits.values()):
+        raise InputError(
+            f"search.space.rank: {highest} is above dim = {dim}, the most of {', '.join(limits)}; lower it"
+        )
+    if highest > least and spec.objective == "val_residual_ratio":
+        raise InputError(f"objective: {no_ratio(highest, tokens, dim)}")
+    shared = spec.search.space.families.shared
+    if shared is not None and "dct" in shared.token_transform and math.isqrt(tokens) ** 2 != tokens:
+        raise InputError(
+            f"search.space.families.shared.token_transform: dct needs a square grid of tokens, and {tokens} are none; "
+            "make it learned, which fits any order, or none"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_tune.checks import check_ranks
+from lowrank_tune.checks import check_space
 from lowrank_tune.cluster.study_dir import results_directory
 from lowrank_tune.config.axes import combinations, whole_values
 from lowrank_tune.config.plan import (
@@ -71,7 +71,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     plan = make_plan(spec, results_directory(results), datetime.now(UTC))
     survey = survey_features(spec.features, plan.features_root, spec.seed)
     tokens, dim = survey["features_shape"]
-    check_ranks(spec, tokens, dim)
+    check_space(spec, tokens, dim)
     cost = plan_cost(plan)
     usable = survey["images"] - survey["images_quarantined"]
     split = split_images(listed_groups(spec.features.source, spec.split.group_by)[:usable], spec.split, spec.seed)
@@ -325,7 +325,7 @@ def _describe_survey(spec: StudySpec, cache_root: Path, surveys: list[dict[str, 
     """What the source and its cache hold, which is kept for the next check."""
     survey = survey_features(spec.features, cache_root, spec.seed)
     surveys.append(survey)
-    check_ranks(spec, *survey["features_shape"])
+    check_space(spec, *survey["features_shape"])
     facts = (
         f"{survey['records']} records, {survey['records_unreadable']} unreadable, {survey['images']} distinct images, "
         f"{survey['images_cached']} cached, {survey['images_quarantined']} quarantined; {survey['encoder']} "

@@ -79,7 +79,7 @@ def comparison_of(study: PastStudy, *, again: bool = False) -> Comparison:
         InputError: there is nothing to compare.
         CacheError: features cannot be read.
     """
-    comparison = None if again else read_comparison(study.directory, study.plan.spec.objective)
+    comparison = None if again else read_comparison(study.directory, study.plan.spec.steered_by)
     if comparison is None:
         with _writing(study):
             pictures = measure_pictures(study.plan, study.features, study.split.test)

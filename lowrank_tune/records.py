@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +16,33 @@ CONTROLS = ("random_sketch", "pca_basis", "power_1", "randomized_svd", "gram_eig
 the others know nothing of them."""
 SLOWER = 0.1
 """The part by which the rates of two methods must differ: less is the machine's noise."""
+BYTES_AT_ERROR = "val_bytes_at_error"
+"""What an image takes, mean, in a model's best form that holds it to the study's `target_error`."""
+BYTES_AND_ERROR = ("val_bytes", "val_error")
+"""Of a model's own form: the bytes that an image takes, and its relative error ‖X − Y‖ / ‖X‖, means."""
+RATES = (BYTES_AT_ERROR, *BYTES_AND_ERROR)
+"""Figures of trials whose study has a `target_error`."""
 OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     "val_residual_ratio": "minimize",
     "val_mse": "minimize",
     "val_token_cosine": "maximize",
+    **dict.fromkeys(RATES, "minimize"),
 }
-"""What a study file may name as its `objective`, and which way is better: the figures of a trial's best epoch."""
+"""What a study may be steered by, and which way is better: of a trial's best epoch, as far as it has the figure."""
 
 
 def sign(objective: str) -> float:
     """Of an objective, what makes less of it better."""
     return -1.0 if OBJECTIVES[objective] == "maximize" else 1.0
+
+
+LEADING = (BYTES_AT_ERROR, "val_residual_ratio", "val_mse")
+"""What tells of a trial in one number, less being better: the first that it has."""
+
+
+def leading(figures: Container[str]) -> str:
+    """Return which of `LEADING` tells of a trial with these figures; ρ, where it has none."""
+    return next((name for name in LEADING if name in figures), "val_residual_ratio")
 
 
 BEST_MODEL = "best_model.safetensors"
@@ -114,9 +130,10 @@ class TrialConfig:
     batch_size: int  # images a step
     epochs: int  # the budget
     patience: int  # epochs in a row without a better objective before the trial stops
-    family_params: dict[str, float] = field(default_factory=dict)  # `lambda_b`, `lambda_ortho`, `steps`
+    family_params: dict[str, float | str] = field(default_factory=dict)  # `lambda_b`, `steps`, `token_transform`
     nested_ranks: tuple[int, ...] = ()  # that this one training serves, up to `rank`; empty when it serves `rank` alone
     objective: str = "val_residual_ratio"  # what early stopping, the learning rate and the kept weights go by
+    target_error: float | None = None  # the relative error at which bytes are counted; None where nobody asks for them
     confirms: str = ""  # the trial whose configuration this one repeats with a fresh seed; empty for the search's own
 
     def __post_init__(self) -> None:
@@ -144,7 +161,7 @@ class TrialOutcome:
     stopped_by: StoppedBy
     epochs: int  # trained
     best_epoch: int  # of the saved model, from 1; 0 when there is none
-    best: dict[str, float]  # `val_mse`, `val_token_cosine` and `val_residual_ratio` at that epoch
+    best: dict[str, float]  # the figures of `OBJECTIVES` that it has, at that epoch
     directory: str  # `studies/<study_id>/trials/<trial_id>`
     seconds: float  # wall time of its training
     reason: str = ""  # why it failed, one line

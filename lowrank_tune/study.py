@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import torch
 
-from lowrank_tune.checks import check_begun, check_data, check_ranks, paths_explained
+from lowrank_tune.checks import check_begun, check_data, check_space, paths_explained
 from lowrank_tune.cluster.jobs import check_shared
 from lowrank_tune.cluster.study_dir import (
     READY,
@@ -250,7 +250,7 @@ def compare_study(
         features,
         split,
         outcomes,
-        objective=plan.spec.objective,
+        objective=plan.spec.steered_by,
         seed=plan.spec.seed,
         directory=plan.study_dir,
         groups=image_groups(features, plan.spec.split.group_by),
@@ -299,7 +299,7 @@ def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[
 
 
 def _repair_tracking(plan: Plan) -> dict[str, Any]:
-    return asdict(reconcile(plan, read_comparison(plan.study_dir, plan.spec.objective), lambda: _others(plan)))
+    return asdict(reconcile(plan, read_comparison(plan.study_dir, plan.spec.steered_by), lambda: _others(plan)))
 
 
 def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
@@ -309,7 +309,7 @@ def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
             with suppress(InputError, KeyError, TypeError, ValueError), claimed(path.parent):
                 other, comparison = read_plan(path.parent), None
                 with suppress(InputError):  # its trials are told all the same
-                    comparison = read_comparison(other.study_dir, other.spec.objective)
+                    comparison = read_comparison(other.study_dir, other.spec.steered_by)
                 yield other, comparison
 
 
@@ -347,7 +347,7 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
         say(f"training {status.trials_left} trials on {len(split.train)} images")
         progress.trials(status.trials_left)
         outcomes = run_trials(plan, observers)
-        best = winners(outcomes, spec.objective)
+        best = winners(outcomes, spec.steered_by)
         repetitions = len(best) * spec.report.confirm_seeds
         status.expect_confirmations([outcome.config.trial_id for outcome in best], repetitions)
         if repetitions:
@@ -386,7 +386,7 @@ def _extract(plan: Plan, progress: StudyProgress, say: Callable[[str], None], ad
         on_note=say,
         address=address,
     )
-    check_ranks(plan.spec, features.tokens, features.dim)
+    check_space(plan.spec, features.tokens, features.dim)
     return features
 
 

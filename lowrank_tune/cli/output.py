@@ -82,8 +82,11 @@ def print_status(status: Mapping[str, Any]) -> None:
         if progress["eta_s"] is not None and running:
             facts["time left"] = f"about {timedelta(seconds=round(progress['eta_s']))}"
     print_facts({name: value for name, value in facts.items() if value})
+    from lowrank_tune.report.text import leading_text
+
     for rank, best in progress.get("best", {}).items():
-        print(f"rank {rank:>4}  best ρ {best['residual_ratio']:.4f}  {best['trial_id']}")
+        figures = {f"val_{name}": value for name, value in best.items() if name != "trial_id"}
+        print(f"rank {rank:>4}  best {leading_text(figures)}  {best['trial_id']}")
 
 
 def _trials(progress: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.records import StudyProgress, TrialOutcome
-from lowrank_tune.report.text import STOPPED, duration_text, rate_text, ratio_text
+from lowrank_tune.records import StudyProgress, TrialOutcome, leading
+from lowrank_tune.report.text import LEADING_LABELS, STOPPED, duration_text, leading_text, rate_text
 
 _STDERR = 2
 _MOST_RUNNING = 6
@@ -38,8 +38,9 @@ class TerminalProgress(StudyProgress):
         columns = (TimeElapsedColumn(), what, BarColumn(24), count, _PaceColumn())
         self._bar = Progress(*columns, console=self._console, speed_estimate_period=3600)
         self._live = Live(get_renderable=self._view, console=self._console, transient=True, refresh_per_second=4)
-        self._best: dict[int, tuple[float, str, int]] = {}
-        self._running: dict[str, tuple[int, float]] = {}
+        self._best: dict[int, tuple[float, str, int, str]] = {}
+        self._running: dict[str, tuple[int, str]] = {}
+        self._labels: dict[str, None] = {}
         self._ends: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -69,11 +70,13 @@ class TerminalProgress(StudyProgress):
         self._count("training", 0, total)
 
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
-        ratio = float(metrics.get("val_residual_ratio", math.nan))
-        self._running[trial_id] = (epoch, ratio)
+        name, shown = leading(metrics), leading_text(metrics, labelled=False)
+        value = float(metrics.get(name, math.nan))
+        self._labels[LEADING_LABELS[name]] = None
+        self._running[trial_id] = (epoch, shown)
         rank = re.match(r"r(\d+)-", trial_id)
-        if rank and math.isfinite(ratio):
-            found = (ratio, trial_id, epoch)
+        if rank and math.isfinite(value):
+            found = (value, trial_id, epoch, shown)
             self._best[int(rank[1])] = min(self._best.get(int(rank[1]), found), found)
         self._count_trials()
 
@@ -83,8 +86,9 @@ class TerminalProgress(StudyProgress):
         self._ends[outcome.stopped_by] += 1
         task = self._count_trials()
         if not self._console.is_terminal or outcome.status == "failed":
-            ratio = outcome.best.get("val_residual_ratio")
-            figure = f"ρ {ratio_text(ratio)} at epoch {outcome.best_epoch} of {outcome.epochs}" if ratio else "no model"
+            figure = "no model"
+            if outcome.best:
+                figure = f"{leading_text(outcome.best)} at epoch {outcome.best_epoch} of {outcome.epochs}"
             ending = STOPPED[outcome.stopped_by] + (f": {outcome.reason}" if outcome.reason else "")
             line = f"{task.fields['done']}/{task.total:.0f} {trial_id}  {figure}"
             self._say(", ".join(text for text in (line, ending, _pace(task)) if text))
@@ -114,13 +118,13 @@ class TerminalProgress(StudyProgress):
             ends = (f"{self._ends[stop]} {text}" for stop, text in STOPPED.items() if self._ends[stop])
             below.append(Text(", ".join(ends)))
         if training and self._best:
-            best = [(rank, trial, epoch, ratio) for rank, (ratio, trial, epoch) in sorted(self._best.items())]
-            below.append(_table(("best at rank", "trial", "epoch", "ρ"), best))
+            best = [(rank, *found, shown) for rank, (_, *found, shown) in sorted(self._best.items())]
+            below.append(_table(("best at rank", "trial", "epoch", " or ".join(self._labels)), best))
         if training and self._running:
             of = f"/{self._epochs}" if self._epochs else ""
             shown = list(self._running.items())[-_MOST_RUNNING:]
-            rows = [(trial_id, f"{epoch}{of}", ratio) for trial_id, (epoch, ratio) in shown]
-            below.append(_table(("training now", "epoch", "ρ"), rows))
+            rows = [(trial_id, f"{epoch}{of}", figure) for trial_id, (epoch, figure) in shown]
+            below.append(_table(("training now", "epoch", " or ".join(self._labels)), rows))
         return Group(self._bar, *below)
 
     def _say(self, text: str) -> None:
@@ -140,12 +144,12 @@ def _pace(task: Task) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Names to the left and numbers to the right, a residual ratio last."""
+    """Names to the left and numbers to the right, what tells of a trial last."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in head:
         table.add_column(name, justify="left" if name in {"trial", "training now"} else "right", no_wrap=True)
-    for *cells, ratio in rows:
-        table.add_row(*map(str, cells), Text(ratio_text(ratio), style="bold"))
+    for *cells, figure in rows:
+        table.add_row(*map(str, cells), Text(figure, style="bold"))
     return table
 
 

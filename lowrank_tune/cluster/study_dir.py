@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -26,7 +27,7 @@ from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import is_uri, read_fields, read_json, results_place, write_json, write_text
-from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.records import LEADING, TrialConfig, TrialOutcome, TrialTracker, leading
 from lowrank_tune.trials.outcomes import read_outcomes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -237,7 +238,8 @@ class Status(TrialTracker):
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
         with self._lock:
             if trial_id in self._running:
-                self._see(self._running[trial_id], metrics.get("best_val_residual_ratio"))
+                best = {name: metrics[f"best_{name}"] for name in LEADING if f"best_{name}" in metrics}
+                self._see(self._running[trial_id], best)
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         with self._lock:
@@ -246,13 +248,16 @@ class Status(TrialTracker):
 
     def _count(self, outcome: TrialOutcome) -> None:
         self._ended[outcome.config.trial_id] = outcome
-        self._see(outcome.config, outcome.best.get("val_residual_ratio"))
+        self._see(outcome.config, outcome.best)
 
-    def _see(self, config: TrialConfig, ratio: float | None) -> None:
-        best = self._best.get(config.rank)
-        # `ratio > 0` is false of a NaN, which JSON cannot hold.
-        if not config.confirms and ratio and ratio > 0 and (best is None or ratio < best["residual_ratio"]):
-            self._best[config.rank] = {"residual_ratio": ratio, "trial_id": config.trial_id}
+    def _see(self, config: TrialConfig, figures: Mapping[str, float]) -> None:
+        """Keep the best of each rank, as `residual_ratio`, or as what its trials have in place of it."""
+        name = leading(figures)
+        value, key = figures.get(name, math.nan), name.removeprefix("val_")
+        # JSON can hold no NaN.
+        if not config.confirms and math.isfinite(value):
+            found = {key: value, "trial_id": config.trial_id}
+            self._best[config.rank] = min(self._best.get(config.rank, found), found, key=lambda best: best[key])
 
     def _keep_writing(self) -> None:
         while not self._over.wait(_WRITE_EVERY_S):

@@ -42,6 +42,7 @@ from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import EXACT
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
 from lowrank_tune.records import (
+    BYTES_AND_ERROR,
     TEST_OPTIMUM,
     VALIDATION_OPTIMUM,
     Comparison,
@@ -273,18 +274,21 @@ def _validated(
 def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow]) -> tuple[Front, ...]:
     """Work out both trade-offs: `search`, where it has a candidate, and `storage`.
 
-    Pruned trials are candidates; those of nested ranks are not, for their figures are means over several ranks.
+    Pruned trials are candidates; those of nested ranks are not, for their figures are means over several ranks. Where
+    the search counts bytes, they are what is paid.
     """
+    sound = [trial for trial in outcomes if trial.status != "failed" and not trial.config.nested_ranks]
+    x, y = BYTES_AND_ERROR if any("val_bytes" in trial.best for trial in sound) else ("rank", "val_mse")
     trials = [
-        FrontPoint(config.family, config.rank, x=config.rank, y=trial.best["val_mse"], trial_id=config.trial_id)
-        for trial, config in ((trial, trial.config) for trial in outcomes)
-        if trial.status != "failed" and "val_mse" in trial.best and not config.nested_ranks
+        FrontPoint(trial.config.family, trial.config.rank, figures[x], figures[y], trial.config.trial_id)
+        for trial, figures in ((trial, {"rank": trial.config.rank, **trial.best}) for trial in sound)
+        if x in figures and y in figures
     ]
     methods = [
         FrontPoint(row.method, row.rank, x=row.bytes_per_image, y=row.token_cosine_mean, trial_id=row.trial_id)
         for row in rows
     ]
-    search = Front("search", "rank", "val_mse", "lower", _marked(trials, "lower"))
+    search = Front("search", x, y, "lower", _marked(trials, "lower"))
     storage = Front("storage", "bytes_per_image", "token_cosine_mean", "higher", _marked(methods, "higher"))
     return tuple(front for front in (search, storage) if front.points)
 

@@ -27,6 +27,7 @@ from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.metrics import measure, measure_matrix
 from lowrank_tune.lowrank.quantization import (
+    COUNT_BYTES,
     QuantisedDecomposer,
     factor_bytes,
     model_bytes,
@@ -48,8 +49,6 @@ AS_NEAR_AS = ("int8", "int5", "int4")
 """Targets: the error of the same image's X in this dtype."""
 TARGETS = ("0.5", "0.3", "0.2", "0.1", "0.05", "0.02", "0.01")
 """Targets: a relative error."""
-COUNT_BYTES = 2
-"""What an image needs beyond its components where their number is its own."""
 
 
 def measure_compression(

@@ -5,8 +5,9 @@
     rank: {int: [16, 128]}             a range of whole numbers
     rank: {nested: [32, 64, 128]}      of ranks alone: one training serves them all
     lr: {loguniform: [1e-4, 1e-2]}     or `uniform`: a range of numbers
+    token_transform: [dct, learned]    words have no range
 
-A constant is a number here, a list a tuple, a range a `Range`.
+A constant is a number or a word here, a list a tuple, a range a `Range`.
 """
 
 from __future__ import annotations
@@ -115,15 +116,20 @@ MOST_STEPS = 8
 """Of `refined`; with these it is at the optimum up to float32."""
 
 Whole = int | tuple[int, ...] | Range
-Axis = float | tuple[float, ...] | Range
+Axis = float | str | tuple[float | str, ...] | Range
+TokenTransform = Literal["none", "dct", "learned"]
 
 _REALS = "a range is {uniform: [low, high]} or {loguniform: [low, high]}"
 _RANKS = "ranks are a list, {int: [low, high]}, or {nested: [rank, rank]} for one training of all"
 
 CountAxis = Annotated[Whole, _axis(PositiveInt, "a range of whole numbers is {int: [low, high]}", "int")]
 RankAxis = Annotated[Whole, _axis(PositiveInt, _RANKS, "int", "nested")]
-LrAxis = Annotated[Axis, _axis(PositiveFloat, _REALS, "uniform", "loguniform")]
+PositiveAxis = Annotated[Axis, _axis(PositiveFloat, _REALS, "uniform", "loguniform")]
 WeightAxis = Annotated[Axis, _axis(NonNegativeFloat, _REALS, "uniform", "loguniform")]
+TransformAxis = Annotated[
+    TokenTransform | tuple[TokenTransform, ...],
+    _axis(TokenTransform, "none, dct or learned is expected, or a list of them"),
+]
 
 
 def _few_steps(axis: Whole) -> Whole:
@@ -142,7 +148,7 @@ def combinations(axes: Iterable[Axis]) -> int | None:
     return total
 
 
-def first_value(axis: Axis) -> float:
+def first_value(axis: Axis) -> float | str:
     """The constant, the list's first, or the middle of a range on its own scale."""
     match axis:
         case Range(kind="uniform", values=(low, high)):
@@ -191,6 +197,15 @@ def _absent_is_not_null(schema: dict[str, Any]) -> None:
         family.pop("default")
 
 
+class SharedSpace(Section):
+    """`shared`: principal axes of all images' tokens and a token transform, trained for bytes and error at once."""
+
+    token_transform: TransformAxis = "dct"
+    """On the token side: none, a DCT over the square grid of tokens, or an orthonormal matrix that is learned."""
+    lambda_rate: PositiveAxis = 30.0
+    """What the relative error weighs beside bits an element: the greater, the more bytes and the less error."""
+
+
 class FamiliesSpec(Section):
     """Which decomposers are tried, each with what it alone has; at least one."""
 
@@ -202,6 +217,8 @@ class FamiliesSpec(Section):
     """A learned sketch of the columns, B in closed form; nothing after it, and it has its defaults."""
     refined: RefinedSpace | None = None
     """A basis sharpened by a learned filter, B in closed form; nothing after it, and it has its defaults."""
+    shared: SharedSpace | None = None
+    """One B for all images, coded in few bytes; nothing after it, and it has its defaults."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -219,13 +236,17 @@ class FamiliesSpec(Section):
         named = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: own for name, own in named if own is not None}
 
+    def limited(self) -> list[str]:
+        """The families to try whose rank is that of an image at most; `shared` may have as many as columns."""
+        return [name for name, own in self.chosen().items() if not isinstance(own, SharedSpace)]
+
 
 class SpaceSpec(Section):
     """What is searched."""
 
     rank: RankAxis = 128
     """R, the columns of A and rows of B; {nested: [16, 32, 64]} trains one model for all of them."""
-    lr: LrAxis = 1e-3
+    lr: PositiveAxis = 1e-3
     """AdamW's learning rate at the start."""
     weight_decay: WeightAxis = 1e-5
     """AdamW's decoupled weight decay."""

@@ -149,7 +149,8 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
         patience=plan.spec.training.patience,
         family_params={name: value for name, value in params.items() if name not in SHARED_PARAMS},
         nested_ranks=plan.spec.search.space.nested_ranks,
-        objective=plan.spec.objective,
+        objective=plan.spec.steered_by,
+        target_error=plan.spec.target_error,
     )
 
 
@@ -227,6 +228,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "features_root": str(plan.features_root),
         "method": plan.spec.search.method,
         "objective": plan.spec.objective,
+        "target_error": plan.spec.target_error,
         **plan_cost(plan),
         "grid": list(plan.grid),
     }

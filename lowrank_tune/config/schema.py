@@ -32,7 +32,9 @@ from lowrank_tune.config.axes import (
     rejected,
     whole_values,
 )
+from lowrank_tune.config.objective import Objective, no_ratio
 from lowrank_tune.config.source import ImageSource, SampleSource, Source, TensorSource
+from lowrank_tune.records import BYTES_AND_ERROR, BYTES_AT_ERROR
 
 TOKEN_PIXELS = 28
 """Pixels a side that one merged token of the Qwen2.5-VL tower covers."""
@@ -260,8 +262,10 @@ class StudySpec(Section):
     search: SearchSpec
     training: TrainingSpec = TrainingSpec()
     scheduler: SchedulerSpec = Field(default=SchedulerSpec(), validate_default=True)
-    objective: Literal["val_residual_ratio", "val_mse", "val_token_cosine"] = "val_residual_ratio"
-    """What searcher and scheduler steer by, and what picks the best trial of a family and rank."""
+    objective: Objective = Field(default="val_residual_ratio", validate_default=True)
+    """What steers a search and picks its best; of [val_bytes, val_error] Optuna alone, the rest val_bytes_at_error."""
+    target_error: Annotated[Real, Field(gt=0, lt=1)] | None = Field(default=None, validate_default=True)
+    """The relative error that each image may have where bytes are counted: ‖X − Y‖ / ‖X‖ of what comes back, Y."""
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
@@ -270,6 +274,16 @@ class StudySpec(Section):
     def experiment(self) -> str:
         """The name of the MLflow experiment that the study belongs to."""
         return self.tracking.experiment or self.name
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What the searcher is told of a trial: one figure, or two."""
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @property
+    def steered_by(self) -> str:
+        """The one figure by which trials are stopped, weights kept and the best trials chosen."""
+        return self.objective if isinstance(self.objective, str) else BYTES_AT_ERROR
 
     @field_validator("split")
     @classmethod
@@ -297,13 +311,11 @@ class StudySpec(Section):
     @field_validator("search")
     @classmethod
     def _rank_exists(cls, search: SearchSpec, info: ValidationInfo) -> SearchSpec:
-        features = info.data.get("features")
-        if isinstance(features, FeaturesSpec) and not isinstance(features.source, TensorSource):
-            side = features.encoder.image_size
-            tokens, highest = (side // TOKEN_PIXELS) ** 2, max(whole_values(search.space.rank))
-            if highest > tokens:
-                reason = f"rank {highest} is above the {tokens} tokens of an image of {side} pixels a side: lower it"
-                raise rejected(reason, ("space", "rank"))
+        tokens, highest = _known_tokens(info), max(whole_values(search.space.rank))
+        if tokens is not None and highest > tokens and (limited := search.space.families.limited()):
+            side = info.data["features"].encoder.image_size
+            reason = f"rank {highest} of {', '.join(limited)} is above the {tokens} tokens of an image of {side} pixels"
+            raise rejected(f"{reason} a side: lower it, or try shared alone", ("space", "rank"))
         return search
 
     @field_validator("scheduler")
@@ -319,6 +331,29 @@ class StudySpec(Section):
             raise rejected(reason, ("grace_epochs",))
         return scheduler
 
+    @field_validator("objective")
+    @classmethod
+    def _has_a_meaning(cls, objective: Objective, info: ValidationInfo) -> Objective:
+        search, tokens = info.data.get("search"), _known_tokens(info)
+        if objective == "val_residual_ratio" and isinstance(search, SearchSpec) and tokens is not None:
+            highest = max(whole_values(search.space.rank))
+            if highest > tokens:
+                raise rejected(no_ratio(highest, tokens))
+        return objective
+
+    @field_validator("target_error")
+    @classmethod
+    def _goes_with_bytes(cls, target_error: float | None, info: ValidationInfo) -> float | None:
+        objective = info.data.get("objective", "")
+        counted = objective in (BYTES_AT_ERROR, BYTES_AND_ERROR)
+        if counted and target_error is None:
+            raise rejected("an objective in bytes needs the relative error that each image may have, such as 0.05")
+        if objective and not counted and target_error is not None:
+            raise rejected(
+                f"only an objective in bytes has a use for it: remove it, or make objective {BYTES_AT_ERROR}"
+            )
+        return target_error
+
     @field_validator("report")
     @classmethod
     def _images_exist(cls, report: ReportSpec, info: ValidationInfo) -> ReportSpec:
@@ -329,6 +364,13 @@ class StudySpec(Section):
                 reason = f"the test split has {n_test} images, counted from 0: the last is {n_test - 1}"
                 raise rejected(reason, ("images",))
         return report
+
+
+def _known_tokens(info: ValidationInfo) -> int | None:
+    features = info.data.get("features")
+    if not isinstance(features, FeaturesSpec) or isinstance(features.source, TensorSource):
+        return None
+    return (features.encoder.image_size // TOKEN_PIXELS) ** 2
 
 
 def _known_images(info: ValidationInfo) -> int | None:

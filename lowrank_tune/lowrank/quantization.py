@@ -26,6 +26,8 @@ StoreDtype = Literal["float32", "float16", "int8", "int5", "int4"]
 STORE_DTYPES: tuple[StoreDtype, ...] = get_args(StoreDtype)
 """What `pack` can store, by falling bytes."""
 
+COUNT_BYTES = 2
+"""What an image needs beyond its components where their number is its own."""
 _FLOATS = {"float32": torch.float32, "float16": torch.float16}
 _BITS = {"int8": 8, "int5": 5, "int4": 4}
 _TINY = torch.finfo(torch.float32).tiny

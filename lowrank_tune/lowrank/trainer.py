@@ -1,6 +1,6 @@
 """One training: epochs over the training split, each judged on the validation split beside the optimum.
 
-N images, T tokens, D dim, K ranks that the training serves, F figures.
+N images, T tokens, D dim, K ranks that the training serves, F figures of an image.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix, batches_on
-from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer, save_decomposer
+from lowrank_tune.lowrank.decomposers import Decomposer, Factors, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, mean_ratio, measure, residual_ratio
+from lowrank_tune.lowrank.rates import factor_rates
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import BEST_MODEL, Split, StoppedBy, TrialConfig, sign
+from lowrank_tune.records import BEST_MODEL, RATES, Split, StoppedBy, TrialConfig, sign
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ PRECOMPUTED_BYTES = 256 * 2**20
 tokens at rank 128. A constant, so that a trial's memory does not grow with the cache."""
 VALIDATION_BATCH = 8
 """Validation images in memory at a time."""
-FIGURES = ("train_loss", "val_mse", "val_token_cosine", "val_residual_ratio")
 LR_FACTOR = 0.5
 """What the learning rate is multiplied by on a plateau."""
 LR_PATIENCE = 3
@@ -58,6 +58,8 @@ class Trainer:
         world: the processes that train it.
 
     Attributes:
+        figures: what it tells of an epoch: `train_loss`, `val_mse`, `val_token_cosine`; `val_residual_ratio`, unless a
+            rank is above the images' own; and `RATES`, where the configuration has a target error.
         model: the decomposer as of the last epoch.
         best_model: that of the best epoch.
         history: what `step` returned, but for an epoch that failed.
@@ -101,7 +103,12 @@ class Trainer:
         self.stopped_by: StoppedBy | None = None
         self.reason = ""
         self._energy_N = optimum.energy_N
-        self._floors = [optimum.at(rank).residual_N for rank in config.ranks]
+        nothing_N = torch.zeros_like(optimum.energy_N)
+        self._floors = [optimum.at(k).residual_N if k <= data.tokens else nothing_N for k in config.ranks]
+        # Above the images' rank the optimum has no error to hold one's own against.
+        ratio = ("val_residual_ratio",) if max(config.ranks) <= min(data.tokens, data.dim) else ()
+        rates = RATES if config.target_error is not None else ()
+        self.figures = ("train_loss", "val_mse", "val_token_cosine", *ratio, *rates)
         self._precomputed: list[Tensor] = []
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
@@ -130,9 +137,9 @@ class Trainer:
         """Train one epoch and validate.
 
         Returns:
-            `epoch` (from 1), the `FIGURES` (means over images, ρ's geometric), `lr`, `seconds`, and `best_epoch`,
-            `best_val_mse`, `best_val_token_cosine`, `best_val_residual_ratio` of the best epoch. When the epoch fails
-            (`stopped_by` is then `error`) its figures are not finite.
+            `epoch` (from 1), its `figures` (means over images, ρ's geometric), `lr`, `seconds`, and `best_epoch`,
+            `best_val_mse` and so on of the best epoch. When the epoch fails (`stopped_by` is then `error`) its figures
+            are not finite.
 
         Raises:
             RuntimeError: The training has stopped already.
@@ -143,7 +150,7 @@ class Trainer:
             raise RuntimeError(f"trial {self.config.trial_id} has stopped ({self.stopped_by})")
         started = time.perf_counter()
         row: dict[str, float] = {"epoch": self.epoch + 1, "lr": self._optimizer.param_groups[0]["lr"]}
-        row |= dict.fromkeys(FIGURES, math.nan)
+        row |= dict.fromkeys(self.figures, math.nan)
         try:
             if self.epoch == 0:
                 self._initialise()
@@ -248,7 +255,10 @@ class Trainer:
         """Return the validation figures, means over images and ranks."""
         self.model.eval()
         images, ranks = self.split.validation, self.config.ranks
-        figures_NKF = torch.zeros(len(images), len(ranks), len(Figures._fields), dtype=torch.float64)
+        counted = self.config.target_error is not None
+        table_NKF = torch.zeros(
+            len(images), len(ranks), len(Figures._fields) + counted * len(RATES), dtype=torch.float64
+        )
         # A trial short of memory in training is short of it here as well.
         short = self.micro_batch < self._own_batch
         size = min(VALIDATION_BATCH, self.micro_batch) if short else VALIDATION_BATCH
@@ -259,27 +269,36 @@ class Trainer:
             a_NTR, b_NRD = self.model(x_NTD)
             for column, rank in enumerate(ranks):
                 # An ordered basis: the leading columns are the factors of a lower rank.
-                figures = measure(x_NTD, a_NTR[..., :rank], b_NRD[:, :rank])
-                figures_NKF[start:stop, column] = torch.stack(figures, -1)
-        rows, seen_N = [], self._energy_N > 0
-        for figures_NF, floor_N in zip(self.world.sum(figures_NKF).unbind(1), self._floors, strict=True):
-            figures = Figures(*figures_NF.unbind(-1))
-            ratio_N = residual_ratio(figures.residual_N, floor_N, self._energy_N)
-            rows.append(torch.stack([figures.mse_N, figures.token_cosine_N, ratio_N])[:, seen_N])
-        mse_KN, cosine_KN, ratio_KN = torch.stack(rows, 1)
-        return dict(
-            zip(FIGURES[1:], (mse_KN.mean().item(), cosine_KN.mean().item(), mean_ratio(ratio_KN)), strict=True)
-        )
+                leading = Factors(a_NTR[..., :rank], b_NRD[:, :rank])
+                table_NKF[start:stop, column] = torch.stack(
+                    [*measure(x_NTD, *leading), *self._rates(x_NTD, leading)], -1
+                )
+        return self._over_images(self.world.sum(table_NKF))
+
+    def _rates(self, x_NTD: Tensor, factors: Factors) -> Sequence[Tensor]:
+        target_error = self.config.target_error
+        return () if target_error is None else factor_rates(x_NTD, factors, target_error)
+
+    def _over_images(self, table_NKF: Tensor) -> dict[str, float]:
+        seen_N, table_KNF = self._energy_N > 0, table_NKF.transpose(0, 1)
+        figures = Figures(*table_KNF[..., : len(Figures._fields)].unbind(-1))
+        means = {"val_mse": figures.mse_N, "val_token_cosine": figures.token_cosine_N}
+        rates = zip(RATES, table_KNF[..., len(Figures._fields) :].unbind(-1), strict=False)
+        found = {name: figure_KN[:, seen_N].mean().item() for name, figure_KN in (*means.items(), *rates)}
+        if "val_residual_ratio" in self.figures:
+            ratio_KN = residual_ratio(figures.residual_N, torch.stack(self._floors), self._energy_N)
+            found["val_residual_ratio"] = mean_ratio(ratio_KN[:, seen_N])
+        return found
 
     def _judge(self, row: dict[str, float]) -> None:
         """Complete an epoch's row, keep its weights when they are the best, and decide whether to stop."""
-        broken = [name for name in FIGURES if not math.isfinite(row[name])]
+        broken = [name for name in self.figures if not math.isfinite(row[name])]
         last = self.history[-1] if self.history else {}
         objective = self.config.objective
         best = last.get(f"best_{objective}", self._sign * math.inf)
         improved = not broken and self._sign * row[objective] < self._sign * best
-        source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in FIGURES[1:]}
-        row |= {f"best_{name}": source[name] for name in FIGURES[1:]}
+        source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in self.figures[1:]}
+        row |= {f"best_{name}": source[name] for name in self.figures[1:]}
         row["best_epoch"] = row["epoch"] if improved else last.get("best_epoch", 0)
         if broken:
             self.stopped_by = "error"

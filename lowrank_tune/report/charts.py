@@ -11,7 +11,16 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from lowrank_tune.lowrank.svd import Optimum, Spectrum
-from lowrank_tune.records import Compression, Front, FrontPoint, PrunedRow, StoredRow, TrialOutcome
+from lowrank_tune.records import (
+    BYTES_AT_ERROR,
+    LEADING,
+    Compression,
+    Front,
+    FrontPoint,
+    PrunedRow,
+    StoredRow,
+    TrialOutcome,
+)
 from lowrank_tune.report.page import Chart, Picture
 from lowrank_tune.report.style import (
     ABOVE_ONE,
@@ -24,7 +33,7 @@ from lowrank_tune.report.style import (
     look_of,
     series,
 )
-from lowrank_tune.report.text import STOPPED, cosine_text, count, in_order, ratio_text
+from lowrank_tune.report.text import STOPPED, cosine_text, count, in_order, leading_text, setting_text
 
 _ENDINGS = {
     "budget": "circle", "patience": "square", "asha": "triangle-down", "interruption": "diamond-tall", "error": "x",
@@ -32,12 +41,12 @@ _ENDINGS = {
 
 
 def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> tuple[Chart, ...]:
-    """Draw every trial's validation residual ratio against epochs, a chart a family, coloured by rank.
+    """Draw every trial's ρ, or bytes at the target error, against epochs, a chart a family, coloured by rank.
 
     Optuna's plot_intermediate_values does not serve: it knows no rank, family or ending, and one diverged trial makes
     all others a flat line.
     """
-    seen = [(outcome, history) for outcome, history in trials if series(history, "val_residual_ratio")[1]]
+    seen = [(outcome, history) for outcome, history in trials if _told(history)]
     ranks = sorted({outcome.config.rank for outcome, _ in seen})
     # The last sixth of viridis is too pale to see on white.
     places = [0.85 * place / max(len(ranks) - 1, 1) for place in range(len(ranks))]
@@ -48,36 +57,50 @@ def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> t
             (trial for trial in seen if trial[0].config.family == family), key=lambda trial: trial[0].config.rank
         )
         again = [trial for trial in repeats if trial[0].config.family == family and trial[0].config.rank in colors]
-        figure, values = go.Figure(), [1.0]
+        # The first that all of them have.
+        name = max((_told(history)[0] for _, history in own), key=LEADING.index)
+        figure, values = go.Figure(), list[float]()
         for outcome, history in (*own, *again):
-            values += _draw_trial(figure, outcome, history, colors[outcome.config.rank])
+            values += _draw_trial(figure, name, outcome, history, colors[outcome.config.rank])
         for stop in dict.fromkeys(outcome.stopped_by for outcome, _ in own):
             figure.add_scatter(
                 x=[None], y=[None], mode="markers", name=STOPPED[stop], hoverinfo="skip",
                 marker={"symbol": _ENDINGS[stop], "size": 9, "color": "#888888", "line": {"width": 1}},
             )  # fmt: skip
         last = max(outcome.epochs for outcome, _ in own)
-        yaxis = {"title": "validation ρ (finer towards 1)", **ABOVE_ONE.on_plotly(values)}
+        ratio = name == "val_residual_ratio"
+        yaxis = {"title": _AXES[name], **(ABOVE_ONE.on_plotly([1.0, *values]) if ratio else log_ticks(values))}
         xaxis = {"title": "epoch", "tickformat": "d", "dtick": max(1, -(-last // 8))}
         figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
         ends = [f"{o.config.trial_id} {STOPPED[o.stopped_by]} at epoch {o.epochs}" for o, _ in own]
         told = ", ".join(ends[:12]) + (f", and {len(ends) - 12} more" if len(ends) > 12 else "")
-        alt = f"Validation residual ratio of {count(len(own), 'trial')} of {family} against epochs, coloured by rank: "
+        shown = f"{_AXES[name].partition(' (')[0]} of {count(len(own), 'trial')} of {family}"
+        alt = f"{shown[0].upper()}{shown[1:]} against epochs, coloured by rank: "
         charts.append(Chart(f"learning-{family}", family, figure, f"{alt}{told}. The trials table has them all."))
     return tuple(charts)
 
 
-def _draw_trial(figure: go.Figure, outcome: TrialOutcome, history: list[dict[str, float]], color: str) -> list[float]:
-    config, (epochs, values) = outcome.config, series(history, "val_residual_ratio")
+def _told(history: list[dict[str, float]]) -> list[str]:
+    """Which of the leading figures a trial has."""
+    return [name for name in LEADING if series(history, name)[1]]
+
+
+def _draw_trial(
+    figure: go.Figure, name: str, outcome: TrialOutcome, history: list[dict[str, float]], color: str
+) -> list[float]:
+    config, (epochs, values) = outcome.config, series(history, name)
     rank, last = f"rank {config.rank}", len(values) - 1
-    settings = ", ".join(f"{key} {value:.3g}" for key, value in {"lr": config.lr, **config.family_params}.items())
+    chosen = {"lr": config.lr, **config.family_params}
+    settings = ", ".join(f"{key} {setting_text(value)}" for key, value in chosen.items())
     ending = f"<br>{STOPPED[outcome.stopped_by]} at epoch {outcome.epochs}"
     ending += f": {outcome.reason[:120]}" if outcome.reason else ""
-    said = [f"<b>{config.trial_id}</b><br>{settings}<br>epoch {x:.0f}: ρ {ratio_text(y)}"
+    said = [f"<b>{config.trial_id}</b><br>{settings}<br>epoch {x:.0f}: {leading_text({name: y})}"
             for x, y in zip(epochs, values, strict=True)]  # fmt: skip
+    if name == BYTES_AT_ERROR:
+        values = [value / 1024 for value in values]
     figure.add_scatter(
         x=epochs,
-        y=ABOVE_ONE.place(values),
+        y=ABOVE_ONE.place(values) if name == "val_residual_ratio" else values,
         mode="lines+markers",
         name=rank,
         legendgroup=rank,
@@ -98,10 +121,18 @@ def _draw_trial(figure: go.Figure, outcome: TrialOutcome, history: list[dict[str
 _AXES = {
     "rank": "rank",
     "val_mse": "validation MSE",
+    "val_residual_ratio": "validation ρ (finer towards 1)",
+    "val_bytes_at_error": "validation KiB an image (at the target error)",
+    "val_bytes": "validation KiB an image (in the model's own form)",
+    "val_error": "validation relative error",
     "bytes_per_image": "KiB an image, A and B",
     "token_cosine_mean": "token cosine (finer towards 1)",
 }
-_FRONTS = {"search": "Every trial: rank against error", "storage": "Every method: storage against token cosine"}
+_FRONTS = {
+    ("search", "rank"): "Every trial: rank against error",
+    ("search", "val_bytes"): "Every trial: bytes against error",
+    ("storage", "bytes_per_image"): "Every method: storage against token cosine",
+}
 
 
 def tradeoff_picture(fronts: Sequence[Front]) -> Picture:
@@ -114,7 +145,7 @@ def tradeoff_picture(fronts: Sequence[Front]) -> Picture:
 
 
 def _tradeoff_chart(front: Front) -> Chart:
-    cosines, title = front.better == "higher", _FRONTS[front.name]
+    cosines, title = front.better == "higher", _FRONTS[front.name, front.x]
     figure, members = go.Figure(), [point for point in front.points if point.on_front]
 
     def draw(points: Sequence[FrontPoint], **look: Any) -> None:
@@ -137,9 +168,12 @@ def _tradeoff_chart(front: Front) -> Chart:
         line = {"width": 1.6, "color": look.color}
         marker = {"symbol": symbols, "color": look.color, "size": 9, "line": line}
         draw(own, mode="markers", name=method, marker=marker, text=told, hovertemplate="%{text}<extra></extra>")
-    xs, unit = sorted({point.x for point in front.points}), 1024 if front.x == "bytes_per_image" else 1
+    xs, unit = sorted({point.x for point in front.points}), 1 if front.x == "rank" else 1024
     scale = TOWARDS_ONE.on_plotly([point.y for point in front.points]) if cosines else {"type": "log", "dtick": 1}
-    ticks = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}
+    ticks: dict[str, Any] = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}
+    if front.x == "val_bytes":  # each trial has its own
+        ticks = log_ticks([x / unit for x in xs])
+        ticks["tickvals"] = [tick * unit for tick in ticks["tickvals"]]
     xaxis, yaxis = {"title": _AXES[front.x], **ticks}, {"title": _AXES[front.y], **scale}
     figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
     joined = ", ".join(f"{point.trial_id or point.method} at rank {point.rank}" for point in members)

@@ -122,7 +122,8 @@ def loss_pictures(trials: Sequence[Trial]) -> list[Picture]:
             draw_losses(figure, outcome, history)
             saved(figure, path)
         if history:
-            shown = "Training loss, validation MSE, validation residual ratio and learning rate"
+            third = "residual ratio" if outcome.config.target_error is None else "bytes at the target error"
+            shown = f"Training loss, validation MSE, validation {third} and learning rate"
             alt = f"{shown} of {trial_id} against epochs."
             caption = "Dotted: the learning rate dropped. Star: the epoch of the saved model."
             pictures.append(Picture(caption, path=path, title=trial_id, alt=alt))
@@ -137,6 +138,9 @@ _PANELS = {
 }
 
 
+_BYTES_PANEL = {"val_bytes_at_error": "validation bytes at the target error"}
+
+
 def draw_losses(figure: Figure, outcome: TrialOutcome, history: list[dict[str, float]]) -> None:
     """Draw one trial's training in four panels, in place of the one that the figure showed before."""
     if not figure.axes:
@@ -149,7 +153,11 @@ def draw_losses(figure: Figure, outcome: TrialOutcome, history: list[dict[str, f
             axes.set_xlabel("epoch")
     epochs, rates = series(history, "lr")
     drops = [epoch for epoch, before, after in zip(epochs[1:], rates, rates[1:], strict=False) if after < before]
-    for axes, name in zip(figure.axes, _PANELS, strict=True):
+    panels = dict(_PANELS)
+    if outcome.config.target_error is not None:  # then the training goes by it
+        panels = dict(list(_PANELS.items())[:2]) | _BYTES_PANEL | {"lr": _PANELS["lr"]}
+    for axes, (name, label) in zip(figure.axes, panels.items(), strict=True):
+        axes.set_ylabel(label)
         for artist in [*axes.lines, *axes.texts]:
             artist.remove()
         epochs, values = series(history, name)

@@ -80,14 +80,15 @@ def write_report(
     first = [spatial] if spatial.pictures else []
     if comparison.rows:
         first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, directory / "plots"),)))
-    search = search_section(directory / "tune" / "optuna.journal", plan.spec.objective)
+    target = plan.spec.target_error
+    search = search_section(directory / "tune" / "optuna.journal", plan.spec.objectives)
     progress("writing the report: the page")
     found = choices(comparison, spectrum.rank_for if spectrum else lambda cosine: None)
     html = render_page(
         "report.html.j2",
         title=f"Study {plan.spec.name}",
         subtitle=f"{plan.study_id}: {comparison.data}" if comparison.data else plan.study_id,
-        objective=plan.spec.objective,
+        objective=", ".join(plan.spec.objectives) + (f" at a relative error of {target:g}" if target else ""),
         features=features,
         split=split,
         comparison=comparison,

@@ -200,7 +200,8 @@ QUIET = go.layout.Template(
 
 
 def log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Plotly's logarithmic axis with three ticks a decade."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    """Plotly's logarithmic axis with three ticks a decade; it has no place for what is not above 0."""
+    placed = [value for value in values if value > 0] or [1.0]
+    low, high = math.floor(math.log10(min(placed))), math.ceil(math.log10(max(placed)))
     ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.4g}" for tick in ticks]}

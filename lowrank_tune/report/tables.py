@@ -13,7 +13,7 @@ import rich.table
 from rich.console import Group
 from rich.text import Text
 
-from lowrank_tune.records import Comparison, ComparisonRow, Compression, FeatureSet, TrialOutcome
+from lowrank_tune.records import BYTES_AT_ERROR, Comparison, ComparisonRow, Compression, FeatureSet, TrialOutcome
 from lowrank_tune.report.text import (
     ABSENT,
     STOPPED,
@@ -30,6 +30,7 @@ from lowrank_tune.report.text import (
     ratio_interval_text,
     ratio_text,
     seed_texts,
+    setting_text,
 )
 
 Row = TypeVar("Row")
@@ -234,13 +235,18 @@ def trials_table(outcomes: Sequence[TrialOutcome]) -> Table:
         config = trial.config
         known = {"lr": config.lr, "weight decay": config.weight_decay, "batch": config.batch_size}
         # A name and its value stay on one line.
-        return ", ".join(f"{name}\u00a0{value:.4g}" for name, value in (known | config.family_params).items())
+        return ", ".join(f"{name}\u00a0{setting_text(value)}" for name, value in (known | config.family_params).items())
 
+    def kib(trial: TrialOutcome) -> str:
+        return _kib(trial.best[BYTES_AT_ERROR]) if BYTES_AT_ERROR in trial.best else ABSENT
+
+    targets = {trial.config.target_error for trial in outcomes if trial.config.target_error is not None}
     return Table.of(
         "Trials",
         sorted(outcomes, key=lambda trial: (trial.config.rank, trial.config.family, trial.config.number)),
         {
             "trial": lambda trial: trial.config.trial_id,
+            **{f"KiB at {target:.3g} error": kib for target in targets},
             "ρ": lambda trial: ratio_text(trial.best.get("val_residual_ratio", math.nan)),
             "token cosine": lambda trial: cosine_text(trial.best.get("val_token_cosine", math.nan)),
             "best epoch": lambda trial: str(trial.best_epoch or ABSENT),

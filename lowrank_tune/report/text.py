@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,16 @@ from pathlib import Path
 from rich import filesize
 
 from lowrank_tune.files import read_fields
-from lowrank_tune.records import BEST_MODEL, CONTROLS, SLOWER, Comparison, ComparisonRow, FeatureSet, TrialOutcome
+from lowrank_tune.records import (
+    BEST_MODEL,
+    CONTROLS,
+    SLOWER,
+    Comparison,
+    ComparisonRow,
+    FeatureSet,
+    TrialOutcome,
+    leading,
+)
 
 ABSENT = "—"
 BOUNDS = ("svd", "svd_rows")
@@ -61,6 +70,27 @@ def cosine_text(value: float) -> str:
     if not math.isfinite(value):
         return ABSENT
     return f"{value:.6f}" if 0.99995 <= value < 0.9999995 else f"{value:.4f}"
+
+
+LEADING_LABELS = {"val_bytes_at_error": "KiB", "val_residual_ratio": "ρ", "val_mse": "MSE"}
+
+
+def leading_text(figures: Mapping[str, float], labelled: bool = True) -> str:
+    """What tells of a trial: `ρ 1.004`, or `71.3 KiB` that an image takes at the target error, or its MSE."""
+    name = leading(figures)
+    value, label = figures.get(name, math.nan), LEADING_LABELS[name]
+    if name == "val_residual_ratio":
+        text = ratio_text(value)
+    else:
+        text = ABSENT if math.isnan(value) else f"{value / 1024:.1f}" if label == "KiB" else f"{value:.4g}"
+    if not labelled:
+        return text
+    return f"{text} KiB" if label == "KiB" else f"{label} {text}"
+
+
+def setting_text(value: float | str) -> str:
+    """A hyperparameter: a number in four digits, or a word."""
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def ratio_text(value: float) -> str:

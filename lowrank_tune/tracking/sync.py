@@ -30,7 +30,7 @@ RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 _EPOCH_METRICS = ("train_loss", *OBJECTIVES, "lr")
 _LEARNING_RATE = "lr"
 """The one figure that every epoch has, whatever became of it: its steps are the epochs that MLflow knows."""
-_GROUPS_A_BATCH = 180  # of at most five metrics: MLflow takes 1000 metrics, parameters and tags at a time
+_GROUPS_A_BATCH = 120  # of at most eight metrics: MLflow takes 1000 metrics, parameters and tags at a time
 _PARAM_LENGTH = 6000
 # The 3.17 UI opens an experiment without this as "GenAI", without metric columns.
 _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
@@ -212,7 +212,7 @@ class StudySync:
             params = {
                 "method": spec.search.method,
                 "trials": plan.n_trials,
-                "objective": spec.objective,
+                "objective": ", ".join(spec.objectives),
                 "scheduler": spec.scheduler.kind,
                 "epochs": spec.training.epochs,
                 "patience": spec.training.patience,

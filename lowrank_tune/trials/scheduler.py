@@ -18,22 +18,24 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import OBJECTIVES
+from lowrank_tune.trials.search import told_epochs
 
 
 class FairASHA(FIFOScheduler):
     """One asynchronous successive halving for each group of trials that agree in `compete_within`.
 
+    It goes by one figure, of two objectives by `steered_by`: Optuna prunes no trial of two.
     Trials compete with those of earlier processes, which `sync_search` gives, as if all had run in one.
     """
 
     def __init__(self, spec: StudySpec, past: Sequence[FrozenTrial] = ()) -> None:
         super().__init__()
-        self._objective = spec.objective
+        self._objective = spec.steered_by
         self._within = spec.scheduler.compete_within
         self._settings = {
             "time_attr": "epoch",
-            "metric": spec.objective,
-            "mode": "max" if OBJECTIVES[spec.objective] == "maximize" else "min",
+            "metric": self._objective,
+            "mode": "max" if OBJECTIVES[self._objective] == "maximize" else "min",
             "max_t": spec.training.epochs,
             "grace_period": min(spec.scheduler.grace_epochs, spec.training.epochs),
             "reduction_factor": spec.scheduler.reduction_factor,
@@ -80,7 +82,7 @@ class FairASHA(FIFOScheduler):
         """Fill the rungs with what is known of a trial; whether it goes on was decided when it was reported."""
         group = self._group(trial)
         group.on_trial_add(None, trial)
-        for epoch, value in sorted(past.intermediate_values.items()):
+        for epoch, value in sorted(told_epochs(past).items()):
             group.on_trial_result(None, trial, {"epoch": epoch, self._objective: value})
         if past.state.is_finished():
             group.on_trial_remove(None, trial)

@@ -7,6 +7,9 @@ patience is COMPLETE, and one that is to go on is RUNNING. Optuna's own tools op
 Each group of trials that compete with each other is searched for itself, and trials are dealt to the groups in turn.
 What is drawn follows from the study's seed, the trial's number and what Optuna knows then: a study that is resumed goes
 on as it would have.
+
+A study of two objectives has two directions, and `best_trials` is its front. Optuna takes no epochs of such trials:
+what steered them is noted as `epoch 1`, `epoch 2` … in their user attributes.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
 from lowrank_tune.config.plan import SHARED_PARAMS, Plan, search_groups, trial_config
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import stopped_by
 
@@ -42,6 +46,7 @@ MOST_LESSONS = 200
 TINY = 1e-12
 """Below every error that is not rounding."""
 EMPTY: Mapping[str, Any] = {}
+_EPOCH = "epoch "
 
 
 def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> dict[str, Any]:
@@ -56,13 +61,16 @@ def draw_point(plan: Plan, study: optuna.Study, number: int) -> dict[str, Any]:
     groups = search_groups(plan.spec)
     fixed = groups[number % len(groups)]
     # A study of its own, in memory: in one study of all groups TPE would take the group with the least error for good.
-    view = optuna.create_study(sampler=_sampler(plan, number))
+    objectives = plan.spec.objectives
+    view = optuna.create_study(sampler=_sampler(plan, number), directions=["minimize"] * len(objectives))
     if plan.spec.search.method == "tpe":
-        view.add_trials(_lessons(plan.spec.objective, study.get_trials(deepcopy=False), fixed))
+        view.add_trials(_lessons(objectives, study.get_trials(deepcopy=False), fixed))
     return suggest(view.ask(), plan.spec.search.space, fixed)
 
 
-def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, Any]) -> Iterator[FrozenTrial]:
+def _lessons(
+    objectives: Sequence[str], known: Sequence[FrozenTrial], fixed: Mapping[str, Any]
+) -> Iterator[FrozenTrial]:
     """The trials of a group; until `OWN_TRIALS` of them have ended those of its family's other groups as well.
 
     A trial's error counts over the median of its group, as a logarithm: groups then differ by what was drawn alone.
@@ -77,24 +85,26 @@ def _lessons(objective: str, known: Sequence[FrozenTrial], fixed: Mapping[str, A
     if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
         groups = {(): own}
     for trials in (every[-MOST_LESSONS:] for every in groups.values()):
-        ended = [trial.value for trial in trials if trial.state.is_finished() and trial.value is not None]
-        middle = median(_log_error(objective, value) for value in ended) if ended else 0.0
+        ended = [_log_errors(objectives, trial.values) for trial in trials if trial.values]
+        middles = [median(errors) for errors in zip(*ended, strict=True)] or [0.0] * len(objectives)
         for trial in trials:
             complete = trial.state == TrialState.COMPLETE
             # TPE looks at the last epoch of what did not end by itself, and copies all that it is given.
             steps = [] if complete else sorted(trial.intermediate_values.items())[-1:]
+            errors = _log_errors(objectives, trial.values) if complete else []
             yield optuna.trial.create_trial(
                 state=trial.state,
-                value=_log_error(objective, trial.value) - middle if complete and trial.value is not None else None,
+                values=[error - middle for error, middle in zip(errors, middles, strict=False)] or None,
                 params={name: value for name, value in trial.params.items() if name not in fixed},
                 distributions={name: kind for name, kind in trial.distributions.items() if name not in fixed},
-                intermediate_values={step: _log_error(objective, value) - middle for step, value in steps},
+                intermediate_values={step: _log_errors(objectives, [it])[0] - middles[0] for step, it in steps},
             )
 
 
-def _log_error(objective: str, value: float) -> float:
-    error = 1 - value if OBJECTIVES[objective] == "maximize" else value
-    return math.log(max(error, TINY))
+def _log_errors(objectives: Sequence[str], values: Sequence[float]) -> list[float]:
+    pairs = zip(objectives, values, strict=True)
+    errors = [1 - value if OBJECTIVES[name] == "maximize" else value for name, value in pairs]
+    return [math.log(max(error, TINY)) for error in errors]
 
 
 def optuna_params(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def _optuna_name(family: str, name: str) -> str:
     return name if name in SHARED_PARAMS else f"{family}.{name}"
 
 
-def _draw(trial: BaseTrial, name: str, axis: Axis | str | tuple[str, ...]) -> Any:
+def _draw(trial: BaseTrial, name: str, axis: Axis) -> Any:
     match axis:
         case Range(kind="int", values=(low, high)):
             return trial.suggest_int(name, int(low), int(high))
@@ -130,7 +140,9 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
         study_name=plan.study_id,
-        direction=OBJECTIVES[plan.spec.objective],
+        directions=[OBJECTIVES[name] for name in plan.spec.objectives],
+        # Every point is given to it: of two objectives Optuna's own would draw a generation in vain.
+        sampler=RandomSampler(seed=0),
         load_if_exists=True,
     )
 
@@ -161,7 +173,7 @@ class StudySearcher(Searcher):
         if self._unfinished:
             frozen = self._unfinished.pop(0)
             trial = Trial(self._study, frozen._trial_id)
-            reported = self._reported[trial_id] = max(frozen.intermediate_values, default=0)
+            reported = self._reported[trial_id] = max(told_epochs(frozen), default=0)
             config = config_of(frozen) or self._describe(trial)
         elif self._number < self._plan.n_trials:
             trial, reported = self._ask(), 0
@@ -172,9 +184,12 @@ class StudySearcher(Searcher):
         return {"trial": asdict(config), "reported": reported}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        epoch, value = result.get("epoch", 0), result.get(self._plan.spec.objective, math.nan)
+        epoch, value = result.get("epoch", 0), result.get(self._plan.spec.steered_by, math.nan)
         if epoch > self._reported.get(trial_id, 0) and math.isfinite(value):
-            self._live[trial_id].report(value, step=epoch)
+            if len(self._plan.spec.objectives) == 1:
+                self._live[trial_id].report(value, step=epoch)
+            else:
+                self._live[trial_id].set_user_attr(f"{_EPOCH}{epoch}", value)
             self._reported[trial_id] = epoch
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
@@ -183,7 +198,8 @@ class StudySearcher(Searcher):
         trial = self._live.pop(trial_id)
         seen = self._reported.pop(trial_id, 0)
         ended = "error" if error or not seen else stopped_by(result)
-        _tell(self._study, trial.number, ended, result.get(f"best_{self._plan.spec.objective}", math.nan))
+        best = {name: result.get(f"best_{name}", math.nan) for name in self._plan.spec.objectives}
+        _tell(self._study, self._plan.spec, trial.number, ended, best)
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the journal holds every trial as soon as it is known."""
@@ -211,7 +227,7 @@ def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOut
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
         if outcome is not None:
-            _tell(study, trial.number, outcome.stopped_by, outcome.best.get(plan.spec.objective, math.nan))
+            _tell(study, plan.spec, trial.number, outcome.stopped_by, outcome.best)
     return [trial for trial in study.get_trials(deepcopy=False) if config_of(trial)]
 
 
@@ -254,13 +270,20 @@ def config_of(trial: FrozenTrial) -> TrialConfig | None:
     return TrialConfig(**trial.user_attrs["config"]) if "config" in trial.user_attrs else None
 
 
-def _tell(study: optuna.Study, number: int, ended: str, value: float) -> None:
-    if ended == "error" or not math.isfinite(value):
+def told_epochs(trial: FrozenTrial) -> dict[int, float]:
+    """What steered a trial at each of its epochs that Optuna has heard of."""
+    noted = {int(key[len(_EPOCH) :]): it for key, it in trial.user_attrs.items() if key.startswith(_EPOCH)}
+    return {**trial.intermediate_values, **noted}
+
+
+def _tell(study: optuna.Study, spec: StudySpec, number: int, ended: str, best: Mapping[str, float]) -> None:
+    values = [best.get(name, math.nan) for name in spec.objectives]
+    if ended == "error" or not all(map(math.isfinite, values)):
         study.tell(number, state=TrialState.FAIL)
     elif ended == "asha":
         study.tell(number, state=TrialState.PRUNED)
     else:
-        study.tell(number, value)
+        study.tell(number, values)
 
 
 def _sampler(plan: Plan, number: int) -> BaseSampler:

@@ -26,7 +26,7 @@ def charts(section):
 
 def test_optuna_draws_the_search_from_its_journal(tmp_path):
     section = search_section(
-        journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3), "val_residual_ratio"
+        journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3), ["val_residual_ratio"]
     )
     assert charts(section) == ["coordinates", "importance", "timeline"]
     (importances,) = section.tables
@@ -35,12 +35,12 @@ def test_optuna_draws_the_search_from_its_journal(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
-    few = search_section(journal_of(tmp_path / "few", 4, pruned=9), "val_residual_ratio")
+    few = search_section(journal_of(tmp_path / "few", 4, pruned=9), ["val_residual_ratio"])
     assert charts(few) == ["coordinates", "timeline"]
     assert f"needs {LEAST_FOR_IMPORTANCE} complete trials at least, not 4" in few.notes[-1]
-    none = search_section(journal_of(tmp_path / "none", 0, pruned=2), "val_residual_ratio")
+    none = search_section(journal_of(tmp_path / "none", 0, pruned=2), ["val_residual_ratio"])
     assert charts(none) == ["timeline"]
-    absent = search_section(tmp_path / "absent", "val_residual_ratio")
+    absent = search_section(tmp_path / "absent", ["val_residual_ratio"])
     assert charts(absent) == [] and "No search journal" in absent.notes[0]
     (tmp_path / "torn").write_text('{"op_code": 0, "worker')
     assert charts(search_section(tmp_path / "torn", "val_mse")) == []

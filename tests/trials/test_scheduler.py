@@ -3,6 +3,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState, create_trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from lowrank_tune.config.plan import Plan
@@ -92,3 +93,22 @@ def test_a_failed_trial_counts_for_nobody(plan_of: PlanOf, value: float) -> None
 
 def test_without_asha_trials_run_to_their_end(plan_of: PlanOf) -> None:
     assert type(make_scheduler(plan_of(scheduler={"kind": "none"}).spec)) is FIFOScheduler
+
+
+def test_two_objectives_compete_by_bytes_at_the_target_error_those_of_an_earlier_process_too(plan_of: PlanOf) -> None:
+    def past(number: int, value: float) -> Any:
+        attributes = {"trial_id": f"past-{number}", "config": {"rank": 16, "family": "shared"}, "epoch 3": value}
+        return create_trial(state=TrialState.PRUNED, user_attrs=attributes)
+
+    plan = plan_of(
+        training={"epochs": 9, "patience": 9},
+        scheduler={"kind": "asha", "grace_epochs": 3, "reduction_factor": 3, "compete_within": ["rank"]},
+        objective=["val_bytes", "val_error"],
+        target_error=0.05,
+    )
+    for known, verdict in (([], TrialScheduler.CONTINUE), ([past(0, 10.0), past(1, 20.0)], TrialScheduler.STOP)):
+        scheduler = make_scheduler(plan.spec, known)
+        trial = trial_of("new", 16, "shared")
+        scheduler.on_trial_add(None, trial)
+        result = {"epoch": 3, "val_bytes": 1.0, "val_error": 1.0, "val_bytes_at_error": 30.0, "stopped_by": ""}
+        assert scheduler.on_trial_result(None, trial, result) == verdict

@@ -14,7 +14,14 @@ from optuna.trial import TrialState
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import SpaceSpec
-from lowrank_tune.trials.search import StudySearcher, open_optuna_study, optuna_params, suggest
+from lowrank_tune.trials.search import (
+    StudySearcher,
+    migrate_search,
+    open_optuna_study,
+    optuna_params,
+    suggest,
+    told_epochs,
+)
 
 PlanOf = Callable[..., Plan]
 
@@ -31,12 +38,12 @@ class Driver:
         return self.searcher.suggest(tune_id)
 
     def epoch(self, tune_id: str, epoch: int, value: float) -> dict[str, Any]:
-        result = {"epoch": epoch, self.plan.spec.objective: value, "stopped_by": "", "reason": ""}
+        result = {"epoch": epoch, self.plan.spec.steered_by: value, "stopped_by": "", "reason": ""}
         self.searcher.on_trial_result(tune_id, result)
         return result
 
     def end(self, tune_id: str, epoch: int, value: float, stopped_by: str, best: float | None = None) -> None:
-        objective = self.plan.spec.objective
+        objective = self.plan.spec.steered_by
         best = value if best is None else best
         result = {"epoch": epoch, objective: value, f"best_{objective}": best, "stopped_by": stopped_by}
         self.searcher.on_trial_complete(tune_id, result)
@@ -216,3 +223,101 @@ def test_an_enqueued_point_is_drawn_as_it_was() -> None:
     wanted |= {"lambda_b": 0.5, "lambda_ortho": 1e-3}
     point, _ = draw_from(space, optuna_params(wanted))
     assert point == wanted
+
+
+class TwoObjectives(Driver):
+    """A driver of a study of bytes and error, whose epochs give all three figures."""
+
+    def end_with(self, tune_id: str, size: float, error: float, stopped_by: str = "budget") -> None:
+        result = {"epoch": 2, "val_bytes_at_error": size * error, "stopped_by": stopped_by}
+        best = {"best_val_bytes": size, "best_val_error": error, "best_val_bytes_at_error": size * error}
+        self.searcher.on_trial_complete(tune_id, result | best)
+
+
+BOTH = {"objective": ["val_bytes", "val_error"], "target_error": 0.05}
+
+
+def test_two_objectives_are_a_study_of_two_directions_whose_best_trials_are_the_front(plan_of: PlanOf) -> None:
+    driver = TwoObjectives(plan_of({"rank": [2, 4, 8], "lr": [0.1, 0.2]}, **BOTH))
+    told = {"a": (100, 0.5), "b": (200, 0.1), "c": (300, 0.2), "d": (100, 0.4)}
+    for name, (size, error) in told.items():
+        driver.suggest(name)
+        driver.epoch(name, 1, size * error)
+        driver.end_with(name, size, error, stopped_by="" if name == "c" else "budget")
+    driver.suggest("running")
+    driver.epoch("running", 1, 7.0)
+    driver.suggest("crashed")
+    driver.searcher.on_trial_complete("crashed", error=True)
+    study = driver.reopened()
+    assert [direction.name for direction in study.directions] == ["MINIMIZE", "MINIMIZE"]
+    states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.COMPLETE, TrialState.RUNNING]
+    assert [trial.state for trial in study.trials] == [*states, TrialState.FAIL]
+    assert {trial.number: trial.values for trial in study.best_trials} == {1: [200, 0.1], 3: [100, 0.4]}
+    assert [told_epochs(trial) for trial in study.trials[2:5]] == [{1: 60.0, 2: 60.0}, {1: 40.0, 2: 40.0}, {1: 7.0}]
+    # Optuna's own samplers go on with the file, pruned trials and all.
+    study.sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=2)
+    assert study.ask({"rank": CategoricalDistribution((2, 4, 8))}).params["rank"] in (2, 4, 8)
+
+
+@pytest.mark.parametrize("method", ["grid", "random", "tpe"])
+def test_a_search_of_two_objectives_goes_on_in_another_process(plan_of: PlanOf, tmp_path: Path, method: str) -> None:
+    rates = [1e-3, 1e-2, 1e-1] if method == "grid" else {"loguniform": [1e-4, 1e-1]}
+    trials = None if method == "grid" else 18
+    space = {"families": {"shared": {"token_transform": ["none", "learned", "dct"]}, "sketch": {}}, "lr": rates}
+    plan = plan_of(space, method=method, trials=trials, **BOTH)
+
+    def draw(driver: TwoObjectives, numbers: range) -> list[Any]:
+        drawn = []
+        for number in numbers:
+            drawn.append(driver.suggest(str(number))["trial"])
+            size = 1e3 / drawn[-1]["lr"] ** 0.5
+            driver.end_with(str(number), size, drawn[-1]["lr"], stopped_by="" if number % 4 == 3 else "budget")
+        return drawn
+
+    whole = draw(TwoObjectives(plan), range(plan.n_trials))
+    first = draw(TwoObjectives(replace(plan, study_dir=tmp_path / "parted")), range(plan.n_trials - 4))
+    parted = TwoObjectives(replace(plan, study_dir=tmp_path / "parted"))
+    parted.suggest("at work")
+    parted.epoch("at work", 3, 1.0)
+    after = TwoObjectives(parted.plan)
+    assert after.suggest("again") == {"trial": whole[plan.n_trials - 4], "reported": 3}
+    after.end_with("again", 1e3 / whole[plan.n_trials - 4]["lr"] ** 0.5, whole[plan.n_trials - 4]["lr"])
+    assert first == whole[: plan.n_trials - 4]
+    words = {trial["family_params"].get("token_transform") for trial in whole}
+    assert words == {"none", "learned", "dct", None}
+    assert draw(after, range(plan.n_trials - 3, plan.n_trials)) == whole[-3:]
+    assert after.suggest("none") == StudySearcher.FINISHED
+
+
+def test_tpe_learns_of_both_objectives(plan_of: PlanOf) -> None:
+    """Between 1e-4 and 1e-2 nothing is better in bytes and in error at once; all else is worse than one of its ends."""
+    early, late = [], []
+    for seed in range(3):
+        plan = plan_of({"rank": 2, "lr": {"loguniform": [1e-8, 1.0]}}, method="tpe", trials=40, seed=seed, **BOTH)
+        driver, outside = TwoObjectives(plan), []
+        for number in range(plan.n_trials):
+            place = math.log10(driver.suggest(str(number))["trial"]["lr"])
+            outside.append(max(0.0, -4 - place, place + 2))
+            driver.end_with(str(number), 1 + abs(place + 4), 1 + abs(place + 2))
+        early += outside[:10]
+        late += outside[-20:]
+    assert sum(late) / len(late) < sum(early) / len(early) / 2
+
+
+def test_a_wider_space_keeps_what_two_objectives_were_told(plan_of: PlanOf) -> None:
+    space: dict[str, Any] = {"families": {"shared": {"token_transform": ["none", "dct"]}}, "lr": [0.1, 0.2]}
+    driver = TwoObjectives(plan_of(space, **BOTH))
+    for number in range(3):
+        driver.suggest(str(number))
+        driver.epoch(str(number), 1, 5.0)
+        driver.end_with(str(number), 100 - number, 0.1 + number, stopped_by="" if number == 1 else "budget")
+    space["families"] = {"shared": {"token_transform": ["none", "dct", "learned"]}}
+    wider = plan_of(space, **BOTH)
+    wider = replace(wider, study_id=driver.plan.study_id, study_dir=driver.plan.study_dir)
+    migrate_search(wider, driver.path)
+    trials = TwoObjectives(wider).reopened().trials
+    assert [(trial.state.name, trial.values) for trial in trials] == [
+        ("COMPLETE", [100, 0.1]), ("PRUNED", None), ("COMPLETE", [98, 2.1])
+    ]  # fmt: skip
+    assert [told_epochs(trial) for trial in trials] == [{1: 5.0, 2: 10.0}, {1: 5.0, 2: 99 * 1.1}, {1: 5.0, 2: 98 * 2.1}]
+    assert trials[0].distributions["shared.token_transform"] == CategoricalDistribution(("none", "dct", "learned"))
