@@ -74,7 +74,9 @@ def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> t
         figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
         ends = [f"{o.config.trial_id} {STOPPED[o.stopped_by]} at epoch {o.epochs}" for o, _ in own]
         told = ", ".join(ends[:12]) + (f", and {len(ends) - 12} more" if len(ends) > 12 else "")
-        shown = f"{_AXES[name].partition(' (')[0]} of {count(len(own), 'trial')} of {family}"
+        shown = (
+            f"{_AXES[name].partition(' (')[0].replace('ρ', 'residual ratio')} of {count(len(own), 'trial')} of {family}"
+        )
         alt = f"{shown[0].upper()}{shown[1:]} against epochs, coloured by rank: "
         charts.append(Chart(f"learning-{family}", family, figure, f"{alt}{told}. The trials table has them all."))
     return tuple(charts)
