@@ -213,3 +213,15 @@ def test_what_does_not_fit_together_is_refused(make_features, power_law, change,
     x = power_law(32, 12, 20)
     with pytest.raises(InputError, match=message):
         Trainer(replace(DIRECT, **change), FeatureMatrix(make_features(x)), split, measure_optimum([x[24:]]))
+
+
+SHARED = replace(SKETCH, family="shared", family_params={"token_transform": "none", "lambda_rate": 30.0})
+
+
+@pytest.mark.parametrize(("rank", "nested", "told"), [(12, (), True), (15, (), False), (15, (4, 15), False)])
+def test_above_the_rank_of_the_images_there_is_no_ratio_to_the_optimum(make_trainer, rank, nested, told):
+    trainer = make_trainer(replace(SHARED, rank=rank, nested_ranks=nested, objective="val_mse"))
+    rows = run(trainer)
+    assert trainer.stopped_by in ("budget", "patience")
+    assert all(("val_residual_ratio" in row) == ("best_val_residual_ratio" in row) == told for row in rows)
+    assert ("val_residual_ratio" in trainer.figures) == told
