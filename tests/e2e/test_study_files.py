@@ -4,10 +4,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
-from lowrank_tune import open_features, run_study
+from lowrank_tune import extend_study, open_features, run_study
 from lowrank_tune.study import StudyResult
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -39,7 +42,7 @@ def test_each_opens_with_its_command_its_runtime_and_what_to_expect(file: Path) 
     header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert re.search(rf"lowrank-tune (run|submit) studies/{file.name}", header)
     assert re.search(r"About (a minute|\d+ minutes)|Runtime: not measured", header)
-    assert "ρ" in header or "cosine" in header
+    assert any(figure in header for figure in ("ρ", "cosine", "KiB"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,25 @@ def test_one_nested_model_serves_every_rank(run: Run) -> None:
     result = run("nested", *SMALL, "search.space.rank={nested: [2, 4, 8]}")
     assert len(result.outcomes) == 4
     assert {rank for _, rank in trained(result)} == {2, 4, 8}
+
+
+def test_a_search_in_bytes_tells_them_of_every_trial_and_of_two_objectives_the_front(run: Run) -> None:
+    few = ("search.space.rank=[4, 8]", "search.trials=8", GRACE, "target_error=0.3")
+    result = run("bytes", *SMALL, *few)
+    assert all("val_bytes_at_error" in outcome.best for outcome in result.outcomes)
+    assert trained(result) == {(family, rank) for family in ("refined", "shared") for rank in (4, 8)}
+    both = run("bytes", *SMALL, *few, "objective=[val_bytes, val_error]")
+    wider = ["search.space.families.shared.token_transform=[none, dct, learned]"]
+    longer = extend_study(both.study_id, trials=4, overrides=wider, results=both.directory.parent.parent)
+    assert longer.outcomes[:8] == both.outcomes
+    assert {outcome.config.objective for outcome in longer.outcomes} == {"val_bytes_at_error"}
+    front = next(front for front in longer.comparison.fronts if front.name == "search")
+    assert (front.x, front.y, len(front.points)) == ("val_bytes", "val_error", 12)
+    journal = JournalStorage(JournalFileBackend(str(longer.directory / "tune" / "optuna.journal")))
+    best = {trial.user_attrs["trial_id"] for trial in optuna.load_study(study_name=None, storage=journal).best_trials}
+    finished = {outcome.config.trial_id for outcome in longer.outcomes if outcome.status == "finished"}
+    assert best
+    assert {point.trial_id for point in front.points if point.on_front} & finished <= best <= finished
 
 
 def test_tensors_that_others_extracted_are_imported(run: Run, swept: StudyResult, tmp_path: Path) -> None:

@@ -34,12 +34,26 @@ def figures(outcomes: tuple[TrialOutcome, ...]) -> list[Any]:
     return [(outcome.config, outcome.status, outcome.epochs, outcome.best) for outcome in outcomes]
 
 
+SHARED = {"token_transform": ["none", "learned"], "lambda_rate": {"loguniform": [3, 300]}}
+TWO_OBJECTIVES = {"objective": ["val_bytes", "val_error"], "target_error": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("families", "fastest", "sections"),
+    [({"direct": {}, "sketch": {}}, 0.1, {}), ({"shared": SHARED, "sketch": {}}, 1.0, TWO_OBJECTIVES)],
+    ids=["one objective", "two objectives"],
+)
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been_and_trains_nothing_twice(
-    plan_of: PlanOf, tiny_cache: FeatureSet, tmp_path: Path
+    plan_of: PlanOf,
+    tiny_cache: FeatureSet,
+    tmp_path: Path,
+    families: dict[str, Any],
+    fastest: float,
+    sections: dict[str, Any],
 ) -> None:
-    space = {"lr": {"loguniform": [1e-4, 1e-1]}, "families": {"direct": {}, "sketch": {}}}
+    space = {"lr": {"loguniform": [1e-4, fastest]}, "families": families}
     asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
-    plan = plan_of(space, method="tpe", trials=12, scheduler=asha)
+    plan = plan_of(space, method="tpe", trials=12, scheduler=asha, **sections)
     whole = run(replace(plan, study_dir=tmp_path / "whole"), tiny_cache)
     assert {outcome.status for outcome in whole} == {"finished", "pruned"}
     told, handler = Interrupter(8), signal.getsignal(signal.SIGINT)
@@ -50,6 +64,13 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been_and_trains_nothing_
     outcomes = run(plan, tiny_cache, told)
     assert figures(outcomes) == figures(whole)
     assert tuple(sorted(told.ended, key=lambda outcome: outcome.config.number)) == outcomes
+    assert all(plan.spec.steered_by in outcome.best for outcome in outcomes)
+    values = {trial.number: trial.values for trial in optuna_trials(plan) if trial.state == TrialState.COMPLETE}
+    assert values == {
+        outcome.config.number: [outcome.best[name] for name in plan.spec.objectives]
+        for outcome in outcomes
+        if outcome.status == "finished"
+    }
     assert not list(plan.study_dir.rglob("checkpoint*"))
     assert [(trial_id, epoch) for trial_id, epoch, _ in told.epochs] == [
         (outcome.config.trial_id, epoch) for outcome in outcomes for epoch in range(1, outcome.epochs + 1)
