@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,24 @@ def tell_all(progress: TerminalProgress) -> None:
         progress.trial_epoch("r008-sketch-0000", epoch, {"val_residual_ratio": ratio})
     progress.trial_epoch("r016-direct-0001", 1, {"val_residual_ratio": float("nan")})
     progress.trial_ended(ended(0, "asha", "pruned"))
+
+
+def test_a_study_in_bytes_tells_them_in_place_of_the_ratio() -> None:
+    out = io.StringIO()
+    with TerminalProgress(5, Console(file=out, width=120, force_terminal=True, highlight=False)) as progress:
+        progress.trials(2)
+        for size in (2048.0, 1536.0):
+            figures = {"val_bytes_at_error": size, "val_residual_ratio": 1.5, "val_mse": 0.1}
+            progress.trial_epoch("r008-shared-0000", 1, figures)
+    assert "KiB" in out.getvalue() and "1.5" in out.getvalue() and "ρ" not in out.getvalue()
+    out = io.StringIO()
+    with TerminalProgress(5, Console(file=out, width=100)) as progress:
+        progress.trials(2)
+        for best in ({"val_bytes_at_error": 2048.0, "val_residual_ratio": 1.5, "val_mse": 0.1}, {"val_mse": 0.0125}):
+            progress.trial_ended(replace(ended(0), best=best))
+    first, second = out.getvalue().splitlines()
+    assert "r008-sketch-0000  2.0 KiB at epoch 4 of 5" in first
+    assert "r008-sketch-0000  MSE 0.0125 at epoch 4 of 5" in second
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:

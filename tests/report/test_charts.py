@@ -54,6 +54,38 @@ def test_trade_offs_fill_the_front():
     assert "On the front: t at rank 3" in chart.alt
 
 
+def test_a_study_in_bytes_is_drawn_in_them():
+    trials = []
+    for number, sizes in enumerate(([3e5, 2e5], [2e5, 1e5])):
+        outcome = make_outcome("shared", 8, number, epochs=2)
+        config = replace(outcome.config, target_error=0.05, family_params={"token_transform": "dct", "lambda_rate": 30})
+        rows = [row | {"val_bytes_at_error": size} for row, size in zip(history(2), sizes, strict=True)]
+        trials.append((replace(outcome, config=config), rows))
+    (chart,) = learning_charts(trials)
+    assert chart.figure.data[0].y == pytest.approx([3e5 / 1024, 2e5 / 1024])
+    assert "token_transform dct" in chart.figure.data[0].text[0] and "195.3 KiB" in chart.figure.data[0].text[1]
+    assert chart.figure.layout.yaxis.title.text == "validation KiB an image (at the target error)"
+    assert chart.alt.startswith("Validation KiB an image of 2 trials of shared")
+
+
+def test_trials_without_a_ratio_are_drawn_by_their_squared_error():
+    rows = [{key: value for key, value in row.items() if key != "val_residual_ratio"} for row in history(2)]
+    (chart,) = learning_charts([(make_outcome("shared", 8, 0), rows), (make_outcome("shared", 4, 1), history(2))])
+    assert [list(trace.y) for trace in chart.figure.data[:2]] == [[1.0, 0.5]] * 2
+    assert chart.figure.layout.yaxis.title.text == "validation MSE"
+
+
+def test_the_front_of_a_search_of_bytes_and_error_has_them_as_its_axes():
+    points = (FrontPoint("shared", 8, 20480, 0.05, "t", on_front=True), FrontPoint("sketch", 8, 40960, 0.25, "u"))
+    (chart,) = tradeoff_picture([Front("search", "val_bytes", "val_error", "lower", points)]).charts
+    assert traces(chart)["shared"].x == (20480,)
+    axis = chart.figure.layout.xaxis
+    assert dict(zip(axis.tickvals, axis.ticktext, strict=True))[20480] == "20"
+    assert (axis.title.text, chart.figure.layout.yaxis.title.text) == (
+        "validation KiB an image (in the model's own form)", "validation relative error"
+    )  # fmt: skip
+
+
 def test_the_spectrum_is_the_singular_values_over_the_first():
     x_NTD = images()[:3]
     spectrum = spectrum_of(measure_optimum([x_NTD, torch.zeros(1, 16, 24)]))

@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,14 @@ def test_loss_curves_show_four_series_their_drop_their_best_epoch_and_why_a_tria
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (4, pytest.approx(0.25))
     assert [line.get_xdata()[0] for line in mse.get_lines() if line.get_linestyle() == ":"] == [2.5]
     assert figure.get_suptitle() == "r003-sketch-0000: stopped by patience (4 epochs), best at epoch 4 (★)"
+
+
+def test_the_curves_of_a_training_that_goes_by_bytes_show_them():
+    outcome = make_outcome(stopped_by="patience")
+    figure, config = Figure(), replace(outcome.config, target_error=0.05)
+    draw_losses(figure, replace(outcome, config=config), [row | {"val_bytes_at_error": 4e4} for row in history(3)])
+    assert figure.axes[2].get_ylabel() == "validation bytes at the target error"
+    assert list(figure.axes[2].get_lines()[0].get_ydata()) == [4e4] * 3
 
 
 def test_the_rank_curve_has_whiskers_over_seeds_where_there_are_seeds():

@@ -34,6 +34,26 @@ def test_optuna_draws_the_search_from_its_journal(tmp_path):
     assert "10 complete, 3 pruned" in section.notes[0]
 
 
+def test_optuna_draws_each_of_two_objectives(tmp_path):
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "two.journal")))
+    study = optuna.create_study(storage=storage, study_name="s", directions=["minimize", "minimize"])
+    spaces = {"shared.token_transform": CategoricalDistribution(("dct", "learned"))}
+    for number in range(LEAST_FOR_IMPORTANCE):
+        params, values = {"shared.token_transform": ("dct", "learned")[number % 2]}, [1e3 + number, 0.1 + number % 2]
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, values=values))
+    study.add_trial(
+        optuna.trial.create_trial(params=params, distributions=spaces, state=optuna.trial.TrialState.PRUNED)
+    )
+    section = search_section(tmp_path / "two.journal", ["val_bytes", "val_error"])
+    names = [
+        f"{chart}-{objective}" for objective in ("val_bytes", "val_error") for chart in ("coordinates", "importance")
+    ]
+    assert charts(section) == [*names, "timeline"]
+    assert [table.label for table in section.tables] == [
+        "Hyperparameter importances: val_bytes", "Hyperparameter importances: val_error"
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
     few = search_section(journal_of(tmp_path / "few", 4, pruned=9), ["val_residual_ratio"])
     assert charts(few) == ["coordinates", "timeline"]
@@ -43,4 +63,4 @@ def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
     absent = search_section(tmp_path / "absent", ["val_residual_ratio"])
     assert charts(absent) == [] and "No search journal" in absent.notes[0]
     (tmp_path / "torn").write_text('{"op_code": 0, "worker')
-    assert charts(search_section(tmp_path / "torn", "val_mse")) == []
+    assert charts(search_section(tmp_path / "torn", ["val_mse"])) == []
