@@ -68,6 +68,7 @@ ZERO = -(2**15)
 """In place of the size of an image that holds nothing but zeros."""
 
 Whole = NDArray[np.int64]
+_uniform = constriction.stream.model.Uniform
 
 
 class UnreachableError(InputError):
@@ -97,8 +98,10 @@ class Codebook:
         self._groups = [np.flatnonzero(arrays["group"] == group) for group in range(groups)]
         counts = np.split(arrays["counts"], np.cumsum(arrays["symbols"])[:-1])
         # Counts out of a power of two: as floats, and their sums, they are exact.
-        self._tables = [_categorical(table / TOTAL) for table in counts]
+        self._tables = [constriction.stream.model.Categorical(table / TOTAL, perfect=False) for table in counts]
         self._ends = arrays["symbols"] // 2
+        self._middles = np.cumsum(arrays["symbols"]) - 1 - self._ends
+        self._bits = -np.log2(arrays["counts"] / TOTAL)
         # Largest scales first: at any step, the coefficients that are coded lead.
         self._order = np.argsort(-self._scale_TR, axis=None, kind="stable")
         self._falling = self._scale_TR.reshape(-1)[self._order]
@@ -127,13 +130,9 @@ class Codebook:
         Raises:
             UnreachableError: The rank does not suffice for the error, or the bytes for anything.
         """
-        x = x_TD.double()
-        energy = float(x.square().sum())
-        if energy == 0:
+        size, image = self._open(x_TD)
+        if image is None:
             return _sealed(ZERO, 0, b"")
-        size = round(OCTAVE * FINE * math.log2(energy / x.numel()) / 2)
-        unit_TD = (x / _power(size)).float() - self._mean_D
-        image = _Image(self, unit_TD, energy / _power(size) ** 2)
         if max_bytes is None:
             step = image.step_within(target_error or 0.0)
             return _sealed(size, step, self._write(image.rounded(step), step))
@@ -145,6 +144,28 @@ class Codebook:
         if not best:
             raise UnreachableError(f"no stream of this image has {max_bytes} bytes or less; allow more")
         return best
+
+    def count(self, x_TD: Tensor, *, target_error: float | None = None, step: float = 1.0) -> tuple[int, float]:
+        """Count what `encode` would write, by the tables' chances: within an error, or rounded by a step.
+
+        Returns the bytes, a word more or less, and the relative error. A step is over the image's root mean square.
+        """
+        _, image = self._open(x_TD)
+        if image is None:
+            return HEADER.size, 0.0
+        place = image.step_within(target_error) if target_error else max(FINEST, round(OCTAVE * FINE * math.log2(step)))
+        bits = sum(self._length(values, level) for values, level in self._walk(image.rounded(place), place))
+        return HEADER.size + 4 * math.ceil(bits / 32), image.error(place)
+
+    def _open(self, x_TD: Tensor) -> tuple[int, _Image | None]:
+        """An image's size and coefficients; None of one that holds nothing but zeros."""
+        x = x_TD.double()
+        energy = float(x.square().sum())
+        if energy == 0:
+            return ZERO, None
+        size = round(OCTAVE * FINE * math.log2(energy / x.numel()) / 2)
+        unit_TD = (x / _power(size)).float() - self._mean_D
+        return size, _Image(self, unit_TD, energy / _power(size) ** 2)
 
     def decode(self, stream: bytes) -> Tensor:
         """Read an image back, float32 [T, D]; a ValueError where the stream is cut short or damaged."""
@@ -164,12 +185,9 @@ class Codebook:
     def _write(self, whole_TR: Whole, step: int) -> bytes:
         """Code rounded coefficients; ANS is a stack, so that what is read first is written last."""
         parts: list[tuple[NDArray[Any], Any]] = []
-        past_2R = np.zeros((2, self.rank), np.int64)
-        for rows in self._groups:
-            plain, values = self._plain(rows, step), whole_TR[rows]
-            for level, which in _by_level(self._adapted(plain, past_2R)):
+        for values, levels in self._walk(whole_TR, step):
+            for level, which in _by_level(levels):
                 parts += self._symbols(values.reshape(-1)[which], level)
-            past_2R = self._remember(past_2R, plain, values)
         coder = constriction.stream.stack.AnsCoder()
         for symbols, model in reversed(parts):
             coder.encode_reverse(symbols.astype(np.int32), model)
@@ -188,6 +206,14 @@ class Codebook:
             past_2R = self._remember(past_2R, plain, values)
             whole_TR[rows] = values
         return whole_TR
+
+    def _walk(self, whole_TR: Whole, step: int) -> Iterator[tuple[Whole, NDArray[np.int16]]]:
+        """Yield each group's coefficients and their levels."""
+        past_2R = np.zeros((2, self.rank), np.int64)
+        for rows in self._groups:
+            plain, values = self._plain(rows, step), whole_TR[rows]
+            yield values, self._adapted(plain, past_2R)
+            past_2R = self._remember(past_2R, plain, values)
 
     def _plain(self, rows: Whole, step: int) -> NDArray[np.int32]:
         """The levels of a group's coefficients for a step, by their scales alone."""
@@ -229,6 +255,17 @@ class Codebook:
             ]
         return parts
 
+    def _length(self, values: Whole, levels: NDArray[np.int16]) -> float:
+        """Bits of what `_symbols` has of coefficients of any levels."""
+        values, level = values[levels >= LOWEST], levels[levels >= LOWEST].astype(np.int64)
+        low = np.maximum(0, -((HIGHEST - level) // OCTAVE))
+        table, high = level - low * OCTAVE - LOWEST, (values + (1 << low >> 1)) >> low
+        end = self._ends[table]
+        bits = low.sum() + self._bits[self._middles[table] + np.clip(high, -end, end)].sum()
+        beyond = (np.abs(high) - end)[np.abs(high) >= end]
+        extra = np.frexp(beyond.astype(np.float64))[1]
+        return float(bits + math.log2(MOST_BITS) * len(extra) + np.maximum(extra - 1, 0).sum())
+
     def _values(self, coder: Any, number: int, level: int) -> Whole:
         """Read so many coefficients of one level, as `_symbols` has them."""
         low = max(0, -((HIGHEST - level) // OCTAVE))
@@ -263,7 +300,7 @@ class _Image:
     def step_within(self, target: float) -> int:
         """The largest step whose relative error is within the target, or nearly."""
         low, high = FINEST, (int(self._book._falling[0]) - LOWEST + 1) * FINE
-        step, error = low, self._error(low)
+        step, error = low, self.error(low)
         if error > target:
             raise UnreachableError(
                 f"rank {self._book.rank} holds this image to a relative error of {error:.4g}, not {target:g}; "
@@ -272,7 +309,7 @@ class _Image:
         best, ends = low, {low: error}
         step = min(max(low + 1, round(OCTAVE * FINE * math.log2(target * 12**0.5))), high)
         while low < high and ends[best] < CLOSE * target:
-            error = ends[step] = self._error(step)
+            error = ends[step] = self.error(step)
             low, high = (step, high) if error <= target else (low, step - 1)
             best = max(best, low)
             # The error grows nearly as the step does; bisection where that leads outside.
@@ -288,7 +325,7 @@ class _Image:
         whole[book._order[:number]] = np.copysign(size, self._falling[:number]).astype(np.int64)
         return whole.reshape(book.tokens, book.rank)
 
-    def _error(self, step: int) -> float:
+    def error(self, step: int) -> float:
         number, size = self._sizes(step)
         lost = np.abs(self._falling[:number]) - size * np.float32(_power(step))
         squares = float(np.dot(lost, lost)) + float(self._left[number])
@@ -303,23 +340,23 @@ class _Image:
         return number, np.floor(size + (1 - book._arrays["border"][place]))
 
 
-def make_codebook(model: Shared) -> Codebook:
-    """Make what the coded images of a model share: its weights, and the tables of whole numbers that code them."""
+def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
+    """Make what the coded images of a model share: its weights, of all ranks or the first, and whole-number tables."""
     levels = np.arange(LOWEST, HIGHEST + 1)
     tables = [_counts(2.0 ** (level / OCTAVE)) for level in levels]
     # Of the level that is not coded, and of all that sizes may have.
     every = torch.arange(LOWEST, 20 * OCTAVE, dtype=torch.float64) * (math.log(2) / OCTAVE)
     expected = expected_size(every)
     weight, awaited = (WEIGHT / (expected + SMALL)), (WEIGHT * expected / (expected + SMALL))
-    scale_TR = model.log_scale_TR.detach().double().cpu() * (OCTAVE / math.log(2))
+    scale_TR = model.log_scale_TR[:, :rank].detach().double().cpu() * (OCTAVE / math.log(2))
     return Codebook(
         {
-            "basis": model.basis.detach().float().cpu().contiguous().numpy(),
+            "basis": model.basis[:rank].detach().float().cpu().contiguous().numpy(),
             "mean": model.mean_D.detach().float().cpu().numpy(),
             "transform": model.transform.detach().float().cpu().contiguous().numpy(),
             "scale": scale_TR.round().clamp(-(2**14), 2**14).numpy().astype(np.int16),
             "group": model.group_T.cpu().numpy().astype(np.int32),
-            "adaptation": np.array([round(TURN * PACE * float(model.adaptation))], np.int32),
+            "adaptation": np.array([round(TURN * PACE * model.adaptation.item())], np.int32),
             "counts": np.concatenate(tables).astype(np.uint32),
             "symbols": np.array([len(table) for table in tables], np.int32),
             "weight": np.append(0, weight.round().numpy()).astype(np.int64),
@@ -339,14 +376,6 @@ def _counts(ratio: float) -> NDArray[np.int64]:
     counts = np.maximum(1, np.floor(np.append(chance[:0:-1], chance) * TOTAL)).astype(np.int64)
     counts[end] += TOTAL - counts.sum()
     return counts
-
-
-def _categorical(chances: NDArray[np.float64]) -> Any:
-    return constriction.stream.model.Categorical(chances, perfect=False)
-
-
-def _uniform(size: int) -> Any:
-    return constriction.stream.model.Uniform(size)
 
 
 def _by_level(level: NDArray[np.int16]) -> Iterator[tuple[int, Whole]]:

@@ -1,19 +1,23 @@
 """What an image takes in a trained model's hands: bytes at a given error, and in the model's own form.
 
-Factors A and B of an image are stored in one of `STORE_DTYPES`, as many leading components as the error needs. Bytes
-are counted, not written. N images, T tokens, D dim, R rank.
+A model of `shared` codes an image's coefficients. Factors A and B of an image are stored in one of `STORE_DTYPES`, as
+many leading components as the error needs. Bytes are counted, not written. N images, T tokens, D dim, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.decomposers import Factors
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.decomposers import Decomposer, Factors
+from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.quantization import (
     COUNT_BYTES,
     STORE_DTYPES,
@@ -44,6 +48,14 @@ class Rates(NamedTuple):
     error_N: Tensor
 
 
+def counter(model: Decomposer, target_error: float) -> Callable[[Tensor, Factors], Rates]:
+    """Return what counts the bytes of images and of the model's factors of them, at whatever rank those have."""
+    if not isinstance(model, Shared):
+        return lambda x_NTD, factors: factor_rates(x_NTD, factors, target_error)
+    step, book_of = model.step, cache(partial(make_codebook, model))
+    return lambda x_NTD, factors: coded_rates(x_NTD, book_of(factors.a_NTR.shape[-1]), step, target_error)
+
+
 def factor_rates(x_NTD: Tensor, factors: Factors, target_error: float) -> Rates:
     """Count what factors of images [N, T, D] take, R ≤ min(T, D); their own form is all of them in float16."""
     exact_NTD, parts = x_NTD.double(), ordered(factors)
@@ -61,6 +73,19 @@ def factor_rates(x_NTD: Tensor, factors: Factors, target_error: float) -> Rates:
             bytes_N = torch.where(whole_N.isfinite(), factor_bytes(tokens, dim, rank, dtype), bytes_N)
             error_N = torch.where(whole_N.isfinite(), whole_N, error_N)
     return Rates(with_itself(exact_NTD, at_error_N, target_error), bytes_N, error_N)
+
+
+def coded_rates(x_NTD: Tensor, book: Codebook, step: float, target_error: float) -> Rates:
+    """Count what a codebook makes of images [N, T, D]; their own form is by the model's `step`."""
+    at_error, own = list[float](), list[tuple[float, float]]()
+    for x_TD in x_NTD.cpu():
+        own.append(book.count(x_TD, step=step))
+        try:
+            at_error.append(book.count(x_TD, target_error=target_error)[0])
+        except UnreachableError:
+            at_error.append(math.inf)
+    at_error_N, own_N2 = (torch.tensor(found, dtype=torch.float64, device=x_NTD.device) for found in (at_error, own))
+    return Rates(with_itself(x_NTD, at_error_N, target_error), *own_N2.unbind(-1))
 
 
 def with_itself(x_NTD: Tensor, bytes_N: Tensor, target_error: float) -> Tensor:

@@ -24,7 +24,7 @@ from lowrank_tune.lowrank.decomposers import Decomposer, Factors, make_decompose
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, mean_ratio, measure, residual_ratio
-from lowrank_tune.lowrank.rates import factor_rates
+from lowrank_tune.lowrank.rates import counter
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.records import BEST_MODEL, RATES, Split, StoppedBy, TrialConfig, sign
 
@@ -255,10 +255,10 @@ class Trainer:
         """Return the validation figures, means over images and ranks."""
         self.model.eval()
         images, ranks = self.split.validation, self.config.ranks
-        counted = self.config.target_error is not None
-        table_NKF = torch.zeros(
-            len(images), len(ranks), len(Figures._fields) + counted * len(RATES), dtype=torch.float64
-        )
+        target_error = self.config.target_error
+        count = None if target_error is None else counter(self.model, target_error)
+        width = len(Figures._fields) + (0 if count is None else len(RATES))
+        table_NKF = torch.zeros(len(images), len(ranks), width, dtype=torch.float64)
         # A trial short of memory in training is short of it here as well.
         short = self.micro_batch < self._own_batch
         size = min(VALIDATION_BATCH, self.micro_batch) if short else VALIDATION_BATCH
@@ -270,14 +270,9 @@ class Trainer:
             for column, rank in enumerate(ranks):
                 # An ordered basis: the leading columns are the factors of a lower rank.
                 leading = Factors(a_NTR[..., :rank], b_NRD[:, :rank])
-                table_NKF[start:stop, column] = torch.stack(
-                    [*measure(x_NTD, *leading), *self._rates(x_NTD, leading)], -1
-                )
+                rates = () if count is None else count(x_NTD, leading)
+                table_NKF[start:stop, column] = torch.stack([*measure(x_NTD, *leading), *rates], -1)
         return self._over_images(self.world.sum(table_NKF))
-
-    def _rates(self, x_NTD: Tensor, factors: Factors) -> Sequence[Tensor]:
-        target_error = self.config.target_error
-        return () if target_error is None else factor_rates(x_NTD, factors, target_error)
 
     def _over_images(self, table_NKF: Tensor) -> dict[str, float]:
         seen_N, table_KNF = self._energy_N > 0, table_NKF.transpose(0, 1)

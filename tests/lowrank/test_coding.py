@@ -147,3 +147,23 @@ def test_streams_are_within_3_percent_of_what_their_tables_make_ideal(monkeypatc
         stream = book.encode(x[8], target_error=target)
         assert len(stream) > 600
         assert sum(bits) / 8 <= len(stream) <= 1.01 * sum(bits) / 8 + 16
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("transform", ["none", "dct"])
+def test_bytes_are_counted_as_they_are_written_and_a_step_of_ones_own_is_among_them(transform, scale):
+    made = model(images(40), transform=transform)
+    with torch.no_grad():
+        made.log_scale_TR += torch.randn(made.log_scale_TR.shape, generator=torch.Generator().manual_seed(2))
+        made.adaptation.fill_(0.05)
+    book = make_codebook(made)
+    for target in (0.001, 0.05, 0.3):
+        for x in scale * images(3, seed=5) * torch.tensor([1.0] * (TOKENS - 1) + [20.0])[:, None]:
+            stream, (size, lost) = book.encode(x, target_error=target), book.count(x, target_error=target)
+            assert abs(len(stream) - size) <= 4
+            assert lost == pytest.approx(error(x, book.decode(stream)), rel=1e-3)
+    step = 0.1
+    size, lost = book.count(x, step=step)
+    assert lost < step
+    assert abs(len(book.encode(x, target_error=lost * (1 + 1e-9))) - size) <= 4
+    assert book.count(torch.zeros_like(x), step=step) == (len(book.encode(torch.zeros_like(x), target_error=0.1)), 0.0)

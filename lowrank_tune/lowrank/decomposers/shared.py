@@ -96,6 +96,11 @@ class Shared(Decomposer):
         return self.transform_TT / self.tokens**0.5 if self._learns_transform else self.transform_TT
 
     @property
+    def step(self) -> float:
+        """What coefficients are rounded by, in units of the image's root mean square."""
+        return math.exp(PACE * self.log_step.item())
+
+    @property
     def _learns_transform(self) -> bool:
         return isinstance(self.transform_TT, nn.Parameter)
 
