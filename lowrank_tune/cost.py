@@ -31,6 +31,7 @@ from lowrank_tune.config.plan import (
     trial_config,
 )
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
+from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault, printable
 from lowrank_tune.features.cache import read_committed, read_sealed
 from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
@@ -55,6 +56,8 @@ USABLE = 0.9
 START_S, FINISH_S, ROW_S = 15.0, 8.0, 0.6
 """Rough shares of the quickstart's time on two cores: libraries and Ray until the first trial; plots, report and
 MLflow; and a row of the comparison. They matter to short studies only."""
+PICTURES_S = 6.0
+"""Likewise, of encoding test images again; a slow encoder takes up to a minute longer."""
 TRIAL_S = 0.15
 """What starting a trial costs (scripts/bench_trials.py)."""
 METHODS_WITHOUT_TRAINING = 6
@@ -252,6 +255,7 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_second
     expected = plan.n_trials * expected_share(plan.spec.scheduler, epochs) + confirmations
     ranks = len(space.nested_ranks) or combinations([space.axes(next(iter(families)))["rank"]]) or plan.n_trials
     fixed = START_S + FINISH_S + ROW_S * ranks * (len(families) + METHODS_WITHOUT_TRAINING) + TRIAL_S * trainings
+    fixed += 0 if isinstance(plan.spec.features.source, TensorSource) else PICTURES_S
     fixed, whole = fixed + extraction_seconds, trial_seconds / min(at_once, trainings)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -232,7 +232,7 @@ def _on_ray(job: EncodeImages, features: FeatureSet) -> Readings:
     def give_up(need: str) -> None:
         raise InputError(f"{need}; `lowrank-tune resume` measures it when there is room")
 
-    pool = wait_for_room(replace(pool, least=1, most=1), nodes, give_up)
+    pool = wait_for_room(replace(pool, least=1, most=1, decoding=False), nodes, give_up)
     # One that Ray ends for want of memory would be started again and again.
     worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(read_images)
     task = worker.remote(job, pool, features)

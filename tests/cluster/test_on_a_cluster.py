@@ -76,6 +76,8 @@ def test_two_studies_share_a_cluster_and_one_is_stopped_resumed_and_extended(
     assert command("extend", study_id, "--set", "search.space.rank=[2, 4, 8]")[0] == 0
     assert command("wait", study_id)[0] == 0
     check_finished(directory, 6, before)
+    rates = json.loads((directory / "compression.json").read_text())["rates"]
+    assert {"jpeg-q75", "webp-q75"} < {row["method"] for row in rates}, "the pictures were encoded on the cluster"
     extended = status_of(command, study_id)
     assert extended["progress"]["trials"] == extended["progress"]["done"] == 6
     assert extended in json.loads(command("list", "--json")[1])
