@@ -72,7 +72,7 @@ def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) 
         cosine, [value for row in rows for value in (row.token_cosine_mean, row.token_cosine_seed_mean) if value]
     )
     ABOVE_ONE.on_matplotlib(
-        ratio, [1.0, *(value for row in rows for value in (row.residual_ratio, row.residual_ratio_max))]
+        ratio, [1.0, *(value for row in rows for value in (row.residual_ratio, row.residual_ratio_max) if value)]
     )
     cosine.set_ylabel("token cosine (finer towards 1)")
     ratio.set_ylabel("residual ratio ρ (finer towards 1)")
@@ -91,16 +91,19 @@ def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) 
 
 def _draw_method(cosine: Axes, ratio: Axes, rows: Sequence[ComparisonRow], look: Look) -> None:
     ranks, method = [row.rank for row in rows], rows[0].method
-    means, ratios = [row.token_cosine_mean for row in rows], [row.residual_ratio for row in rows]
+    means = [row.token_cosine_mean for row in rows]
+    # Above the rank of any image there is no ρ.
+    ratios = [row.residual_ratio for row in rows if row.residual_ratio]
+    worst = [row.residual_ratio_max for row in rows if row.residual_ratio_max]
     style: dict[str, Any] = {"color": look.color, "marker": look.marker, "linestyle": look.line}
     for axes, values in ((cosine, means), (ratio, ratios)):
-        axes.plot(ranks, values, label=method, linewidth=look.width, **style)
+        axes.plot(ranks[: len(values)], values, label=method, linewidth=look.width, **style)
     if not is_trained(method):
         return
     band: dict[str, Any] = {"color": look.color, "alpha": 0.1, "linewidth": 0}
     spread = [row.token_cosine_sd for row in rows]
     cosine.fill_between(ranks, np.subtract(means, spread), np.minimum(np.add(means, spread), 1), **band)
-    ratio.fill_between(ranks, ratios, [row.residual_ratio_max for row in rows], **band)
+    ratio.fill_between(ranks[: len(worst)], ratios, worst, **band)
     for row in rows:
         for axes, mean, sd, ends in (
             (cosine, row.token_cosine_seed_mean, row.token_cosine_seed_sd, (-1.0, 1.0)),

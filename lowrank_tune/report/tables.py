@@ -211,7 +211,7 @@ def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
     found = [(name, row) for name, comparison in comparisons.items() for row in comparison.rows]
     return Table.of(
         "Studies side by side, by rank and ρ",
-        sorted(found, key=lambda pair: (pair[1].rank, pair[1].residual_ratio)),
+        sorted(found, key=lambda pair: (pair[1].rank, pair[1].residual_ratio or math.inf)),
         {
             "rank": lambda pair: str(pair[1].rank),
             "study": lambda pair: pair[0],

@@ -46,6 +46,8 @@ METHOD_NOTES = {
     "direct": "trained: a network regresses both factors",
     "sketch": "trained: a learned Ω, A = orth(XΩ), B = AᵀX",
     "refined": "trained: a random start, sharpened by a learned filter of the image's own X Xᵀ; B = AᵀX",
+    "shared": "trained: one B for the whole data set, kept once, A = X Bᵀ: an image takes A alone; its ρ is above 1, "
+    "for the SVD makes each image a B of its own",
 }
 
 
@@ -93,9 +95,9 @@ def setting_text(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def ratio_text(value: float) -> str:
+def ratio_text(value: float | None) -> str:
     """A residual ratio: three decimals near the optimum, fewer digits far from it."""
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):
         return ABSENT
     if value < 1000:
         return f"{value:.3f}" if value < 10 else f"{value:.1f}"
@@ -130,10 +132,10 @@ def gain_text(row: ComparisonRow) -> str:
 def seed_texts(row: ComparisonRow) -> tuple[str, str]:
     """The residual ratio and the token cosine over fresh seeds, each mean ± sd."""
     ratio, cosine = row.residual_ratio_seed_mean, row.token_cosine_seed_mean
-    if ratio is None or cosine is None:
+    if cosine is None:
         return ABSENT, ABSENT
     ratio_sd, cosine_sd = row.residual_ratio_seed_sd, row.token_cosine_seed_sd
-    spread = "" if ratio_sd is None else f" ± {ratio_sd:.3f}" if ratio < 10 else f" ± {ratio_sd:.1f}"
+    spread = "" if ratio is None or ratio_sd is None else f" ± {ratio_sd:.3f}" if ratio < 10 else f" ± {ratio_sd:.1f}"
     return f"{ratio_text(ratio)}{spread}", cosine_text(cosine) + ("" if cosine_sd is None else f" ± {cosine_sd:.4f}")
 
 
@@ -182,6 +184,8 @@ class RankSummary:
         if self.trained is None:
             return "no trained model"
         ours = self.trained.residual_ratio
+        if not ours:
+            return "above the images' own rank, where there is no ρ"
         excess = f"{(ours - 1) * 100:.1f} % above" if ours < 2 else f"{ratio_text(ours)} times"
         text = f"{excess} the least possible error" if ours >= 1.0005 else "at the least possible error"
         for said, names in (("beaten by", self.trained.beaten_by), ("level with", self.trained.level_with)):
@@ -200,7 +204,7 @@ def rank_summaries(comparison: Comparison) -> list[RankSummary]:
         svd, trained = next((row for row in rows if row.method == "svd"), None), chosen.get(rank)
         least = trained.images_per_second / (1 + SLOWER) if trained else 0.0
         quick = [row for row in controls if row.images_per_second >= least] or controls
-        control = min(quick, key=lambda row: (row.residual_ratio, -row.images_per_second), default=None)
+        control = min(quick, key=lambda row: (row.residual_ratio or math.inf, -row.images_per_second), default=None)
         found.append(RankSummary(rank, svd, trained, control))
     return found
 

@@ -6,14 +6,16 @@ from dataclasses import replace
 from rich.console import Console
 
 from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.report.curves import rank_curve
 from lowrank_tune.report.tables import (
     comparison_tables,
     methods_table,
     studies_table,
     summary_table,
     trained_table,
+    trials_table,
 )
-from tests.comparison.small_study import make_row
+from tests.comparison.small_study import make_outcome, make_row
 from tests.report.conftest import make_comparison
 
 KIB = 1024
@@ -146,3 +148,30 @@ def test_every_rank_has_every_method_in_one_order():
         for rank, direct, sketch in (("4", "direct ★", "sketch"), ("8", "direct", "sketch ★"))
     ]
     assert not trained_table(make_comparison(make_row("svd", 4, 1.0))).rows
+
+
+def test_above_the_rank_of_any_image_there_is_no_ratio_but_everything_else():
+    none = dict.fromkeys(
+        ("residual_ratio", "residual_ratio_mean", "residual_ratio_max", "residual_ratio_low", "residual_ratio_high",
+         "residual_ratio_median")
+    )  # fmt: skip
+    seeds = {"seeds": 2, "token_cosine_seed_mean": 0.99, "token_cosine_seed_sd": 0.001}
+    comparison = make_comparison(
+        make_row("svd", 4, 1.0), make_row("shared", 4, 1.9), make_row("shared", 32, cosine=0.99, **none, **seeds)
+    )
+    shown = dict(zip((table := methods_table(comparison)).head, table.rows[-1], strict=True))
+    assert (shown["rank"], shown["method"]) == ("32", "shared ★")
+    assert [shown[name] for name in ("ρ", "95 % of ρ", "median ρ", "worst ρ")] == ["—"] * 4
+    assert shown["token cosine"].startswith("0.9900")
+    assert summary_table(comparison).rows[-1][-1] == "above the images' own rank, where there is no ρ"
+    assert trained_table(comparison).rows[-1][-2:] == ("—", "0.9900 ± 0.0010")
+    assert [row[0] for row in studies_table({"one": comparison}).rows] == ["4", "4", "32"]
+    ratios = {line.get_label(): line.get_xdata() for line in rank_curve(comparison.rows).axes[1].lines}
+    assert list(ratios["shared"]) == [4]
+
+
+def test_a_setting_may_be_a_word():
+    trial = make_outcome("shared", 4)
+    config = replace(trial.config, family_params={"token_transform": "dct", "lambda_rate": 0.25})
+    (row,) = trials_table([replace(trial, config=config)]).rows
+    assert row[-1].endswith("token_transform\u00a0dct, lambda_rate\u00a00.25")
