@@ -53,6 +53,8 @@ VALIDATION_OPTIMUM, TEST_OPTIMUM = "optimum.safetensors", "test_optimum.safetens
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 """What ended a trial; `interruption` is only ever read off the files of a study that did not finish."""
+CODED = "coded"
+"""The dtype of features that are kept as a stream of bytes an image, beside a codebook for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class FeatureSet:
     fingerprint: str  # identity of encoder, preprocessing and dtypes, 16 hex digits
     encoder: str  # what made them, for people: a checkpoint's name, or `imported tensors`; for factors, the model
     weights: str  # `random`, `pretrained` or `unknown`; every report repeats it
-    dtype: str  # how they, or the factors, are stored: `float16`, `bfloat16`, `float32`; factors also in few bits
+    dtype: str  # how they are stored: `float16`, `bfloat16`, `float32`; factors of them also in few bits, or CODED
     tokens: int  # T, rows of each image's matrix
     dim: int  # D, its columns
     rows: tuple[FeatureRow, ...]  # one a distinct usable image, in the order of the source

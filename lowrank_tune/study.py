@@ -230,10 +230,10 @@ def extract_study(
 
 
 def open_features(directory: str | Path) -> FeatureMatrix:
-    """Open all images of a sealed feature cache, `results/features/<fingerprint>`, or of factors that `apply` wrote.
+    """Open all images of a sealed feature cache, `results/features/<fingerprint>`, or of what `apply` wrote.
 
-    `load([0, 1])` gives float32 [2, tokens, dim], of factors A·B, and `factors([0, 1])` A and B. A cache on an object
-    store is copied to this node first, once (LOWRANK_TUNE_STAGING says where to).
+    `load([0, 1])` gives float32 [2, tokens, dim], of factors A·B, and `factors([0, 1])` A and B; coded images are
+    decoded. A cache on an object store is copied to this node first, once (LOWRANK_TUNE_STAGING says where to).
 
     Raises:
         CacheError: it is unsealed or damaged.

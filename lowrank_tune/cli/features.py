@@ -149,9 +149,24 @@ def apply(
         int | None, typer.Option("--rank", metavar="R", min=1, help="Another rank that the model was trained for.")
     ] = None,
     store_dtype: Annotated[
-        Literal["float32", "float16", "int8", "int5", "int4"],
-        typer.Option("--dtype", help="How the factors are kept; the int ones with a scale a row."),
-    ] = "float16",
+        Literal["float32", "float16", "int8", "int5", "int4"] | None,
+        typer.Option(
+            "--dtype", help="How the factors are kept, float16 when not given; the int ones with a scale a row."
+        ),
+    ] = None,
+    coded: Annotated[
+        bool,
+        typer.Option(
+            "--coded", help="Keep each image as few bytes, of a shared model: with --target-error or --bytes."
+        ),
+    ] = False,
+    target_error: Annotated[
+        float | None, typer.Option(metavar="E", help="With --coded: ‖X − Y‖ / ‖X‖ of each image at most, such as 0.05.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option("--bytes", metavar="N", help="With --coded: bytes of each image at most, such as 4096."),
+    ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto takes GPUs where Ray has any.")
     ] = "auto",
@@ -171,6 +186,9 @@ def apply(
             out,
             rank=rank,
             store_dtype=store_dtype,
+            coded=coded,
+            target_error=target_error,
+            max_bytes=max_bytes,
             device=device,
             max_quarantined=max_quarantined,
             results=results,

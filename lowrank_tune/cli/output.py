@@ -178,12 +178,15 @@ def features_facts(features: FeatureSet) -> dict[str, Any]:
 
 def factors_facts(factors: FeatureSet) -> dict[str, Any]:
     """What an application left."""
+    from lowrank_tune.features.remote import coded_facts
     from lowrank_tune.lowrank.quantization import factor_bytes
 
     facts: dict[str, Any] = {"factors": factors.directory, "fingerprint": factors.fingerprint}
     facts |= {"images": len(factors.rows), "quarantined": factors.quarantined, "shape": [factors.tokens, factors.dim]}
-    size = factor_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype)
-    return facts | {"rank": factors.rank, "dtype": factors.dtype, "bytes_per_image": size}
+    facts |= {"rank": factors.rank, "dtype": factors.dtype}
+    if coded := coded_facts(factors):
+        return facts | coded
+    return facts | {"bytes_per_image": factor_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype)}
 
 
 def print_checks(checks: Sequence[Check]) -> None:

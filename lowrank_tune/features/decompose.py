@@ -1,13 +1,12 @@
-"""A decomposer is applied to features: A and B of every image, in a sealed cache that is continued after any kill.
+"""A decomposer is applied to features: A and B of every image, or its coded stream, in a sealed cache.
 
 OUT/  identity.json   which model, rank, features and dtype: written first, so that nothing of another is added
-and what `cache.py` tells; a shard has the tensors that `pack_factors` makes
+and what `cache.py` tells; a shard has the tensors that `pack_factors` makes, or streams that `coded.py` has made
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,31 +16,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.cache import (
+    CODEBOOK,
     FACTORS,
+    IDENTITY,
     SOURCES,
     Contents,
     canonical,
     differences,
-    fingerprint,
     open_cache,
 )
+from lowrank_tune.features.coded import Encode, Kept, as_begun, codebook_of, coded_identity
 from lowrank_tune.features.commits import Identity, UnusableError, layout, stored_as
-from lowrank_tune.features.images import SourceFiles, SourceRecords, hash_files, read_unchanged, write_record_table
-from lowrank_tune.features.remote import find_cache, is_cache, open_local
+from lowrank_tune.features.given import Given, find_given, image_reader
+from lowrank_tune.features.images import write_record_table
 from lowrank_tune.features.shards import Made, Node, Notes, Pool, Progress, Row, ShardJob, ShardPlan, fill
-from lowrank_tune.features.tensors import common_shape, find_tensors, load_tensor
 from lowrank_tune.files import is_uri, read_json, write_durably, write_whole
-from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, open_matrix, pack_factors
+from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, pack_factors
 from lowrank_tune.lowrank.pretrained import ExportedModel, load_decomposer, read_exported
-from lowrank_tune.lowrank.quantization import STORE_DTYPES
-from lowrank_tune.records import FeatureSet
+from lowrank_tune.records import CODED, FeatureSet
 
 VERSION = 1
 """Counts up with every change of the code that can change a stored factor."""
-IDENTITY = "identity.json"
 
 
 def apply_decomposer(
@@ -50,7 +47,10 @@ def apply_decomposer(
     out: str | Path,
     *,
     rank: int | None = None,
-    store_dtype: str = "float16",
+    store_dtype: str | None = None,
+    coded: bool = False,
+    target_error: float | None = None,
+    max_bytes: int | None = None,
     device: str = "auto",
     max_quarantined: float = 0.05,
     results: str | Path | None = None,
@@ -67,10 +67,13 @@ def apply_decomposer(
         model: what `export_study` wrote; every Ray node must see it, `features` and `out` under these paths.
         features: a cache's fingerprint, the beginning of it, its path or address; or files of tensors: a directory, a
             file or a glob, as in a study file.
-        out: where the factors go; a new folder, an empty one, or one that an earlier run began.
+        out: where they go; a new folder, an empty one, or one that an earlier run began.
         rank: R, one of those that the model was trained for; its own when None.
-        store_dtype: how the factors are kept, one of `STORE_DTYPES`.
-        device: `cpu`, `cuda`, or `auto`: GPUs where Ray has any.
+        store_dtype: how the factors are kept, one of `STORE_DTYPES`; float16 when None.
+        coded: keep a stream of bytes an image and what they all share once, in place of factors; of a `shared` model.
+        target_error: with `coded`, what ‖X − Y‖ / ‖X‖ may be at most for what comes back of each image, Y;
+        max_bytes: or what each image's stream may take at most.
+        device: `cpu`, `cuda`, or `auto`: GPUs where Ray has any, and the work is not coding.
         max_quarantined: the fraction of unusable images above which this fails.
         results: where fingerprints are looked for.
         address: the Ray to start or to join where the caller has none; as for `ray_session`.
@@ -84,7 +87,8 @@ def apply_decomposer(
     if is_uri(str(out)):
         raise InputError(f"{out}: only local and mounted paths are written to; apply there, then upload it")
     target = Path(os.path.expanduser(out)).absolute()
-    given, job = _plan(model, str(features), results, target, rank, store_dtype, device)
+    kept = Kept.asked(store_dtype, coded, target_error, max_bytes)
+    given, job, codebook = _plan(model, str(features), results, target, rank, kept, device)
     if on_note and given.records:
         for sentence in given.records.notes:
             on_note(sentence)
@@ -100,51 +104,13 @@ def apply_decomposer(
             progress=on_progress,
             note=on_note,
             address=address,
-            claim=lambda note: _claim(target, job.identity),
+            claim=lambda note: _claim(target, job.identity, codebook),
             accept=lambda contents: _check_keys(target, given, contents),
         )
         _write_records(target, given, contents.quarantined)
         return open_cache(target)
     except OSError as error:
-        raise InputError(f"{target}: cannot hold the factors ({error}); free it, or choose another folder") from error
-
-
-@dataclass(frozen=True)
-class Given:
-    """What is to be decomposed: a cache, or a directory of tensors.
-
-    Attributes:
-        features: what they are; those of tensors have no rows.
-        files: the images that can be read, in order; those of a cache lie there.
-        records: those of tensors; None for a cache.
-    """
-
-    features: FeatureSet
-    files: SourceFiles
-    records: SourceRecords | None = None
-
-
-def find_given(name: str, results: str | Path | None) -> Given:
-    """Find what is to be decomposed: what is there and is no cache are tensors; arguments as for `apply_decomposer`.
-
-    Raises:
-        InputError: there is nothing of that name, or nothing in it.
-        CacheError: the cache is unsealed or damaged.
-    """
-    directory = Path(os.path.expanduser(name))
-    exists = not is_uri(name) and directory.exists()
-    if not is_uri(name) and (exists or re.search(r"[*?\[{]", name)) and not is_cache(str(directory)):
-        records = find_tensors(TensorSource(tensors=name), "FEATURES, which is no feature cache")
-        files = hash_files(records)
-        tokens, dim = common_shape(records, said="FEATURES")
-        # It says no more than what they are, for their bytes are their keys.
-        mark = fingerprint({"kind": "tensors", "tokens": tokens, "dim": dim})
-        features = FeatureSet(str(directory), mark, "imported tensors", "unknown", "", tokens, dim, (), "")
-        return Given(features, files, records)
-    features = open_local(find_cache(results, str(directory.absolute()) if exists else name))
-    keys = tuple(row.key for row in features.rows)
-    nothing = (None,) * len(keys)
-    return Given(features, SourceFiles(keys, nothing, nothing, dict.fromkeys(keys)))
+        raise InputError(f"{target}: cannot hold them ({error}); free it, or choose another folder") from error
 
 
 def _plan(
@@ -153,31 +119,39 @@ def _plan(
     results: str | Path | None,
     target: Path,
     rank: int | None,
-    store_dtype: str,
+    kept: Kept,
     device: str,
-) -> tuple[Given, Decompose]:
-    """What is given and the work on it; an InputError where they or the dtype do not fit. What takes long is last."""
+) -> tuple[Given, ShardJob, bytes]:
+    """What is given, the work on it and its codebook, if any; an InputError where they do not fit."""
     model = read_exported(directory)
     rank = model.check_rank(rank)
-    if store_dtype not in STORE_DTYPES:
-        raise InputError(f"--dtype {store_dtype}: unknown; choose one of {', '.join(STORE_DTYPES)}")
-    load_decomposer(model.directory)  # damaged weights are told before anything starts
-    given = find_given(name, results)
+    decomposer = load_decomposer(model.directory)  # damaged weights are told before anything starts
+    codebook = codebook_of(decomposer, rank, model.directory, kept, device) if kept.dtype == CODED else b""
+    given = find_given(name, results)  # which may take long
     features = given.features
     if (features.tokens, features.dim) != (model.tokens, model.dim):
         raise InputError(
             f"{features.directory}: images of [{features.tokens}, {features.dim}], but {model.directory} takes "
             f"[{model.tokens}, {model.dim}]; apply a model of a study on such features"
         )
-    identity = factors_identity(model, rank, features, store_dtype)
-    encoder = f"{model.family} of rank {rank} on {features.encoder}"
-    place = "" if given.records else features.origin or features.directory
-    return given, Decompose(str(target), identity, encoder, features.weights, str(model.directory), place, device)
+    made_by = f"{model.family} of rank {rank} on {features.encoder}"
+    if codebook:
+        identity = coded_identity(_made_by(model, rank, features), kept, features, codebook)
+        identity, codebook = as_begun(target, identity, codebook)
+        return given, Encode(str(target), identity, made_by, features.weights, given.place), codebook
+    identity = factors_identity(model, rank, features, kept.dtype)
+    job = Decompose(str(target), identity, made_by, features.weights, str(model.directory), given.place, device)
+    return given, job, codebook
 
 
 def factors_identity(model: ExportedModel, rank: int, features: FeatureSet, store_dtype: str) -> Identity:
     """What stored factors depend on, beside the features' bytes."""
     zeros = pack_factors(torch.zeros(features.tokens, rank), torch.zeros(rank, features.dim), store_dtype)
+    tensors = {name: list(stored_as(part)) for name, part in zeros.items()}
+    return _made_by(model, rank, features) | {"store_dtype": store_dtype, "tensors": tensors}
+
+
+def _made_by(model: ExportedModel, rank: int, features: FeatureSet) -> Identity:
     return {
         "kind": FACTORS,
         "version": VERSION,
@@ -185,17 +159,17 @@ def factors_identity(model: ExportedModel, rank: int, features: FeatureSet, stor
         "family": model.family,
         "rank": rank,
         "features": features.fingerprint,
-        "store_dtype": store_dtype,
         "tokens": features.tokens,
         "dim": features.dim,
-        "tensors": {name: list(stored_as(part)) for name, part in zeros.items()},
     }
 
 
-def _claim(target: Path, identity: Identity) -> None:
+def _claim(target: Path, identity: Identity, codebook: bytes) -> None:
     _check_ours(target, identity)
     target.mkdir(parents=True, exist_ok=True)
     write_durably(target / IDENTITY, canonical(identity))
+    if codebook:
+        write_durably(target / CODEBOOK, codebook)
 
 
 def _check_ours(target: Path, identity: Identity) -> None:
@@ -216,8 +190,8 @@ def _check_ours(target: Path, identity: Identity) -> None:
     else:
         if differ:
             raise InputError(
-                f"{target}: belongs to another model, other features or another dtype ({'; '.join(differ[:3])}); "
-                "name a new folder"
+                f"{target}: belongs to another model, other features or another dtype or target "
+                f"({'; '.join(differ[:3])}); name a new folder"
             )
 
 
@@ -268,19 +242,8 @@ class Decompose(ShardJob):
         """Load the decomposer, and map the features."""
         device = "cuda" if pool.gpus else "cpu"
         model = load_decomposer(self.model).to(device)
-        matrix = open_matrix(open_local(self.place)) if self.place else None
-        rows = {row.key: number for number, row in enumerate(matrix.features.rows)} if matrix else {}
+        read = image_reader(self.place, (model.tokens, model.dim))
         at_once = max(1, NUMBERS_AT_ONCE // (model.tokens * model.dim))
-
-        def read(plan: ShardPlan, place: int) -> Tensor:
-            key = plan.keys[place]
-            if matrix is not None:
-                x_TD = matrix.load([rows[key]])[0]
-            else:
-                x_TD = load_tensor(read_unchanged(plan.images[place], key), (model.tokens, model.dim)).float()
-            if not torch.isfinite(x_TD).all():
-                raise UnusableError("the features hold NaN or infinite values")
-            return x_TD
 
         @torch.inference_mode()
         def make(plan: ShardPlan, row: Row) -> Made:

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from pyarrow.fs import FileType, LocalFileSystem, copy_files
 
 from lowrank_tune.errors import CacheError, InputError, LowrankTuneError, redact
 from lowrank_tune.features.cache import (
+    CODEBOOK,
     MANIFEST,
     SOURCES,
     canonical,
@@ -34,10 +36,18 @@ from lowrank_tune.features.cache import (
     read_manifest,
     verify_cache,
 )
-from lowrank_tune.features.commits import COMMITS, SHARDS, Identity, checksum
+from lowrank_tune.features.commits import (
+    COMMITS,
+    ITEM_BYTES,
+    SHARDS,
+    STORED,
+    Identity,
+    checksum,
+    stream_lengths,
+)
 from lowrank_tune.features.places import Place, join
 from lowrank_tune.files import is_uri, results_place, sync
-from lowrank_tune.records import FeatureSet
+from lowrank_tune.records import CODED, FeatureSet
 
 FEATURES = "features"
 _SPARE_BYTES = 64 * 2**20
@@ -228,7 +238,33 @@ def cache_row(place: str, features: FeatureSet | None = None) -> dict[str, Any]:
     except LowrankTuneError as error:
         return row | {"encoder": str(error)}
     row |= {"images": len(features.rows), "shape": [features.tokens, features.dim], "dtype": features.dtype}
+    if features.dtype == CODED:
+        row["bytes"] += cache.get_file_info(CODEBOOK).size
     return row | {"weights": features.weights, "encoder": features.encoder}
+
+
+def coded_facts(features: FeatureSet) -> dict[str, Any]:
+    """What the images of a cache of coded images take, their codebook aside; nothing of any other cache."""
+    if features.dtype != CODED:
+        return {}
+    cache, count = Place(features.directory), max(1, len(features.rows))
+    identity = read_manifest(cache)["identity"]
+    shards = Counter(row.shard for row in features.rows)
+    lengths = [length for shard, images in shards.items() for length in stream_lengths(cache, shard, images)]
+    stored = sum(cache.get_file_info(f"{SHARDS}/{shard}").size for shard in shards)
+    shared = cache.get_file_info(CODEBOOK).size
+    error, most = identity["target_error"], identity["max_bytes"]
+    x_bytes = features.tokens * features.dim * ITEM_BYTES[STORED[identity["x_dtype"]]]
+    return {
+        "target": f"a relative error of {error:g} at most" if most is None else f"{most} bytes an image at most",
+        "bytes_per_image": round(stored / count),
+        "bytes_per_image_max": max(lengths, default=0) + round((stored - sum(lengths)) / count),
+        "codebook_bytes": shared,
+        "codebook_bytes_per_image": round(shared / count),
+        "x_dtype": identity["x_dtype"],
+        "x_bytes_per_image": x_bytes,
+        "share_of_x": round((stored + shared) / count / x_bytes, 4),
+    }
 
 
 def describe_cache(place: str) -> dict[str, Any]:
@@ -236,6 +272,7 @@ def describe_cache(place: str) -> dict[str, Any]:
     features = open_cache(place)
     return {
         **cache_row(place, features),
+        **coded_facts(features),
         "quarantined": features.quarantined,
         "shards": len({row.shard for row in features.rows}),
         "records": redact(features.records_path),

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_tune.errors import CacheError, InputError
+from lowrank_tune.lowrank.coding import Codebook
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.quantization import ordered, pack, unpack
-from lowrank_tune.records import FeatureSet
+from lowrank_tune.records import CODED, FeatureSet
 
 _SERIAL_ELEMENTS = 32768
 """The most that torch copies on the calling thread when it has several."""
@@ -188,12 +189,14 @@ def unpack_factors(parts: Mapping[str, Tensor], dtype: str, tokens: int, dim: in
 
 
 def open_matrix(features: FeatureSet) -> FeatureMatrix:
-    """The features of a cache of either kind: as stored, or A·B where it holds factors."""
+    """The features of a cache of any kind: as stored, A·B where it holds factors, or decoded."""
+    if features.dtype == CODED:
+        return CodedMatrix(features)
     return FactorMatrix(features) if features.rank else FeatureMatrix(features)
 
 
-class FactorMatrix(FeatureMatrix):
-    """Features stored as factors: `load` gives A·B, `factors` A and B."""
+class RestoredMatrix(FeatureMatrix):
+    """Features that come back, an image at a time, from what is stored in their place."""
 
     def __init__(self, features: FeatureSet) -> None:
         super().__init__(replace(features, dtype="float32"))
@@ -202,26 +205,68 @@ class FactorMatrix(FeatureMatrix):
         self._parts: dict[str, dict[str, Tensor]] = {}
 
     def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """Reconstruct some images; otherwise as `FeatureMatrix.load`."""
+        """Restore some images; otherwise as `FeatureMatrix.load`."""
         x_NTD = torch.empty(len(indices), self.tokens, self.dim, dtype=dtype) if out is None else out
         for x_TD, index in zip(x_NTD, indices, strict=True):
-            a_TR, b_RD = self._image(index)
-            x_TD.copy_(a_TR @ b_RD)
+            x_TD.copy_(self._image(index))
         return x_NTD
+
+    def _image(self, index: int) -> Tensor:
+        """Restore [T, D], float32."""
+        raise NotImplementedError
+
+    def _shard(self, name: str) -> dict[str, Tensor]:
+        if name not in self._parts:
+            self._parts[name] = _map_shard(self.features, name)[1]
+        return self._parts[name]
+
+
+class FactorMatrix(RestoredMatrix):
+    """Features stored as factors: `load` gives A·B, `factors` A and B."""
 
     def factors(self, indices: Sequence[int]) -> Factors:
         """Read A [n, T, R] and B [n, R, D] of some images, float32; errors as `load`."""
-        images = [self._image(index) for index in indices]
+        images = [self._factors(index) for index in indices]
         a_NTR = torch.stack([a_TR for a_TR, _ in images]) if images else torch.empty(0, self.tokens, self.rank)
         b_NRD = torch.stack([b_RD for _, b_RD in images]) if images else torch.empty(0, self.rank, self.dim)
         return Factors(a_NTR, b_NRD)
 
-    def _image(self, index: int) -> tuple[Tensor, Tensor]:
+    def _image(self, index: int) -> Tensor:
+        a_TR, b_RD = self._factors(index)
+        return a_TR @ b_RD
+
+    def _factors(self, index: int) -> tuple[Tensor, Tensor]:
         row = self.features.rows[index]
-        if row.shard not in self._parts:
-            self._parts[row.shard] = _map_shard(self.features, row.shard)[1]
-        parts = {name: part[row.row] for name, part in self._parts[row.shard].items()}
+        parts = {name: part[row.row] for name, part in self._shard(row.shard).items()}
         return unpack_factors(parts, self.features.dtype, self.tokens, self.dim, self.rank)
+
+
+class CodedMatrix(RestoredMatrix):
+    """Features stored as coded streams, each decoded when it is asked for."""
+
+    def __init__(self, features: FeatureSet) -> None:
+        super().__init__(features)
+        self._codebook = Codebook.load(Path(features.directory) / "codebook.safetensors")
+
+    def _image(self, index: int) -> Tensor:
+        row = self.features.rows[index]
+        parts = self._shard(row.shard)
+        try:
+            lengths = parts["length"].tolist()
+            if sum(lengths) != len(parts["stream"]):
+                raise ValueError("the lengths of its shard's streams do not add up to their bytes")
+            start = sum(lengths[: row.row])
+            return self._codebook.decode(parts["stream"][start : start + lengths[row.row]].numpy().tobytes())
+        except (ValueError, LookupError) as error:
+            place = self.features.directory
+            remedy = (
+                f"remove this copy of {self.features.origin}"
+                if self.features.origin
+                else f"remove {place}/manifest.json and `apply` again: what is sound is kept, the rest made anew"
+            )
+            raise CacheError(
+                f"{place}/shards/{row.shard}: row {row.row} ({row.key[:16]}) cannot be decoded ({error}); {remedy}"
+            ) from error
 
 
 def _map_shard(features: FeatureSet, name: str) -> tuple[Path, dict[str, Tensor]]:

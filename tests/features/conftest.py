@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from cachekit import build, cache_directory
-from factorkit import IMAGES, write_model, write_tensors
+from factorkit import DIM, IMAGES, RANK, write_model, write_tensors
 
 from lowrank_tune.features.checkpoint import (
     CheckpointConfig,
@@ -139,6 +139,12 @@ def bucket(s3_server: str) -> Bucket:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "sketch")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of all directions there are, with which any image can be coded to any error."""
+    return write_model(tmp_path_factory.mktemp("models") / "shared", DIM, (RANK, DIM), family="shared")
 
 
 @pytest.fixture(scope="session")

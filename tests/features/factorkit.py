@@ -13,9 +13,15 @@ TOKENS, DIM, RANK = 16, 48, 6
 IMAGES = 330
 
 
-def write_model(folder: Path, rank: int = RANK, nested: tuple[int, ...] = (), seed: int = 1) -> Path:
-    config = TrialConfig("r006-sketch-0000", 0, seed, "sketch", rank, 1e-3, 1e-5, 8, 3, 3, {}, nested)
-    save_decomposer(make_decomposer(config, TOKENS, DIM), folder.with_suffix(".safetensors"))
+def write_model(
+    folder: Path, rank: int = RANK, nested: tuple[int, ...] = (), seed: int = 1, family: str = "sketch"
+) -> Path:
+    params = {"token_transform": "dct", "lambda_rate": 100.0} if family == "shared" else {}
+    config = TrialConfig(f"r006-{family}-0000", 0, seed, family, rank, 1e-3, 1e-5, 8, 3, 3, params, nested)
+    model, generator = make_decomposer(config, TOKENS, DIM), torch.Generator().manual_seed(seed)
+    if family == "shared":
+        model.initialise([torch.randn(64, TOKENS, DIM, generator=generator)], generator)
+    save_decomposer(model, folder.with_suffix(".safetensors"))
     write_exported(folder, folder.with_suffix(".safetensors"), rank, "study-0", config, None)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "lowrank_decomposer"
     return folder

@@ -14,7 +14,8 @@ from lowrank_tune.cli import run
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.features.cache import open_cache, recover, seal, verify_cache
 from lowrank_tune.features.commits import commit_shard, layout, shard_name
-from lowrank_tune.features.decompose import factors_identity, find_given
+from lowrank_tune.features.decompose import factors_identity
+from lowrank_tune.features.given import find_given
 from lowrank_tune.features.remote import stage_cache
 from lowrank_tune.lowrank.data import pack_factors, unpack_factors
 from lowrank_tune.lowrank.pretrained import read_exported

@@ -39,16 +39,21 @@ def apply(root: Path, told: Progress | None, model: str, tensors: str) -> None:
     apply_decomposer(model, tensors, root / "factors", store_dtype="int8", on_progress=told)
 
 
-WORKS: dict[str, Callable[..., None]] = {"extract": extract, "apply": apply}
+def code(root: Path, told: Progress | None, model: str, tensors: str) -> None:
+    """Six shards of tensors become coded images."""
+    apply_decomposer(model, tensors, root / "coded", coded=True, target_error=0.05, on_progress=told)
+
+
+WORKS: dict[str, Callable[..., None]] = {"extract": extract, "apply": apply, "code": code}
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, photographs, model, tensors) -> dict[str, list[str]]:
+def sources(tmp_path_factory, photographs, model, shared, tensors) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("photos")
     for number in range(IMAGES):
         with Image.open(photographs[number % len(photographs)]) as image:
             image.convert("RGB").resize((60 + number, 60)).save(folder / f"photo-{number:03}.jpg")
-    return {"extract": [str(folder)], "apply": [str(model), str(tensors)]}
+    return {"extract": [str(folder)], "apply": [str(model), str(tensors)], "code": [str(shared), str(tensors)]}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,7 @@ def processes(of: psutil.Process, name: str) -> list[psutil.Process]:
         ("extract", "driver", 1),
         ("extract", "raylet", 1),
         ("apply", "driver", 1),
+        ("code", "driver", 1),
     ],
 )
 def test_killed_at_any_moment_the_next_run_completes_the_same_bytes(

@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.lowrank.data import RESIDENT_FRACTION, FeatureMatrix, Resident, Streamed, batches_on, fits
+from lowrank_tune.lowrank.coding import make_codebook
+from lowrank_tune.lowrank.data import (
+    RESIDENT_FRACTION,
+    FeatureMatrix,
+    Resident,
+    Streamed,
+    batches_on,
+    fits,
+    open_matrix,
+)
+from lowrank_tune.lowrank.decomposers import make_decomposer
+from lowrank_tune.records import FeatureRow, FeatureSet, TrialConfig
 
 WAYS = {
     "mapped": lambda data: data,
@@ -76,6 +87,57 @@ def test_a_shard_that_is_not_what_the_cache_says_is_refused_when_a_row_is_asked_
     data = FeatureMatrix(features)
     with pytest.raises(CacheError, match=r"00002\.safetensors.*features verify"):
         data.load([0])
+
+
+@pytest.fixture
+def coded(tmp_path, power_law):
+    """Five coded images in two shards, and what comes back of each."""
+    x_NTD = power_law(5, 4, 6)
+    params = {"token_transform": "none", "lambda_rate": 100.0}
+    config = TrialConfig("r006-shared-0000", 0, 0, "shared", 6, 1e-3, 1e-5, 8, 1, 1, params)
+    model = make_decomposer(config, 4, 6)
+    model.initialise([x_NTD], torch.Generator().manual_seed(0))
+    codebook = make_codebook(model)
+    codebook.save(tmp_path / "codebook.safetensors")
+    (tmp_path / "shards").mkdir()
+    streams = [codebook.encode(x_TD, target_error=0.1) for x_TD in x_NTD]
+    for shard, images in (("a", [0, 1, 2]), ("b", [3, 4])):
+        lengths = torch.tensor([len(streams[image]) for image in images], dtype=torch.uint32)
+        together = torch.frombuffer(bytearray(b"".join(streams[image] for image in images)), dtype=torch.uint8)
+        save_file({"length": lengths, "stream": together}, tmp_path / "shards" / f"{shard}.safetensors")
+    rows = tuple(
+        FeatureRow(name * 64, f"{name}.safetensors", row) for name, row in zip("aaabb", [0, 1, 2, 0, 1], strict=True)
+    )
+    features = FeatureSet(str(tmp_path), "f", "shared", "unknown", "coded", 4, 6, rows, "", rank=6)
+    return features, torch.stack([codebook.decode(stream) for stream in streams])
+
+
+def test_coded_images_come_in_the_order_asked_for_from_any_shard(coded):
+    features, x_NTD = coded
+    data = open_matrix(features)
+    assert (len(data), data.tokens, data.dim, data.dtype) == (5, 4, 6, torch.float32)
+    assert torch.equal(data.load([4, 0, 2, 2]), x_NTD[[4, 0, 2, 2]])
+    assert torch.equal(data.load([1], torch.float64), x_NTD[[1]].double())
+    assert torch.equal(torch.cat(list(data.batches(range(5), 2))), x_NTD)
+    for way in WAYS.values():
+        assert torch.equal(way(data).lend([3, 1]), x_NTD[[3, 1]])
+
+
+@pytest.mark.parametrize("origin", ["", "s3://bucket/coded"])
+@pytest.mark.parametrize("part", ["length", "stream"])
+def test_a_coded_image_that_is_damaged_is_named_with_the_remedy(coded, part, origin):
+    features, x_NTD = coded
+    path = Path(features.directory) / "shards" / "b.safetensors"
+    parts = load_file(path)
+    parts[part].view(torch.uint8)[-1 if part == "stream" else 0] ^= 1
+    save_file(parts, path)
+    data = open_matrix(replace(features, origin=origin))
+    with pytest.raises(CacheError, match=r"b\.safetensors: row 1 \(b{16}\) cannot be decoded") as error:
+        data.load([4])
+    assert (f"remove this copy of {origin}" if origin else f"remove {features.directory}/manifest.json") in str(
+        error.value
+    )
+    assert torch.equal(data.load([0, 2]), x_NTD[[0, 2]])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from Linux's /proc")
