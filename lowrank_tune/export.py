@@ -32,8 +32,8 @@ _TEMPLATE = """\
 # {{ name }}
 
 A decomposer of visual tokens: the features X [{{ tokens }}, {{ dim }}] of one image become A [{{ tokens }}, {{ rank }}]
-and B [{{ rank }}, {{ dim }}] with X ≈ A·B, in one forward pass, {{ "%.3g" % (tokens * dim / (tokens + dim) / rank) }}
-times fewer numbers. Family `{{ family }}` ({{ note }}).
+and B [{{ rank }}, {{ dim }}] with X ≈ A·B, in one forward pass, {{ "%.3g" % (tokens * dim / kept) }} times fewer
+numbers{{ ", for B is the same for every image" if shared }}. Family `{{ family }}` ({{ note }}).
 
 ## How to load it
 
@@ -135,6 +135,7 @@ def model_card(model: ExportedModel, features: FeatureSet, comparison: Compariso
     """Make the card of a model that was compared, from what it was trained on and the figures at its rank."""
     name = f"{model.training['study_id']}-r{model.rank:03d}"
     summary = next(summary for summary in rank_summaries(comparison) if summary.rank == model.rank)
+    shared = bool(summary.trained and summary.trained.shared_bytes)
     measured = [("this model", summary.trained), ("svd", summary.svd)]
     measured += [(summary.control.method, summary.control)] if summary.control else []
     results = [
@@ -149,6 +150,7 @@ def model_card(model: ExportedModel, features: FeatureSet, comparison: Compariso
             metric_name=words,
         )
         for metric, words in _METRICS.items()
+        if getattr(summary.trained, f"{metric}_mean") is not None
     ]
     # Only a hub id is a base model there; a local path would be a broken link, and tell of this machine.
     base = features.encoder if features.weights == "pretrained" and _HUB_ID.fullmatch(features.encoder) else None
@@ -166,6 +168,8 @@ def model_card(model: ExportedModel, features: FeatureSet, comparison: Compariso
         **{key: getattr(model, key) for key in ("tokens", "dim", "rank", "ranks", "family", "training")},
         name=name,
         note=METHOD_NOTES.get(model.family, model.family),
+        shared=shared,
+        kept=model.rank * (model.tokens if shared else model.tokens + model.dim),
         measured=[(method, row) for method, row in measured if row],
         source=features,
         device=comparison.device,

@@ -131,7 +131,8 @@ def visualize(
     """
     from lowrank_tune.report.spatial_page import Scene, write_spatial_page
 
-    check_shown(study.features, study.split, images, channels, rank)
+    trained = [each for outcome in study.outcomes for each in outcome.config.ranks]
+    check_shown(study.features, study.split, images, channels, rank, trained)
     scene = Scene(study.features, study.split, study.outcomes, comparison_of(study))
     with _writing(study):
         return write_spatial_page(scene, study.directory, images=images, channels=channels, rank=rank)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +179,8 @@ class ComparisonRow:
     """One method at one rank on the test split: means over images of an image's figures.
 
     `_low` and `_high` are the ends of a 95 % confidence interval over groups of images that belong together, None below
-    two; the four `_seed_` figures are of repetitions with fresh seeds.
+    two; the four `_seed_` figures are of repetitions with fresh seeds. All of ρ, and what is held against the SVD, is
+    None above min(T, D), where X has no more directions than the SVD keeps.
     """
 
     method: str  # `svd`, a control's name, or a trained family
@@ -190,9 +190,11 @@ class ComparisonRow:
     token_cosine_sd: float  # its standard deviation over images
     flat_cosine_mean: float  # of the cosine between the flattened matrices
     mse_mean: float  # of the mean squared error of an element
-    residual_ratio_mean: float  # of ρ = ‖X − AB‖² / ‖X − X_r‖²; 1.0 is the optimum, and one easy image may rule it
-    residual_ratio_max: float  # the worst image's
-    bytes_per_image: int  # A and B in the cache's dtype
+    residual_ratio_mean: (
+        float | None
+    )  # of ρ = ‖X − AB‖² / ‖X − X_r‖²; 1.0 is the optimum, and one easy image may rule it
+    residual_ratio_max: float | None  # the worst image's
+    bytes_per_image: int  # A and B in the cache's dtype; A alone where all images share one B
     images_per_second: float  # A and B, no reconstruction, on one CPU thread or on the study's GPU
     trial_id: str = ""  # the trial behind it; empty for methods without training
     seeds: int = 0  # how many further trainings
@@ -206,15 +208,16 @@ class ComparisonRow:
     val_token_cosine: float | None = None  # the model's mean on the validation images; None where it is not known
     chosen: int = 0  # 0 unless the objective on validation images made it its rank's best: its place among those
     n_groups: int = 0  # of test images that belong together: as many as images unless `split.group_by` says more
-    residual_ratio: float = math.nan  # exp(mean log ρ), the figure to steer by
+    residual_ratio: float | None = None  # exp(mean log ρ), the figure to steer by
     residual_ratio_low: float | None = None
     residual_ratio_high: float | None = None
-    residual_ratio_median: float = math.nan
+    residual_ratio_median: float | None = None
     training_gain: float | None = None  # 1 − ρ / ρ of the same model before training, likewise; None without training
     training_gain_low: float | None = None
     training_gain_high: float | None = None
     beaten_by: str = ""  # which of the SVD and the controls beat this model, nearest first: `gram_eigh, power_1`
     level_with: str = ""  # and which are level with it
+    shared_bytes: int = 0  # B in the cache's dtype, kept once for the data set; 0 where each image has its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,14 +77,16 @@ def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
     """Tell of each trained row which of the SVD and the controls beat it, and which are level with it.
 
     One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker where it is as near:
-    nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`.
+    nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`. Nothing is said of what
+    shares its B: it takes other bytes at the same rank.
     """
     rivals = [row for row in rows if row.method in (*CONTROLS, "svd")]
     rivals.sort(key=lambda rival: (rival.residual_ratio, -rival.images_per_second))
     judged = []
     for row in rows:
         beating, level = [], []
-        for other in (rival for rival in rivals if row.trial_id and rival.rank == row.rank):
+        own = [rival for rival in rivals if rival.rank == row.rank]
+        for other in own if row.trial_id and not row.shared_bytes else ():
             mean, low, high = paired((other.method, other.rank), (row.method, row.rank))
             nearer, as_near = high < -ROUNDING, low <= ROUNDING and mean <= math.log1p(AS_NEAR)
             quicker = other.images_per_second > row.images_per_second * (1 + SLOWER)

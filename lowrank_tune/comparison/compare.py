@@ -38,6 +38,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.baselines import svd
 from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import EXACT
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
@@ -94,19 +95,21 @@ def compare(
         raise InputError(f"{directory.name}: there are no {lacking} to compare; change the study file")
     data = FeatureMatrix(features)
     ranks = sorted({rank for outcome in outcomes for rank in outcome.config.ranks})
-    axes_DR = _training_axes(data, split, ranks[-1], seed).to(device)
+    # Above the images' own rank there is nothing for an SVD to leave out.
+    within = [rank for rank in ranks if rank <= min(data.tokens, data.dim)]
+    axes_DR = _training_axes(data, split, max(within, default=1), seed).to(device)
     models, repeats, lost = trained(outcomes, confirmations, features, objective, device)
     starts = before_training(models, outcomes, data, split, device)
-    methods = [*(method for rank in ranks for method in untrained(rank, axes_DR, seed)), *models]
+    methods = [*(method for rank in within for method in untrained(rank, axes_DR, seed)), *models]
     optimum = kept_optimum(directory / TEST_OPTIMUM, features.digest(split.test), data.batches(split.test, 16))
     hidden = [*repeats, *starts.values()]
-    per_image, left_out = score(data, split.test, optimum, ranks, [*methods, *hidden], device)
+    per_image, left_out = score(data, split.test, optimum, within, [*methods, *hidden], device)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
     per_image["group"] = [groups[split.test[place]] if groups else str(place) for place in per_image["index"]]
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if method.kind in measured]
-    rows = make_rows(data, per_image, sound, repeats, starts, _speeds(data, split, ranks, sound, device))
+    rows = make_rows(data, per_image, sound, repeats, starts, _speeds(data, split, within, sound, device))
     rows = choose(
         judge(rows, partial(paired, per_image)),
         outcomes,
@@ -121,7 +124,7 @@ def compare(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
-        remarks=(*said, *unmeasured, *pictures.remarks, *lost, *left_out, *_at_the_floor(optimum, ranks)),
+        remarks=(*said, *unmeasured, *pictures.remarks, *lost, *left_out, *_at_the_floor(optimum, within)),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,
@@ -140,7 +143,7 @@ def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> 
 def _speeds(
     data: FeatureMatrix, split: Split, ranks: Sequence[int], methods: Sequence[Method], device: str
 ) -> dict[Kind, float]:
-    """Time each method, the SVD by its quickest exact form, on the same test images."""
+    """Time each method, the SVD at its ranks by its quickest exact form, on the same test images."""
     size = BATCH["cuda" if device.startswith("cuda") else "cpu"]
     x_NTD = data.load([split.test[place % len(split.test)] for place in range(size)]).to(device)
     routes: dict[Kind, Any] = {("svd", rank): partial(svd, rank=rank) for rank in ranks}
@@ -171,9 +174,10 @@ def make_rows(
     table = over_images(per_image)
     figures: Any = table.astype(object).to_dict("index")
     trials = {method.kind: method.trial_id for method in methods}
+    shared = {method.kind for method in methods if isinstance(method.model, Shared)}
     rows = []
     for kind in sorted(speeds, key=lambda kind: kind[1]):
-        trial_id, size = trials.get(kind, ""), (data.tokens + data.dim) * kind[1] * data.dtype.itemsize
+        trial_id, size = trials.get(kind, ""), kind[1] * data.dtype.itemsize
         again = [each.kind for each in repeats if (each.confirms, each.rank) == (trial_id, kind[1])]
         seeds = table[table.index.isin(again)]
         known: dict[str, Any] = dict(figures[kind])
@@ -184,7 +188,9 @@ def make_rows(
             gain, low, high = (0.0 - math.expm1(value) for value in paired(per_image, kind, starts[kind].kind))
             known |= {"training_gain": gain, "training_gain_low": high, "training_gain_high": low}
         known = {name: None if pd.isna(value) else value for name, value in known.items()}
-        known |= {"bytes_per_image": size, "images_per_second": speeds[kind], "trial_id": trial_id, "seeds": len(seeds)}
+        known |= {"bytes_per_image": size * (data.tokens if kind in shared else data.tokens + data.dim)}
+        known |= {"images_per_second": speeds[kind], "trial_id": trial_id, "seeds": len(seeds)}
+        known |= {"shared_bytes": size * data.dim if kind in shared else 0}
         rows.append(ComparisonRow(*kind, **known))
     return rows
 
@@ -261,7 +267,8 @@ def _validated(
         return {}
     of = data.features.digest(split.validation)
     optimum = kept_optimum(directory / VALIDATION_OPTIMUM, of, data.batches(split.validation, 16))
-    table, _ = score(data, split.validation, optimum, sorted({model.rank for model in nested}), nested, device)
+    ranks = sorted({model.rank for model in nested if model.rank <= min(data.tokens, data.dim)})
+    table, _ = score(data, split.validation, optimum, ranks, nested, device)
     if table.empty:
         return {}
     table = table[table["method"] != "svd"]
@@ -337,7 +344,7 @@ def read_comparison(directory: Path, objective: str) -> Comparison | None:
         told = read_json(directory / "comparison.json")
         rivals = notes.get("rivals", [{}] * len(told))
         rows = [ComparisonRow(**(row | theirs)) for row, theirs in zip(told, rivals, strict=True)]
-        if not all(math.isfinite(row.residual_ratio) for row in rows):
+        if not all("residual_ratio" in row for row in told):
             rows = _averaged_anew(rows, pd.read_parquet(per_image_path))
         if not any(row.chosen for row in rows):
             files = [directory / "trials" / row.trial_id / "outcome.json" for row in rows if row.trial_id]

@@ -68,7 +68,9 @@ def measure_compression(
     Raises:
         CacheError: features cannot be read.
     """
-    chosen, ranks = {(row.method, row.rank) for row in rows if row.chosen}, sorted({row.rank for row in rows})
+    # What shares its B is stored in another way: `rates` has it.
+    chosen = {(row.method, row.rank) for row in rows if row.chosen and not row.shared_bytes}
+    ranks = [row.rank for row in rows if row.method == "svd"]
     found: list[pd.DataFrame] = []
     errors: dict[Method, list[Tensor]] = defaultdict(list)
     try:

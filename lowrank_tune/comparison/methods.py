@@ -154,10 +154,12 @@ def score(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Measure every method on `images`, in float64, beside the SVD, whose figures `optimum` has, at each of the ranks.
 
+    At other ranks, above the images' own, methods have no ρ.
+
     Returns:
         A row a (method, rank, image): `method`, `rank`, `key`, `index` (the position in `images`), `token_cosine`,
-        `flat_cosine`, `mse`, `residual` and `residual_ratio`, every number finite; and a sentence for each method that
-        broke on an image, none of whose rows are there, and for images of zeros.
+        `flat_cosine`, `mse`, `residual` and `residual_ratio`, every number finite but a ρ that there is not, NaN; and a
+        sentence for each method that broke on an image, none of whose rows are there, and for images of zeros.
 
     Raises:
         CacheError: features cannot be read.
@@ -179,7 +181,7 @@ def score(
                     figures = Figures(*(part_N.cpu() for part_N in measure(exact_NTD, *method.decompose(x_NTD))))
                 if not all(bool(part_N.isfinite().all()) for part_N in figures):
                     raise RuntimeError("its factors are not finite on every test image")
-                parts.append(_table(*method.kind, which, figures, best[method.rank], energy_N))
+                parts.append(_table(*method.kind, which, figures, best.get(method.rank), energy_N))
             except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
                 broken[method.kind] = (str(error).strip() or type(error).__name__).splitlines()[0]
     remarks = [f"{name} at rank {rank} is left out: {reason}" for (name, rank), reason in broken.items()]
@@ -193,8 +195,11 @@ def score(
     return table[~left_out].reset_index(drop=True), remarks
 
 
-def _table(name: str, rank: int, which: pd.DataFrame, own: Figures, best: Figures, energy_N: Tensor) -> pd.DataFrame:
-    ratio_N = residual_ratio(own.residual_N, best.residual_N, energy_N)
+def _table(
+    name: str, rank: int, which: pd.DataFrame, own: Figures, best: Figures | None, energy_N: Tensor
+) -> pd.DataFrame:
+    none_N = torch.full_like(energy_N, math.nan)
+    ratio_N = residual_ratio(own.residual_N, best.residual_N, energy_N) if best else none_N
     numbers = dict(zip(FIGURES, (figure_N.numpy() for figure_N in (*own, ratio_N)), strict=True))
     return which.assign(method=name, rank=rank, **numbers)[["method", "rank", "key", "index", *FIGURES]]
 

@@ -42,6 +42,7 @@ def about_study(
         *about_data(features, rows[0].n_images, rows[0].n_groups),
         *about_rivals(rows),
         *about_training(rows),
+        *about_shared(rows, len(features.rows)),
         *about_trials(outcomes, rows),
         *about_confirmations(confirmations, rows),
         *filter(None, [which_are_beaten(compression.stored, compression.pruned)]),
@@ -96,12 +97,15 @@ def about_rivals(rows: Sequence[ComparisonRow]) -> list[str]:
 
 
 def about_training(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Say where a trained model is no nearer than the same model before its first epoch."""
+    """Say where a trained model is no nearer than the same model before its first epoch.
+
+    What shares its B is trained for bytes, which ρ does not tell.
+    """
     remarks = []
     nothing: dict[str, list[str]] = {}
     for row in rows:
         gain, low, high = row.training_gain, row.training_gain_low, row.training_gain_high
-        if gain is None or low is None or high is None:
+        if gain is None or low is None or high is None or row.shared_bytes:
             continue
         if high < -SHOWN:
             remarks.append(
@@ -114,6 +118,29 @@ def about_training(rows: Sequence[ComparisonRow]) -> list[str]:
             )
     for method, ranks in nothing.items():
         remarks.append(f"training adds nothing measurable to {method} here, at {', '.join(ranks)}")
+    return remarks
+
+
+def about_shared(rows: Sequence[ComparisonRow], images: int) -> list[str]:
+    """Say why one B for all images is further off than an SVD of its rank, and what B is among so many images."""
+    remarks = []
+    shared = sorted((row for row in rows if row.shared_bytes), key=lambda row: (row.method, row.rank))
+    for method, same in groupby(shared, key=lambda row: row.method):
+        own = list(same)
+        ratios = [f"{_ratio(row.residual_ratio)} at rank {row.rank}" for row in own if row.residual_ratio is not None]
+        sizes = ", ".join(
+            f"{kib(row.shared_bytes)} at rank {row.rank} ({kib(row.shared_bytes / images)} an image)" for row in own
+        )
+        told = f": {', '.join(ratios)}" if ratios else ""
+        remarks.append(
+            f"{method} has one B for all images, which is no image's best: its ρ is above 1{told}. An image keeps A "
+            f"alone, and the {images} images together one B: {sizes}"
+        )
+        if above := [str(row.rank) for row in own if row.residual_ratio is None]:
+            remarks.append(
+                f"{method} has no ρ at rank {' and '.join(above)}, where an SVD leaves nothing of an image of as few "
+                "tokens"
+            )
     return remarks
 
 
@@ -157,7 +184,9 @@ def _reasons(failed: Sequence[TrialOutcome]) -> str:
     return told + ("; and others" if len(reasons) > 3 else "")
 
 
-def _ratio(value: float) -> str:
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "none"
     return f"{value:.3f}" if value < 10 else _plain(value)
 
 

@@ -86,15 +86,20 @@ def check_images(images: Sequence[int], test_images: int, said: str = "report.im
 
 
 def check_shown(
-    features: FeatureSet, split: Split, images: Sequence[int], channels: Sequence[int] | int, rank: int | None
+    features: FeatureSet,
+    split: Split,
+    images: Sequence[int],
+    channels: Sequence[int] | int,
+    rank: int | None,
+    trained: Sequence[int] = (),
 ) -> None:
-    """Refuse images, channels or a rank that a study does not have, as an InputError."""
+    """Refuse images, channels or a rank that a study does not have, as an InputError; `trained` are its trials'."""
     check_images(images, len(split.test), "images")
     for channel in () if isinstance(channels, int) else channels:
         if not 0 <= channel < features.dim:
             has = f"channels 0 to {features.dim - 1}"
             raise InputError(f"channel {channel}: these features have {has}; choose among them")
-    highest = min(features.tokens, features.dim)
+    highest = max([min(features.tokens, features.dim), *trained])
     if rank is not None and not 1 <= rank <= highest:
         raise InputError(f"rank {rank}: these features have ranks 1 to {highest}; choose among them")
 

@@ -156,6 +156,8 @@ def _register(
     new = {model.model_id for _, model in logged} - there.keys()
     for row, model in logged:
         if model.model_id in new:
+            ratio = row.residual_ratio
+            told = f"token cosine {row.token_cosine_mean:.4f}" if ratio is None else f"ρ {ratio:.4g}"
             tags = {"lowrank.study_id": study_id, _TRIAL: row.trial_id, _RANK: str(row.rank), _MODEL: model.model_id}
             there[model.model_id] = client.create_model_version(
                 name,
@@ -163,7 +165,7 @@ def _register(
                 run_id=parent,
                 model_id=model.model_id,
                 tags=tags,
-                description=f"{row.method} at rank {row.rank}: test ρ {row.residual_ratio:.4g}",
+                description=f"{row.method} at rank {row.rank}: test {told}",
             )
     best = there[logged[-1][1].model_id]
     aliased = client.get_registered_model(name).aliases.get(BEST, 0)

@@ -43,7 +43,11 @@ def make_row(method: str, rank: int, ratio: float = 1.1, cosine: float = 0.95, *
 def make_outcome(
     family: str = "sketch", rank: int = 3, number: int = 0, directory: Path = Path("study"), **ending: Any
 ) -> TrialOutcome:
-    params = {"direct": {"lambda_b": 1e-4, "lambda_ortho": 1e-3}, "refined": {"steps": 1}}.get(family, {})
+    params: dict[str, Any] = {
+        "direct": {"lambda_b": 1e-4, "lambda_ortho": 1e-3},
+        "refined": {"steps": 1},
+        "shared": {"token_transform": "dct", "lambda_rate": 10.0},
+    }.get(family, {})
     trial_id = f"r{rank:03d}-{family}-{number:04d}"
     config = TrialConfig(trial_id, number, number, family, rank, 1e-3, 1e-5, 4, 5, 5, params)
     best = {"val_residual_ratio": 1.5, "val_mse": 0.25, "val_token_cosine": 0.9}
