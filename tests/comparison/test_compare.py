@@ -29,7 +29,7 @@ FURTHER = [
     "seeds", "residual_ratio_seed_mean", "residual_ratio_seed_sd", "token_cosine_seed_mean", "token_cosine_seed_sd",
     "token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high", "val_token_cosine", "chosen",
     "n_groups", "residual_ratio", "residual_ratio_low", "residual_ratio_high", "residual_ratio_median", "training_gain",
-    "training_gain_low", "training_gain_high",
+    "training_gain_low", "training_gain_high", "shared_bytes",
 ]  # fmt: skip
 METHODS = {
     "svd",
