@@ -188,6 +188,8 @@ class RankSummary:
             return "above the images' own rank, where there is no ρ"
         excess = f"{(ours - 1) * 100:.1f} % above" if ours < 2 else f"{ratio_text(ours)} times"
         text = f"{excess} the least possible error" if ours >= 1.0005 else "at the least possible error"
+        if self.trained.shared_bytes:
+            return f"{text}, by one B for all images"
         for said, names in (("beaten by", self.trained.beaten_by), ("level with", self.trained.level_with)):
             if names:
                 return f"{text}; {said} {names.partition(',')[0]}"
