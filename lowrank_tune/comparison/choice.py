@@ -77,8 +77,8 @@ def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
     """Tell of each trained row which of the SVD and the controls beat it, and which are level with it.
 
     One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker where it is as near:
-    nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`. Nothing is said of what
-    shares its B: it takes other bytes at the same rank.
+    nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`. Nothing is said of
+    what shares its B: it takes other bytes at the same rank.
     """
     rivals = [row for row in rows if row.method in (*CONTROLS, "svd")]
     rivals.sort(key=lambda rival: (rival.residual_ratio, -rival.images_per_second))
