@@ -3,7 +3,7 @@
 An image is its size and step, as powers of two, and its rounded coefficients [T, R] as asymmetric numeral systems
 (`constriction`; Bamler, 2022) code them:
 
-    level = scale − step + adaptation · surprise      in eighths of an octave, whole numbers throughout
+    level = scale − step + adaptation · surprise      in quarters of an octave, whole numbers throughout
     chances of a coefficient = the table of its level: counts out of 2¹⁶ of a Laplace distribution's whole numbers
 
 `scale` is learned for each coefficient, and the surprise is by how much the component's coefficients in earlier groups
@@ -44,9 +44,9 @@ from lowrank_tune.lowrank.decomposers.shared import (
     laplace_bits,
 )
 
-OCTAVE = 8
-"""Levels an octave: a scale that is off by half of one costs a thousandth of a bit."""
-FINE = 16
+OCTAVE = 4
+"""Levels an octave: a scale that is off by half of one costs five thousandths of a bit."""
+FINE = 32
 """Steps of the step's and the size's logarithm a level."""
 LOWEST, HIGHEST = round(OCTAVE * math.log2(LEAST_RATIO)), 5 * OCTAVE
 """The levels that have a table: below the first a coefficient is 0, above the last its low bits are as they are."""
@@ -99,8 +99,8 @@ class Codebook:
         counts = np.split(arrays["counts"], np.cumsum(arrays["symbols"])[:-1])
         # Counts out of a power of two: as floats, and their sums, they are exact.
         self._tables = [constriction.stream.model.Categorical(table / TOTAL, perfect=False) for table in counts]
-        self._ends = arrays["symbols"] // 2
-        self._middles = np.cumsum(arrays["symbols"]) - 1 - self._ends
+        self._ends = arrays["symbols"].astype(np.int64) // 2
+        self._starts = np.cumsum(arrays["symbols"]) - arrays["symbols"]
         self._bits = -np.log2(arrays["counts"] / TOTAL)
         # Largest scales first: at any step, the coefficients that are coded lead.
         self._order = np.argsort(-self._scale_TR, axis=None, kind="stable")
@@ -185,9 +185,13 @@ class Codebook:
     def _write(self, whole_TR: Whole, step: int) -> bytes:
         """Code rounded coefficients; ANS is a stack, so that what is read first is written last."""
         parts: list[tuple[NDArray[Any], Any]] = []
-        for values, levels in self._walk(whole_TR, step):
-            for level, which in _by_level(levels):
-                parts += self._symbols(values.reshape(-1)[which], level)
+        for values, level in self._walk(whole_TR, step):
+            order, table, low = _by_table(level)
+            high, symbol = self._split(values.reshape(-1)[order], table, low)
+            parts += [(symbol[part], self._tables[which]) for which, part in _runs(table)]
+            rest = values.reshape(-1)[order] + (1 << low >> 1) & ((1 << low) - 1)
+            parts += [(rest[part], _uniform(1 << bits)) for bits, part in _runs(low) if bits]
+            parts += _beyond(np.abs(high) - self._ends[table])
         coder = constriction.stream.stack.AnsCoder()
         for symbols, model in reversed(parts):
             coder.encode_reverse(symbols.astype(np.int32), model)
@@ -200,9 +204,18 @@ class Codebook:
         past_2R = np.zeros((2, self.rank), np.int64)
         for rows in self._groups:
             plain = self._plain(rows, step)
+            order, table, low = _by_table(self._adapted(plain, past_2R))
+            symbol, rest = np.zeros((2, len(order)), np.int64)
+            for which, part in _runs(table):
+                symbol[part] = coder.decode(self._tables[which], part.stop - part.start)
+            for bits, part in _runs(low):
+                if bits:
+                    rest[part] = coder.decode(_uniform(1 << bits), part.stop - part.start)
+            high = symbol - self._ends[table]
+            outer = np.flatnonzero(np.abs(high) == self._ends[table])
+            high[outer] += np.sign(high[outer]) * _read_beyond(coder, len(outer))
             values = np.zeros(plain.shape, np.int64)
-            for level, which in _by_level(self._adapted(plain, past_2R)):
-                values.reshape(-1)[which] = self._values(coder, len(which), level)
+            values.reshape(-1)[order] = (high << low) + rest - (1 << low >> 1)
             past_2R = self._remember(past_2R, plain, values)
             whole_TR[rows] = values
         return whole_TR
@@ -236,52 +249,19 @@ class Codebook:
         faded_2R: Whole = (past_2R * round(FADING * 8) >> 3) + np.stack([found_R, awaited_R])
         return faded_2R
 
-    def _symbols(self, values: Whole, level: int) -> list[tuple[NDArray[Any], Any]]:
-        """What codes coefficients of one level, symbols and their model, in the order of reading."""
-        low = max(0, -((HIGHEST - level) // OCTAVE))
-        table, end = self._tables[level - low * OCTAVE - LOWEST], self._ends[level - low * OCTAVE - LOWEST]
-        values = values + (1 << low >> 1)
-        high = values >> low
-        parts = [(np.clip(high, -end, end) + end, table)]
-        if low:
-            parts.append((values & ((1 << low) - 1), _uniform(1 << low)))
-        beyond = np.abs(high[np.abs(high) >= end]) - end
-        if len(beyond):
-            bits = np.frexp(beyond.astype(np.float64))[1]
-            parts.append((bits, _uniform(MOST_BITS)))
-            parts += [
-                (beyond[bits == count] - (1 << count - 1), _uniform(1 << count - 1))
-                for count in np.unique(bits[bits > 1])
-            ]
-        return parts
+    def _split(self, values: Whole, table: Whole, low: Whole) -> tuple[Whole, Whole]:
+        """Coefficients rounded to what has a table, and the symbols of these."""
+        high, end = (values + (1 << low >> 1)) >> low, self._ends[table]
+        return high, np.clip(high, -end, end) + end
 
-    def _length(self, values: Whole, levels: NDArray[np.int16]) -> float:
-        """Bits of what `_symbols` has of coefficients of any levels."""
-        values, level = values[levels >= LOWEST], levels[levels >= LOWEST].astype(np.int64)
-        low = np.maximum(0, -((HIGHEST - level) // OCTAVE))
-        table, high = level - low * OCTAVE - LOWEST, (values + (1 << low >> 1)) >> low
-        end = self._ends[table]
-        bits = low.sum() + self._bits[self._middles[table] + np.clip(high, -end, end)].sum()
-        beyond = (np.abs(high) - end)[np.abs(high) >= end]
+    def _length(self, values: Whole, level: NDArray[np.int16]) -> float:
+        """Bits that coefficients of these levels take."""
+        order, table, low = _by_table(level)
+        high, symbol = self._split(values.reshape(-1)[order], table, low)
+        bits = low.sum() + self._bits[self._starts[table] + symbol].sum()
+        beyond = (np.abs(high) - self._ends[table])[np.abs(high) >= self._ends[table]]
         extra = np.frexp(beyond.astype(np.float64))[1]
         return float(bits + math.log2(MOST_BITS) * len(extra) + np.maximum(extra - 1, 0).sum())
-
-    def _values(self, coder: Any, number: int, level: int) -> Whole:
-        """Read so many coefficients of one level, as `_symbols` has them."""
-        low = max(0, -((HIGHEST - level) // OCTAVE))
-        table, end = self._tables[level - low * OCTAVE - LOWEST], int(self._ends[level - low * OCTAVE - LOWEST])
-        high = coder.decode(table, number).astype(np.int64) - end
-        rest = coder.decode(_uniform(1 << low), number).astype(np.int64) if low else 0
-        outer = np.flatnonzero(np.abs(high) == end)
-        if len(outer):
-            bits = coder.decode(_uniform(MOST_BITS), len(outer)).astype(np.int64)
-            beyond = (bits > 0).astype(np.int64)
-            for count in np.unique(bits[bits > 1]):
-                which = np.flatnonzero(bits == count)
-                beyond[which] = (1 << count - 1) + coder.decode(_uniform(1 << int(count) - 1), len(which))
-            high[outer] += np.sign(high[outer]) * beyond
-        values: Whole = (high << low) + rest - (1 << low >> 1)
-        return values
 
 
 class _Image:
@@ -378,14 +358,49 @@ def _counts(ratio: float) -> NDArray[np.int64]:
     return counts
 
 
-def _by_level(level: NDArray[np.int16]) -> Iterator[tuple[int, Whole]]:
-    """Yield each level that is coded, with the places of its coefficients."""
-    flat = level.reshape(-1)
+def _by_table(level_TR: NDArray[np.int16]) -> tuple[Whole, Whole, Whole]:
+    """Return the places of the coefficients that are coded, by rising level, their tables and their low bits."""
+    flat = level_TR.reshape(-1)
     order = np.argsort(flat, kind="stable")
-    found, starts = np.unique(flat[order], return_index=True)
-    for value, places in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
-        if value >= LOWEST:
-            yield value, places
+    order = order[np.searchsorted(flat[order], LOWEST) :]
+    level = flat[order].astype(np.int64)
+    low = np.maximum(0, -((HIGHEST - level) // OCTAVE))
+    return order, level - low * OCTAVE - LOWEST, low
+
+
+def _runs(sorted_values: Whole) -> Iterator[tuple[int, slice]]:
+    """Yield each run of equal values with its place."""
+    ends = np.append(np.flatnonzero(np.diff(sorted_values)) + 1, len(sorted_values))
+    start = 0
+    for end in ends.tolist():
+        if end > start:
+            yield int(sorted_values[start]), slice(start, end)
+        start = end
+
+
+def _beyond(size: Whole) -> list[tuple[NDArray[Any], Any]]:
+    """What codes by how much coefficients lie beyond their tables: how many bits that has, and the bits."""
+    beyond = size[size >= 0]
+    if not len(beyond):
+        return []
+    bits = np.frexp(beyond.astype(np.float64))[1]
+    return [
+        (bits, _uniform(MOST_BITS)),
+        *(
+            (beyond[bits == count] - (1 << count - 1), _uniform(1 << count - 1))
+            for count in np.unique(bits[bits > 1]).tolist()
+        ),
+    ]
+
+
+def _read_beyond(coder: Any, number: int) -> Whole:
+    """Read what `_beyond` coded of so many coefficients."""
+    bits = coder.decode(_uniform(MOST_BITS), number).astype(np.int64) if number else np.zeros(0, np.int64)
+    beyond: Whole = np.minimum(bits, 1)
+    for count in np.unique(bits[bits > 1]).tolist():
+        which = np.flatnonzero(bits == count)
+        beyond[which] = (1 << count - 1) + coder.decode(_uniform(1 << count - 1), len(which))
+    return beyond
 
 
 def _whole_levels(step: int) -> int:
