@@ -213,6 +213,7 @@ class StudySync:
                 "method": spec.search.method,
                 "trials": plan.n_trials,
                 "objective": ", ".join(spec.objectives),
+                **({"target_error": spec.target_error} if spec.target_error is not None else {}),
                 "scheduler": spec.scheduler.kind,
                 "epochs": spec.training.epochs,
                 "patience": spec.training.patience,

@@ -10,12 +10,14 @@ from threading import Barrier
 import pytest
 
 from lowrank_tune.cluster.studies import list_studies
-from lowrank_tune.cluster.study_dir import create_study, read_plan
+from lowrank_tune.cluster.study_dir import Status, create_study, read_plan
 from lowrank_tune.config.loading import parse_study
 from lowrank_tune.config.paths import anchored
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.source import ManifestSource, TensorSource
 from lowrank_tune.errors import InputError
+from lowrank_tune.files import read_fields
+from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.study import plan_study
 from tests.cluster.conftest import STUDY
 
@@ -106,3 +108,27 @@ def test_a_checkpoint_below_a_home_that_nobody_has_stays_a_name() -> None:
     encoder = SPEC.features.encoder.model_copy(update={"checkpoint": "~nobody-of-this-name/x"})
     features = SPEC.features.model_copy(update={"encoder": encoder})
     assert anchored(SPEC.model_copy(update={"features": features})).features.encoder == encoder
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "best"),
+    [
+        ({"val_residual_ratio": 1.5, "val_mse": 0.1}, {"val_residual_ratio": 1.2}, {"residual_ratio": 1.2}),
+        (
+            {"val_bytes_at_error": 900.0, "val_residual_ratio": 1.1},
+            {"val_bytes_at_error": 800.0},
+            {"bytes_at_error": 800.0},
+        ),
+        ({"val_mse": 0.1}, {"val_mse": float("nan")}, {"mse": 0.1}),
+    ],
+)
+def test_a_status_tells_the_best_of_a_rank_in_what_its_trials_have(
+    tmp_path: Path, first: dict[str, float], second: dict[str, float], best: dict[str, float]
+) -> None:
+    config = TrialConfig("r008-shared-0000", 0, 0, "shared", 8, 1e-3, 0.0, 4, 5, 5)
+    with Status(tmp_path, 2) as status:
+        status.trial_started(config)
+        status.trial_epoch(config.trial_id, 1, {f"best_{name}": value for name, value in first.items()})
+        status.trial_ended(TrialOutcome(config, "finished", "budget", 5, 4, second, str(tmp_path), 1.0))
+    (found,) = read_fields(tmp_path / "status.json")["progress"]["best"].values()
+    assert found == best | {"trial_id": config.trial_id}

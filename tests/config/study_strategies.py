@@ -37,6 +37,13 @@ sources = st.one_of(
 )
 
 
+in_bytes = st.sampled_from(["val_bytes_at_error", ["val_bytes", "val_error"], ["val_error", "val_bytes"]])
+objectives = st.one_of(
+    optional(objective=st.sampled_from(["val_residual_ratio", "val_mse", "val_token_cosine"])),
+    st.fixed_dictionaries({"objective": in_bytes, "target_error": st.floats(1e-6, 0.99)}),
+)
+
+
 @st.composite
 def studies(draw: st.DrawFn) -> StudySpec:
     source = draw(sources)
@@ -59,6 +66,7 @@ def studies(draw: st.DrawFn) -> StudySpec:
     families = {
         "sketch": st.just({}),
         "refined": optional(steps=axis(st.integers(1, 8), *([] if grid else ["int"]))),
+        "shared": optional(token_transform=axis(st.sampled_from(["none", "dct", "learned"])), lambda_rate=scale),
         **({} if nested else {"direct": optional(lambda_b=scale, lambda_ortho=scale)}),
     }
     space = {
@@ -72,6 +80,7 @@ def studies(draw: st.DrawFn) -> StudySpec:
             "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", fullmatch=True)),
             "features": features,
             "search": {**method, "space": space},
+            **draw(objectives),
             **draw(
                 optional(
                     seed=st.integers(0, 2**32 - 1),
@@ -82,7 +91,6 @@ def studies(draw: st.DrawFn) -> StudySpec:
                         reduction_factor=st.integers(2, 9),
                         compete_within=st.lists(st.sampled_from(["rank", "family"]), unique=True),
                     ),
-                    objective=st.sampled_from(["val_residual_ratio", "val_mse", "val_token_cosine"]),
                     resources=optional(cpus_per_trial=positives, gpus_per_trial=st.floats(0, 1), max_concurrent=counts)
                     | optional(gpus_per_trial=st.integers(0, 4), workers_per_trial=counts),
                     tracking=optional(

@@ -164,11 +164,18 @@ def test_two_processes_never_work_on_one_study(home: Home, command: str, refused
         assert "works on it; `lowrank-tune stop" in refused(command, home.study_id)
 
 
+SHARED = ("--set", "search.space.families={shared: }")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["run", "FILE", "--set", SOURCE % "nowhere"], "nowhere: no such directory"),
         (["run", "FILE", "--set", "search.space.rank=9"], "search.space.rank: 9 is above min(tokens, dim)"),
+        (["run", "FILE", *SHARED, "--set", "search.space.rank=9"], "objective: ρ has no meaning at rank 9"),
+        (["run", "FILE", *SHARED], "token_transform: dct needs a square grid of tokens, and 8 are none"),
+        (["clone", "ID", "--set", "objective=val_bytes_at_error"], "target_error: an objective in bytes needs"),
+        (["extend", "ID", "--trials", "1", "--set", "objective=val_mse"], "objective: an extension keeps it"),
         (["run", "FILE", "--set", "split={validation: 2, test: 7}"], "leave none of 9 to train"),
         (["run", "FILE", "--set", "split.test=0.25", "--set", "report.images=[2]"], "report.images: there is no image"),
         (["run", "FILE", "--set", "resources.cpus_per_trial=64"], "resources.cpus_per_trial"),
