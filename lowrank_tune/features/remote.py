@@ -244,7 +244,7 @@ def cache_row(place: str, features: FeatureSet | None = None) -> dict[str, Any]:
 
 
 def coded_facts(features: FeatureSet) -> dict[str, Any]:
-    """What the images of a cache of coded images take, their codebook aside; nothing of any other cache."""
+    """What the images of a cache of coded images take as files, and each one's stream; nothing of any other cache."""
     if features.dtype != CODED:
         return {}
     cache, count = Place(features.directory), max(1, len(features.rows))
@@ -258,12 +258,12 @@ def coded_facts(features: FeatureSet) -> dict[str, Any]:
     return {
         "target": f"a relative error of {error:g} at most" if most is None else f"{most} bytes an image at most",
         "bytes_per_image": round(stored / count),
-        "bytes_per_image_max": max(lengths, default=0) + round((stored - sum(lengths)) / count),
+        "longest_stream": max(lengths, default=0),
         "codebook_bytes": shared,
         "codebook_bytes_per_image": round(shared / count),
         "x_dtype": identity["x_dtype"],
         "x_bytes_per_image": x_bytes,
-        "share_of_x": round((stored + shared) / count / x_bytes, 4),
+        "share_of_x_with_codebook": round((stored + shared) / count / x_bytes, 4),
     }
 
 
