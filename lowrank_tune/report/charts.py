@@ -32,6 +32,7 @@ from lowrank_tune.report.style import (
     log_ticks,
     look_of,
     series,
+    thinned,
 )
 from lowrank_tune.report.text import STOPPED, cosine_text, count, in_order, leading_text, setting_text
 
@@ -127,7 +128,7 @@ _AXES = {
     "val_bytes_at_error": "validation KiB an image (at the target error)",
     "val_bytes": "validation KiB an image (in the model's own form)",
     "val_error": "validation relative error",
-    "bytes_per_image": "KiB an image, A and B",
+    "bytes_per_image": "KiB an image, A and its own B",
     "token_cosine_mean": "token cosine (finer towards 1)",
 }
 _FRONTS = {
@@ -139,9 +140,12 @@ _FRONTS = {
 
 def tradeoff_picture(fronts: Sequence[Front]) -> Picture:
     """What a rank and a byte buy: the front's members filled and joined, the others hollow."""
+    sizes = {(point.rank, point.x) for front in fronts if front.name == "storage" for point in front.points}
+    one_a_rank = len(sizes) == len({rank for rank, _ in sizes})
     return Picture(
         "Filled and joined: the Pareto front, which nothing beats; pareto.json has every figure. Trials by validation "
-        "figures, methods by test figures; a rank has the same bytes whatever the method.",
+        "figures, methods by test figures; a rank has the same bytes whatever the method"
+        + ("." if one_a_rank else ", but where all images share one B: of that an image takes A alone."),
         tuple(map(_tradeoff_chart, fronts)),
     )
 
@@ -170,7 +174,7 @@ def _tradeoff_chart(front: Front) -> Chart:
         line = {"width": 1.6, "color": look.color}
         marker = {"symbol": symbols, "color": look.color, "size": 9, "line": line}
         draw(own, mode="markers", name=method, marker=marker, text=told, hovertemplate="%{text}<extra></extra>")
-    xs, unit = sorted({point.x for point in front.points}), 1 if front.x == "rank" else 1024
+    xs, unit = thinned(sorted({point.x for point in front.points})), 1 if front.x == "rank" else 1024
     scale = TOWARDS_ONE.on_plotly([point.y for point in front.points]) if cosines else {"type": "log", "dtick": 1}
     ticks: dict[str, Any] = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}
     if front.x == "val_bytes":  # each trial has its own
@@ -244,19 +248,22 @@ _DTYPES = {"float16": ("#767676", "circle"), "int8": ("#0072B2", "square"), "int
 
 
 def compression_picture(compression: Compression) -> Picture:
-    """Bytes against error: one rank for all images, and as many components as each image needs."""
+    """Bytes against error: one rank for all images, and, unless it has rates, as many components as each needs."""
     at_rank = [row for row in compression.stored if row.rank]
     pruned = [row for row in compression.pruned if row.bytes_per_image is not None]
-    both = {row.method for row in at_rank} > {"svd"}
+    dotted = "svd" if {row.method for row in at_rank} > {"svd"} else ""
+    first = _sizes_chart("compression-0", "A rank for all images", compression, at_rank, dotted)
+    second = _sizes_chart("compression-1", "As many components as each image needs", compression, pruned, "")
+    shown = "the chosen trained factors of each rank, the SVD's dotted."
+    own = "the chosen trained factors of each rank, the SVD's dotted."
+    shown = (
+        f"First: {own} Second: the SVD's leading components, for each image as few as meet a target; crosses: the "
+        "trained ones, up to the highest rank compared."
+    )
     return Picture(
         "Lower and further left is better. Orange: X itself with a scale a token, the control that factors must beat. "
-        "First: the chosen trained factors of each rank, the SVD's dotted. Second: the SVD's leading components, for "
-        "each image as few as meet a target; crosses: the trained ones, up to the highest rank compared. Dashed: X in "
-        "float16.",
-        (
-            _sizes_chart("compression-0", "A rank for all images", compression, at_rank, "svd" if both else ""),
-            _sizes_chart("compression-1", "As many components as each image needs", compression, pruned, ""),
-        ),
+        f"{f'In colours: {own}' if compression.rates else shown} Dashed: X in float16.",
+        (first,) if compression.rates else (first, second),
     )
 
 

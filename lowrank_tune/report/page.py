@@ -47,10 +47,13 @@ class Section:
     title: str
     pictures: tuple[Picture, ...] = ()
     lead: str = ""
+    points: tuple[str, ...] = ()  # sentences below it, a list
+    terms: tuple[tuple[str, str], ...] = ()  # names in the pictures, and what they mean
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     spatial: str = ""  # the interactive view of test images, from `spatial_json`
     rank: int = 0  # that it shows first
+    folded: tuple[Section, ...] = ()  # what a first reading leaves out
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -12,7 +12,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import TEST_OPTIMUM, Comparison, Compression, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.charts import (
     compression_picture,
     learning_charts,
@@ -22,6 +22,7 @@ from lowrank_tune.report.charts import (
 )
 from lowrank_tune.report.curves import loss_pictures, rank_picture
 from lowrank_tune.report.page import Picture, Section, render_page
+from lowrank_tune.report.rates import lines_of, out_of_reach, rates_picture, rates_table, way_notes
 from lowrank_tune.report.search import search_section
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.report.spatial_page import Scene, spatial_section
@@ -82,6 +83,8 @@ def write_report(
         first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, directory / "plots"),)))
     target = plan.spec.target_error
     search = search_section(directory / "tune" / "optuna.journal", plan.spec.objectives)
+    stored = _bytes(comparison.compression, len(features.rows), directory / "plots")
+    further = [*_learning(trials, repeats), search, *_tradeoffs(comparison), *stored, *_spectrum(comparison, spectrum)]
     progress("writing the report: the page")
     found = choices(comparison, spectrum.rank_for if spectrum else lambda cosine: None)
     html = render_page(
@@ -101,13 +104,13 @@ def write_report(
         trained=trained_table(comparison),
         notes=[(name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)],
         first=first,
-        further=[*_learning(trials, repeats), search, *_storage(comparison, spectrum)],
+        further=further,
         trials=trials_table(outcomes),
         loss_curves=[picture for picture in losses if picture.title in {row.trial_id for row in comparison.rows}],
         study_file=_text_of(directory / "study.yaml"),
     )
     write_whole(directory / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
-    return (*(path for section in first for path in section.files), directory / "report.html")
+    return (*(path for section in (*first, *further) for path in section.files), directory / "report.html")
 
 
 def _with_history(outcome: TrialOutcome) -> Trial:
@@ -126,26 +129,47 @@ def _learning(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Section
     return [Section("learning", "Learning", (Picture(caption, charts),))] if charts else []
 
 
-def _storage(comparison: Comparison, spectrum: Spectrum | None) -> list[Section]:
-    sections = []
-    if comparison.fronts:
-        sections.append(Section("tradeoffs", "Trade-offs", (tradeoff_picture(comparison.fronts),)))
-    if comparison.compression.stored:
-        sections.append(
-            Section(
-                "compression",
-                "Bytes against error",
-                (compression_picture(comparison.compression),),
-                lead="What an image takes when it is stored as factors in few bits, and what is lost by it, beside X "
-                "itself in as few bits. Relative error: ‖X − Y‖ / ‖X‖ of what comes back, Y.",
-                tables=compression_tables(comparison.compression),
-                notes=comparison.compression.words,
-            )
+def _tradeoffs(comparison: Comparison) -> list[Section]:
+    pictures = (tradeoff_picture(comparison.fronts),) if comparison.fronts else ()
+    return [Section("tradeoffs", "Trade-offs", pictures)] if pictures else []
+
+
+def _bytes(compression: Compression, images: int, plots: Path) -> list[Section]:
+    """What an image takes in every way that was measured; `images` are the data set's."""
+    factors = Section(
+        "compression",
+        "Bytes against error",
+        (compression_picture(compression),) if compression.stored else (),
+        lead="What an image takes when it is stored as factors in few bits, and what is lost by it, beside X itself in "
+        "as few bits. Relative error: ‖X − Y‖ / ‖X‖ of what comes back, Y.",
+        tables=compression_tables(compression) if compression.stored else (),
+        notes=compression.words,
+    )
+    lines = lines_of(compression) if compression.rates else []
+    if not lines:
+        return [factors] if compression.stored else []
+    title = "An image's own factors at one rank for all images, and trained models in int8"
+    lead = "Beside the SVD's and X itself, each in few bits."
+    folded = replace(factors, id="factors", title=title, lead=lead, notes=())
+    return [
+        Section(
+            "compression",
+            "Bytes against error",
+            (rates_picture(compression, images, plots),),
+            lead="What it takes to keep an image's features X, and how far off is what comes back, Y: the relative "
+            "error ‖X − Y‖ / ‖X‖, mean over the test images.",
+            points=compression.words,
+            terms=way_notes(lines),
+            tables=(rates_table(lines, images),),
+            notes=out_of_reach(lines),
+            folded=(folded,) if compression.stored else (),
         )
-    if spectrum is not None:
-        ranks = sorted({row.rank for row in comparison.rows})
-        sections.append(Section("spectrum", "Spectrum", (spectrum_picture(spectrum, ranks),)))
-    return sections
+    ]
+
+
+def _spectrum(comparison: Comparison, spectrum: Spectrum | None) -> list[Section]:
+    ranks = sorted({row.rank for row in comparison.rows})
+    return [Section("spectrum", "Spectrum", (spectrum_picture(spectrum, ranks),))] if spectrum else []
 
 
 def _text_of(study_file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lowrank_tune.records import TrialOutcome
 
+Number = TypeVar("Number", int, float)
 Trial = tuple[TrialOutcome, list[dict[str, float]]]
 """A trial and its epochs."""
 
@@ -45,8 +46,9 @@ _KNOWN = {
     "direct": Look("#D55E00", "s"),
     "sketch": Look("#0072B2", "D"),
     "refined": Look("#009E73", "P"),
+    "shared": Look("#882255", "X"),
 }
-_FURTHER = (Look("#882255", "X"), Look("#332288", "h"), Look("#AA4499", "p"), Look("#117733", "d"))
+_FURTHER = (Look("#332288", "h"), Look("#AA4499", "p"), Look("#117733", "d"))
 SYMBOLS = {
     "o": "circle", "x": "x-thin", "v": "triangle-down", "^": "triangle-up", "<": "triangle-left", ">": "triangle-right",
     "s": "square", "D": "diamond", "P": "cross", "X": "x", "h": "hexagon2", "p": "pentagon", "d": "diamond-tall",
@@ -165,8 +167,8 @@ def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
         axes.set_xlim(ranks[0] / 1.5, ranks[0] * 1.5)
 
 
-def thinned(ranks: Sequence[int]) -> list[int]:
-    """Choose, of sorted ranks, those whose labels do not touch on a logarithmic axis."""
+def thinned(ranks: Sequence[Number]) -> list[Number]:
+    """Choose, of sorted ranks or sizes, those whose labels do not touch on a logarithmic axis."""
     apart = (ranks[-1] / ranks[0]) ** (1 / 9)
     shown = [ranks[0]]
     for rank in ranks[1:]:
@@ -199,9 +201,15 @@ QUIET = go.layout.Template(
 """How plotly draws every chart of the page."""
 
 
-def log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Plotly's logarithmic axis with three ticks a decade; it has no place for what is not above 0."""
+def log_steps(values: Sequence[float]) -> list[float]:
+    """Ticks of a logarithmic axis, as many as a phone has room for; it has no place for what is not above 0."""
     placed = [value for value in values if value > 0] or [1.0]
     low, high = math.floor(math.log10(min(placed))), math.ceil(math.log10(max(placed)))
-    ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in (1, 2, 5)]
+    steps = (1, 2, 5) if max(placed) < 2e3 * min(placed) else (1,)
+    return [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
+
+
+def log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Plotly's logarithmic axis with the ticks of `log_steps`."""
+    ticks = log_steps(values)
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.4g}" for tick in ticks]}

@@ -25,12 +25,15 @@ from lowrank_tune.report.text import (
     gain_text,
     in_order,
     is_trained,
+    kib_text,
+    percent_text,
     rank_summaries,
     rate_text,
     ratio_interval_text,
     ratio_text,
     seed_texts,
     setting_text,
+    size_text,
 )
 
 Row = TypeVar("Row")
@@ -123,7 +126,9 @@ def choices_table(found: Sequence[Choice], features: FeatureSet) -> Table:
         texts: tuple[str, ...] = ("none compared", ABSENT, ABSENT, ABSENT)
         if choice.row is not None:
             row, size = choice.row, choice.row.bytes_per_image
-            taken = f"{size / 1024:,.1f} KiB, {size / whole:.0%} of X"
+            taken = f"{kib_text(size)} KiB, {size / whole:.0%} of X"
+            if row.shared_bytes:
+                taken += f", and {size_text(row.shared_bytes)} once"
             texts = (str(row.rank), row.method, cosine_text(row.token_cosine_mean), taken)
         rows.append((f"{choice.cosine:g}", str(choice.svd_rank or ABSENT), *texts))
     return Table(
@@ -148,9 +153,12 @@ def methods_table(comparison: Comparison) -> Table:
         "images/s": lambda row: rate_text(row.images_per_second),
         "cosine − SVD": difference_text,
         "flat cosine": lambda row: cosine_text(row.flat_cosine_mean),
-        "KiB an image": lambda row: _kib(row.bytes_per_image),
-        "trial": lambda row: row.trial_id,
+        "KiB an image": lambda row: kib_text(row.bytes_per_image),
     }
+    shared = any(row.shared_bytes for row in comparison.rows)
+    if shared:
+        columns["shared, KiB"] = lambda row: kib_text(row.shared_bytes) if row.shared_bytes else ABSENT
+    columns["trial"] = lambda row: row.trial_id
     rows = []
     for rank in sorted({row.rank for row in comparison.rows}):
         for method in in_order(row.method for row in comparison.rows):
@@ -164,7 +172,8 @@ def methods_table(comparison: Comparison) -> Table:
         tuple(rows),
         "Means ± sd over the test images · ρ: residual over the SVD's, 1 is the optimum: exp(mean log ρ) with a 95 % "
         "interval over groups of images, then the middle and the worst image's · ★ the trained model of its "
-        f"rank that validation chose · images/s: A and B, on {comparison.device}",
+        f"rank that validation chose · images/s: A and B, on {comparison.device}"
+        + (" · shared: B, kept once for the data set and not in an image's KiB" if shared else ""),
         texts=("method", "trial"),
         terminal=("rank", "method", "token cosine", "ρ", "median ρ", "worst ρ", "images/s"),
         grouped=True,
@@ -238,7 +247,7 @@ def trials_table(outcomes: Sequence[TrialOutcome]) -> Table:
         return ", ".join(f"{name}\u00a0{setting_text(value)}" for name, value in (known | config.family_params).items())
 
     def kib(trial: TrialOutcome) -> str:
-        return _kib(trial.best[BYTES_AT_ERROR]) if BYTES_AT_ERROR in trial.best else ABSENT
+        return kib_text(trial.best[BYTES_AT_ERROR]) if BYTES_AT_ERROR in trial.best else ABSENT
 
     targets = {trial.config.target_error for trial in outcomes if trial.config.target_error is not None}
     return Table.of(
@@ -262,7 +271,7 @@ def trials_table(outcomes: Sequence[TrialOutcome]) -> Table:
 
 
 def compression_tables(compression: Compression) -> tuple[Table, ...]:
-    """What an error takes, the factors of each rank and dtype, and the trained models in int8."""
+    """What an error takes, unless rates tell; the factors of each rank and dtype, and the trained models in int8."""
     stored = compression.stored
     whole = next((row.bytes_per_image for row in stored if (row.method, row.dtype) == ("x", "float16")), None)
     trained = any(row.trial_id for row in stored)
@@ -272,10 +281,10 @@ def compression_tables(compression: Compression) -> tuple[Table, ...]:
         {
             "stored": lambda row: "X itself" if row.method == "x" else f"{row.method}, rank {row.rank}",
             "as": lambda row: row.dtype,
-            "KiB an image": lambda row: _kib(row.bytes_per_image),
+            "KiB an image": lambda row: kib_text(row.bytes_per_image),
             "of X in float16": lambda row: f"{row.bytes_per_image / whole:.1%}" if whole else ABSENT,
-            "relative error": lambda row: _percent(row.relative_error_mean),
-            "worst image": lambda row: _percent(row.relative_error_max),
+            "relative error": lambda row: percent_text(row.relative_error_mean),
+            "worst image": lambda row: percent_text(row.relative_error_max),
             "token cosine": lambda row: cosine_text(row.token_cosine_mean),
         },
         "Every image at the same rank, scales included; compression.json has the SVD's, too.",
@@ -286,17 +295,19 @@ def compression_tables(compression: Compression) -> tuple[Table, ...]:
         compression.models,
         {
             "model": lambda row: f"{row.method}, rank {row.rank}",
-            "float32, KiB": lambda row: _kib(row.model_bytes),
+            "float32, KiB": lambda row: kib_text(row.model_bytes),
             "int8, KiB": lambda row: (
-                _kib(row.quantised_bytes) if row.quantised_bytes != row.model_bytes else "no learned matrix"
+                kib_text(row.quantised_bytes) if row.quantised_bytes != row.model_bytes else "no learned matrix"
             ),
-            "relative error": lambda row: _percent(row.relative_error_mean),
-            "in int8": lambda row: _percent(row.quantised_relative_error_mean),
+            "relative error": lambda row: percent_text(row.relative_error_mean),
+            "in int8": lambda row: percent_text(row.quantised_relative_error_mean),
         },
         "Weights only, a scale a row, by torchao. Relative error: of the factors that the model makes.",
         texts=("model",),
     )
-    return (_targets_table(compression), factors, *([models] if models.rows else []))
+    # What an error takes, the rates tell in every way there is.
+    targets = [] if compression.rates else [_targets_table(compression)]
+    return (*targets, factors, *([models] if models.rows else []))
 
 
 def _targets_table(compression: Compression) -> Table:
@@ -310,13 +321,13 @@ def _targets_table(compression: Compression) -> Table:
             at = min(met, key=lambda row: row.bytes_per_image, default=None)
             name = f"{100 * float(target):g} %"
         else:
-            name = f"as {target} of X: {_percent(at.relative_error_mean)}"
-        texts = [f"{_kib(at.bytes_per_image)}, {at.dtype}" if at else ABSENT]
+            name = f"as {target} of X: {percent_text(at.relative_error_mean)}"
+        texts = [f"{kib_text(at.bytes_per_image)}, {at.dtype}" if at else ABSENT]
         for method in ("svd", trained):
             own = [row for row in compression.pruned if (row.target, row.method) == (target, method)]
             sizes = [(row.bytes_per_image, row) for row in own if row.bytes_per_image is not None]
             size, row = min(sizes, key=lambda pair: pair[0], default=(0.0, None))
-            texts.append(f"{_kib(size)}, {row.dtype}, {row.rank_mean:.0f} components" if row else ABSENT)
+            texts.append(f"{kib_text(size)}, {row.dtype}, {row.rank_mean:.0f} components" if row else ABSENT)
         rows.append((name, *texts))
     return Table(
         "Bytes for an error that every image keeps",
@@ -327,11 +338,3 @@ def _targets_table(compression: Compression) -> Table:
         f"factors as many as the highest rank compared; {ABSENT} where that does not do.",
         texts=("relative error at most",),
     )
-
-
-def _kib(size: float) -> str:
-    return f"{size / 1024:,.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -48,7 +48,19 @@ METHOD_NOTES = {
     "refined": "trained: a random start, sharpened by a learned filter of the image's own X Xᵀ; B = AᵀX",
     "shared": "trained: one B for the whole data set, kept once, A = X Bᵀ: an image takes A alone; its ρ is above 1, "
     "for the SVD makes each image a B of its own",
+    "x": "the features themselves, of one image alone",
+    "jpeg": "no features but the picture, as a JPEG file of five qualities, encoded again when they are wanted",
+    "webp": "the same with WebP files",
+    "half-side": "the picture at half its side, its fewer tokens brought to the whole grid",
+    "quarter-side": "the same at a quarter of its side",
 }
+CODER_NOTES = {
+    "coded": "rounded to steps and written by an entropy coder",
+    "plain": "whole numbers of 8, 5 or 4 bits, a scale a token or component",
+    "zlib": "plain ones packed",
+    "zstd": "plain ones packed",
+}
+"""How what is kept becomes bytes."""
 
 
 def is_trained(method: str) -> bool:
@@ -137,6 +149,22 @@ def seed_texts(row: ComparisonRow) -> tuple[str, str]:
     ratio_sd, cosine_sd = row.residual_ratio_seed_sd, row.token_cosine_seed_sd
     spread = "" if ratio is None or ratio_sd is None else f" ± {ratio_sd:.3f}" if ratio < 10 else f" ± {ratio_sd:.1f}"
     return f"{ratio_text(ratio)}{spread}", cosine_text(cosine) + ("" if cosine_sd is None else f" ± {cosine_sd:.4f}")
+
+
+def kib_text(size: float) -> str:
+    """Bytes in KiB, one decimal."""
+    return f"{size / 1024:,.1f}"
+
+
+def size_text(size: float) -> str:
+    """Bytes in the unit that suits them, three significant digits: `1.11 KiB`, `4.61 MiB`."""
+    value, unit = (size / 1024, "KiB") if size < 1024**2 else (size / 1024**2, "MiB")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def percent_text(share: float) -> str:
+    """Three significant digits: `0.736 %`."""
+    return f"{100 * share:.3g} %"
 
 
 def rate_text(value: float) -> str:

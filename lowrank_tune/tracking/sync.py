@@ -39,7 +39,7 @@ _TRIAL_ID, _PARENT = "lowrank.trial_id", "mlflow.parentRunId"
 _INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR"}
 _PASSING |= {"REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}  # 429, which MLflow knows by two names
-_TABLE = "comparison_table.json"
+_TABLE, _RATES = "comparison_table.json", "rates_table.json"
 _FILES = (
     *("report.html", "study.yaml", "study.resolved.yaml"),
     *("comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
@@ -282,10 +282,13 @@ class StudySync:
                 client.log_artifact(run_id, str(directory / name))
         if (directory / "plots").is_dir():
             client.log_artifacts(run_id, str(directory / "plots"), "plots")
-        # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
-        table = pd.DataFrame([asdict(row) for row in comparison.rows])
-        client.log_text(run_id, table.to_json(orient="split", index=False, double_precision=15), _TABLE)
-        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": _TABLE, "type": "table"}]))
+        tables = {_TABLE: comparison.rows} | ({_RATES: rates} if (rates := comparison.compression.rates) else {})
+        for name, rows in tables.items():
+            # What MlflowClient.log_table writes, without its habit of appending to the table that is there.
+            table = pd.DataFrame([asdict(row) for row in rows])
+            client.log_text(run_id, table.to_json(orient="split", index=False, double_precision=15), name)
+        announced = [{"path": name, "type": "table"} for name in tables]
+        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps(announced))
         for outcome in outcomes:
             curves, run = Path(outcome.directory) / "loss_curves.png", self._runs.get(outcome.config.trial_id)
             if run and curves.is_file():

@@ -54,6 +54,19 @@ def test_trade_offs_fill_the_front():
     assert "On the front: t at rank 3" in chart.alt
 
 
+def test_the_storage_of_one_basis_for_all_images_is_said_to_be_another():
+    def storage(*points):
+        return tradeoff_picture([Front("storage", "bytes_per_image", "token_cosine_mean", "higher", points)])
+
+    own = [FrontPoint(method, 4, 640, 0.9) for method in ("svd", "sketch")]
+    assert storage(*own).caption.endswith("a rank has the same bytes whatever the method.")
+    assert storage(*own, FrontPoint("shared", 4, 256, 0.8)).caption.endswith(
+        "whatever the method, but where all images share one B: of that an image takes A alone."
+    )
+    many = storage(*(FrontPoint("shared", rank, 64 * rank, 0.8) for rank in range(1, 40)))
+    assert 2 < len(many.charts[0].figure.layout.xaxis.tickvals) < 11
+
+
 def test_a_study_in_bytes_is_drawn_in_them():
     trials = []
     for number, sizes in enumerate(([3e5, 2e5], [2e5, 1e5])):

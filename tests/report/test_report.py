@@ -15,6 +15,7 @@ from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint
 from lowrank_tune.report.report import write_report
 from lowrank_tune.trials.outcomes import write_history
 from tests.report.conftest import history, make_study
+from tests.report.test_rates import RATES
 from tests.report.test_tables import FOUND
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -135,6 +136,27 @@ def test_the_page_is_whole_by_itself(report):
 def test_the_page_says_what_matters_word_for_word(report):
     """Where a sentence was changed on purpose: `GOLDEN.write_text(report.page.text)`, and read the difference."""
     assert report.page.text.splitlines() == GOLDEN.read_text(encoding="utf-8").splitlines()
+
+
+def test_bytes_against_error_are_told_once_with_every_way_before_the_factors(study):
+    compression = replace(FOUND, rates=RATES, words=("At 5 % error <71> KiB.",))
+    comparison = replace(study.comparison, compression=compression)
+    given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory)
+    *plots, page = write_report(*given)
+    assert plots[-1] == study.directory / "plots" / "rate_distortion.png"
+    shown = Page(page.read_text(encoding="utf-8"))
+    assert len(shown.ids) == len(set(shown.ids))
+    section = shown.text[shown.text.rindex("Bytes against error") :]
+    parts = (
+        "What it takes to keep", "At 5 % error <71> KiB.", "Lower and further left", "What the lines are",
+        "Of each way the setting", "No setting measured comes near 1 %", "An image's own factors at one rank",
+        "Every image at the same rank", "Weights only",
+    )  # fmt: skip
+    places = [section.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "The fewest bytes an image, on average" not in section
+    assert "As many components as each image needs" not in section
+    assert section.count("At 5 % error") == 1
 
 
 def test_what_users_write_is_never_markup(report):

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from lowrank_tune.records import Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.records import Compression, FeatureSet, PrunedRow, QuantisedRow, StoredRow
 from lowrank_tune.report.curves import rank_curve
 from lowrank_tune.report.tables import (
+    choices_table,
     comparison_tables,
     methods_table,
     studies_table,
@@ -15,6 +16,7 @@ from lowrank_tune.report.tables import (
     trained_table,
     trials_table,
 )
+from lowrank_tune.report.text import Choice
 from tests.comparison.small_study import make_outcome, make_row
 from tests.report.conftest import make_comparison
 
@@ -168,6 +170,17 @@ def test_above_the_rank_of_any_image_there_is_no_ratio_but_everything_else():
     assert [row[0] for row in studies_table({"one": comparison}).rows] == ["4", "4", "32"]
     ratios = {line.get_label(): line.get_xdata() for line in rank_curve(comparison.rows).axes[1].lines}
     assert list(ratios["shared"]) == [4]
+
+
+def test_what_all_images_share_stands_beside_what_an_image_takes():
+    shared = make_row("shared", 4, 1.9, shared_bytes=4 * KIB, bytes_per_image=KIB)
+    table = methods_table(make_comparison(make_row("svd", 4, 1.0), shared))
+    places = [table.head.index(name) for name in ("KiB an image", "shared, KiB")]
+    assert [[row[place] for place in places] for row in table.rows] == [["8.0", "—"], ["1.0", "4.0"]]
+    assert "not in an image's KiB" in table.caption
+    assert "shared, KiB" not in methods_table(make_comparison(make_row("svd", 4, 1.0))).head
+    features = FeatureSet("", "", "", "", "float16", 16, 24, (), "")
+    assert choices_table([Choice(0.95, 4, shared)], features).rows[0][-1] == "1.0 KiB, 133% of X, and 4 KiB once"
 
 
 def test_a_setting_may_be_a_word():

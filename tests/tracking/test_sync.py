@@ -29,7 +29,7 @@ from tracked_study import (
 )
 
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.records import Comparison
+from lowrank_tune.records import Comparison, Compression, RateRow
 from lowrank_tune.tracking import tracker as tracker_module
 from lowrank_tune.tracking.database import database_fault
 from lowrank_tune.tracking.reconcile import reconcile
@@ -192,7 +192,8 @@ def test_the_comparison_lies_in_the_parent_with_rank_as_its_step_and_is_told_onc
     with Tracker(plan) as tracker:
         for config in configs:
             track_trial(tracker, plan, config)
-        comparison = write_study(plan, configs)
+        rates = (RateRow("jpeg-q75", 0, "jpeg", "", 4, 2e4, 0.2, 0.3, 0.98, 2.5),)
+        comparison = replace(write_study(plan, configs), compression=Compression(rates=rates))
         tracker.compared(comparison, [outcome_of(plan, config) for config in configs])
     assert tracker.problems == ()
     reader = read(plan)
@@ -201,13 +202,15 @@ def test_the_comparison_lies_in_the_parent_with_rank_as_its_step_and_is_told_onc
     assert reader.history(parent, "test.sketch.token_cosine") == [(2, 0.9)]
     assert reader.artifacts(parent) == {
         *("report.html", "study.yaml", "study.resolved.yaml", "comparison.json", "per_image.parquet"),
-        *("pareto.json", "compression.json", "comparison_table.json", "plots"),
+        *("pareto.json", "compression.json", "comparison_table.json", "rates_table.json", "plots"),
     }
     assert reader.artifacts(parent, "plots") == {"plots/rank_curve.png"}
     assert reader.artifacts(reader.trial(FINISHED.trial_id)) == {"loss_curves.png"}
     assert parent.data.tags["mlflow.note.content"] == "random weights"
     table = reader.table("comparison_table.json")
     assert [row[table["columns"].index("method")] for row in table["data"]] == ["svd", "svd", "sketch", "direct"]
+    kept = reader.table("rates_table.json")
+    assert dict(zip(kept["columns"], kept["data"][0], strict=True))["bytes_per_image"] == 2e4
     write_status(plan, "finished")
     before = snapshot(plan)
     assert reconcile(plan, comparison) == Repairs()
