@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
-from lowrank_tune.records import Compression, PrunedRow, RateRow
+from lowrank_tune.records import Compression, PrunedRow, RateRow, StoredRow
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Chart, Picture
 from lowrank_tune.report.style import QUIET, SYMBOLS, Look, log_steps, log_ticks, look_of, quiet_grid
@@ -86,9 +86,9 @@ def lines_of(compression: Compression) -> list[Line]:
     rates: dict[tuple[str, str], list[RateRow]] = {}
     for row in compression.rates:
         rates.setdefault(_way(row), []).append(row)
-    # The factors of one image alone, in so many components as it needs, were measured before there were rates.
+    # What was measured on all test images without writing a byte stands in where the bytes are not known.
     known = set(rates)
-    for row in filter(None, map(_as_rate, compression.pruned)):
+    for row in _without_coder(compression):
         if _way(row) not in known:
             rates.setdefault(_way(row), []).append(row)
     methods = [*_FIRST, *sorted({method for method, _ in rates} - {*_FIRST, *_LAST, *_PICTURES}), *_LAST, *_PICTURES]
@@ -110,15 +110,18 @@ def _way(row: RateRow) -> tuple[str, str]:
     return row.method, coder if coder in _CODERS else "plain"
 
 
-def _as_rate(row: PrunedRow) -> RateRow | None:
-    """The same as a rate; None where not every image meets the target."""
-    size, error, worst = row.bytes_per_image, row.relative_error_mean, row.relative_error_max
-    if size is None or error is None or worst is None:
-        return None
-    rank = round(row.rank_mean or 0)
-    return RateRow(
-        row.method, rank, row.dtype, row.target, row.n_images, size, error, worst, token_cosine_mean=math.nan
-    )
+def _without_coder(compression: Compression) -> Iterator[RateRow]:
+    """X in few bits, and the factors of one image alone where all images meet a target."""
+    rows: list[StoredRow | PrunedRow] = [
+        row for row in compression.stored if row.method == "x" and row.dtype != "float16"
+    ]
+    for row in (*rows, *compression.pruned):
+        size, error, worst = row.bytes_per_image, row.relative_error_mean, row.relative_error_max
+        if size is None or error is None or worst is None:
+            continue
+        target = row.target if isinstance(row, PrunedRow) else ""
+        kept = (row.method, row.rank, row.dtype, target, row.n_images, size, error, worst)
+        yield RateRow(*kept, token_cosine_mean=math.nan, trial_id=row.trial_id)
 
 
 def _unbeaten(rows: Sequence[RateRow]) -> Iterator[RateRow]:
@@ -252,12 +255,12 @@ def _told(line: Line, row: RateRow) -> str:
 
 
 def _setting(row: RateRow) -> str:
-    """The quality of a picture; the bits and the rank of everything else."""
+    """The quality of a picture; of everything else the bits, and the rank of the model behind it."""
     what, _, quality = row.method.partition("-q")
     if what in _PICTURES:
         return f"quality {quality}" if quality.isdigit() else ""
     dtype = row.dtype.partition("+")[0]
-    return ", ".join(filter(None, [dtype if dtype != "coded" else "", f"rank {row.rank}" if row.rank else ""]))
+    return ", ".join(filter(None, [dtype if dtype != "coded" else "", f"rank {row.rank}" if row.trial_id else ""]))
 
 
 def rates_figure(lines: Sequence[Line]) -> Figure:

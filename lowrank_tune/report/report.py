@@ -148,6 +148,7 @@ def _bytes(compression: Compression, images: int, plots: Path) -> list[Section]:
     lines = lines_of(compression) if compression.rates else []
     if not lines:
         return [factors] if compression.stored else []
+    tested = max(row.n_images for row in compression.rates)
     title = "An image's own factors at one rank for all images, and trained models in int8"
     lead = "Beside the SVD's and X itself, each in few bits."
     folded = replace(factors, id="factors", title=title, lead=lead, notes=())
@@ -157,7 +158,7 @@ def _bytes(compression: Compression, images: int, plots: Path) -> list[Section]:
             "Bytes against error",
             (rates_picture(compression, images, plots),),
             lead="What it takes to keep an image's features X, and how far off is what comes back, Y: the relative "
-            "error ‖X − Y‖ / ‖X‖, mean over the test images.",
+            f"error ‖X − Y‖ / ‖X‖, mean over {count(tested, 'test image')}.",
             points=compression.words,
             terms=way_notes(lines),
             tables=(rates_table(lines, images),),

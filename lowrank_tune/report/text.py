@@ -56,7 +56,7 @@ METHOD_NOTES = {
 }
 CODER_NOTES = {
     "coded": "rounded to steps and written by an entropy coder",
-    "plain": "whole numbers of 8, 5 or 4 bits, a scale a token or component",
+    "plain": "8, 5 or 4 bits a number with a scale a token or component, or float16",
     "zlib": "plain ones packed",
     "zstd": "plain ones packed",
 }
