@@ -277,6 +277,8 @@ def rates_figure(lines: Sequence[Line]) -> Figure:
         won = [place for place, row in enumerate(line.rows) if least.holds(line, row)]
         axes.plot([x[place] for place in won], [y[place] for place in won], **style | {"linestyle": "none"})
     sizes, errors = _points([row for line in lines for row in line.rows])
+    # A single point needs room for a tick, too.
+    axes.set(xlim=(min(sizes) / 1.3, 1.3 * max(sizes)), ylim=(min(errors) / 1.3, 1.3 * max(errors)))
     for axis, values, unit in ((axes.xaxis, sizes, ""), (axes.yaxis, errors, " %")):
         axis.set_major_locator(FixedLocator(log_steps(values)))
         axis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: f"{value:,.4g}{unit}"))

@@ -205,7 +205,8 @@ def log_steps(values: Sequence[float]) -> list[float]:
     """Ticks of a logarithmic axis, as many as a phone has room for; it has no place for what is not above 0."""
     placed = [value for value in values if value > 0] or [1.0]
     low, high = math.floor(math.log10(min(placed))), math.ceil(math.log10(max(placed)))
-    steps = (1, 2, 5) if max(placed) < 2e3 * min(placed) else (1,)
+    span = max(placed) / min(placed)
+    steps = (1, 2, 3, 4, 5, 6, 8) if span < 5 else (1, 2, 5) if span < 2e3 else (1,)
     return [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
 
 

@@ -179,6 +179,13 @@ def test_nothing_shared_takes_no_columns_and_an_exact_way_has_a_place():
     assert list(line.get_ydata()) == pytest.approx([10, 1e-3])
 
 
+@pytest.mark.parametrize(("kib", "error"), [(385, 0.0076), (30, 0.3), (1, 0.01), (0.03, 0.97)])
+def test_a_single_point_has_ticks_about_it(kib, error):
+    axes = rates_figure(lines_of(Compression(rates=(rate("x", "int8", kib, error),)))).axes[0]
+    for ticks, (low, high) in ((axes.get_xticks(), axes.get_xlim()), (axes.get_yticks(), axes.get_ylim())):
+        assert any(low <= tick <= high for tick in ticks)
+
+
 def test_what_the_lines_are_is_said_of_those_that_are_there():
     assert [name for name, _ in way_notes(lines_of(COMPRESSION))] == [
         "shared", "X", "SVD", "JPEG", "WebP", "half side", "quarter side"
