@@ -34,30 +34,19 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.decomposers.shared import (
     FADING,
-    LEAST_RATIO,
     PACE,
     PRIOR,
     SMALL,
     Shared,
     borders,
     expected_size,
-    laplace_bits,
 )
+from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, OCTAVE, Tables, Whole, laplace_counts
 
-OCTAVE = 4
-"""Levels an octave: a scale that is off by half of one costs five thousandths of a bit."""
 FINE = 32
 """Steps of the step's and the size's logarithm a level."""
-LOWEST, HIGHEST = round(OCTAVE * math.log2(LEAST_RATIO)), 5 * OCTAVE
-"""The levels that have a table: below the first a coefficient is 0, above the last its low bits are as they are."""
-TOTAL = 2**16
-"""Of a table's counts."""
-TAIL = 12.0
-"""Scales from 0 to where a table ends; what is beyond is coded by itself."""
 WEIGHT, TURN = 2**20, 16
 """What 1 is in the weights of the surprise, and in the adaptation."""
-MOST_BITS = 32
-"""Bits of what a coefficient is beyond its table's end, at most."""
 FINEST = -12 * OCTAVE * FINE
 """The least step: a relative error of about 1e-4."""
 CLOSE = 0.998
@@ -66,9 +55,6 @@ HEADER = struct.Struct("<hhI")
 """The image's size, its step, and the checksum of the rest."""
 ZERO = -(2**15)
 """In place of the size of an image that holds nothing but zeros."""
-
-Whole = NDArray[np.int64]
-_uniform = constriction.stream.model.Uniform
 
 
 class UnreachableError(InputError):
@@ -96,12 +82,10 @@ class Codebook:
         self._scale_TR = arrays["scale"].astype(np.int32)
         groups = int(arrays["group"].max()) + 1
         self._groups = [np.flatnonzero(arrays["group"] == group) for group in range(groups)]
-        counts = np.split(arrays["counts"], np.cumsum(arrays["symbols"])[:-1])
-        # Counts out of a power of two: as floats, and their sums, they are exact.
-        self._tables = [constriction.stream.model.Categorical(table / TOTAL, perfect=False) for table in counts]
-        self._ends = arrays["symbols"].astype(np.int64) // 2
-        self._starts = np.cumsum(arrays["symbols"]) - arrays["symbols"]
-        self._bits = -np.log2(arrays["counts"] / TOTAL)
+        # The largest scale among a component and those after it: the components that a group codes lead.
+        largest_GR = np.stack([self._scale_TR[rows].max(0) for rows in self._groups])
+        self._later_GR = np.maximum.accumulate(largest_GR[:, ::-1], axis=1)[:, ::-1]
+        self._tables = Tables(arrays["counts"], arrays["symbols"])
         # Largest scales first: at any step, the coefficients that are coded lead.
         self._order = np.argsort(-self._scale_TR, axis=None, kind="stable")
         self._falling = self._scale_TR.reshape(-1)[self._order]
@@ -154,7 +138,7 @@ class Codebook:
         if image is None:
             return HEADER.size, 0.0
         place = image.step_within(target_error) if target_error else max(FINEST, round(OCTAVE * FINE * math.log2(step)))
-        bits = sum(self._length(values, level) for values, level in self._walk(image.rounded(place), place))
+        bits = sum(self._tables.bits(values, level) for values, level in self._walk(image.rounded(place), place))
         return HEADER.size + 4 * math.ceil(bits / 32), image.error(place)
 
     def _open(self, x_TD: Tensor) -> tuple[int, _Image | None]:
@@ -178,20 +162,16 @@ class Codebook:
         if size == ZERO:
             return torch.zeros(self.tokens, self.dim)
         whole_TR = self._read(np.frombuffer(payload, "<u4").astype(np.uint32), step)
-        z_TR = torch.from_numpy(whole_TR).float() * _power(step)
-        unit_TD = (self._transform_TT.mT @ z_TR) @ self._basis_RD + self._mean_D
+        last = int(np.flatnonzero(whole_TR.any(axis=0)).max(initial=-1))
+        z_TR = torch.from_numpy(whole_TR[:, : last + 1]).float() * _power(step)
+        unit_TD = (self._transform_TT.mT @ z_TR) @ self._basis_RD[: z_TR.shape[1]] + self._mean_D
         return (unit_TD.double() * _power(size)).float()
 
     def _write(self, whole_TR: Whole, step: int) -> bytes:
         """Code rounded coefficients; ANS is a stack, so that what is read first is written last."""
         parts: list[tuple[NDArray[Any], Any]] = []
         for values, level in self._walk(whole_TR, step):
-            order, table, low = _by_table(level)
-            high, symbol = self._split(values.reshape(-1)[order], table, low)
-            parts += [(symbol[part], self._tables[which]) for which, part in _runs(table)]
-            rest = values.reshape(-1)[order] + (1 << low >> 1) & ((1 << low) - 1)
-            parts += [(rest[part], _uniform(1 << bits)) for bits, part in _runs(low) if bits]
-            parts += _beyond(np.abs(high) - self._ends[table])
+            parts += self._tables.parts(values, level)
         coder = constriction.stream.stack.AnsCoder()
         for symbols, model in reversed(parts):
             coder.encode_reverse(symbols.astype(np.int32), model)
@@ -202,40 +182,33 @@ class Codebook:
         coder = constriction.stream.stack.AnsCoder(words)
         whole_TR = np.zeros((self.tokens, self.rank), np.int64)
         past_2R = np.zeros((2, self.rank), np.int64)
-        for rows in self._groups:
-            plain = self._plain(rows, step)
-            order, table, low = _by_table(self._adapted(plain, past_2R))
-            symbol, rest = np.zeros((2, len(order)), np.int64)
-            for which, part in _runs(table):
-                symbol[part] = coder.decode(self._tables[which], part.stop - part.start)
-            for bits, part in _runs(low):
-                if bits:
-                    rest[part] = coder.decode(_uniform(1 << bits), part.stop - part.start)
-            high = symbol - self._ends[table]
-            outer = np.flatnonzero(np.abs(high) == self._ends[table])
-            high[outer] += np.sign(high[outer]) * _read_beyond(coder, len(outer))
-            values = np.zeros(plain.shape, np.int64)
-            values.reshape(-1)[order] = (high << low) + rest - (1 << low >> 1)
+        for group, rows in enumerate(self._groups):
+            plain = self._plain(group, step)
+            values = self._tables.read(coder, self._adapted(plain, past_2R))
             past_2R = self._remember(past_2R, plain, values)
-            whole_TR[rows] = values
+            whole_TR[rows, : plain.shape[1]] = values
         return whole_TR
 
     def _walk(self, whole_TR: Whole, step: int) -> Iterator[tuple[Whole, NDArray[np.int16]]]:
         """Yield each group's coefficients and their levels."""
         past_2R = np.zeros((2, self.rank), np.int64)
-        for rows in self._groups:
-            plain, values = self._plain(rows, step), whole_TR[rows]
+        for group, rows in enumerate(self._groups):
+            plain = self._plain(group, step)
+            values = whole_TR[rows, : plain.shape[1]]
             yield values, self._adapted(plain, past_2R)
             past_2R = self._remember(past_2R, plain, values)
 
-    def _plain(self, rows: Whole, step: int) -> NDArray[np.int32]:
-        """The levels of a group's coefficients for a step, by their scales alone."""
-        plain: NDArray[np.int32] = self._scale_TR[rows] - _whole_levels(step)
+    def _plain(self, group: int, step: int) -> NDArray[np.int32]:
+        """The levels of a group's coefficients for a step, by their scales alone, up to the last that is coded."""
+        lowest = LOWEST + _whole_levels(step)
+        count = self.rank - int(np.searchsorted(self._later_GR[group, ::-1], lowest))
+        plain: NDArray[np.int32] = self._scale_TR[self._groups[group], :count] - _whole_levels(step)
         return plain
 
     def _adapted(self, plain: NDArray[np.int32], past_2R: Whole) -> NDArray[np.int16]:
         """The levels with what earlier groups tell of each component; `LOWEST` - 1 is not coded."""
         powers = self._arrays["powers"]
+        past_2R = past_2R[:, : plain.shape[1]]
         found_R, awaited_R = np.searchsorted(powers, past_2R + round(PRIOR * WEIGHT), side="right")
         shift_R = (int(self._arrays["adaptation"][0]) * (found_R - awaited_R) + TURN // 2) // TURN
         level = np.where(plain >= LOWEST, np.maximum(plain + shift_R, LOWEST), LOWEST - 1)
@@ -244,24 +217,10 @@ class Codebook:
     def _remember(self, past_2R: Whole, plain: NDArray[np.int32], values: Whole) -> Whole:
         """Add a group to what is found and awaited of each component [2, R]; older groups fade."""
         place = np.clip(plain, LOWEST - 1, LOWEST + len(self._arrays["weight"]) - 2) - (LOWEST - 1)
-        found_R = (np.abs(values) * self._arrays["weight"][place]).sum(0)
-        awaited_R = self._arrays["awaited"][place].sum(0)
-        faded_2R: Whole = (past_2R * round(FADING * 8) >> 3) + np.stack([found_R, awaited_R])
+        faded_2R: Whole = past_2R * round(FADING * 8) >> 3
+        faded_2R[0, : plain.shape[1]] += np.einsum("tr,tr->r", np.abs(values), self._arrays["weight"][place])
+        faded_2R[1, : plain.shape[1]] += self._arrays["awaited"][place].sum(0)
         return faded_2R
-
-    def _split(self, values: Whole, table: Whole, low: Whole) -> tuple[Whole, Whole]:
-        """Coefficients rounded to what has a table, and the symbols of these."""
-        high, end = (values + (1 << low >> 1)) >> low, self._ends[table]
-        return high, np.clip(high, -end, end) + end
-
-    def _length(self, values: Whole, level: NDArray[np.int16]) -> float:
-        """Bits that coefficients of these levels take."""
-        order, table, low = _by_table(level)
-        high, symbol = self._split(values.reshape(-1)[order], table, low)
-        bits = low.sum() + self._bits[self._starts[table] + symbol].sum()
-        beyond = (np.abs(high) - self._ends[table])[np.abs(high) >= self._ends[table]]
-        extra = np.frexp(beyond.astype(np.float64))[1]
-        return float(bits + math.log2(MOST_BITS) * len(extra) + np.maximum(extra - 1, 0).sum())
 
 
 class _Image:
@@ -323,7 +282,7 @@ class _Image:
 def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
     """Make what the coded images of a model share: its weights, of all ranks or the first, and whole-number tables."""
     levels = np.arange(LOWEST, HIGHEST + 1)
-    tables = [_counts(2.0 ** (level / OCTAVE)) for level in levels]
+    tables = [laplace_counts(2.0 ** (level / OCTAVE)) for level in levels]
     # Of the level that is not coded, and of all that sizes may have.
     every = torch.arange(LOWEST, 20 * OCTAVE, dtype=torch.float64) * (math.log(2) / OCTAVE)
     expected = expected_size(every)
@@ -345,62 +304,6 @@ def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
             "border": borders(every).float().numpy(),
         }
     )
-
-
-def _counts(ratio: float) -> NDArray[np.int64]:
-    """Counts out of `TOTAL`, none of them 0, of the whole numbers -K..K with the tails at the ends, K by the scale."""
-    end = math.ceil(TAIL * ratio) + 1
-    size = np.arange(end + 1)
-    chance = 2.0 ** -laplace_bits(torch.from_numpy(size).double(), torch.tensor(ratio, dtype=torch.float64)).numpy()
-    chance[end] = 0.5 * math.exp(-(end - 0.5) / ratio)
-    counts = np.maximum(1, np.floor(np.append(chance[:0:-1], chance) * TOTAL)).astype(np.int64)
-    counts[end] += TOTAL - counts.sum()
-    return counts
-
-
-def _by_table(level_TR: NDArray[np.int16]) -> tuple[Whole, Whole, Whole]:
-    """Return the places of the coefficients that are coded, by rising level, their tables and their low bits."""
-    flat = level_TR.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    order = order[np.searchsorted(flat[order], LOWEST) :]
-    level = flat[order].astype(np.int64)
-    low = np.maximum(0, -((HIGHEST - level) // OCTAVE))
-    return order, level - low * OCTAVE - LOWEST, low
-
-
-def _runs(sorted_values: Whole) -> Iterator[tuple[int, slice]]:
-    """Yield each run of equal values with its place."""
-    ends = np.append(np.flatnonzero(np.diff(sorted_values)) + 1, len(sorted_values))
-    start = 0
-    for end in ends.tolist():
-        if end > start:
-            yield int(sorted_values[start]), slice(start, end)
-        start = end
-
-
-def _beyond(size: Whole) -> list[tuple[NDArray[Any], Any]]:
-    """What codes by how much coefficients lie beyond their tables: how many bits that has, and the bits."""
-    beyond = size[size >= 0]
-    if not len(beyond):
-        return []
-    bits = np.frexp(beyond.astype(np.float64))[1]
-    return [
-        (bits, _uniform(MOST_BITS)),
-        *(
-            (beyond[bits == count] - (1 << count - 1), _uniform(1 << count - 1))
-            for count in np.unique(bits[bits > 1]).tolist()
-        ),
-    ]
-
-
-def _read_beyond(coder: Any, number: int) -> Whole:
-    """Read what `_beyond` coded of so many coefficients."""
-    bits = coder.decode(_uniform(MOST_BITS), number).astype(np.int64) if number else np.zeros(0, np.int64)
-    beyond: Whole = np.minimum(bits, 1)
-    for count in np.unique(bits[bits > 1]).tolist():
-        which = np.flatnonzero(bits == count)
-        beyond[which] = (1 << count - 1) + coder.decode(_uniform(1 << count - 1), len(which))
-    return beyond
 
 
 def _whole_levels(step: int) -> int:

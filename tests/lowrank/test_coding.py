@@ -5,8 +5,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.coding import TOTAL, Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
 from lowrank_tune.lowrank.decomposers.shared import Shared
+from lowrank_tune.lowrank.entropy import TOTAL
 
 TOKENS, DIM = 16, 24
 
@@ -131,7 +132,7 @@ def test_streams_are_within_3_percent_of_what_their_tables_make_ideal(monkeypatc
     x = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(9, 64, 64, generator=generator) * 0.998 + 0.001)
     book = make_codebook(model(x, rank=64, transform="none"))
     tables = np.split(book._arrays["counts"], np.cumsum(book._arrays["symbols"])[:-1])
-    counts = {id(model): table for model, table in zip(book._tables, tables, strict=True)}
+    counts = {id(model): table for model, table in zip(book._tables.models, tables, strict=True)}
     bits: list[float] = []
 
     class Counting:

@@ -29,6 +29,8 @@ from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
 from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
 
 TOKEN_TRANSFORMS = ("none", "dct", "learned")
+SLOW = 10.0
+"""Size of the elements of B and C as they are learned: a step of the optimiser turns them by so much less."""
 PACE = 10.0
 """What a step of the optimiser counts for a number that rules all coefficients."""
 FADING, PRIOR, SMALL = 0.625, 2.0, 0.3
@@ -38,6 +40,8 @@ MOST_DEAD = 0.25
 """By how much `rounded` moves a border at most."""
 LEAST_RATIO = 1 / 16
 """Of a coefficient's scale to the step, below which it is zero for certain."""
+RARELY = 0.2
+"""Of the scale to the step, below which a coefficient's error in training is itself."""
 LEAST_SCALE = 1e-6
 """Of a coefficient, where X̂'s elements are about 1: what never differs from the mean needs a scale, too."""
 
@@ -64,17 +68,17 @@ class Shared(Decomposer):
         if not (math.isfinite(self.lambda_rate) and self.lambda_rate > 0):
             raise InputError(f"lambda_rate {self.lambda_rate}: must be a number above 0")
         self.register_buffer("mean_D", torch.zeros(dim))
-        # Elements of size 1 make a learning rate a relative step.
         start_DR = torch.randn(dim, rank, generator=generator)
-        self.basis_RD = nn.Parameter(orthonormalise(start_DR).mT.contiguous() * dim**0.5)
+        self.basis_RD = nn.Parameter(orthonormalise(start_DR).mT.contiguous() * SLOW * dim**0.5)
         if kind == "none":
             self.register_buffer("transform_TT", torch.eye(tokens))
         elif kind == "dct":
             self.register_buffer("transform_TT", grid_dct(tokens))
         else:
-            self.transform_TT = nn.Parameter(torch.eye(tokens) * tokens**0.5)
+            self.transform_TT = nn.Parameter(torch.eye(tokens) * SLOW * tokens**0.5)
         self.log_scale_TR = nn.Parameter(torch.zeros(tokens, rank))
-        self.log_step = nn.Parameter(torch.tensor(math.log(0.2) / PACE))
+        # About where a bit more, of 6 dB, lowers the loss by nothing.
+        self.log_step = nn.Parameter(torch.tensor(math.log(min(1.0, 5 / self.lambda_rate)) / PACE))
         self.adaptation = nn.Parameter(torch.zeros(()))
         self.register_buffer("group_T", _groups(kind, tokens))
         self.register_buffer("dither_TR", torch.rand(tokens, rank, generator=generator) - 0.5, persistent=False)
@@ -87,13 +91,13 @@ class Shared(Decomposer):
     @property
     def basis(self) -> Tensor:
         """B [R, D]."""
-        basis_RD: Tensor = self.basis_RD / self.dim**0.5
+        basis_RD: Tensor = self.basis_RD / (SLOW * SLOW * self.dim**0.5)
         return basis_RD
 
     @property
     def transform(self) -> Tensor:
         """C [T, T]."""
-        return self.transform_TT / self.tokens**0.5 if self._learns_transform else self.transform_TT
+        return self.transform_TT / (SLOW * self.tokens**0.5) if self._learns_transform else self.transform_TT
 
     @property
     def step(self) -> float:
@@ -128,9 +132,9 @@ class Shared(Decomposer):
             kept = direction_D[:, None] if mean_D.any() else axes_DR[:, :1]
             others = axes_DR[:, : self.rank - 1] if mean_D.any() else axes_DR[:, 1:]
             self.mean_D.copy_(mean_D)
-            self.basis_RD.copy_(orthonormalise(torch.cat([kept, others], 1)).mT * self.dim**0.5)
+            self.basis_RD.copy_(orthonormalise(torch.cat([kept, others], 1)).mT * SLOW * self.dim**0.5)
             if self._learns_transform:
-                self.transform_TT.copy_(self._token_axes(x_batches) * self.tokens**0.5)
+                self.transform_TT.copy_(self._token_axes(x_batches) * SLOW * self.tokens**0.5)
             self._fit_scales(x_batches, images)
 
     def _token_axes(self, x_batches: Iterable[Tensor]) -> Tensor:
@@ -154,9 +158,9 @@ class Shared(Decomposer):
     def settle(self) -> None:
         """Make B's rows, and C, orthonormal again."""
         with torch.no_grad():
-            self.basis_RD.copy_(orthonormalise(self.basis_RD.mT).mT * self.dim**0.5)
+            self.basis_RD.copy_(orthonormalise(self.basis_RD.mT).mT * SLOW * self.dim**0.5)
             if self._learns_transform:
-                self.transform_TT.copy_(orthonormalise(self.transform_TT.mT).mT * self.tokens**0.5)
+                self.transform_TT.copy_(orthonormalise(self.transform_TT.mT).mT * SLOW * self.tokens**0.5)
 
     def _projected(self, x_NTD: Tensor) -> Tensor:
         projected_NTR: Tensor = (unit_images(x_NTD)[0] - self.mean_D) @ self.basis.mT
@@ -178,7 +182,10 @@ class Shared(Decomposer):
         log_ratio_NTR = log_ratio_TR + PACE * self.adaptation * self.surprise(rounded_NTR, log_ratio_TR.detach())
         coded_TR = log_ratio_TR.detach() > math.log(LEAST_RATIO)
         bits_N = (laplace_bits(noisy_NTR, log_ratio_NTR.exp()) * coded_TR).sum((-2, -1))
-        lost_NTR = torch.where(rounded_NTR == 0, z_NTR, log_step.exp() * (exact_NTR.detach() - rounded_NTR))
+        # What is rounded to 0 nearly always loses itself, and not what a step has on the average.
+        lost_NTR = torch.where(
+            log_ratio_TR.detach() > math.log(RARELY), log_step.exp() * (noisy_NTR - exact_NTR).detach(), z_NTR
+        )
         outside_N = (unit_NTD - self.mean_D).square().sum((-2, -1)) - z_NTR.square().sum((-2, -1))
         elements = self.tokens * self.dim
         error_N = ((lost_NTR.square().sum((-2, -1)) + outside_N.clamp_min(0)) / elements + LEAST_SCALE**2).sqrt()
