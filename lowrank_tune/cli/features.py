@@ -23,6 +23,21 @@ CacheName = Annotated[
     ),
 ]
 
+StoreDtype = Annotated[
+    Literal["float32", "float16", "int8", "int5", "int4"] | None,
+    typer.Option("--dtype", help="How factors are kept, float16 when not given; the int ones with a scale a row."),
+]
+Coded = Annotated[
+    bool, typer.Option("--coded", help="Keep few bytes an image, of a shared model: with --target-error or --bytes.")
+]
+TargetError = Annotated[
+    float | None, typer.Option(metavar="E", help="With --coded: ‖X − Y‖ / ‖X‖ of each image at most, such as 0.05.")
+]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option("--bytes", metavar="N", help="With --coded: bytes of each image's stream at most, such as 4096."),
+]
+
 
 @features_app.command("ls", epilog="Example: lowrank-tune features ls --results /data/results")
 def list_caches(results: Results = None, as_json: Json = False) -> None:
@@ -148,25 +163,10 @@ def apply(
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="R", min=1, help="Another rank that the model was trained for.")
     ] = None,
-    store_dtype: Annotated[
-        Literal["float32", "float16", "int8", "int5", "int4"] | None,
-        typer.Option(
-            "--dtype", help="How the factors are kept, float16 when not given; the int ones with a scale a row."
-        ),
-    ] = None,
-    coded: Annotated[
-        bool,
-        typer.Option(
-            "--coded", help="Keep each image as few bytes, of a shared model: with --target-error or --bytes."
-        ),
-    ] = False,
-    target_error: Annotated[
-        float | None, typer.Option(metavar="E", help="With --coded: ‖X − Y‖ / ‖X‖ of each image at most, such as 0.05.")
-    ] = None,
-    max_bytes: Annotated[
-        int | None,
-        typer.Option("--bytes", metavar="N", help="With --coded: bytes of each image at most, such as 4096."),
-    ] = None,
+    store_dtype: StoreDtype = None,
+    coded: Coded = False,
+    target_error: TargetError = None,
+    max_bytes: MaxBytes = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto takes GPUs where Ray has any.")
     ] = "auto",

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,13 @@ def apply_decomposer(
     if on_note and given.records:
         for sentence in given.records.notes:
             on_note(sentence)
+    return _complete(target, given, job, codebook, max_quarantined, progress=on_progress, note=on_note, address=address)
+
+
+def _complete(
+    target: Path, given: Given, job: ShardJob, codebook: bytes, max_quarantined: float, **ray: Any
+) -> FeatureSet:
+    """Have the job make what `target` lacks; `ray` are arguments of `fill`."""
     try:
         _check_ours(target, job.identity)
         contents = fill(
@@ -101,11 +108,9 @@ def apply_decomposer(
                 quarantined, max_quarantined, given.features.directory, "--max-quarantined"
             ),
             doing="applying a decomposer",
-            progress=on_progress,
-            note=on_note,
-            address=address,
             claim=lambda note: _claim(target, job.identity, codebook),
             accept=lambda contents: _check_keys(target, given, contents),
+            **ray,
         )
         _write_records(target, given, contents.quarantined)
         return open_cache(target)
