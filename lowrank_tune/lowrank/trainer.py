@@ -38,6 +38,8 @@ PRECOMPUTED_BYTES = 256 * 2**20
 tokens at rank 128. A constant, so that a trial's memory does not grow with the cache."""
 VALIDATION_BATCH = 8
 """Validation images in memory at a time."""
+FIGURES = ("train_loss", "val_mse", "val_token_cosine")
+"""What every training tells of an epoch."""
 LR_FACTOR = 0.5
 """What the learning rate is multiplied by on a plateau."""
 LR_PATIENCE = 3
@@ -58,8 +60,8 @@ class Trainer:
         world: the processes that train it.
 
     Attributes:
-        figures: what it tells of an epoch: `train_loss`, `val_mse`, `val_token_cosine`; `val_residual_ratio`, unless a
-            rank is above the images' own; and `RATES`, where the configuration has a target error.
+        figures: what it tells of an epoch: `FIGURES`, `val_residual_ratio`, unless a rank is above the images' own, and
+            `RATES`, where the configuration has a target error.
         model: the decomposer as of the last epoch.
         best_model: that of the best epoch.
         history: what `step` returned, but for an epoch that failed.
@@ -108,7 +110,7 @@ class Trainer:
         # Above the images' rank the optimum has no error to hold one's own against.
         ratio = ("val_residual_ratio",) if max(config.ranks) <= min(data.tokens, data.dim) else ()
         rates = RATES if config.target_error is not None else ()
-        self.figures = ("train_loss", "val_mse", "val_token_cosine", *ratio, *rates)
+        self.figures = (*FIGURES, *ratio, *rates)
         self._precomputed: list[Tensor] = []
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0

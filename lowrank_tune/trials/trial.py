@@ -20,7 +20,7 @@ from lowrank_tune.files import write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
-from lowrank_tune.lowrank.trainer import Trainer, largest_share
+from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
 from lowrank_tune.records import VALIDATION_OPTIMUM, FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
@@ -198,7 +198,7 @@ class TrialSession:
             said = f"out of memory{where} with {self.micro_batch} images in it at a time; lower batch_size ({said})"
         else:
             said += f" ({where.strip()})" * bool(where)
-        figures = self._trainer.figures if self._trainer else ()
+        figures = self._trainer.figures if self._trainer else FIGURES
         row = dict.fromkeys(figures, math.nan) | {"seconds": 0.0} | best
         return _result([*rows, row], "error", " ".join(redact(said).split()))
 
