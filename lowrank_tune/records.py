@@ -332,6 +332,7 @@ class Compression:
     models: tuple[QuantisedRow, ...] = ()  # each trained model of the comparison, quantised
     words: tuple[str, ...] = ()  # which wins where, a sentence each
     rates: tuple[RateRow, ...] = ()  # real bytes against error: X, factors and pictures by entropy coders
+    rate_words: tuple[str, ...] = ()  # what an error takes and who wins at a size by these rates, a sentence each
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from lowrank_tune.report.text import ABSENT, CODER_NOTES, METHOD_NOTES, kib_text
 
 TARGETS = (0.01, 0.05, 0.14)
 """Relative errors of the table."""
-NEAR = 1.5
+NEAR = 1.3
 """By which factor an error may differ from one of `TARGETS` and stand for it."""
+LEVEL = 0.02
+"""The part of an error by which another way must be better to win: what meets one target meets it that closely."""
 EXACT = 1e-5
 """The relative error at which an exact way is drawn: a logarithmic axis has no place for none."""
 
@@ -152,12 +154,18 @@ class Envelope(NamedTuple):
 
 
 def envelope(lines: Sequence[Line]) -> Envelope:
-    """Find the winner at every size: a line has no error below its first size, and keeps its last one's."""
+    """Find the winner at every size: a line has no error below its first size, and keeps its last one's.
+
+    Who is ahead stays so until another is better by more than `LEVEL`.
+    """
     sizes = np.array([row.bytes_per_image for line in lines for row in line.rows])
     at = np.unique(np.concatenate([sizes, np.geomspace(sizes.min(), sizes.max(), 200)[1:-1]]))
     errors = np.array([_along(line, at) for line in lines])
-    best = errors.argmin(axis=0)
-    return Envelope(at.tolist(), errors.min(axis=0).tolist(), [lines[place].name for place in best])
+    ahead = [int(errors[:, 0].argmin())]
+    for column in errors.T[1:]:
+        best = int(column.argmin())
+        ahead.append(best if column[best] < (1 - LEVEL) * column[ahead[-1]] else ahead[-1])
+    return Envelope(at.tolist(), errors[ahead, np.arange(len(at))].tolist(), [lines[place].name for place in ahead])
 
 
 def _along(line: Line, at: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -244,7 +252,7 @@ def _plotly(lines: Sequence[Line]) -> go.Figure:
         xaxis={"title": "KiB an image", "tickangle": 0, "tickfont": {"size": 11}, **log_ticks(sizes)},
         yaxis={"title": "relative error", **log_ticks(errors), **percents},
         # Narrow enough for two columns on a phone, where the plot is 240 pixels wide.
-        legend={"xref": "container", "entrywidth": 72, "font": {"size": 11}},
+        legend={"xref": "container", "entrywidth": 77, "font": {"size": 11}},
     )
     return figure
 

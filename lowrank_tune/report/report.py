@@ -151,7 +151,9 @@ def _bytes(compression: Compression, images: int, plots: Path) -> list[Section]:
     tested = max(row.n_images for row in compression.rates)
     title = "An image's own factors at one rank for all images, and trained models in int8"
     lead = "Beside the SVD's and X itself, each in few bits."
-    folded = replace(factors, id="factors", title=title, lead=lead, notes=())
+    # Where the sentences on rates stand by themselves, the others are about what is folded.
+    notes = compression.words if compression.rate_words else ()
+    folded = replace(factors, id="factors", title=title, lead=lead, notes=notes)
     return [
         Section(
             "compression",
@@ -159,7 +161,7 @@ def _bytes(compression: Compression, images: int, plots: Path) -> list[Section]:
             (rates_picture(compression, images, plots),),
             lead="What it takes to keep an image's features X, and how far off is what comes back, Y: the relative "
             f"error ‖X − Y‖ / ‖X‖, mean over {count(tested, 'test image')}.",
-            points=compression.words,
+            points=compression.rate_words or compression.words,
             terms=way_notes(lines),
             tables=(rates_table(lines, images),),
             notes=out_of_reach(lines),

@@ -102,6 +102,15 @@ def test_between_two_settings_a_line_holds_what_lies_between():
     assert [name for name, _ in envelope(lines).winners] == ["shared, coded"]
 
 
+def test_who_meets_a_target_a_little_closer_at_more_bytes_wins_nothing():
+    shared, other = (
+        rate(method, "coded", kib, error) for method, kib, error in (("shared", 71, 0.01), ("svd", 92, 0.0099))
+    )
+    assert [name for name, _ in envelope(lines_of(Compression(rates=(shared, other)))).winners] == ["shared, coded"]
+    first = replace(other, bytes_per_image=60 * KIB)
+    assert [name for name, _ in envelope(lines_of(Compression(rates=(shared, first)))).winners] == ["SVD, coded"]
+
+
 def test_the_axes_are_logarithmic_and_read_in_kib_and_percent(picture):
     layout = picture.charts[0].figure.layout
     assert (layout.xaxis.type, layout.yaxis.type) == ("log", "log")
@@ -156,7 +165,9 @@ def test_the_table_has_each_ways_nearest_setting_fewest_bytes_first():
     assert [row[1] for row in one] == ["shared, coded", "X, coded", "X, zstd", "X, zlib", "X, plain"]
     assert one[0] == ("1 %", "shared, coded", "200.0", "1 %", "rank 1536", "3,072.0", "10.2", "50.0")
     assert one[2][2:] == ("288.8", "0.76 %", "int8", "—", "—", "50.0")
-    assert five[0][:5] == ("5 %", "JPEG", "66.0", "7.1 %", "quality 95")
+    assert [row[1] for row in five][:2] == ["shared, coded", "X, coded"]
+    assert five[2][:5] == ("5 %", "SVD, plain", "110.0", "5 %", "int5")
+    assert five[3][:5] == ("5 %", "X, zstd", "180.8", "6.4 %", "int5")
     assert [row[1] for row in fourteen][:3] == ["shared, coded", "SVD, plain", "X, coded"]
     # Twice the error is no stand-in, but half of it is: it keeps what was asked.
     assert ("JPEG", "66.0", "7.1 %") in [row[1:4] for row in fourteen]

@@ -139,7 +139,7 @@ def test_the_page_says_what_matters_word_for_word(report):
 
 
 def test_bytes_against_error_are_told_once_with_every_way_before_the_factors(study):
-    compression = replace(FOUND, rates=RATES, words=("At 5 % error <71> KiB.",))
+    compression = replace(FOUND, rates=RATES, rate_words=("At 5 % error <71> KiB.",))
     comparison = replace(study.comparison, compression=compression)
     given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory)
     *plots, page = write_report(*given)
@@ -150,7 +150,7 @@ def test_bytes_against_error_are_told_once_with_every_way_before_the_factors(stu
     parts = (
         "What it takes to keep", "At 5 % error <71> KiB.", "Lower and further left", "What the lines are",
         "Of each way the setting", "No setting measured comes near 1 %", "An image's own factors at one rank",
-        "Every image at the same rank", "Weights only",
+        "Every image at the same rank", "Weights only", "int8 of X takes <65> KiB",
     )  # fmt: skip
     places = [section.index(part) for part in parts]
     assert places == sorted(places)
