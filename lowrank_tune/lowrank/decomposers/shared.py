@@ -91,7 +91,7 @@ class Shared(Decomposer):
     @property
     def basis(self) -> Tensor:
         """B [R, D]."""
-        basis_RD: Tensor = self.basis_RD / (SLOW * SLOW * self.dim**0.5)
+        basis_RD: Tensor = self.basis_RD / (SLOW * self.dim**0.5)
         return basis_RD
 
     @property
