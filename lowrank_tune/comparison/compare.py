@@ -18,12 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
 from lowrank_tune.comparison.choice import Kind, choose, judge
 from lowrank_tune.comparison.compression import measure_compression
+from lowrank_tune.comparison.intervals import interval, paired
 from lowrank_tune.comparison.methods import (
     BATCH,
     Method,
@@ -34,10 +34,12 @@ from lowrank_tune.comparison.methods import (
     trained,
     untrained,
 )
+from lowrank_tune.comparison.rate_words import rate_words
+from lowrank_tune.comparison.rates import MOST_IMAGES, measure_rates
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.baselines import svd
-from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import EXACT
@@ -57,8 +59,6 @@ from lowrank_tune.records import (
     TrialOutcome,
 )
 
-CONFIDENCE = 0.95
-"""Of every interval."""
 NOTES = "remarks.json"
 RIVALS = ("beaten_by", "level_with")
 PCA_IMAGES = 512
@@ -106,7 +106,8 @@ def compare(
     per_image, left_out = score(data, split.test, optimum, within, [*methods, *hidden], device)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
-    per_image["group"] = [groups[split.test[place]] if groups else str(place) for place in per_image["index"]]
+    own_groups = [groups[image] if groups else str(place) for place, image in enumerate(split.test)]
+    per_image["group"] = [own_groups[place] for place in per_image["index"]]
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if method.kind in measured]
     rows = make_rows(data, per_image, sound, repeats, starts, _speeds(data, split, within, sound, device))
@@ -118,13 +119,25 @@ def compare(
     )
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
     pictures = pictures or Pictures()
-    compression = replace(compression, rates=(*compression.rates, *pictures.rows))
+    rates = measure_rates(
+        data, split, _measured(pictures, optimum, own_groups, seed), rows, sound, starts, own_groups, device
+    )
+    found = (*rates.rows, *pictures.rows)
+    compression = replace(compression, rates=found, rate_words=tuple(rate_words(found)))
     said = say.about_study(features, outcomes, confirmations, rows, compression)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
-        remarks=(*said, *unmeasured, *pictures.remarks, *lost, *left_out, *_at_the_floor(optimum, within)),
+        remarks=(
+            *said,
+            *unmeasured,
+            *rates.remarks,
+            *pictures.remarks,
+            *lost,
+            *left_out,
+            *_at_the_floor(optimum, within),
+        ),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,
@@ -132,6 +145,14 @@ def compare(
     own = ~per_image["method"].isin({method.name for method in hidden})
     write_comparison(directory, comparison, per_image[own].reset_index(drop=True))
     return comparison
+
+
+def _measured(pictures: Pictures, optimum: Optimum, groups: Sequence[str], seed: int) -> list[int]:
+    """The test images whose bytes are measured: those of the pictures, where there are, that are not all zeros."""
+    seen = [place for place in range(len(groups)) if optimum.energy_N[place] > 0]
+    if pictures.rows:
+        return [place for place in pictures.images if place in seen]
+    return [seen[each] for each in spread([groups[place] for place in seen], MOST_IMAGES, seed)]
 
 
 def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
@@ -224,32 +245,6 @@ def _mean_ratios(per_image: pd.DataFrame) -> pd.Series:
     log = np.log(per_image["residual_ratio"])
     ratios: pd.Series = np.exp(log.groupby([per_image["method"], per_image["rank"]]).mean())
     return ratios
-
-
-def interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
-    """The mean of a column at each (method, rank), and half of its confidence interval, NaN where there is one group.
-
-    Images of a group are not independent, but groups are: the standard error is of the groups' sums of deviations
-    (Liang & Zeger, 1986), with Student's t of one degree of freedom less than groups. Of single images it is the usual.
-    """
-    kinds = ["method", "rank"]
-    each = table.groupby(kinds, sort=False)[column]
-    sums = table.assign(off=table[column] - each.transform("mean")).groupby([*kinds, "group"], sort=False)["off"].sum()
-    by_kind = sums.pow(2).groupby(level=kinds, sort=False)
-    groups = by_kind.size()
-    error = np.sqrt(by_kind.sum() * groups / (groups - 1).where(groups > 1)) / each.size()
-    return each.mean(), error * stdtrit((groups - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
-
-
-def paired(per_image: pd.DataFrame, kind: Kind, other: Kind) -> tuple[float, float, float]:
-    """The mean difference of log ρ on the same image, `kind` less `other`, and the ends of its interval."""
-    own, theirs = (
-        per_image[(per_image["method"] == name) & (per_image["rank"] == rank)].set_index("index")
-        for name, rank in (kind, other)
-    )
-    log = np.log(own["residual_ratio"]) - np.log(theirs["residual_ratio"])
-    mean, half = (float(part.iloc[0]) for part in interval(own.assign(log=log), "log"))
-    return mean, mean - half, mean + half
 
 
 def _validated(

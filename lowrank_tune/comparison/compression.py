@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.comparison.choice import Kind
-from lowrank_tune.comparison.methods import Method, batches
+from lowrank_tune.comparison.methods import Method, batches, reason_of
 from lowrank_tune.comparison.remarks import compression_texts
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.lowrank import baselines
@@ -79,7 +79,7 @@ def measure_compression(
         for _, x_NTD in batches(data, test, optimum):
             with torch.inference_mode():
                 batch = _Batch(x_NTD.to(device))
-                batch.add_factors("svd", _svd_factors(batch.x_NTD), ranks, pruned=True)
+                batch.add_factors("svd", svd_factors(batch.x_NTD), ranks, pruned=True)
                 made = {method: method.decompose(batch.x_NTD) for method in trained}
                 for method in best:
                     batch.add_factors(method.name, ordered(made[method]), [method.rank], pruned=method is best[-1])
@@ -99,11 +99,10 @@ def measure_compression(
     except CacheError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Compression(), [f"bytes against error are left out: {reason}"]
+        return Compression(), [f"bytes against error are left out: {reason_of(error)}"]
 
 
-def _svd_factors(x_NTD: Tensor) -> Factors:
+def svd_factors(x_NTD: Tensor) -> Factors:
     """The SVD with √Σ in either factor; its components are orthogonal already, which spares `ordered`."""
     a_NTR, b_NRD = baselines.svd(x_NTD, min(x_NTD.shape[-2:]))
     a_N1R = torch.linalg.vector_norm(a_NTR, dim=1, keepdim=True)

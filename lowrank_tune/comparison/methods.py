@@ -83,7 +83,8 @@ def before_training(
             model = make_decomposer(config, data.tokens, data.dim).to(device).eval()
             initialise(model, config, batches_on(data, device).load, split.train, config.batch_size)
             models[name] = model
-        starts[method.name, method.rank] = Method(name, method.rank, partial(models[name], rank=method.rank))
+        model = models[name]
+        starts[method.kind] = Method(name, method.rank, partial(model, rank=method.rank), model=model)
     return starts
 
 
@@ -183,7 +184,7 @@ def score(
                     raise RuntimeError("its factors are not finite on every test image")
                 parts.append(_table(*method.kind, which, figures, best.get(method.rank), energy_N))
             except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
-                broken[method.kind] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                broken[method.kind] = reason_of(error)
     remarks = [f"{name} at rank {rank} is left out: {reason}" for (name, rank), reason in broken.items()]
     zeros = int((optimum.energy_N == 0).sum())
     if zeros:
@@ -193,6 +194,11 @@ def score(
     table = pd.concat(parts, ignore_index=True)
     left_out = pd.MultiIndex.from_frame(table[["method", "rank"]]).isin(list(broken))
     return table[~left_out].reset_index(drop=True), remarks
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _table(
@@ -226,7 +232,7 @@ def images_per_second(routes: Mapping[Kind, Callable[[Tensor], object]], x_NTD: 
             torch.cuda.synchronize(x_NTD.device)
         return clock() - start
 
-    with _one_thread(), torch.inference_mode():
+    with one_thread(), torch.inference_mode():
         spent = {kind: run(decompose) for kind, decompose in routes.items()}
         quickest = dict.fromkeys(routes, math.inf)
         for turn in range(REPEATS):
@@ -239,7 +245,8 @@ def images_per_second(routes: Mapping[Kind, Callable[[Tensor], object]], x_NTD: 
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Let torch and numpy compute on the calling thread alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

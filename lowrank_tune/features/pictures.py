@@ -43,8 +43,7 @@ from lowrank_tune.features.images import read_original
 from lowrank_tune.features.remote import local_copy
 from lowrank_tune.features.shards import START_PATIENCE_S, Node, Notes, Pool, wait_for_room
 from lowrank_tune.files import read_json, write_json
-from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.linalg import stream
+from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.metrics import measure_matrix
 from lowrank_tune.records import FeatureSet, Pictures, RateRow
 
@@ -123,7 +122,7 @@ def measure_pictures(
         said = "the picture itself is not among the ways to keep features: of ready tensors the images are not known"
         return Pictures(remarks=(said,))
     groups = image_groups(features, spec.split.group_by)
-    places = choose([groups[image] for image in test], spec.seed)
+    places = spread([groups[image] for image in test], MOST_IMAGES, spec.seed)
     of = features.digest([test[place] for place in places])
     try:
         if known := _read_kept(kept, of):
@@ -144,15 +143,6 @@ def measure_pictures(
         cause = error.cause if isinstance(error, RayTaskError) else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         return Pictures(remarks=(f"the picture itself is left out of the ways to keep features: {reason}",))
-
-
-def choose(groups: Sequence[str], seed: int) -> list[int]:
-    """Places of at most `MOST_IMAGES` images: one of each group, then a second one of each, in an order of the seed."""
-    members: dict[str, list[int]] = {}
-    for place in torch.randperm(len(groups), generator=stream(seed, "pictures")).tolist():
-        members.setdefault(groups[place], []).append(place)
-    turns = itertools.zip_longest(*members.values())
-    return [place for turn in turns for place in turn if place is not None][:MOST_IMAGES]
 
 
 def fitting(job: EncodeImages) -> list[Way]:

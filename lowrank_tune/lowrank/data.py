@@ -5,6 +5,7 @@ N images, T tokens, D dim.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 from lowrank_tune.errors import CacheError, InputError
 from lowrank_tune.lowrank.coding import Codebook
 from lowrank_tune.lowrank.decomposers import Factors
+from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.quantization import ordered, pack, unpack
 from lowrank_tune.records import CODED, FeatureSet
 
@@ -280,3 +282,12 @@ def _map_shard(features: FeatureSet, name: str) -> tuple[Path, dict[str, Tensor]
         raise CacheError(
             f"{path}: the shard cannot be read ({error}); run `lowrank-tune features verify`, then {made_by} again"
         ) from error
+
+
+def spread(groups: Sequence[str], most: int, seed: int) -> list[int]:
+    """Places of at most so many images: one of each group, then a second one of each, in an order of the seed."""
+    members: dict[str, list[int]] = {}
+    for place in torch.randperm(len(groups), generator=stream(seed, "pictures")).tolist():
+        members.setdefault(groups[place], []).append(place)
+    turns = itertools.zip_longest(*members.values())
+    return [place for turn in turns for place in turn if place is not None][:most]

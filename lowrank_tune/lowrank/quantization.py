@@ -49,13 +49,13 @@ def pack(x: Tensor, dtype: str) -> dict[str, Tensor]:
         raise InputError(f"numbers of shape {list(x.shape)} have no rows to pack; give [..., K] with K at least 1")
     if dtype in _FLOATS:
         return {"values": _as_float(x, dtype).clone(memory_format=torch.contiguous_format)}
-    codes, scales = _quantise(x, dtype)
+    codes, scales = quantise(x, dtype)
     return {"codes": _to_bytes(codes, _BITS[dtype]), "scales": scales}
 
 
 def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Tensor:
     """Restore [..., K], float32; an InputError where the parts are not what `pack` makes of this dtype and shape."""
-    wanted = _layout(shape, dtype)
+    wanted = layout(shape, dtype)
     found = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
     if found != wanted:
         raise InputError(
@@ -64,18 +64,18 @@ def unpack(parts: Mapping[str, Tensor], dtype: str, shape: Sequence[int]) -> Ten
         )
     if dtype in _FLOATS:
         return parts["values"].float()
-    return _dequantise(_from_bytes(parts["codes"], _BITS[dtype], shape[-1]), parts["scales"])
+    return dequantise(_from_bytes(parts["codes"], _BITS[dtype], shape[-1]), parts["scales"])
 
 
 def restored(x: Tensor, dtype: str) -> Tensor:
     """Return `unpack(pack(x, dtype))`, float32 [..., K], without making the bytes; errors as `pack`."""
     _check(dtype)
-    return _as_float(x, dtype).float() if dtype in _FLOATS else _dequantise(*_quantise(x, dtype))
+    return _as_float(x, dtype).float() if dtype in _FLOATS else dequantise(*quantise(x, dtype))
 
 
 def packed_bytes(shape: Sequence[int], dtype: str) -> int:
     """Count the bytes that `pack` makes of [..., K], scales included."""
-    return sum(math.prod(part) * kind.itemsize for part, kind in _layout(shape, dtype).values())
+    return sum(math.prod(part) * kind.itemsize for part, kind in layout(shape, dtype).values())
 
 
 def _check(dtype: str) -> None:
@@ -83,7 +83,7 @@ def _check(dtype: str) -> None:
         raise InputError(f"store dtype {dtype!r} is unknown; choose one of {', '.join(STORE_DTYPES)}")
 
 
-def _layout(shape: Sequence[int], dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def layout(shape: Sequence[int], dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of each part that `pack` makes of [..., K]."""
     _check(dtype)
     *rows, count = shape
@@ -116,7 +116,7 @@ def _as_float(x: Tensor, dtype: str) -> Tensor:
     return values
 
 
-def _quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Return the codes, whole numbers in float32 [..., K], and the scales [...]."""
     numbers = _finite(x)
     largest = 2 ** (_BITS[dtype] - 1) - 1
@@ -124,7 +124,8 @@ def _quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return (numbers / scales[..., None]).round_().clamp_(-largest, largest), scales
 
 
-def _dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the numbers of codes [..., K] and scales [...], finite."""
     # A row that reaches float32's last number would come out infinite by rounding.
     limit = torch.finfo(torch.float32).max
     return (codes.float() * scales[..., None]).clamp_(-limit, limit)

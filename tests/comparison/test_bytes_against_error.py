@@ -131,9 +131,11 @@ def test_linear_algebra_that_fails_costs_these_figures_and_no_others(make_study,
     study = make_study()
     study.add_trial("sketch", 2)
     comparison = study.compare()
-    assert comparison.rows and comparison.compression == Compression()
+    found = comparison.compression
+    assert comparison.rows and found.rates and (found.stored, found.pruned, found.models) == ((), (), ())
     (study.directory / "compression.json").unlink()
-    assert read_comparison(study.directory, "val_mse") == comparison, "an older study has none"
+    older = replace(comparison, compression=Compression())
+    assert read_comparison(study.directory, "val_mse") == older, "an older study has none"
     assert "bytes against error are left out: svd did not converge" in comparison.remarks
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import gmean, ttest_1samp, ttest_rel
 
 from lowrank_tune.comparison.choice import winners
-from lowrank_tune.comparison.compare import interval, read_comparison
+from lowrank_tune.comparison.compare import read_comparison
+from lowrank_tune.comparison.intervals import interval
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer

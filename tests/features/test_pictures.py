@@ -26,7 +26,6 @@ from lowrank_tune.features.pictures import (
     MOST_IMAGES,
     WAYS,
     Way,
-    choose,
     fitting,
     measure_pictures,
     on_whole_grid,
@@ -34,7 +33,7 @@ from lowrank_tune.features.pictures import (
     read_images,
 )
 from lowrank_tune.features.shards import Pool, plan_shards
-from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix, spread
 
 SIZE = 112
 NAMES = {f"{name}-q{quality}" for name in ("jpeg", "webp") for quality in (50, 75, 85, 90, 95)}
@@ -161,11 +160,11 @@ def test_a_slow_encoder_ends_after_the_time_but_not_before_the_first_image(job, 
 
 def test_images_are_chosen_from_as_many_groups_as_there_are_by_the_seed():
     groups = [f"scene-{number % 5}" for number in range(50)]
-    chosen = choose(groups, 3)
+    chosen = spread(groups, MOST_IMAGES, 3)
     assert len(chosen) == len(set(chosen)) == MOST_IMAGES
     assert len({groups[place] for place in chosen[:5]}) == 5
-    assert chosen == choose(groups, 3) != choose(groups, 4)
-    assert sorted(choose(["a", "b", "a"], 0)) == [0, 1, 2]
+    assert chosen == spread(groups, MOST_IMAGES, 3) != spread(groups, MOST_IMAGES, 4)
+    assert sorted(spread(["a", "b", "a"], MOST_IMAGES, 0)) == [0, 1, 2]
 
 
 def study(source, tmp_path, **encoder):

@@ -1,0 +1,38 @@
+"""Confidence intervals of means over images that may belong together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from lowrank_tune.comparison.choice import Kind
+
+CONFIDENCE = 0.95
+"""Of every interval."""
+
+
+def interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
+    """The mean of a column at each (method, rank), and half of its confidence interval, NaN where there is one group.
+
+    Images of a group are not independent, but groups are: the standard error is of the groups' sums of deviations
+    (Liang & Zeger, 1986), with Student's t of one degree of freedom less than groups. Of single images it is the usual.
+    """
+    kinds = ["method", "rank"]
+    each = table.groupby(kinds, sort=False)[column]
+    sums = table.assign(off=table[column] - each.transform("mean")).groupby([*kinds, "group"], sort=False)["off"].sum()
+    by_kind = sums.pow(2).groupby(level=kinds, sort=False)
+    groups = by_kind.size()
+    error = np.sqrt(by_kind.sum() * groups / (groups - 1).where(groups > 1)) / each.size()
+    return each.mean(), error * stdtrit((groups - 1).clip(lower=1), (1 + CONFIDENCE) / 2)
+
+
+def paired(per_image: pd.DataFrame, kind: Kind, other: Kind) -> tuple[float, float, float]:
+    """The mean difference of log ρ on the same image, `kind` less `other`, and the ends of its interval."""
+    own, theirs = (
+        per_image[(per_image["method"] == name) & (per_image["rank"] == rank)].set_index("index")
+        for name, rank in (kind, other)
+    )
+    log = np.log(own["residual_ratio"]) - np.log(theirs["residual_ratio"])
+    mean, half = (float(part.iloc[0]) for part in interval(own.assign(log=log), "log"))
+    return mean, mean - half, mean + half
