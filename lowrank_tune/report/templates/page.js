@@ -20,7 +20,8 @@
     for (const entry of seen) if (entry.isIntersecting) { watch.unobserve(entry.target); draw(entry.target); }
   }, { rootMargin: "800px" });
   charts.forEach((place) => watch.observe(place));
-  addEventListener("beforeprint", () => charts.forEach(draw));
+  // What is folded is not printed, and has no width to be drawn in.
+  addEventListener("beforeprint", () => charts.filter((place) => !place.closest("details:not([open])")).forEach(draw));
 
   const numbers = (text) => {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
