@@ -87,7 +87,7 @@ def main() -> None:
 def _compared(name: str, features: FeatureSet, images: int, folder: Path) -> None:
     split = Split(tuple(range(images)), (), tuple(range(images, 2 * images)))
     outcomes = [_saved(family, rank, features, split, folder) for family in ("sketch", "refined") for rank in RANKS]
-    with _timed("score", "measure_compression") as seconds:
+    with _timed("score", "measure_compression", "measure_rates") as seconds:
         (folder / "study").mkdir()
         comparison = room.compare(
             features, split, outcomes, objective="val_residual_ratio", seed=0, directory=folder / "study"
@@ -96,7 +96,8 @@ def _compared(name: str, features: FeatureSet, images: int, folder: Path) -> Non
     _print(comparison)
     print(
         f"\n  seconds: the figures of every method {seconds['score']:.1f}, bytes against error "
-        f"{seconds['measure_compression']:.1f} (torchao's import in it, the first time)"
+        f"{seconds['measure_compression']:.1f} (torchao's import in it, the first time), "
+        f"real streams {seconds['measure_rates']:.1f}"
     )
 
 
