@@ -41,7 +41,7 @@ from lowrank_tune.lowrank.decomposers.shared import (
     borders,
     expected_size,
 )
-from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, OCTAVE, Tables, Whole, laplace_counts
+from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, MOST, OCTAVE, TOTAL, Tables, Whole, laplace_counts
 
 FINE = 32
 """Steps of the step's and the size's logarithm a level."""
@@ -55,6 +55,10 @@ HEADER = struct.Struct("<hhI")
 """The image's size, its step, and the checksum of the rest."""
 ZERO = -(2**15)
 """In place of the size of an image that holds nothing but zeros."""
+LARGEST = torch.finfo(torch.float32).max
+LAST = 128 * OCTAVE * FINE
+"""The size of an image of such numbers."""
+_TOO_FEW = "no stream of this image has {} bytes or less; allow more"
 
 
 class UnreachableError(InputError):
@@ -89,6 +93,8 @@ class Codebook:
         # Largest scales first: at any step, the coefficients that are coded lead.
         self._order = np.argsort(-self._scale_TR, axis=None, kind="stable")
         self._falling = self._scale_TR.reshape(-1)[self._order]
+        # The step at which no coefficient is coded.
+        self.coarsest = (int(self._falling[0]) - LOWEST + 1) * FINE
 
     def save(self, path: Path) -> None:
         """Write it as a safetensors file."""
@@ -99,8 +105,8 @@ class Codebook:
     def load(cls, path: Path) -> Codebook:
         """Read what `save` wrote; an InputError where it is missing or none."""
         try:
-            return cls(load_file(path))
-        except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+            return cls(_checked(load_file(path)))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a codebook ({error}); apply the model again") from error
 
     def encode(self, x_TD: Tensor, *, target_error: float | None = None, max_bytes: int | None = None) -> bytes:
@@ -113,20 +119,23 @@ class Codebook:
 
         Raises:
             UnreachableError: The rank does not suffice for the error, or the bytes for anything.
+            ValueError: Not all of the image's numbers are finite in float32.
         """
         size, image = self._open(x_TD)
         if image is None:
+            if max_bytes is not None and max_bytes < HEADER.size:
+                raise UnreachableError(_TOO_FEW.format(max_bytes))
             return _sealed(ZERO, 0, b"")
         if max_bytes is None:
             step = image.step_within(target_error or 0.0)
             return _sealed(size, step, self._write(image.rounded(step), step))
-        low, high, best = FINEST, (int(self._falling[0]) - LOWEST + 1) * FINE, b""
-        while low < high:  # the length falls as the step grows
+        low, high, best = FINEST, max(FINEST, self.coarsest), b""
+        while low <= high:  # the length falls as the step grows
             step = (low + high) // 2
             stream = _sealed(size, step, self._write(image.rounded(step), step))
-            low, high, best = (low, step, stream) if len(stream) <= max_bytes else (step + 1, high, best)
+            low, high, best = (low, step - 1, stream) if len(stream) <= max_bytes else (step + 1, high, best)
         if not best:
-            raise UnreachableError(f"no stream of this image has {max_bytes} bytes or less; allow more")
+            raise UnreachableError(_TOO_FEW.format(max_bytes))
         return best
 
     def count(self, x_TD: Tensor, *, target_error: float | None = None, step: float = 1.0) -> tuple[int, float]:
@@ -147,6 +156,8 @@ class Codebook:
         energy = float(x.square().sum())
         if energy == 0:
             return ZERO, None
+        if not energy / x.numel() < LARGEST**2:
+            raise ValueError("it holds numbers that are not finite, or not in float32")
         size = round(OCTAVE * FINE * math.log2(energy / x.numel()) / 2)
         unit_TD = (x / _power(size)).float() - self._mean_D
         return size, _Image(self, unit_TD, energy / _power(size) ** 2)
@@ -159,13 +170,16 @@ class Codebook:
         payload = stream[HEADER.size :]
         if check != zlib.crc32(payload, (size * 2**16 + step) % 2**32):
             raise ValueError("its checksum is not that of its bytes")
+        # Beyond these numbers have more low bits than can be read, or are not finite; no image has them.
+        if not (-2 * LAST <= size <= LAST or size == ZERO) or step < FINEST:
+            raise ValueError("its size or step is that of no image")
         if size == ZERO:
             return torch.zeros(self.tokens, self.dim)
         whole_TR = self._read(np.frombuffer(payload, "<u4").astype(np.uint32), step)
         last = int(np.flatnonzero(whole_TR.any(axis=0)).max(initial=-1))
         z_TR = torch.from_numpy(whole_TR[:, : last + 1]).float() * _power(step)
         unit_TD = (self._transform_TT.mT @ z_TR) @ self._basis_RD[: z_TR.shape[1]] + self._mean_D
-        return (unit_TD.double() * _power(size)).float()
+        return (unit_TD.double() * _power(size)).clamp(-LARGEST, LARGEST).float()
 
     def _write(self, whole_TR: Whole, step: int) -> bytes:
         """Code rounded coefficients; ANS is a stack, so that what is read first is written last."""
@@ -211,7 +225,7 @@ class Codebook:
         past_2R = past_2R[:, : plain.shape[1]]
         found_R, awaited_R = np.searchsorted(powers, past_2R + round(PRIOR * WEIGHT), side="right")
         shift_R = (int(self._arrays["adaptation"][0]) * (found_R - awaited_R) + TURN // 2) // TURN
-        level = np.where(plain >= LOWEST, np.maximum(plain + shift_R, LOWEST), LOWEST - 1)
+        level = np.where(plain >= LOWEST, np.clip(plain + shift_R, LOWEST, MOST), LOWEST - 1)
         return level.astype(np.int16)
 
     def _remember(self, past_2R: Whole, plain: NDArray[np.int32], values: Whole) -> Whole:
@@ -238,7 +252,7 @@ class _Image:
 
     def step_within(self, target: float) -> int:
         """The largest step whose relative error is within the target, or nearly."""
-        low, high = FINEST, (int(self._book._falling[0]) - LOWEST + 1) * FINE
+        low, high = FINEST, self._book.coarsest
         step, error = low, self.error(low)
         if error > target:
             raise UnreachableError(
@@ -304,6 +318,35 @@ def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
             "border": borders(every).float().numpy(),
         }
     )
+
+
+def _checked(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a codebook; a ValueError or KeyError where they are none, or do not fit each other."""
+    (rank, dim), tokens, lengths = arrays["basis"].shape, len(arrays["transform"]), arrays["symbols"]
+    levels, powers = len(arrays["border"]), len(arrays["powers"])
+    expected: dict[str, tuple[type, tuple[int, ...]]] = {
+        "basis": (np.float32, (rank, dim)),
+        "mean": (np.float32, (dim,)),
+        "transform": (np.float32, (tokens, tokens)),
+        "scale": (np.int16, (tokens, rank)),
+        "group": (np.int32, (tokens,)),
+        "adaptation": (np.int32, (1,)),
+        "symbols": (np.int32, (HIGHEST - LOWEST + 1,)),
+        "counts": (np.uint32, (int(lengths.sum()),)),
+        "weight": (np.int64, (levels + 1,)),
+        "awaited": (np.int64, (levels + 1,)),
+        "powers": (np.int64, (powers,)),
+        "border": (np.float32, (levels,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        if arrays[name].dtype != dtype or arrays[name].shape != shape:
+            raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}")
+    groups, ends = arrays["group"], np.cumsum(lengths)
+    if not (lengths >= 3).all() or not (np.add.reduceat(arrays["counts"], ends - lengths) == TOTAL).all():
+        raise ValueError("counts do not add up")
+    if not arrays["counts"].all() or not np.array_equal(np.unique(groups), np.arange(groups.max() + 1)):
+        raise ValueError("counts are 0, or groups of tokens are missing")
+    return arrays
 
 
 def _whole_levels(step: int) -> int:

@@ -26,8 +26,12 @@ TOTAL = 2**16
 """Of a table's counts."""
 TAIL = 12.0
 """Scales from 0 to where a table ends."""
-MOST_BITS = 32
-"""Bits of what a number is beyond its table's end, at most."""
+LOW_BITS = 24
+"""As many, at most, as can be coded as they are."""
+MOST = HIGHEST + LOW_BITS * OCTAVE
+"""The highest level."""
+MOST_BITS = LOW_BITS + 2
+"""Numbers of bits, from none, of what a number is beyond its table's end; the first of them is known to be 1."""
 
 Whole = NDArray[np.int64]
 Part = tuple[NDArray[Any], Any]

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError, _sealed, make_codebook
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.entropy import TOTAL
 
@@ -110,6 +110,57 @@ def test_a_stream_cut_short_or_with_a_flipped_bit_is_found(book):
     for each in broken:
         with pytest.raises(ValueError):
             book.decode(each)
+
+
+@pytest.mark.parametrize("size", [-(2**15), -(2**14), 0, 2**14, 2**15 - 1])
+@pytest.mark.parametrize("step", [-(2**15), -5000, -1536, 0, 2**15 - 1])
+def test_bytes_of_no_image_under_a_right_checksum_are_refused_or_finite(book, size, step):
+    adaptive = Codebook(book._arrays | {"adaptation": np.array([16], np.int32)})
+    for payload in (b"", b"\1\0\0\0", b"abc", np.random.default_rng(1).bytes(400)):
+        try:
+            read = adaptive.decode(_sealed(size, step, payload))
+        except ValueError:
+            continue
+        assert read.isfinite().all()
+
+
+@pytest.mark.parametrize("position", [0, TOKENS - 1])
+def test_one_giant_token_is_held_whatever_it_makes_others_be_thought(book, position):
+    adaptive = Codebook(book._arrays | {"adaptation": np.array([32], np.int32)})
+    x = images(1, seed=5)[0]
+    x[position] *= 1e8
+    assert error(x, adaptive.decode(adaptive.encode(x, target_error=2e-4))) <= 2e-4 * (1 + 1e-3)
+
+
+def test_numbers_near_the_largest_come_back_finite_and_others_are_refused(book):
+    x = torch.full((TOKENS, DIM), 3.4e38)
+    back = book.decode(book.encode(x, target_error=0.05)).double()
+    assert (back - x.double()).norm() / x.double().norm() <= 0.0501
+    for value in (torch.inf, torch.nan):
+        x[0, 0] = value
+        with pytest.raises(ValueError, match="not finite"):
+            book.encode(x, target_error=0.05)
+
+
+def test_bytes_suffice_or_not_for_zeros_and_where_nothing_differs_from_the_mean():
+    book = make_codebook(model(torch.ones(5, TOKENS, DIM), rank=4))
+    for x in (torch.zeros(TOKENS, DIM), torch.ones(TOKENS, DIM), images(1)[0]):
+        assert len(book.encode(x, max_bytes=8)) == 8
+        with pytest.raises(UnreachableError, match="7 bytes or less"):
+            book.encode(x, max_bytes=7)
+
+
+def test_a_codebook_whose_arrays_are_missing_or_do_not_fit_is_none(book, tmp_path):
+    arrays, path = book._arrays, tmp_path / "codebook.safetensors"
+    for name, array in arrays.items():
+        changed = [array[:-1], array[None], array.astype(np.float64), *([array * 0] if name == "counts" else [])]
+        for part in (None, *changed):
+            left = {key: each for key, each in arrays.items() if key != name}
+            save_file(left if part is None else left | {name: np.ascontiguousarray(part)}, path)
+            if part is not None and name == "powers" and part.dtype == np.int64 and part.ndim == 1:
+                continue  # of any length
+            with pytest.raises(InputError, match="not a codebook"):
+                Codebook.load(path)
 
 
 def test_a_codebook_read_back_gives_the_same_streams_and_holds_whole_numbers_alone_for_decoding(book, tmp_path):
