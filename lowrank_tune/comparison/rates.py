@@ -96,6 +96,7 @@ def measure_rates(
             for way in bench.ways(data, split):
                 for target in TARGETS if way.targeted else ("",):
                     bench.measure(way, target)
+            bench.tell_missed()
             shared = [each for each in methods if isinstance(each.model, Shared)]
             worth = _measure_shared(bench, shared, starts, data, split) if shared else ""
     except CacheError:
@@ -114,6 +115,7 @@ class _Bench:
         self._trained, self._device = trained, device
         self._frames: list[tuple[Way, str, pd.DataFrame]] = []
         self._broken: set[tuple[str, str]] = set()
+        self._tried: dict[tuple[str, str], Way] = {}
 
     def see(self, data: FeatureMatrix, split: Split, places: Sequence[int], groups: Sequence[str]) -> None:
         """Load the images."""
@@ -154,6 +156,7 @@ class _Bench:
         """Measure all images; None where one of them cannot meet the target, or the way is broken."""
         if (way.method, way.dtype) in self._broken:
             return None
+        self._tried[way.method, way.dtype] = way
         found = []
         try:
             for seen, group in zip(self.seen, self.groups, strict=True):
@@ -176,6 +179,19 @@ class _Bench:
         table = pd.DataFrame(found, columns=["group", "size", "error", "cosine", "seconds"])
         self._frames.append((way, target, table))
         return table
+
+    def tell_missed(self) -> None:
+        """Say which ways have no row since an image misses every target; factors' dtypes stand for one another."""
+        rowed = {_form(way) for way, _, _ in self._frames}
+        missed = {_form(way): way for each, way in self._tried.items() if each not in self._broken}
+        for (method, coded), way in missed.items():
+            if (method, coded) in rowed:
+                continue
+            kept = "uniform steps" if coded else f"{', '.join(STORED[:-1])} or {STORED[-1]}"
+            self.remarks.append(
+                f"{method}{f', rank {way.rank},' if way.rank else ''} in {kept} is left out of the bytes against error: "
+                f"it does not hold every image to {percent(float(TARGETS[-1]))}"
+            )
 
     def rows(self) -> list[RateRow]:
         """A row a way and target; of factors without an entropy coder, at each target the dtype of the fewest bytes."""
@@ -203,6 +219,10 @@ class _Bench:
             known = least.setdefault((way.method, row.target), row)
             least[way.method, row.target] = min(known, row, key=lambda each: each.bytes_per_image)
         return sorted([*made, *least.values()], key=lambda row: (ORDER.get(row.method, 1), row.method, row.dtype))
+
+
+def _form(way: Way) -> tuple[str, bool]:
+    return way.method, way.dtype == "coded"
 
 
 def _coded_factors(books: Callable[[], FactorBooks], *named: Any) -> Way:

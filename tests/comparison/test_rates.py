@@ -164,6 +164,18 @@ def test_an_error_that_a_rank_is_too_low_for_is_told(tmp_path):
     )
 
 
+def test_a_way_that_meets_no_target_is_told_and_not_dropped(tmp_path):
+    study = build_study(tmp_path)
+    study.add_trial("sketch", 1, best={"val_mse": 0.2, "val_token_cosine": 0.95})
+    comparison = study.compare("val_mse")
+    assert not [row for row in comparison.compression.rates if row.method == "sketch"]
+    for kept in ("float16, int8, int5 or int4", "uniform steps"):
+        assert (
+            f"sketch, rank 1, in {kept} is left out of the bytes against error: it does not hold every image to 30 %"
+            in comparison.remarks
+        )
+
+
 def row(method, dtype, size, error, target="", rank=0, **fields):
     return RateRow(method, rank, dtype, target, 4, size * KIB, error, error, 0.99, 12.0, **fields)
 
