@@ -189,8 +189,8 @@ class _Bench:
                 continue
             kept = "uniform steps" if coded else f"{', '.join(STORED[:-1])} or {STORED[-1]}"
             self.remarks.append(
-                f"{method}{f', rank {way.rank},' if way.rank else ''} in {kept} is left out of the bytes against error: "
-                f"it does not hold every image to {percent(float(TARGETS[-1]))}"
+                f"{method}{f', rank {way.rank},' if way.rank else ''} in {kept} "
+                f"is left out of the bytes against error: it does not hold every image to {percent(float(TARGETS[-1]))}"
             )
 
     def rows(self) -> list[RateRow]:

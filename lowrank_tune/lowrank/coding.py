@@ -307,7 +307,8 @@ def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
             "basis": model.basis[:rank].detach().float().cpu().contiguous().numpy(),
             "mean": model.mean_D.detach().float().cpu().numpy(),
             "transform": model.transform.detach().float().cpu().contiguous().numpy(),
-            "scale": scale_TR.round().clamp(-(2**14), 2**14).numpy().astype(np.int16),
+            # At the least step every coefficient is coded: what never differed in training may in another image.
+            "scale": scale_TR.round().clamp(LOWEST + FINEST // FINE, 2**14).numpy().astype(np.int16),
             "group": model.group_T.cpu().numpy().astype(np.int32),
             "adaptation": np.array([round(TURN * PACE * model.adaptation.item())], np.int32),
             "counts": np.concatenate(tables).astype(np.uint32),

@@ -93,6 +93,12 @@ def test_one_image_is_enough_to_learn_from():
     assert error(x[0], book.decode(book.encode(x[0], target_error=0.05))) <= 0.0501
 
 
+def test_a_whole_basis_holds_images_that_differ_where_those_in_training_never_did():
+    book = make_codebook(model(torch.ones(5, TOKENS, DIM)))
+    x = images(1, seed=5)[0]
+    assert error(x, book.decode(book.encode(x, target_error=0.01))) <= 0.0101
+
+
 def test_what_the_rank_cannot_hold_is_refused_with_what_it_can():
     book = make_codebook(model(images(40), rank=4))
     with pytest.raises(UnreachableError, match=r"rank 4 holds this image to a relative error of 0\.\d+, not 0\.01"):
