@@ -111,33 +111,21 @@ def compare(
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if method.kind in measured]
     rows = make_rows(data, per_image, sound, repeats, starts, _speeds(data, split, within, sound, device))
-    rows = choose(
-        judge(rows, partial(paired, per_image)),
-        outcomes,
-        objective,
-        _validated(data, split, directory, outcomes, models, device),
-    )
+    nested = _validated(data, split, directory, outcomes, models, device)
+    rows = choose(judge(rows, partial(paired, per_image)), outcomes, objective, nested)
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
     pictures = pictures or Pictures()
-    rates = measure_rates(
-        data, split, _measured(pictures, optimum, own_groups, seed), rows, sound, starts, own_groups, device
-    )
+    seen = _measured(pictures, optimum, own_groups, seed)
+    rates = measure_rates(data, split, seen, rows, sound, starts, own_groups, device)
     found = (*rates.rows, *pictures.rows)
     compression = replace(compression, rates=found, rate_words=tuple(rate_words(found)))
+    apart = (*unmeasured, *rates.remarks, *pictures.remarks, *lost, *left_out, *_at_the_floor(optimum, within))
     said = say.about_study(features, outcomes, confirmations, rows, compression)
     comparison = Comparison(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
-        remarks=(
-            *said,
-            *unmeasured,
-            *rates.remarks,
-            *pictures.remarks,
-            *lost,
-            *left_out,
-            *_at_the_floor(optimum, within),
-        ),
+        remarks=(*said, *apart),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,

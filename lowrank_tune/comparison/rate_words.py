@@ -73,7 +73,7 @@ def _at_budgets(rates: Sequence[RateRow]) -> Iterator[str]:
         own = list(same)
         at = _listed([f"{budget / 1024:g}" for budget, _ in own])
         errors = _listed([percent(row.relative_error_mean) for _, row in own])
-        yield f"At {at} KiB an image X comes back nearest as {name}: {errors} error."
+        yield f"Of the settings measured, {name} comes nearest at {at} KiB an image: {errors} error."
 
 
 def _is_picture(row: RateRow) -> bool:

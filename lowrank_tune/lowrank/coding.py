@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
+from torch.nn import functional
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
@@ -83,6 +84,9 @@ class Codebook:
         self._basis_RD, self._mean_D, self._transform_TT = (
             torch.from_numpy(arrays[name]) for name in ("basis", "mean", "transform")
         )
+        # What is coded as it is goes through no products.
+        self._turned = not torch.equal(self._basis_RD, torch.eye(self.rank, self.dim))
+        self._transformed = not torch.equal(self._transform_TT, torch.eye(self.tokens))
         self._scale_TR = arrays["scale"].astype(np.int32)
         groups = int(arrays["group"].max()) + 1
         self._groups = [np.flatnonzero(arrays["group"] == group) for group in range(groups)]
@@ -177,8 +181,12 @@ class Codebook:
             return torch.zeros(self.tokens, self.dim)
         whole_TR = self._read(np.frombuffer(payload, "<u4").astype(np.uint32), step)
         last = int(np.flatnonzero(whole_TR.any(axis=0)).max(initial=-1))
+        missing = self.dim - last - 1
         z_TR = torch.from_numpy(whole_TR[:, : last + 1]).float() * _power(step)
-        unit_TD = (self._transform_TT.mT @ z_TR) @ self._basis_RD[: z_TR.shape[1]] + self._mean_D
+        a_TR = self._transform_TT.mT @ z_TR if self._transformed else z_TR
+        unit_TD = self._mean_D + (
+            a_TR @ self._basis_RD[: last + 1] if self._turned else functional.pad(a_TR, (0, missing))
+        )
         return (unit_TD.double() * _power(size)).clamp(-LARGEST, LARGEST).float()
 
     def _write(self, whole_TR: Whole, step: int) -> bytes:
@@ -242,7 +250,8 @@ class _Image:
 
     def __init__(self, book: Codebook, centred_TD: Tensor, energy: float) -> None:
         self._book, self._energy = book, energy
-        z_TR = book._transform_TT @ (centred_TD @ book._basis_RD.mT)
+        z_TR = centred_TD @ book._basis_RD.mT if book._turned else centred_TD
+        z_TR = book._transform_TT @ z_TR if book._transformed else z_TR
         self._falling = z_TR.numpy().reshape(-1)[book._order]
         squares = np.square(self._falling, dtype=np.float64)
         # What is lost where the first n coefficients are coded: those after them, and what lies outside the basis.
