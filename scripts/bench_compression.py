@@ -15,6 +15,7 @@ take the fewest bytes. Told are real streams:
 
 - KiB an image at 1, 5 and 14 % error of the model as it starts (KLT, DCT, fitted scales) and after training, with the
   saving and its 95 % interval over held-out groups;
+- X in uniform steps and the SVD's factors by the same coder, at the same errors;
 - at the error of int8, int5 and int4 of the same image's X, the bytes over theirs;
 - images/s of one CPU thread, coding and back, and the streams' bytes over what their tables' chances make ideal.
 """
@@ -40,6 +41,7 @@ from torch import Tensor
 from trained_features import TrainedSet, trained_sets
 
 from lowrank_tune.comparison import compare as room
+from lowrank_tune.comparison.codecs import FactorBooks, Seen, coded_itself
 from lowrank_tune.lowrank import baselines
 from lowrank_tune.lowrank.coding import Codebook, make_codebook
 from lowrank_tune.lowrank.data import FeatureMatrix
@@ -198,6 +200,12 @@ def _learned(each: TrainedSet, given: argparse.Namespace) -> None:
                 f"{epoch}): saves {saved:.1%} [{least:.1%}, {most:.1%}]",
                 flush=True,
             )
+    train_NTD = each.x_NTD[list(split.train)[:: max(1, len(split.train) // 16)]].float()
+    rivals = [coded_itself(*train_NTD.shape[1:], train_NTD)]
+    rivals.append(FactorBooks(list(train_NTD)).way("svd", train_NTD.shape[1], "", lambda seen: seen.svd))
+    for way in rivals:
+        sizes = [np.mean([len(way.encode(Seen(x_TD), target)) for x_TD in x_NTD]) / 1024 for target in WEIGHTS]
+        print(f"  {way.method} by the same coder: {', '.join(f'{size:.2f}' for size in sizes)} KiB", flush=True)
     for dtype, target in (("int8", 0.01), ("int5", 0.05), ("int4", 0.14)):
         size, errors = packed_bytes(x_NTD.shape[1:], dtype), []
         for x_TD, y_TD in zip(x_NTD, restored(x_NTD, dtype), strict=True):
