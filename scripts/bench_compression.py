@@ -43,7 +43,7 @@ from trained_features import TrainedSet, trained_sets
 from lowrank_tune.comparison import compare as room
 from lowrank_tune.comparison.codecs import FactorBooks, Seen, coded_itself
 from lowrank_tune.lowrank import baselines
-from lowrank_tune.lowrank.coding import Codebook, make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.decomposers.shared import Shared
@@ -84,6 +84,7 @@ def main() -> None:
             features = _written(x_NTD, folder)
             _compared(name, features, images, folder)
             _choices(x_NTD[images : images + 4].float())
+            _coder(x_NTD[:images].float(), x_NTD[images : images + 8].float())
 
 
 def _compared(name: str, features: FeatureSet, images: int, folder: Path) -> None:
@@ -145,6 +146,34 @@ def _choices(x_NTD: Tensor) -> None:
                 _error(x_NTD, restored(mixed.a_NTR.mT, dtype).mT @ restored(mixed.b_NRD, dtype)),
             ]
             print(f"  rank {rank}, {dtype:<5}" + "".join(f"{error:>17.2%}" for error in errors))
+
+
+def _coder(train_NTD: Tensor, x_NTD: Tensor) -> None:
+    """Time `shared` at its start: coding from X, and back to X."""
+    tokens, dim = train_NTD.shape[1:]
+    for rank in (dim // 8, dim // 4, dim):
+        params = {"token_transform": "dct", "lambda_rate": 30.0}
+        model = Shared(tokens, dim, rank, params, stream(0, "start"))
+        model.initialise(train_NTD.split(8), stream(0, "axes"))
+        book = make_codebook(model)
+        for target in (0.01, 0.05, 0.14, 0.3):
+            try:
+                coding, back, size = _rates(book, x_NTD, target)
+            except UnreachableError:
+                continue
+            print(f"  shared, rank {rank}, {target:.0%}: {size:.1f} KiB, coding {coding:.0f}, back {back:.0f} images/s")
+
+
+def _rates(book: Codebook, x_NTD: Tensor, target: float) -> tuple[float, float, float]:
+    """Images a second of one thread's time, to streams and back, and KiB an image."""
+    book.decode(book.encode(x_NTD[0], target_error=target))
+    start = time.thread_time()
+    streams = [book.encode(x_TD, target_error=target) for x_TD in x_NTD]
+    middle = time.thread_time()
+    for each in streams:
+        book.decode(each)
+    count, end = len(x_NTD), time.thread_time()
+    return count / (middle - start), count / (end - middle), sum(map(len, streams)) / count / 1024
 
 
 def _error(x_NTD: Tensor, y_NTD: Tensor) -> float:
@@ -213,16 +242,10 @@ def _learned(each: TrainedSet, given: argparse.Namespace) -> None:
         coded = [len(books[target].encode(x, target_error=error)) for x, error in zip(x_NTD, errors, strict=True)]
         print(f"  {dtype}: error {np.mean(errors):.2%}, {size / 1024:.0f} KiB; coded {np.mean(coded) / size:.3f} of it")
     for target, book in books.items():
-        start = time.thread_time()
-        streams = [book.encode(x_TD, target_error=target) for x_TD in x_NTD[:8]]
-        middle = time.thread_time()
-        for each_stream in streams:
-            book.decode(each_stream)
-        rates = 8 / (middle - start), 8 / (time.thread_time() - middle)
-        ideal = sum(book.count(x_TD, target_error=target)[0] for x_TD in x_NTD[:8])
+        coding, back, size = _rates(book, x_NTD[:8], target)
+        ideal = sum(book.count(x_TD, target_error=target)[0] for x_TD in x_NTD[:8]) / 8 / 1024
         print(
-            f"  {target:.0%}: coding {rates[0]:.0f}, back {rates[1]:.0f} images/s; bytes over the ideal "
-            f"{sum(map(len, streams)) / ideal:.4f}",
+            f"  {target:.0%}: coding {coding:.0f}, back {back:.0f} images/s; bytes over the ideal {size / ideal:.4f}",
             flush=True,
         )
 

@@ -210,8 +210,8 @@ def test_features_win_where_they_take_less_and_a_picture_that_is_never_near_is_t
 def test_each_budget_names_the_measured_point_of_least_error_within_it():
     budgets = [words for words in rate_words(RATES) if "comes nearest" in words]
     assert budgets == [
-        "Of the settings measured, the picture as jpeg-q75, encoded again comes nearest at 32, 64 and 128 KiB an image: "
-        "4 %, 4 % and 4 % error.",
+        "Of the settings measured, the picture as jpeg-q75, encoded again comes nearest at 32, 64 and 128 KiB an "
+        "image: 4 %, 4 % and 4 % error.",
         "Of the settings measured, int8+zlib of X comes nearest at 256 KiB an image: 3 % error.",
     ]
     assert rate_words([]) == []
