@@ -32,12 +32,14 @@ LONGER = {"lr": 1e-2, "batch_size": 10, "epochs": 4}
 DIRECT = replace(trial_configs.DIRECT, **LONGER)
 SKETCH = replace(trial_configs.SKETCH, **LONGER)
 REFINED = replace(trial_configs.REFINED, **LONGER, family_params={"steps": 2})
+SHARED = replace(SKETCH, family="shared", family_params={"token_transform": "learned", "lambda_rate": 30.0})
 CASES = {  # configuration and micro-batch
     "direct": (DIRECT, None),
     "sketch": (SKETCH, None),
     "refined": (REFINED, None),
     "sketch, nested": (replace(SKETCH, nested_ranks=(1, 2, 4)), None),
     "refined, nested": (replace(REFINED, nested_ranks=(2, 4)), None),
+    "shared, in parts": (SHARED, 2),
     "direct, in parts": (DIRECT, 2),
     "refined, nested, in parts": (replace(REFINED, nested_ranks=(2, 4)), 2),
     "smaller batches than workers": (replace(SKETCH, batch_size=1), None),
