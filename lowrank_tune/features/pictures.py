@@ -28,7 +28,7 @@ import ray
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -229,10 +229,13 @@ def _on_ray(job: EncodeImages, features: FeatureSet) -> Readings:
     try:
         readings: Readings = ray.get(task, timeout=START_PATIENCE_S + MOST_S)
         return readings
-    except GetTimeoutError as error:
-        raise InputError(f"the encoder did not answer in {START_PATIENCE_S + MOST_S:g} s") from error
-    finally:
-        ray.cancel(task, force=True)  # nothing, where it is over
+    except BaseException as error:
+        # Only where it is not over: Ray 2.60 ends this very process when a task is cancelled as it completes.
+        if not isinstance(error, RayError) or isinstance(error, GetTimeoutError):
+            ray.cancel(task, force=True)
+        if isinstance(error, GetTimeoutError):
+            raise InputError(f"the encoder did not answer in {START_PATIENCE_S + MOST_S:g} s") from error
+        raise
 
 
 def _fold(readings: Readings, job: EncodeImages, places: Sequence[int], tested: int) -> Pictures:
