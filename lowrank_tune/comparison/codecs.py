@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.comparison.compression import svd_factors
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError, book_of
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import LEAST_SCALE, Shared, unit_images
 from lowrank_tune.lowrank.quantization import (
@@ -317,19 +317,16 @@ def _levelled(m_NR: Tensor) -> Tensor:
 def _book(units: Sequence[Tensor], mean_D: Tensor | None = None) -> Codebook:
     """The codebook of matrices [N, R] as they are, but for a mean: scales by the sizes in those given."""
     rows, columns = units[0].shape
-    params = {"token_transform": "none", "lambda_rate": 1.0}
-    model = Shared(rows, columns, columns, params, torch.Generator().manual_seed(0))
     sizes_NR = torch.stack([unit.abs() for unit in units]).mean(0)
     weight = len(units) / (len(units) + PRIOR_IMAGES)
     sizes_NR = weight * sizes_NR + (1 - weight) * (sizes_NR.mean(0) if mean_D is not None else sizes_NR)
-    with torch.no_grad():
-        # The family keeps its basis at a size of its own.
-        model.basis_RD.copy_(torch.eye(columns) * (model.basis_RD.norm() / model.basis.norm()))
-        model.group_T.zero_()  # no adaptation, for which rows would be coded in groups
-        model.log_scale_TR.copy_(sizes_NR.clamp_min(LEAST_SCALE).log())
-        if mean_D is not None:
-            model.mean_D.copy_(mean_D)
-    return make_codebook(model)
+    return book_of(
+        torch.eye(columns),
+        torch.zeros(columns) if mean_D is None else mean_D,
+        torch.eye(rows),
+        sizes_NR.clamp_min(LEAST_SCALE).log(),
+        torch.zeros(rows, dtype=torch.int64),  # no adaptation, for which rows would be coded in groups
+    )
 
 
 def _without_matrices(book: Codebook) -> int:
