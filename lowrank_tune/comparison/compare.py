@@ -39,7 +39,7 @@ from lowrank_tune.comparison.rates import MOST_IMAGES, measure_rates
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.baselines import svd
-from lowrank_tune.lowrank.data import FeatureMatrix, spread
+from lowrank_tune.lowrank.data import FeatureMatrix, evenly, spread
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import EXACT
@@ -144,8 +144,7 @@ def _measured(pictures: Pictures, optimum: Optimum, groups: Sequence[str], seed:
 
 
 def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
-    places = np.unique(np.linspace(0, len(split.train) - 1, min(PCA_IMAGES, len(split.train))).round().astype(int))
-    images = [split.train[place] for place in places]
+    images = [split.train[place] for place in evenly(len(split.train), PCA_IMAGES)]
     return principal_axes(data.batches(images, PCA_BATCH), count, stream(seed, "control pca_basis"))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from lowrank_tune.comparison.codecs import Way
-from lowrank_tune.comparison.remarks import kib, percent
+from lowrank_tune.comparison.remarks import kib, listed, percent
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.records import RateRow
 
@@ -71,8 +71,8 @@ def _at_budgets(rates: Sequence[RateRow]) -> Iterator[str]:
     pairs = list(zip(budgets, winners, strict=True))
     for name, same in groupby(pairs, key=lambda pair: _name(pair[1])):
         own = list(same)
-        at = _listed([f"{budget / 1024:g}" for budget, _ in own])
-        errors = _listed([percent(row.relative_error_mean) for _, row in own])
+        at = listed([f"{budget / 1024:g}" for budget, _ in own])
+        errors = listed([percent(row.relative_error_mean) for _, row in own])
         yield f"Of the settings measured, {name} comes nearest at {at} KiB an image: {errors} error."
 
 
@@ -99,10 +99,6 @@ def _told(row: RateRow) -> str:
     if row.method == Shared.family:
         return f"{row.method} (rank {row.rank})"
     return _name(row)
-
-
-def _listed(texts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def training_text(saved: Sequence[tuple[str, Way, tuple[float, float, float] | None]]) -> str:

@@ -36,10 +36,10 @@ from lowrank_tune.comparison.codecs import (
 from lowrank_tune.comparison.intervals import interval
 from lowrank_tune.comparison.methods import Method, one_thread, reason_of
 from lowrank_tune.comparison.rate_words import TOLD, training_text
-from lowrank_tune.comparison.remarks import percent
+from lowrank_tune.comparison.remarks import listed, percent
 from lowrank_tune.errors import CacheError
 from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
-from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.data import FeatureMatrix, evenly
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.metrics import measure_matrix
@@ -88,7 +88,7 @@ def measure_rates(
     trained = max((each for each in methods if each.kind in chosen), key=lambda each: each.rank, default=None)
     few = min(FEW_IMAGES, NUMBERS // (data.tokens * data.dim))
     most = min(MOST_IMAGES, max(LEAST_IMAGES, few, len(split.test) // 4))
-    places = [places[each] for each in _evenly(len(places), most)]
+    places = [places[each] for each in evenly(len(places), most)]
     bench = _Bench(trained, device)
     try:
         with one_thread(), torch.inference_mode():
@@ -187,7 +187,7 @@ class _Bench:
         for (method, coded), way in missed.items():
             if (method, coded) in rowed:
                 continue
-            kept = "uniform steps" if coded else f"{', '.join(STORED[:-1])} or {STORED[-1]}"
+            kept = "uniform steps" if coded else listed(STORED, "or")
             self.remarks.append(
                 f"{method}{f', rank {way.rank},' if way.rank else ''} in {kept} "
                 f"is left out of the bytes against error: it does not hold every image to {percent(float(TARGETS[-1]))}"
@@ -254,8 +254,9 @@ def _measure_shared(
         else:
             missed.append(percent(float(target)))
     if missed:
-        listed, most = " or ".join(filter(None, [", ".join(missed[:-1]), missed[-1]])), max(book.rank for book in books)
-        bench.remarks.append(f"{ways[0].method}, up to rank {most}, does not hold every image to an error of {listed}")
+        most = max(book.rank for book in books)
+        said = f"{ways[0].method}, up to rank {most}, does not hold every image to an error of {listed(missed, 'or')}"
+        bench.remarks.append(said)
     return training_text(saved)
 
 
@@ -297,9 +298,4 @@ def _saving(bench: _Bench, table: pd.DataFrame, start: Codebook, target: float) 
 
 def _loaded(data: FeatureMatrix, images: Sequence[int], most: int) -> list[Tensor]:
     """Some of the images, evenly spread, that are not all zeros."""
-    return [x_TD for place in _evenly(len(images), most) if (x_TD := data.load([images[place]])[0]).any()]
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    places: list[int] = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
-    return places
+    return [x_TD for place in evenly(len(images), most) if (x_TD := data.load([images[place]])[0]).any()]

@@ -241,8 +241,7 @@ def which_are_beaten(stored: Sequence[StoredRow], pruned: Sequence[PrunedRow]) -
         by.setdefault(_beaten_by(control, smallest), []).append(control.dtype)
     parts = []
     for beaten, dtypes in by.items():
-        listed = " and ".join(filter(None, [", ".join(dtypes[:-1]), dtypes[-1]]))
-        parts.append(f"{listed} of X {'is' if len(dtypes) == 1 else 'are'} {beaten}")
+        parts.append(f"{listed(dtypes)} of X {'is' if len(dtypes) == 1 else 'are'} {beaten}")
     return "bytes against error: " + "; ".join(parts) if parts else ""
 
 
@@ -280,3 +279,8 @@ def kib(size: float) -> str:
 def percent(share: float) -> str:
     """Three significant digits: `0.736 %`."""
     return f"{100 * share:.3g} %"
+
+
+def listed(texts: Sequence[str], word: str = "and") -> str:
+    """`a, b and c`."""
+    return f" {word} ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -291,3 +292,9 @@ def spread(groups: Sequence[str], most: int, seed: int) -> list[int]:
         members.setdefault(groups[place], []).append(place)
     turns = itertools.zip_longest(*members.values())
     return [place for turn in turns for place in turn if place is not None][:most]
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Places of at most so many of `count` things, rising, the first and the last among them where there are two."""
+    places: list[int] = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
+    return places
