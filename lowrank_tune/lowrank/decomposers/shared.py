@@ -141,7 +141,7 @@ class Shared(Decomposer):
         """Return the principal axes of the tokens [T, T], largest first, all components alike."""
         moment_TT = self.mean_D.new_zeros(self.tokens, self.tokens, dtype=torch.float64)
         for x_NTD in x_batches:
-            z_NTR = self._projected(x_NTD)
+            z_NTR = self._projected(unit_images(x_NTD)[0])
             power_R = z_NTR.square().mean((0, 1)).clamp_min(LEAST_SCALE**2)
             unit_NTR = (z_NTR * power_R.rsqrt()).double()
             moment_TT += torch.einsum("ntr,nsr->ts", unit_NTR, unit_NTR)
@@ -162,19 +162,19 @@ class Shared(Decomposer):
             if self._learns_transform:
                 self.transform_TT.copy_(orthonormalise(self.transform_TT.mT).mT * SLOW * self.tokens**0.5)
 
-    def _projected(self, x_NTD: Tensor) -> Tensor:
-        projected_NTR: Tensor = (unit_images(x_NTD)[0] - self.mean_D) @ self.basis.mT
+    def _projected(self, unit_NTD: Tensor) -> Tensor:
+        projected_NTR: Tensor = (unit_NTD - self.mean_D) @ self.basis.mT
         return projected_NTR
 
     def coefficients(self, x_NTD: Tensor) -> Tensor:
         """Return Z [N, T, R] of images [N, T, D]."""
-        z_NTR: Tensor = self.transform @ self._projected(x_NTD)
+        z_NTR: Tensor = self.transform @ self._projected(unit_images(x_NTD)[0])
         return z_NTR
 
     def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
         """Return bits an element of X and lambda_rate times the relative error, the mean over images [N, T, D]."""
         unit_NTD, seen_N = unit_images(precomputed[0])
-        z_NTR = self.transform @ ((unit_NTD - self.mean_D) @ self.basis.mT)
+        z_NTR = self.transform @ self._projected(unit_NTD)
         log_step = PACE * self.log_step
         exact_NTR, log_ratio_TR = z_NTR / log_step.exp(), self.log_scale_TR - log_step
         rounded_NTR = rounded(exact_NTR.detach(), log_ratio_TR.detach())
