@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from cachekit import build, cache_directory
-from factorkit import DIM, IMAGES, RANK, write_model, write_tensors
+from factorkit import DIM, FEW, IMAGES, RANK, write_model, write_tensors
 
 from lowrank_tune.features.checkpoint import (
     CheckpointConfig,
@@ -58,6 +58,12 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(root)
     (cache_directory(root) / "sources").mkdir(exist_ok=True)
     return cache_directory(root)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of images."""
+    return write_tensors(tmp_path_factory.mktemp("few") / "tensors", range(FEW))
 
 
 @pytest.fixture

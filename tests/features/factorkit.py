@@ -10,6 +10,7 @@ from lowrank_tune.lowrank.pretrained import write_exported
 from lowrank_tune.records import TrialConfig
 
 TOKENS, DIM, RANK = 16, 48, 6
+FEW = 70
 IMAGES = 330
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from cachekit import snapshot
-from factorkit import DIM, RANK, TOKENS, write_model, write_tensors
+from factorkit import DIM, FEW, RANK, TOKENS, write_model, write_tensors
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
 from lowrank_tune.cli import run
@@ -22,14 +22,6 @@ from lowrank_tune.lowrank.data import FactorMatrix
 from lowrank_tune.lowrank.quantization import factor_bytes, ordered, restored_factors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-FEW = 70
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Two shards of images."""
-    return write_tensors(tmp_path_factory.mktemp("few") / "tensors", range(FEW))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cachekit import made as worked
 from cachekit import snapshot
-from factorkit import DIM, RANK, TOKENS, write_model, write_tensors
+from factorkit import DIM, FEW, RANK, TOKENS, write_model, write_tensors
 from safetensors.torch import load_file
 
 from lowrank_tune import apply_decomposer, load_decomposer, open_features
@@ -27,14 +27,7 @@ from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.remote import stage_cache
 from lowrank_tune.lowrank.data import CodedMatrix
 
-FEW = 70
 TARGET = 0.05
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Two shards of images."""
-    return write_tensors(tmp_path_factory.mktemp("few") / "tensors", range(FEW))
 
 
 @pytest.fixture(scope="module")
