@@ -13,8 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import is_uri, sync
 from lowrank_tune.lowrank.pretrained import CONFIG, WEIGHTS, ExportedModel, read_exported, write_exported
+from lowrank_tune.measured import Comparison, ComparisonRow
 from lowrank_tune.past_study import PastStudy, comparison_of, open_study
-from lowrank_tune.records import BEST_MODEL, Comparison, ComparisonRow, FeatureSet
+from lowrank_tune.records import BEST_MODEL, FeatureSet
 from lowrank_tune.report.text import METHOD_NOTES, cosine_text, rank_summaries, ratio_text
 
 CARD = "README.md"

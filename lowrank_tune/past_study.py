@@ -16,7 +16,8 @@ from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.pictures import measure_pictures
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import compare_study
 from lowrank_tune.tracking.reconcile import report_comparison

@@ -46,15 +46,8 @@ from lowrank_tune.features.groups import image_groups
 from lowrank_tune.features.pictures import measure_pictures
 from lowrank_tune.features.remote import local_copy, open_local
 from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
-from lowrank_tune.records import (
-    Comparison,
-    FeatureSet,
-    Pictures,
-    Split,
-    StudyProgress,
-    TrialOutcome,
-    TrialTracker,
-)
+from lowrank_tune.measured import Comparison, Pictures
+from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.runtime import ray_session
 from lowrank_tune.tracking.reconcile import reconcile

@@ -51,7 +51,8 @@ from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.quantization import ordered, packed_bytes, restored
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer, initialise
-from lowrank_tune.records import Comparison, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import FeatureSet, Split, TrialConfig, TrialOutcome
 
 RANKS = (64, 128)
 HELD_OUT = 30

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lowrank_tune.errors import redact
-from lowrank_tune.records import Comparison, FeatureSet, TrialOutcome
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import FeatureSet, TrialOutcome
 
 if TYPE_CHECKING:  # these load torch and what talks to a cluster
     from lowrank_tune.cluster.jobs import Job

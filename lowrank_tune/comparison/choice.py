@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lowrank_tune.records import CONTROLS, SLOWER, ComparisonRow, TrialOutcome, sign
+from lowrank_tune.measured import ComparisonRow
+from lowrank_tune.records import CONTROLS, SLOWER, TrialOutcome, sign
 
 Kind = tuple[str, int]
 """A method's name and rank."""

@@ -44,20 +44,8 @@ from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import EXACT
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
-from lowrank_tune.records import (
-    BYTES_AND_ERROR,
-    TEST_OPTIMUM,
-    VALIDATION_OPTIMUM,
-    Comparison,
-    ComparisonRow,
-    Compression,
-    FeatureSet,
-    Front,
-    FrontPoint,
-    Pictures,
-    Split,
-    TrialOutcome,
-)
+from lowrank_tune.measured import Comparison, ComparisonRow, Compression, Front, FrontPoint, Pictures
+from lowrank_tune.records import BYTES_AND_ERROR, TEST_OPTIMUM, VALIDATION_OPTIMUM, FeatureSet, Split, TrialOutcome
 
 NOTES = "remarks.json"
 RIVALS = ("beaten_by", "level_with")

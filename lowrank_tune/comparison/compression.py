@@ -39,7 +39,7 @@ from lowrank_tune.lowrank.quantization import (
     restored_factors,
 )
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import ComparisonRow, Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.measured import ComparisonRow, Compression, PrunedRow, QuantisedRow, StoredRow
 
 DTYPES = ("float16", "int8", "int5", "int4")
 """What features and factors are stored in."""

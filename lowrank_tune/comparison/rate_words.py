@@ -9,7 +9,7 @@ from itertools import groupby
 from lowrank_tune.comparison.codecs import Way
 from lowrank_tune.comparison.remarks import kib, listed, percent
 from lowrank_tune.lowrank.decomposers.shared import Shared
-from lowrank_tune.records import RateRow
+from lowrank_tune.measured import RateRow
 
 TOLD = ("0.01", "0.05", "0.14")
 """The errors that sentences are about: about those of X in int8, int5 and int4."""

@@ -43,7 +43,8 @@ from lowrank_tune.lowrank.data import FeatureMatrix, evenly
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.metrics import measure_matrix
-from lowrank_tune.records import ComparisonRow, RateRow, Split
+from lowrank_tune.measured import ComparisonRow, RateRow
+from lowrank_tune.records import Split
 
 TARGETS = ("0.01", "0.02", "0.05", "0.1", "0.14", "0.2", "0.3")
 """Relative errors."""

@@ -7,15 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from lowrank_tune.records import (
-    ComparisonRow,
-    Compression,
-    FeatureSet,
-    PrunedRow,
-    QuantisedRow,
-    StoredRow,
-    TrialOutcome,
-)
+from lowrank_tune.measured import ComparisonRow, Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.records import FeatureSet, TrialOutcome
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""

@@ -45,7 +45,8 @@ from lowrank_tune.features.shards import START_PATIENCE_S, Node, Notes, Pool, wa
 from lowrank_tune.files import read_json, write_json
 from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.metrics import measure_matrix
-from lowrank_tune.records import FeatureSet, Pictures, RateRow
+from lowrank_tune.measured import Pictures, RateRow
+from lowrank_tune.records import FeatureSet
 
 if TYPE_CHECKING:
     from lowrank_tune.features.encoder import Encoder

@@ -11,16 +11,8 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from lowrank_tune.lowrank.svd import Optimum, Spectrum
-from lowrank_tune.records import (
-    BYTES_AT_ERROR,
-    LEADING,
-    Compression,
-    Front,
-    FrontPoint,
-    PrunedRow,
-    StoredRow,
-    TrialOutcome,
-)
+from lowrank_tune.measured import Compression, Front, FrontPoint, PrunedRow, StoredRow
+from lowrank_tune.records import BYTES_AT_ERROR, LEADING, TrialOutcome
 from lowrank_tune.report.page import Chart, Picture
 from lowrank_tune.report.style import (
     ABOVE_ONE,

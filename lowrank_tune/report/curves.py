@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.svd import Spectrum
-from lowrank_tune.records import Comparison, ComparisonRow, TrialOutcome
+from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.records import TrialOutcome
 from lowrank_tune.report.page import Picture
 from lowrank_tune.report.style import (
     ABOVE_ONE,

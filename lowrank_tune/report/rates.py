@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
-from lowrank_tune.records import Compression, PrunedRow, RateRow, StoredRow
+from lowrank_tune.measured import Compression, PrunedRow, RateRow, StoredRow
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Chart, Picture
 from lowrank_tune.report.style import QUIET, SYMBOLS, Look, log_steps, log_ticks, look_of, quiet_grid

@@ -12,7 +12,8 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Comparison, Compression, FeatureSet, Split, TrialOutcome
+from lowrank_tune.measured import Comparison, Compression
+from lowrank_tune.records import TEST_OPTIMUM, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.charts import (
     compression_picture,
     learning_charts,

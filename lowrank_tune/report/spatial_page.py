@@ -20,7 +20,8 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Decomposer, load_decomposer
-from lowrank_tune.records import BEST_MODEL, Comparison, FeatureSet, Split, TrialOutcome
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import BEST_MODEL, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.boxes import Box, read_boxes
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Picture, Section, render_page, script_safe

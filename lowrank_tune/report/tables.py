@@ -13,7 +13,8 @@ import rich.table
 from rich.console import Group
 from rich.text import Text
 
-from lowrank_tune.records import BYTES_AT_ERROR, Comparison, ComparisonRow, Compression, FeatureSet, TrialOutcome
+from lowrank_tune.measured import Comparison, ComparisonRow, Compression
+from lowrank_tune.records import BYTES_AT_ERROR, FeatureSet, TrialOutcome
 from lowrank_tune.report.text import (
     ABSENT,
     STOPPED,

@@ -13,16 +13,8 @@ from pathlib import Path
 from rich import filesize
 
 from lowrank_tune.files import read_fields
-from lowrank_tune.records import (
-    BEST_MODEL,
-    CONTROLS,
-    SLOWER,
-    Comparison,
-    ComparisonRow,
-    FeatureSet,
-    TrialOutcome,
-    leading,
-)
+from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.records import BEST_MODEL, CONTROLS, SLOWER, FeatureSet, TrialOutcome, leading
 
 ABSENT = "—"
 BOUNDS = ("svd", "svd_rows")

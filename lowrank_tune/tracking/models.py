@@ -26,7 +26,8 @@ from mlflow.utils import get_results_from_paginated_fn
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.pretrained import write_exported
-from lowrank_tune.records import BEST_MODEL, Comparison, ComparisonRow, FeatureSet, TrialOutcome
+from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.records import BEST_MODEL, FeatureSet, TrialOutcome
 
 logger = logging.getLogger(__name__)
 

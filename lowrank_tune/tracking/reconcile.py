@@ -10,7 +10,8 @@ from pathlib import Path
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import TrackingError
 from lowrank_tune.files import read_fields
-from lowrank_tune.records import Comparison, TrialOutcome
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import TrialOutcome
 from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.moved import follow_artifacts
 from lowrank_tune.tracking.reach import reach_store

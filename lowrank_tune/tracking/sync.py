@@ -20,7 +20,8 @@ from urllib.parse import quote
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
-from lowrank_tune.records import OBJECTIVES, Comparison, ComparisonRow, TrialOutcome
+from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.records import OBJECTIVES, TrialOutcome
 from lowrank_tune.tracking.reach import deleted
 from lowrank_tune.tracking.store import REASON_LENGTH, Store, brief
 from lowrank_tune.trials.outcomes import TrialRecord

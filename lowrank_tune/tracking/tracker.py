@@ -11,7 +11,8 @@ from typing import Self
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import LowrankTuneError, TrackingError
-from lowrank_tune.records import Comparison, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.tracking.database import database_state
 from lowrank_tune.tracking.reach import reach_store
 from lowrank_tune.tracking.reconcile import Others, open_sync

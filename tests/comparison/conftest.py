@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.records import Comparison
+from lowrank_tune.measured import Comparison
 from tests.comparison.small_study import Study, build_study
 
 

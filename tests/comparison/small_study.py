@@ -14,16 +14,8 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.trainer import initialise
-from lowrank_tune.records import (
-    CONTROLS,
-    Comparison,
-    ComparisonRow,
-    FeatureRow,
-    FeatureSet,
-    Split,
-    TrialConfig,
-    TrialOutcome,
-)
+from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.records import CONTROLS, FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
 
 TOKENS, DIM = 16, 24
 

@@ -10,7 +10,7 @@ from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.compression import DTYPES, TARGETS
 from lowrank_tune.comparison.remarks import compression_texts, which_are_beaten
 from lowrank_tune.lowrank.quantization import COUNT_BYTES
-from lowrank_tune.records import Compression, Pictures, PrunedRow, QuantisedRow, RateRow, StoredRow
+from lowrank_tune.measured import Compression, Pictures, PrunedRow, QuantisedRow, RateRow, StoredRow
 from tests.comparison.small_study import images
 
 LEVELS = {"int8": 127, "int5": 15, "int4": 7}

@@ -21,7 +21,8 @@ from lowrank_tune.comparison.rates import TARGETS
 from lowrank_tune.lowrank.coding import UnreachableError
 from lowrank_tune.lowrank.decomposers import load_decomposer, save_decomposer
 from lowrank_tune.lowrank.quantization import packed_bytes, restored
-from lowrank_tune.records import BEST_MODEL, Comparison, RateRow
+from lowrank_tune.measured import Comparison, RateRow
+from lowrank_tune.records import BEST_MODEL
 from tests.comparison.small_study import DIM, TOKENS, Study, build_study, images
 
 KIB = 1024

@@ -11,7 +11,8 @@ from lowrank_tune.comparison.compare import read_comparison
 from lowrank_tune.comparison.remarks import about_training
 from lowrank_tune.export import model_card
 from lowrank_tune.lowrank.pretrained import write_exported
-from lowrank_tune.records import BEST_MODEL, Comparison
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import BEST_MODEL
 from lowrank_tune.report.curves import rank_curve
 from lowrank_tune.report.tables import comparison_tables, studies_table, summary_table
 from tests.comparison.small_study import DIM, TOKENS, Study, build_study, find_row, make_row

@@ -15,7 +15,7 @@ from lowrank_tune import export_study, load_decomposer, open_features
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers import load_decomposer as load_weights
 from lowrank_tune.lowrank.metrics import measure
-from lowrank_tune.records import ComparisonRow
+from lowrank_tune.measured import ComparisonRow
 from tests.conftest import Typed
 from tests.e2e.conftest import Ran
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_tune.config.plan import make_plan
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.files import file_sha256
-from lowrank_tune.records import Comparison, ComparisonRow
+from lowrank_tune.measured import Comparison, ComparisonRow
 from lowrank_tune.trials.outcomes import write_history
 from tests.comparison.small_study import Study, build_study, make_outcome, make_row
 

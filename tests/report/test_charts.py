@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.records import Compression, Front, FrontPoint
+from lowrank_tune.measured import Compression, Front, FrontPoint
 from lowrank_tune.report.charts import (
     compression_picture,
     learning_charts,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from lowrank_tune.records import Compression, PrunedRow, RateRow
+from lowrank_tune.measured import Compression, PrunedRow, RateRow
 from lowrank_tune.report.rates import (
     envelope,
     lines_of,

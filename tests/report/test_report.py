@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.records import TEST_OPTIMUM, Front, FrontPoint
+from lowrank_tune.measured import Front, FrontPoint
+from lowrank_tune.records import TEST_OPTIMUM
 from lowrank_tune.report.report import write_report
 from lowrank_tune.trials.outcomes import write_history
 from tests.report.conftest import history, make_study

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from lowrank_tune.records import Compression, FeatureSet, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.measured import Compression, PrunedRow, QuantisedRow, StoredRow
+from lowrank_tune.records import FeatureSet
 from lowrank_tune.report.curves import rank_curve
 from lowrank_tune.report.tables import (
     choices_table,

@@ -16,7 +16,8 @@ from tracked_study import DIM, TOKENS, Reader, build_plan, config_of, outcome_of
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.lowrank.decomposers import load_decomposer
-from lowrank_tune.records import Comparison, TrialConfig
+from lowrank_tune.measured import Comparison
+from lowrank_tune.records import TrialConfig
 from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.tracker import Tracker

@@ -21,7 +21,7 @@ from tracked_study import (
 )
 
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.records import Comparison
+from lowrank_tune.measured import Comparison
 from lowrank_tune.tracking.moved import follow_artifacts
 from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import Store, local_uri, resolve_store

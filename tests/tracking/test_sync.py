@@ -29,7 +29,7 @@ from tracked_study import (
 )
 
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.records import Comparison, Compression, RateRow
+from lowrank_tune.measured import Comparison, Compression, RateRow
 from lowrank_tune.tracking import tracker as tracker_module
 from lowrank_tune.tracking.database import database_fault
 from lowrank_tune.tracking.reconcile import reconcile

@@ -14,7 +14,8 @@ from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.decomposers import make_decomposer, save_decomposer
-from lowrank_tune.records import Comparison, ComparisonRow, TrialConfig, TrialOutcome
+from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.records import TrialConfig, TrialOutcome
 from lowrank_tune.tracking.tracker import Tracker
 
 TOKENS, DIM = 6, 10
