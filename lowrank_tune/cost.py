@@ -23,13 +23,13 @@ from lowrank_tune.config.axes import combinations, whole_values
 from lowrank_tune.config.plan import (
     Plan,
     cache_bytes,
-    first_params,
     make_plan,
     max_rank,
     plan_cost,
     split_images,
     trial_config,
 )
+from lowrank_tune.config.points import first_params
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
 from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault, printable

@@ -37,7 +37,8 @@ from lowrank_tune.comparison.choice import winners
 from lowrank_tune.comparison.compare import compare, read_comparison
 from lowrank_tune.config.loading import load_past_study, load_study
 from lowrank_tune.config.paths import anchored
-from lowrank_tune.config.plan import Plan, first_params, make_plan, split_images, trial_config
+from lowrank_tune.config.plan import Plan, make_plan, split_images, trial_config
+from lowrank_tune.config.points import first_params
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.config.axes import combinations, first_value, whole_values
-from lowrank_tune.config.schema import DEFAULT_TRIALS, SplitSpec, StudySpec
+from lowrank_tune.config.axes import combinations, whole_values
+from lowrank_tune.config.points import SHARED_PARAMS, grid_points
+from lowrank_tune.config.schema import SplitSpec, StudySpec
+from lowrank_tune.config.search import DEFAULT_TRIALS
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
 
-SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
-"""What every family is searched for; a point's other values are its family's own."""
 _BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 _EXTENSIBLE = {"search", "resources", "report", "tracking"}
 _ID_EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -98,34 +97,6 @@ def make_study_id(name: str, identity: str, started: datetime) -> str:
     """
     step = int((started - _ID_EPOCH).total_seconds()) // _ID_STEP_S
     return f"{name}-{step % 16**5:05x}{_digest(f'{identity}:{started.isoformat()}')[:3]}"
-
-
-def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
-    """Every combination of a space without ranges: families in the schema's order, then the axes, the last fastest."""
-    for family in spec.search.space.families.chosen():
-        axes = spec.search.space.axes(family)
-        for values in itertools.product(*(axis if isinstance(axis, tuple) else (axis,) for axis in axes.values())):
-            yield {"family": family, **dict(zip(axes, values, strict=True))}
-
-
-def search_groups(spec: StudySpec) -> list[dict[str, Any]]:
-    """What is the same for all trials of each group that is searched for itself: `{"family": …, "rank": …}` or less."""
-    within = spec.scheduler.compete_within if spec.search.deal == "evenly" else ()
-    groups: list[dict[str, Any]] = []
-    for family in spec.search.space.families.chosen():
-        axis = spec.search.space.axes(family)["rank"]
-        # A range has no group for each of its ranks.
-        ranks = axis if isinstance(axis, tuple) and "rank" in within else ()
-        own = {"family": family} if "family" in within else {}
-        groups += [own | {"rank": rank} for rank in ranks] or [own]
-    return [group for place, group in enumerate(groups) if group not in groups[:place]]
-
-
-def first_params(spec: StudySpec, family: str | None = None) -> dict[str, Any]:
-    """One point to try a study file with: each list's first value, each range's middle."""
-    family = family or next(iter(spec.search.space.families.chosen()))
-    axes = spec.search.space.axes(family).items()
-    return {"family": family, **{name: first_value(axis) for name, axis in axes}}
 
 
 def max_rank(spec: StudySpec) -> int:

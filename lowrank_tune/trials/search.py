@@ -5,8 +5,6 @@ patience is COMPLETE, and one that is to go on is RUNNING. Optuna's own tools op
 `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
 
 Each group of trials that compete with each other is searched for itself, and trials are dealt to the groups in turn.
-What is drawn follows from the study's seed, the trial's number and what Optuna knows then: a study that is resumed goes
-on as it would have.
 
 A study of two objectives has two directions, and `best_trials` is its front. Optuna takes no epochs of such trials:
 what steered them is noted as `epoch 1`, `epoch 2` … in their user attributes.
@@ -15,119 +13,30 @@ what steered them is noted as `epoch 1`, `epoch 2` … in their user attributes.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
-from lowrank_tune.config.axes import Axis, Range, SpaceSpec
-from lowrank_tune.config.plan import SHARED_PARAMS, Plan, search_groups, trial_config
+from lowrank_tune.config.axes import SpaceSpec
+from lowrank_tune.config.plan import Plan, trial_config
+from lowrank_tune.config.points import SHARED_PARAMS
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome
+from lowrank_tune.trials.drawing import draw_point, optuna_params, suggest
 from lowrank_tune.trials.outcomes import stopped_by
 
-OWN_TRIALS = 24
-"""Ended trials of a group from which on it learns from its own alone: before, what served other ranks is a better guess
-than none (`scripts/bench_search.py`)."""
-MOST_LESSONS = 200
-"""The newest trials of a group that its next one learns from: TPE's time grows with them."""
-TINY = 1e-12
-"""Below every error that is not rounding."""
-EMPTY: Mapping[str, Any] = {}
 _EPOCH = "epoch "
-
-
-def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> dict[str, Any]:
-    """Draw one point, but for what is fixed: the shared parameters and the family's own, `family.parameter`."""
-    family = fixed.get("family") or _draw(trial, "family", tuple(space.families.chosen()))
-    axes: dict[str, Axis] = {**space.axes(family), **fixed}
-    return {**{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}, "family": family}
-
-
-def draw_point(plan: Plan, study: optuna.Study, number: int) -> dict[str, Any]:
-    """Draw a trial's point in its group, from what this and its family's other groups have taught."""
-    groups = search_groups(plan.spec)
-    fixed = groups[number % len(groups)]
-    # A study of its own, in memory: in one study of all groups TPE would take the group with the least error for good.
-    objectives = plan.spec.objectives
-    view = optuna.create_study(sampler=_sampler(plan, number), directions=["minimize"] * len(objectives))
-    if plan.spec.search.method == "tpe":
-        view.add_trials(_lessons(objectives, study.get_trials(deepcopy=False), fixed))
-    return suggest(view.ask(), plan.spec.search.space, fixed)
-
-
-def _lessons(
-    objectives: Sequence[str], known: Sequence[FrozenTrial], fixed: Mapping[str, Any]
-) -> Iterator[FrozenTrial]:
-    """The trials of a group; until `OWN_TRIALS` of them have ended those of its family's other groups as well.
-
-    A trial's error counts over the median of its group, as a logarithm: groups then differ by what was drawn alone.
-    """
-    groups: dict[tuple[Any, ...], list[FrozenTrial]] = {}
-    for trial in known:
-        # What it trains, as `_describe` notes it: there is none where the driver died at once.
-        config = trial.user_attrs.get("config", {})
-        if config and trial.state != TrialState.FAIL and fixed.get("family", config["family"]) == config["family"]:
-            groups.setdefault(tuple(config[name] for name in fixed), []).append(trial)
-    own = groups.get(tuple(fixed.values()), [])
-    if sum(trial.state.is_finished() for trial in own) >= OWN_TRIALS:
-        groups = {(): own}
-    for trials in (every[-MOST_LESSONS:] for every in groups.values()):
-        ended = [_log_errors(objectives, trial.values) for trial in trials if trial.values]
-        middles = [median(errors) for errors in zip(*ended, strict=True)] or [0.0] * len(objectives)
-        for trial in trials:
-            complete = trial.state == TrialState.COMPLETE
-            # TPE looks at the last epoch of what did not end by itself, and copies all that it is given.
-            steps = [] if complete else sorted(trial.intermediate_values.items())[-1:]
-            errors = _log_errors(objectives, trial.values) if complete else []
-            yield optuna.trial.create_trial(
-                state=trial.state,
-                values=[error - middle for error, middle in zip(errors, middles, strict=False)] or None,
-                params={name: value for name, value in trial.params.items() if name not in fixed},
-                distributions={name: kind for name, kind in trial.distributions.items() if name not in fixed},
-                intermediate_values={step: _log_errors(objectives, [it])[0] - middles[0] for step, it in steps},
-            )
-
-
-def _log_errors(objectives: Sequence[str], values: Sequence[float]) -> list[float]:
-    pairs = zip(objectives, values, strict=True)
-    errors = [1 - value if OBJECTIVES[name] == "maximize" else value for name, value in pairs]
-    return [math.log(max(error, TINY)) for error in errors]
-
-
-def optuna_params(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point's values under the names that `suggest` draws them by."""
-    return {_optuna_name(point["family"], name): value for name, value in point.items()}
-
-
-def _optuna_name(family: str, name: str) -> str:
-    return name if name in SHARED_PARAMS else f"{family}.{name}"
-
-
-def _draw(trial: BaseTrial, name: str, axis: Axis) -> Any:
-    match axis:
-        case Range(kind="int", values=(low, high)):
-            return trial.suggest_int(name, int(low), int(high))
-        case Range(kind=kind, values=(low, high)):
-            return trial.suggest_float(name, low, high, log=kind == "loguniform")
-        case (constant,):
-            return constant
-        case tuple():
-            return trial.suggest_categorical(name, axis)
-        case _:
-            return axis
 
 
 def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
@@ -284,14 +193,3 @@ def _tell(study: optuna.Study, spec: StudySpec, number: int, ended: str, best: M
         study.tell(number, state=TrialState.PRUNED)
     else:
         study.tell(number, values)
-
-
-def _sampler(plan: Plan, number: int) -> BaseSampler:
-    """What draws a trial: made anew for each, so that nothing but its number and Optuna's trials decide."""
-    seed = int(hashlib.sha256(f"{plan.spec.seed}:draw:{number}".encode()).hexdigest()[:8], 16)
-    if plan.spec.search.method != "tpe":
-        return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        # `group` keeps each family's own parameters in a joint model of their own; Optuna calls it experimental.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)

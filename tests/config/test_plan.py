@@ -17,8 +17,6 @@ from lowrank_tune.config.plan import (
     Plan,
     cache_bytes,
     confirmation_config,
-    first_params,
-    grid_points,
     make_plan,
     max_rank,
     plan_cost,
@@ -27,6 +25,7 @@ from lowrank_tune.config.plan import (
     split_images,
     trial_config,
 )
+from lowrank_tune.config.points import first_params, grid_points
 from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import SplitSpec, StudySpec
 from lowrank_tune.errors import InputError

@@ -12,14 +12,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from lowrank_tune.config.axes import SpaceSpec
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.config.schema import SpaceSpec
+from lowrank_tune.trials.drawing import optuna_params, suggest
 from lowrank_tune.trials.search import (
     StudySearcher,
     migrate_search,
     open_optuna_study,
-    optuna_params,
-    suggest,
     told_epochs,
 )
 
