@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import hashlib
 import json
 import math
 import os
 import re
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, list_repo_files, snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.features.recognised import broken_file, missing_file, no_checkpoint, not_a_folder, quantised
+from lowrank_tune.features.hub import CONFIG, INDEX, SINGLE, fetch_files, is_local
+from lowrank_tune.features.recognised import broken_file, quantised
 from lowrank_tune.features.tiny import (
     TINY_PREPROCESSOR,
     TINY_RANDOM,
     TINY_VISION,
     WEIGHTS_MARK,
     tiny_directory,
-    write_tiny_checkpoint,
 )
 from lowrank_tune.files import read_fields, read_header
 
-_CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADAPTER = "adapter_config.json"
-_TELLING = (_ADAPTER, _INDEX, "pytorch_model.bin.index.json")
+_TELLING = (_ADAPTER, INDEX, "pytorch_model.bin.index.json")
 """Small files that tell what a model on the hub is that has no `config.json` or no safetensors."""
 _ANCHOR = "patch_embed.proj.weight"
 """A tensor of every tower: what stands before it is the prefix of the others."""
@@ -45,8 +40,6 @@ _WRAPPERS = re.compile(
 _PLAIN_TYPES = {"F64", "F32", "F16", "BF16"}
 _LARGEST = 2**20
 """Above every size of a tower; what is beyond it is no size."""
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_HUB_PAGE = re.compile(r"^https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)")
 
 
 @dataclass(frozen=True)
@@ -112,13 +105,13 @@ def read_checkpoint_config(name: str, cache_root: Path) -> CheckpointConfig:
         # Known before it is written, which a look at a study file must not do.
         directory = tiny_directory(cache_root / "checkpoints")
         return CheckpointConfig(name, directory, None, "random", TINY_VISION, TINY_PREPROCESSOR)
-    directory = _fetch(name, cache_root, None, [_CONFIG], [_PREPROCESSOR, _PROCESSOR], _TELLING)
-    config = _read_json(directory / _CONFIG)
+    directory = fetch_files(name, cache_root, None, [CONFIG], [_PREPROCESSOR, _PROCESSOR], _TELLING)
+    config = _read_json(directory / CONFIG)
     vision = _read_vision(name, config)
     preprocessor, notes = _read_preprocessor(name, directory, vision)
     if (directory / _ADAPTER).is_file():
         notes += (f"{name}: {_ADAPTER} lies there too; a LoRA that is not merged into the weights has no part in them",)
-    local = _is_local(name)
+    local = is_local(name)
     # A directory may hold anything under the published names; only the hub says whose weights they are.
     weights = "random" if config.get(WEIGHTS_MARK) == "random" else "unknown" if local else "pretrained"
     return CheckpointConfig(name, directory, None if local else directory.name, weights, vision, preprocessor, notes)
@@ -132,29 +125,29 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
             is quantised or holds a LoRA that is not merged.
     """
     where = config.name, cache_root, config.revision
-    directory = _fetch(*where, [], [_INDEX, _SINGLE])
+    directory = fetch_files(*where, [], [INDEX, SINGLE])
     # A whole file beside an index, of which one is older, is what transformers takes as well.
-    if (directory / _INDEX).is_file() and not os.path.isfile(directory / _SINGLE):
-        weight_map = _read_json(directory / _INDEX).get("weight_map")
+    if (directory / INDEX).is_file() and not os.path.isfile(directory / SINGLE):
+        weight_map = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InputError(f"{directory / _INDEX}: its weight_map names no files; save the model once more")
+            raise InputError(f"{directory / INDEX}: its weight_map names no files; save the model once more")
     else:
-        directory = _fetch(*where, [_SINGLE])
-        weight_map = dict.fromkeys(_open(directory / _SINGLE), _SINGLE)
+        directory = fetch_files(*where, [SINGLE])
+        weight_map = dict.fromkeys(_open(directory / SINGLE), SINGLE)
     files: dict[str, dict[str, str]] = {}
     for key, ours in _tower_names(config.name, weight_map).items():
         files.setdefault(weight_map[key], {})[key] = ours
-    directory = _fetch(*where, sorted(files))
+    directory = fetch_files(*where, sorted(files))
     tower = TowerFiles({directory / file: names for file, names in sorted(files.items())})
     for path, names in tower.files.items():
         header = _open(path)
         if absent := names.keys() - header.keys():
             raise InputError(
-                f"{path}: lacks {min(absent)}, which {_INDEX} places there, so the two are of different models; "
+                f"{path}: lacks {min(absent)}, which {INDEX} places there, so the two are of different models; "
                 "save the model into an empty folder"
             )
         if coded := [key for key in sorted(names) if header[key]["dtype"] not in _PLAIN_TYPES]:
-            described = read_fields(config.directory / _CONFIG)
+            described = read_fields(config.directory / CONFIG)
             raise InputError(quantised(config.name, described, f"{coded[0]} is {header[coded[0]]['dtype']}"))
     shapes = tower.shapes()
     held = {
@@ -166,7 +159,7 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
     if differ := [f"{key} {config.vision[key]} and {size}" for key, size in held.items() if config.vision[key] != size]:
         said = ", ".join(differ)
         raise InputError(
-            f"{config.name}: {_CONFIG} and the weights are of different models ({said}); take both from one"
+            f"{config.name}: {CONFIG} and the weights are of different models ({said}); take both from one"
         )
     return tower
 
@@ -180,12 +173,12 @@ def _read_vision(name: str, config: dict[str, Any]) -> dict[str, Any]:
     alone = kind == "qwen2_5_vl_vision" or "vision_config" not in whole and "out_hidden_size" in whole
     if kind not in ("qwen2_5_vl", "qwen2_5_vl_vision"):
         raise InputError(
-            f"{name}: {_CONFIG} {f'describes {reprlib.repr(kind)},' if kind else 'has no model_type, so it is'} not a "
+            f"{name}: {CONFIG} {f'describes {reprlib.repr(kind)},' if kind else 'has no model_type, so it is'} not a "
             "Qwen2.5-VL model ('qwen2_5_vl'); name another checkpoint in features.encoder.checkpoint"
         )
     said = whole if alone else whole.get("vision_config") or {}
     if not isinstance(said, dict):
-        raise InputError(f"{name}: vision_config in {_CONFIG} is {reprlib.repr(said)}, not an object; save it again")
+        raise InputError(f"{name}: vision_config in {CONFIG} is {reprlib.repr(said)}, not an object; save it again")
     vision = {key: value for key, value in said.items() if value is not None}
     if not vision.keys() >= TINY_VISION.keys() or "rope_theta" in vision or "rope_scaling" in vision:
         vision |= _as_transformers_reads(name, vision)
@@ -194,11 +187,11 @@ def _read_vision(name: str, config: dict[str, Any]) -> dict[str, Any]:
         least = 0 if isinstance(like, list) else 1
         if not isinstance(values, list | tuple) or not all(type(v) is int and least <= v <= _LARGEST for v in values):
             wanted = "a list of whole numbers" if isinstance(like, list) else "a whole number from 1 on"
-            raise InputError(f"{name}: {key} in {_CONFIG} is {reprlib.repr(vision[key])}, not {wanted}; correct it")
+            raise InputError(f"{name}: {key} in {CONFIG} is {reprlib.repr(vision[key])}, not {wanted}; correct it")
     token, heads = vision["patch_size"] * vision["spatial_merge_size"], vision["num_heads"]
     if vision["window_size"] < token or vision["hidden_size"] % (4 * heads):
         raise InputError(
-            f"{name}: the tower that {_CONFIG} describes cannot be: its window ({vision['window_size']}) is to hold a "
+            f"{name}: the tower that {CONFIG} describes cannot be: its window ({vision['window_size']}) is to hold a "
             f"token ({token}), and hidden_size ({vision['hidden_size']}) be divisible by 4 times num_heads ({heads})"
         )
     return vision
@@ -213,7 +206,7 @@ def _as_transformers_reads(name: str, vision: dict[str, Any]) -> dict[str, Any]:
         read = Known(**{key: vision[key] for key in keys & vision.keys()})
     except Exception as error:  # of any kind, by what the file holds
         reason = " ".join(str(error).split())
-        raise InputError(f"{name}: vision_config in {_CONFIG} is not understood by transformers ({reason})") from error
+        raise InputError(f"{name}: vision_config in {CONFIG} is not understood by transformers ({reason})") from error
     missing = [key for key in TINY_VISION if key not in vision]
     if "rope_parameters" not in vision and read.rope_parameters != Known().rope_parameters:
         missing.append("rope_parameters")
@@ -251,7 +244,7 @@ def _read_preprocessor(name: str, directory: Path, vision: dict[str, Any]) -> tu
         if (found := settings.get(theirs, wanted)) != wanted:
             raise InputError(
                 f"{name}: {theirs} is {reprlib.repr(found)} in {file}, but {ours} is {reprlib.repr(wanted)} in "
-                f"{_CONFIG}; copy the file from the model that this one was made from"
+                f"{CONFIG}; copy the file from the model that this one was made from"
             )
     return settings, notes
 
@@ -286,84 +279,6 @@ def _tower_names(name: str, keys: Collection[str]) -> dict[str, str]:
             "save what `merge_and_unload()` returns"
         )
     return ours
-
-
-def _is_local(name: str) -> bool:
-    return os.path.isdir(os.path.expanduser(name))
-
-
-def _fetch(
-    name: str,
-    cache_root: Path,
-    revision: str | None,
-    needed: Sequence[str],
-    one_of: Sequence[str] = (),
-    more: Sequence[str] = (),
-) -> Path:
-    """The folder that holds these files of a checkpoint; what only the hub has is downloaded.
-
-    It holds one or none of `one_of`, and of `more` what there is.
-    """
-    tiny = name == TINY_RANDOM
-    if tiny or _is_local(name):
-        directory = write_tiny_checkpoint(cache_root / "checkpoints") if tiny else Path(os.path.expanduser(name))
-        for file in needed:
-            if not os.path.isfile(directory / file):
-                known = file in (_CONFIG, _SINGLE)
-                raise InputError(no_checkpoint(directory, file) if known else missing_file(directory, file, _INDEX))
-        return directory
-    if os.path.exists(os.path.expanduser(name)):
-        raise InputError(f"features.encoder.checkpoint: {not_a_folder(Path(os.path.expanduser(name)))}")
-    if not _HUB_ID.match(name):
-        page = _HUB_PAGE.match(name)
-        close = difflib.get_close_matches(name, [TINY_RANDOM])
-        hint = f" (write {page[1]})" if page else " (did you mean tiny-random?)" if close else ""
-        raise InputError(
-            f"features.encoder.checkpoint: {name} is neither a directory nor a hub id such as "
-            f"Qwen/Qwen2.5-VL-3B-Instruct{hint}; there is no {Path(name).absolute()}"
-        )
-    return _download(name, revision, needed, one_of, more)
-
-
-def _download(
-    name: str, revision: str | None, needed: Sequence[str], one_of: Sequence[str], more: Sequence[str]
-) -> Path:
-    """The hub's copy on this machine; without a revision the one that is here, before the newest one is asked for."""
-    here, problem, listed = None, "", list[str]()
-    for offline in (True, False):
-        try:
-            patterns = [*needed, *one_of, *more]
-            options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "local_files_only": offline}
-            directory = Path(snapshot_download(name, **options))
-        except LocalEntryNotFoundError:
-            asked = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
-            problem = f"not on this machine and {asked}"
-        except RepositoryNotFoundError as error:  # or one that this user may not read
-            closed = "is only for those who have accepted its terms: accept them on its page"
-            gone = f"is not on the hub, or private, and there is no folder {Path(name).absolute()}: correct its name"
-            found = closed if isinstance(error, GatedRepoError) else gone
-            raise InputError(f"{name}: {found}, or log in by `hf auth login`") from error
-        except (OSError, ValueError) as error:
-            problem = f"not to be downloaded ({' '.join(str(error).split()) or type(error).__name__})"
-        else:
-            complete = all((directory / file).is_file() for file in needed)
-            if complete and (not one_of or not offline or any((directory / file).is_file() for file in one_of)):
-                return directory
-            here = directory if complete or not offline else here
-            problem = "not on this machine, and the hub has no such file there or does not answer"
-    if here is not None and all((here / file).is_file() for file in needed):
-        return here
-    if here is not None and needed in ([_CONFIG], [_SINGLE]):
-        with contextlib.suppress(OSError, ValueError):
-            listed = list_repo_files(name, revision=revision)
-        if found := no_checkpoint(here, needed[0], name, listed):
-            raise InputError(found)
-    what = f"{', '.join(needed)} is " if needed else "it is "
-    folder = "" if name.startswith("Qwen/") else f"; no folder {Path(name).absolute()} is there either"
-    raise InputError(
-        f"{name}: {what}{problem}{folder}; download it where there is a network (`hf download {name}`) and give the "
-        "directory, name another safetensors Qwen2.5-VL checkpoint, or use `checkpoint: tiny-random`"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
