@@ -12,6 +12,7 @@ from lowrank_tune.config.paths import absolute_paths
 from lowrank_tune.config.plan import Plan, max_rank, split_images
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
+from lowrank_tune.features.asked import check_questions
 from lowrank_tune.features.extract import known_images, probe_shape
 from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.lowrank.decomposers import FAMILIES
@@ -23,6 +24,7 @@ def check_data(spec: StudySpec, *, trains: bool = True) -> None:
     """Refuse what a source's list cannot give; broken or equal images may leave too few later."""
     source = spec.features.source
     groups = listed_groups(source, spec.split.group_by)
+    check_questions(source, spec.fidelity)
     # Only samples, and features themselves, are written into a cache.
     check_space(spec, *probe_shape(spec.features, Path(), spec.seed))
     if trains:

@@ -45,7 +45,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def rejected(reason: str, *places: tuple[str, ...]) -> PydanticCustomError:
+def rejected(reason: str, *places: tuple[str | int, ...]) -> PydanticCustomError:
     """An error for a validator to raise, at the keys that lead from the validated value to each wrong one."""
     return PydanticCustomError("study", "{reason}", {"reason": reason, "places": places or ((),)})
 

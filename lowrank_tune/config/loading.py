@@ -161,7 +161,7 @@ def _reason(details: ErrorDetails) -> str:
         case "string_pattern_mismatch" if loc == ("name",):
             return "letters, digits, - and _ only, beginning with a letter or digit, 63 at most"
         case "literal_error":
-            words = ["a count"] if loc[-1] == "<word>" else []
+            words = [{"<word>": "a count", "<form>": "a rank"}[str(loc[-1])]] if loc[-1] in ("<word>", "<form>") else []
             words += re.findall(r"'([^']*)'", context["expected"])
             near = _closest("none" if value is None else str(value), words)
             return f"{' or '.join(filter(None, (', '.join(words[:-1]), words[-1])))} is expected{_did_you_mean(near)}"

@@ -30,6 +30,7 @@ from lowrank_tune.config.axes import (
     rejected,
     whole_values,
 )
+from lowrank_tune.config.fidelity import FidelitySpec
 from lowrank_tune.config.objective import Objective, no_ratio
 from lowrank_tune.config.search import SearchSpec
 from lowrank_tune.config.source import ImageSource, SampleSource, Source, TensorSource
@@ -229,6 +230,8 @@ class StudySpec(Section):
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
+    fidelity: FidelitySpec | None = Field(default=None, validate_default=True)
+    """Whether the language model still answers the same, {questions: COLUMN}; null, and it is not asked."""
 
     @property
     def experiment(self) -> str:
@@ -313,6 +316,14 @@ class StudySpec(Section):
                 f"only an objective in bytes has a use for it: remove it, or make objective {BYTES_AT_ERROR}"
             )
         return target_error
+
+    @field_validator("fidelity")
+    @classmethod
+    def _can_be_asked(cls, fidelity: FidelitySpec | None, info: ValidationInfo) -> FidelitySpec | None:
+        features, search = info.data.get("features"), info.data.get("search")
+        if fidelity is not None and isinstance(features, FeaturesSpec):
+            fidelity.check(features.source, search.space.rank if isinstance(search, SearchSpec) else None)
+        return fidelity
 
     @field_validator("report")
     @classmethod

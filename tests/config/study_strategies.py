@@ -74,6 +74,12 @@ def studies(draw: st.DrawFn) -> StudySpec:
         **draw(optional(lr=scale, weight_decay=scale, batch_size=axis(counts, *([] if grid else ["int"])))),
         "families": draw(optional(**families).filter(bool)),
     }
+    asked = optional(
+        images=counts,
+        max_new_tokens=st.integers(1, 512),
+        device=st.sampled_from(["auto", "cpu", "cuda"]),
+        at=st.lists(st.sampled_from(["factors", "int8", "int4", "coded", "pictures"]), min_size=1, unique=True),
+    ).map(lambda own: {"questions": "What is this?", **own})
     method = {"method": "grid"} if grid else draw(optional(method=st.sampled_from(["random", "tpe"]), trials=counts))
     return StudySpec.model_validate(
         {
@@ -81,6 +87,7 @@ def studies(draw: st.DrawFn) -> StudySpec:
             "features": features,
             "search": {**method, "space": space},
             **draw(objectives),
+            **({} if "tensors" in source else draw(optional(fidelity=asked))),
             **draw(
                 optional(
                     seed=st.integers(0, 2**32 - 1),
