@@ -55,8 +55,11 @@ def image_questions(features: FeatureSet, asked: FidelitySpec) -> Questions:
     except (OSError, pa.ArrowException) as error:
         reason = f"the records' questions cannot be read ({error}); extract again"
         raise CacheError(f"{features.records_path}: {reason}") from error
-    questions = _column(table, "questions", asked.questions)
-    answers = None if asked.answers is None else _column(table, "answers", asked.answers)
+    own = table.drop_columns(list(RECORD_COLUMNS))
+    taken = {f"source_{name}": name for name in RECORD_COLUMNS}
+    own = own.rename_columns([taken.get(name, name) for name in own.column_names])
+    questions = _column(own, "questions", asked.questions)
+    answers = None if asked.answers is None else _column(own, "answers", asked.answers)
     known = {row.key for row in features.rows}
     found: dict[str, dict[str, Asked]] = {}
     blank = 0
@@ -74,15 +77,14 @@ def image_questions(features: FeatureSet, asked: FidelitySpec) -> Questions:
 
 
 def _column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray | None:
-    """A column of records, a source's own or a cache's; None of what is the question itself."""
-    taken = f"source_{name}" if name in RECORD_COLUMNS and "record" in table.column_names else name
-    own = [column for column in table.column_names if column not in RECORD_COLUMNS]
-    if taken not in table.column_names:
+    """A column of the user's own; None of what is the question itself."""
+    own = table.column_names
+    if name not in own:
         if key == "questions" and is_question(name):
             return None
         only = f"only {', '.join(map(repr, own))}" if own else "no columns at all"
         raise InputError(f"fidelity.{key}: the records have no column {name!r}, {only}{did_you_mean(name, own)}")
-    column = table.column(taken)
+    column = table.column(name)
     read = _text if key == "questions" else lambda value: next(iter(_answers(value)), None)
     if not any(read(value) is not None for value in column.to_pylist()):
         raise InputError(f"fidelity.{key}: column {name!r} holds {column.type}, and not one text; name another")
