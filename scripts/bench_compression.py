@@ -43,7 +43,8 @@ from trained_features import TrainedSet, trained_sets
 from lowrank_tune.comparison import compare as room
 from lowrank_tune.comparison.codecs import FactorBooks, Seen, coded_itself
 from lowrank_tune.lowrank import baselines
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.decomposers.shared import Shared

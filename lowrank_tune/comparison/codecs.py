@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.comparison.compression import svd_factors
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, book_of
+from lowrank_tune.lowrank.codebooks import book_of
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import LEAST_SCALE, Shared, unit_images
 from lowrank_tune.lowrank.quantization import (

@@ -38,7 +38,8 @@ from lowrank_tune.comparison.methods import Method, one_thread, reason_of
 from lowrank_tune.comparison.rate_words import TOLD, training_text
 from lowrank_tune.comparison.remarks import listed, percent
 from lowrank_tune.errors import CacheError
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError
 from lowrank_tune.lowrank.data import FeatureMatrix, evenly
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared

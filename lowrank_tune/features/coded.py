@@ -18,7 +18,8 @@ from lowrank_tune.features.commits import CODED_IMAGE, LENGTH, STREAM, Identity,
 from lowrank_tune.features.given import image_reader
 from lowrank_tune.features.shards import Made, Pool, Row, ShardJob, ShardPlan
 from lowrank_tune.files import read_json
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError
 from lowrank_tune.lowrank.data import DTYPES
 from lowrank_tune.lowrank.decomposers import Decomposer
 from lowrank_tune.lowrank.decomposers.shared import Shared

@@ -35,14 +35,9 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.decomposers.shared import (
     FADING,
-    PACE,
     PRIOR,
-    SMALL,
-    Shared,
-    borders,
-    expected_size,
 )
-from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, MOST, OCTAVE, TOTAL, Tables, Whole, laplace_counts
+from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, MOST, OCTAVE, TOTAL, Tables, Whole
 
 FINE = 32
 """Steps of the step's and the size's logarithm a level."""
@@ -67,7 +62,7 @@ class UnreachableError(InputError):
 
 
 class Codebook:
-    """What the coded images of a data set share; `make_codebook` makes it of a model, `load` reads it.
+    """What the coded images of a data set share; `codebooks.make_codebook` makes it of a model, `load` reads it.
 
     Attributes:
         tokens: T, rows of each X.
@@ -300,53 +295,6 @@ class _Image:
         place = np.minimum(book._falling[:number] - shift - LOWEST, len(book._arrays["border"]) - 1)
         size = np.abs(self._falling[:number]) * np.float32(1 / _power(step))
         return number, np.floor(size + (1 - book._arrays["border"][place]))
-
-
-def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
-    """Make what the coded images of a model share, of all its ranks or the first."""
-    return book_of(
-        model.basis[:rank],
-        model.mean_D,
-        model.transform,
-        model.log_scale_TR[:, :rank],
-        model.group_T,
-        PACE * model.adaptation.item(),
-    )
-
-
-def book_of(
-    basis_RD: Tensor,
-    mean_D: Tensor,
-    transform_TT: Tensor,
-    log_scale_TR: Tensor,
-    group_T: Tensor,
-    adaptation: float = 0.0,
-) -> Codebook:
-    """Make the codebook of a basis, a transform and scales: these, and the whole-number tables that code by them."""
-    levels = np.arange(LOWEST, HIGHEST + 1)
-    tables = [laplace_counts(2.0 ** (level / OCTAVE)) for level in levels]
-    # Of the level that is not coded, and of all that sizes may have.
-    every = torch.arange(LOWEST, 20 * OCTAVE, dtype=torch.float64) * (math.log(2) / OCTAVE)
-    expected = expected_size(every)
-    weight, awaited = (WEIGHT / (expected + SMALL)), (WEIGHT * expected / (expected + SMALL))
-    scale_TR = log_scale_TR.detach().double().cpu() * (OCTAVE / math.log(2))
-    return Codebook(
-        {
-            "basis": basis_RD.detach().float().cpu().contiguous().numpy(),
-            "mean": mean_D.detach().float().cpu().numpy(),
-            "transform": transform_TT.detach().float().cpu().contiguous().numpy(),
-            # At the least step every coefficient is coded: what never differed in training may in another image.
-            "scale": scale_TR.round().clamp(LOWEST + FINEST // FINE, 2**14).numpy().astype(np.int16),
-            "group": group_T.cpu().numpy().astype(np.int32),
-            "adaptation": np.array([round(TURN * adaptation)], np.int32),
-            "counts": np.concatenate(tables).astype(np.uint32),
-            "symbols": np.array([len(table) for table in tables], np.int32),
-            "weight": np.append(0, weight.round().numpy()).astype(np.int64),
-            "awaited": np.append(0, awaited.round().numpy()).astype(np.int64),
-            "powers": np.round(WEIGHT * 2.0 ** (np.arange(24 * OCTAVE) / OCTAVE)).astype(np.int64),
-            "border": borders(every).float().numpy(),
-        }
-    )
 
 
 def _checked(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

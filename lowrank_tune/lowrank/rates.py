@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError
 from lowrank_tune.lowrank.decomposers import Decomposer, Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.quantization import (

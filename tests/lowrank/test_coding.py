@@ -5,7 +5,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.lowrank.coding import Codebook, UnreachableError, _sealed, make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
+from lowrank_tune.lowrank.coding import Codebook, UnreachableError, _sealed
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.entropy import TOTAL
 

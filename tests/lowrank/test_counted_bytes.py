@@ -9,7 +9,8 @@ from trial_configs import DIRECT, SKETCH
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.baselines import svd
-from lowrank_tune.lowrank.coding import UnreachableError, make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
+from lowrank_tune.lowrank.coding import UnreachableError
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared

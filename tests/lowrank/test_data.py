@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_tune.errors import CacheError
-from lowrank_tune.lowrank.coding import make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
 from lowrank_tune.lowrank.data import (
     RESIDENT_FRACTION,
     FeatureMatrix,
