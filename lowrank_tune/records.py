@@ -52,6 +52,8 @@ VALIDATION_OPTIMUM, TEST_OPTIMUM = "optimum.safetensors", "test_optimum.safetens
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 """What ended a trial; `interruption` is only ever read off the files of a study that did not finish."""
+StoppedFor = Literal["trials", "space"]
+"""Why a search begins no more trials: it has had all of its own, or every configuration of its space."""
 CODED = "coded"
 """The dtype of features that are kept as a stream of bytes an image, beside a codebook for all."""
 
@@ -142,6 +144,13 @@ class TrialConfig:
         object.__setattr__(self, "nested_ranks", tuple(self.nested_ranks))
 
     @property
+    def trains(self) -> tuple[Any, ...]:
+        """What two configurations of one study agree in that would train the same: numbers count to six digits."""
+        own = {"lr": self.lr, "weight_decay": self.weight_decay, "batch_size": self.batch_size, **self.family_params}
+        told = [(name, it if isinstance(it, str) else float(f"{it:.6g}")) for name, it in sorted(own.items())]
+        return (self.family, self.ranks, *told)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """Every rank that the trained model serves."""
         return self.nested_ranks or (self.rank,)
@@ -185,6 +194,9 @@ class TrialTracker:
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         """A trial is over, whichever way."""
+
+    def search_ended(self, stopped_for: StoppedFor, told: str) -> None:
+        """No more trials begin; `told` says why, and is empty where all were tried as planned."""
 
 
 class StudyProgress(TrialTracker):

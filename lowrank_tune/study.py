@@ -31,6 +31,7 @@ from lowrank_tune.cluster.study_dir import (
     record_extension,
     results_directory,
     results_path,
+    search_told,
     spec_difference,
 )
 from lowrank_tune.comparison.choice import winners
@@ -251,6 +252,7 @@ def compare_study(
         confirmations=confirmations,
         pictures=pictures,
         device=device_of(plan.spec),
+        told=search_told(plan.study_dir),
     )
 
 

@@ -46,7 +46,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Optimum, measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
-from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.trial import train_epoch, write_inputs
 from lowrank_tune.trials.tuning import run_trials
@@ -109,7 +109,7 @@ class Meter(threading.Thread):
 
 
 @dataclass
-class Clock:
+class Clock(TrialTracker):
     """A tracker that notes when the first epoch ends, and passes everything on."""
 
     behind: Tracker

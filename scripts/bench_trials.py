@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.trial import write_inputs
 from lowrank_tune.trials.tuning import run_trials
@@ -46,7 +46,7 @@ WANTED_S = 0.3
 
 
 @dataclass
-class Clock:
+class Clock(TrialTracker):
     """A tracker that notes when each trial starts and ends, and passes it on."""
 
     behind: Tracker | None = None

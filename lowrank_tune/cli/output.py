@@ -76,6 +76,7 @@ def print_status(status: Mapping[str, Any]) -> None:
     facts = {"study": status["study_id"], "state": status["state"], "reason": status["reason"]}
     facts |= {"started": _time(status["started"]), "ended": _time(status["ended"]), "comes from": _lineage(status)}
     facts |= {"works on": status["stage"] if running else "", "trials": _trials(progress)}
+    facts |= {"search": status["stopped_why"]}
     if progress:
         facts["of them"] = ", ".join(f"{progress[name]} {name}" for name in ("running", "finished", "pruned", "failed"))
         if progress["confirmations"]:

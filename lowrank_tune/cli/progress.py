@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.records import StudyProgress, TrialOutcome, leading
+from lowrank_tune.records import StoppedFor, StudyProgress, TrialOutcome, leading
 from lowrank_tune.report.text import LEADING_LABELS, STOPPED, duration_text, leading_text, rate_text
 
 _STDERR = 2
@@ -92,6 +92,10 @@ class TerminalProgress(StudyProgress):
             ending = STOPPED[outcome.stopped_by] + (f": {outcome.reason}" if outcome.reason else "")
             line = f"{task.fields['done']}/{task.total:.0f} {trial_id}  {figure}"
             self._say(", ".join(text for text in (line, ending, _pace(task)) if text))
+
+    def search_ended(self, stopped_for: StoppedFor, told: str) -> None:
+        if told:
+            self._say(told)
 
     def _count_trials(self) -> Task:
         """Those that train count by their epochs."""

@@ -27,7 +27,7 @@ from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import is_uri, read_fields, read_json, results_place, write_json, write_text
-from lowrank_tune.records import LEADING, TrialConfig, TrialOutcome, TrialTracker, leading
+from lowrank_tune.records import LEADING, StoppedFor, TrialConfig, TrialOutcome, TrialTracker, leading
 from lowrank_tune.trials.outcomes import read_outcomes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -189,6 +189,8 @@ class Status(TrialTracker):
             "pid_started": psutil.Process().create_time(),
             "job": os.environ.get(JOB_VARIABLE, ""),
             "stage": "",
+            "stopped_for": None,
+            "stopped_why": "",
             "untracked": [],
         }
         self._trials, self._repeats, self._repeated = trials, 0, frozenset[str]()
@@ -245,6 +247,10 @@ class Status(TrialTracker):
         with self._lock:
             self._running.pop(outcome.config.trial_id, None)
             self._count(outcome)
+
+    def search_ended(self, stopped_for: StoppedFor, told: str) -> None:
+        self.update(stopped_for=stopped_for, stopped_why=told)
+        self._write()  # the comparison reads it
 
     def _count(self, outcome: TrialOutcome) -> None:
         self._ended[outcome.config.trial_id] = outcome
@@ -329,9 +335,15 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
     return status | {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
 
 
+def search_told(directory: Path) -> tuple[str, ...]:
+    """Why a study's search began no more trials, where that has to be said."""
+    return tuple(filter(None, [read_fields(directory / _STATUS).get("stopped_why", "")]))
+
+
 def unbegun(study_id: str) -> dict[str, Any]:
     empty: dict[str, Any] = {"started": None, "ended": None, "reason": "", "job": "", "stage": "", "progress": {}}
-    return {"study_id": study_id, "state": "pending", **empty, "untracked": [], "parent": "", "extensions": []}
+    empty |= {"stopped_for": None, "stopped_why": "", "untracked": [], "parent": "", "extensions": []}
+    return {"study_id": study_id, "state": "pending", **empty}
 
 
 def _is_claimed(directory: Path) -> bool:

@@ -66,13 +66,14 @@ def compare(
     confirmations: Sequence[TrialOutcome] = (),
     pictures: Pictures | None = None,
     device: str = "cpu",
+    told: Sequence[str] = (),
 ) -> Comparison:
     """Measure the SVD, the controls and the best trained models on the test split, at every rank that a trial had.
 
     Validation chose the model behind a row by the `objective`, so its test figures are honest for that model; what
     its configuration gives with fresh seeds, `confirmations` tell. The seed draws random starts. Times on `device` are
     only worth comparing when nothing else runs. `groups` names what each of the features' images belongs with;
-    `pictures` is what their files gave.
+    `pictures` is what their files gave; `told` is what else there is to remark, and comes first.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -113,7 +114,7 @@ def compare(
         rows=tuple(rows),
         per_image_path=str(directory / "per_image.parquet"),
         device=device_name(device),
-        remarks=(*said, *apart),
+        remarks=(*told, *said, *apart),
         data=say.data_text(features, rows[0].n_images),
         fronts=pareto_fronts(outcomes, rows),
         compression=compression,

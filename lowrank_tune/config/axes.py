@@ -13,7 +13,7 @@ A constant is a number or a word here, a list a tuple, a range a `Range`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -146,6 +146,19 @@ def combinations(axes: Iterable[Axis]) -> int | None:
             return None
         total *= len(axis) if isinstance(axis, tuple) else 1
     return total
+
+
+def values_of(axis: Axis) -> Sequence[float | str] | None:
+    """Every value of an axis; None of a range of real numbers, which has no end of them."""
+    match axis:
+        case Range(kind="int", values=(low, high)):
+            return range(int(low), int(high) + 1)
+        case Range():
+            return None
+        case tuple():
+            return axis
+        case constant:
+            return (constant,)
 
 
 def first_value(axis: Axis) -> float | str:

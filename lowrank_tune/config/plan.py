@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config.axes import combinations, whole_values
-from lowrank_tune.config.points import SHARED_PARAMS, grid_points
+from lowrank_tune.config.points import SHARED_PARAMS, count_points, grid_points
 from lowrank_tune.config.schema import SplitSpec, StudySpec
 from lowrank_tune.config.search import DEFAULT_TRIALS
 from lowrank_tune.errors import InputError
@@ -45,7 +45,7 @@ def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
     started = started.astimezone(UTC)
     identity = spec_hash(spec)
     study_id = make_study_id(spec.name, identity, started)
-    grid = tuple(grid_points(spec)) if spec.search.method == "grid" else ()
+    grid = tuple(grid_points(spec.search.space)) if spec.search.method == "grid" else ()
     return Plan(
         spec=spec,
         study_id=study_id,
@@ -53,7 +53,7 @@ def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
         results=results,
         study_dir=results / "studies" / study_id,
         features_root=results / "features",
-        n_trials=len(grid) or spec.search.trials or DEFAULT_TRIALS,
+        n_trials=int(min(len(grid) or spec.search.trials or DEFAULT_TRIALS, count_points(spec.search.space))),
         grid=grid,
         started=started,
     )
@@ -76,10 +76,12 @@ def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
         )
     grid = plan.grid
     if spec.search.method == "grid":
-        grid += tuple(point for point in grid_points(spec) if point not in plan.grid)
-    n_trials = len(grid) or spec.search.trials or DEFAULT_TRIALS
+        grid += tuple(point for point in grid_points(spec.search.space) if point not in plan.grid)
+    # No configuration is trained twice: a space that stays as it was has no more trials than points.
+    most = count_points(spec.search.space) + (spec.search.space != plan.spec.search.space) * plan.n_trials
+    n_trials = int(min(len(grid) or spec.search.trials or DEFAULT_TRIALS, most))
     if n_trials <= plan.n_trials:
-        more = "a wider search.space" if grid else "--trials"
+        more = "a wider search.space" if grid or n_trials == most else "--trials"
         raise InputError(f"study {plan.study_id}: nothing to add to its {plan.n_trials} trials; give {more}")
     return replace(plan, spec=spec, grid=grid, n_trials=n_trials)
 

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowrank_tune.config.axes import first_value
+from lowrank_tune.config.axes import SpaceSpec, first_value, values_of
 from lowrank_tune.config.schema import StudySpec
 
 SHARED_PARAMS = ("family", "rank", "lr", "weight_decay", "batch_size")
 """What every family is searched for; a point's other values are its family's own."""
 
 
-def grid_points(spec: StudySpec) -> Iterator[dict[str, Any]]:
-    """Every combination of a space without ranges: families in the schema's order, then the axes, the last fastest."""
-    for family in spec.search.space.families.chosen():
-        axes = spec.search.space.axes(family)
-        for values in itertools.product(*(axis if isinstance(axis, tuple) else (axis,) for axis in axes.values())):
+EMPTY: Mapping[str, Any] = {}
+
+
+def grid_points(space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> Iterator[dict[str, Any]]:
+    """Every point of a space without ranges of real numbers that agrees with what is fixed.
+
+    Families come in the schema's order, then the axes, the last fastest.
+    """
+    for family, axes in _families(space, fixed):
+        for values in itertools.product(*(values_of(axis) or () for axis in axes.values())):
             yield {"family": family, **dict(zip(axes, values, strict=True))}
+
+
+def count_points(space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> float:
+    """How many points `grid_points` has; infinite where a range of real numbers makes them endless."""
+    axes = [[values_of(axis) for axis in own.values()] for _, own in _families(space, fixed)]
+    return sum(math.prod(math.inf if values is None else len(values) for values in own) for own in axes)
+
+
+def _families(space: SpaceSpec, fixed: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for family in space.families.chosen():
+        if fixed.get("family", family) == family:
+            own = {name: value for name, value in fixed.items() if name != "family"}
+            yield family, {**space.axes(family), **own}
 
 
 def search_groups(spec: StudySpec) -> list[dict[str, Any]]:

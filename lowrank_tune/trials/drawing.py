@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,8 +19,9 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
-from lowrank_tune.config.plan import Plan
-from lowrank_tune.config.points import SHARED_PARAMS, search_groups
+from lowrank_tune.config.plan import Plan, trial_config
+from lowrank_tune.config.points import EMPTY, SHARED_PARAMS, count_points, grid_points
+from lowrank_tune.config.search import LARGEST_GRID
 from lowrank_tune.records import OBJECTIVES
 
 OWN_TRIALS = 24
@@ -27,9 +29,10 @@ OWN_TRIALS = 24
 than none (`scripts/bench_search.py`)."""
 MOST_LESSONS = 200
 """The newest trials of a group that its next one learns from: TPE's time grows with them."""
+DRAWS, LOTS = 10, 100
+"""How often a sampler is asked for a point that was not trained yet, and then chance in a space without end."""
 TINY = 1e-12
 """Below every error that is not rounding."""
-EMPTY: Mapping[str, Any] = {}
 
 
 def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY) -> dict[str, Any]:
@@ -39,16 +42,36 @@ def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY
     return {**{name: _draw(trial, _optuna_name(family, name), axes[name]) for name in axes}, "family": family}
 
 
-def draw_point(plan: Plan, study: optuna.Study, number: int) -> dict[str, Any]:
-    """Draw a trial's point in its group, from what this and its family's other groups have taught."""
-    groups = search_groups(plan.spec)
-    fixed = groups[number % len(groups)]
+def draw_point(
+    plan: Plan, study: optuna.Study, number: int, fixed: Mapping[str, Any], seen: Container[tuple[Any, ...]]
+) -> dict[str, Any] | None:
+    """Draw a trial's point in the group of what is fixed, from what this and its family's other groups have taught.
+
+    None where every point of the group was seen, as `TrialConfig.trains` tells them apart.
+    """
     # A study of its own, in memory: in one study of all groups TPE would take the group with the least error for good.
     objectives = plan.spec.objectives
     view = optuna.create_study(sampler=_sampler(plan, number), directions=["minimize"] * len(objectives))
     if plan.spec.search.method == "tpe":
         view.add_trials(_lessons(objectives, study.get_trials(deepcopy=False), fixed))
-    return suggest(view.ask(), plan.spec.search.space, fixed)
+    space = plan.spec.search.space
+    drawn = (suggest(view.ask(), space, fixed) for _ in range(DRAWS))
+    new = (point for point in drawn if trial_config(plan, number, point).trains not in seen)
+    return next(new, None) or _any_other(plan, number, fixed, seen)
+
+
+def _any_other(
+    plan: Plan, number: int, fixed: Mapping[str, Any], seen: Container[tuple[Any, ...]]
+) -> dict[str, Any] | None:
+    """Draw a point that was not seen by lot, where the sampler gives none; None where there is none."""
+    space, seed = plan.spec.search.space, _seed(plan, number, "other")
+    if count_points(space, fixed) <= LARGEST_GRID:
+        drawn = list(grid_points(space, fixed))
+        random.Random(seed).shuffle(drawn)
+    else:
+        view = optuna.create_study(sampler=RandomSampler(seed=seed))
+        drawn = [suggest(view.ask(), space, fixed) for _ in range(LOTS)]
+    return next((point for point in drawn if trial_config(plan, number, point).trains not in seen), None)
 
 
 def _lessons(
@@ -115,10 +138,14 @@ def _draw(trial: BaseTrial, name: str, axis: Axis) -> Any:
 
 def _sampler(plan: Plan, number: int) -> BaseSampler:
     """What draws a trial: made anew for each, so that nothing but its number and Optuna's trials decide."""
-    seed = int(hashlib.sha256(f"{plan.spec.seed}:draw:{number}".encode()).hexdigest()[:8], 16)
+    seed = _seed(plan, number, "draw")
     if plan.spec.search.method != "tpe":
         return RandomSampler(seed=seed)
     with warnings.catch_warnings():
         # `group` keeps each family's own parameters in a joint model of their own; Optuna calls it experimental.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+
+
+def _seed(plan: Plan, number: int, what: str) -> int:
+    return int(hashlib.sha256(f"{plan.spec.seed}:{what}:{number}".encode()).hexdigest()[:8], 16)

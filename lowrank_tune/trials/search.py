@@ -4,7 +4,8 @@ A trial that the scheduler stopped is PRUNED there, one that failed is FAIL, onl
 patience is COMPLETE, and one that is to go on is RUNNING. Optuna's own tools open the file:
 `JournalStorage(JournalFileBackend("tune/optuna.journal"))`.
 
-Each group of trials that compete with each other is searched for itself, and trials are dealt to the groups in turn.
+Each group of trials that compete with each other is searched for itself, and the next trial is dealt to the group that
+has had the fewest. No configuration is trained twice: a group that has tried all its points leaves its share to others.
 
 A study of two objectives has two directions, and `best_trials` is its front. Optuna takes no epochs of such trials:
 what steered them is noted as `epoch 1`, `epoch 2` … in their user attributes.
@@ -30,9 +31,9 @@ from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import SpaceSpec
 from lowrank_tune.config.plan import Plan, trial_config
-from lowrank_tune.config.points import SHARED_PARAMS
+from lowrank_tune.config.points import SHARED_PARAMS, search_groups
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome
+from lowrank_tune.records import OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome
 from lowrank_tune.trials.drawing import draw_point, optuna_params, suggest
 from lowrank_tune.trials.outcomes import stopped_by
 
@@ -72,8 +73,23 @@ class StudySearcher(Searcher):
         self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
         self._waiting = any(trial.state == TrialState.WAITING for trial in known)
         self._number = len(known) - self._waiting
+        self._grid = iter(plan.grid)
+        self._exhausted = False
+        self._groups = search_groups(plan.spec)
+        self._dealt = dict.fromkeys(range(len(self._groups)), 0)  # to the groups that have a point left
+        self._seen: set[tuple[Any, ...]] = set()
+        for config in filter(None, map(config_of, known)):
+            self._count(config)
         self._live: dict[str, Trial] = {}
         self._reported: dict[str, int] = {}
+
+    @property
+    def stopped_for(self) -> StoppedFor | None:
+        """Why no more trials begin; None while some do."""
+        all_tried = self._number >= self._plan.n_trials
+        if self._exhausted or (all_tried and self._number < (self._plan.spec.search.trials or 0)):
+            return "space"
+        return "trials" if all_tried else None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Ask for the next point; `FINISHED` when there is none, None while others' turn is."""
@@ -84,8 +100,8 @@ class StudySearcher(Searcher):
             trial = Trial(self._study, frozen._trial_id)
             reported = self._reported[trial_id] = max(told_epochs(frozen), default=0)
             config = config_of(frozen) or self._describe(trial)
-        elif self._number < self._plan.n_trials:
-            trial, reported = self._ask(), 0
+        elif self._number < self._plan.n_trials and (new := self._ask()):
+            trial, reported = new, 0
             config = self._describe(trial)
         else:
             return str(Searcher.FINISHED)
@@ -113,19 +129,39 @@ class StudySearcher(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the journal holds every trial as soon as it is known."""
 
-    def _ask(self) -> Trial:
-        number = self._number
-        self._number += 1
+    def _ask(self) -> Trial | None:
         # A driver that died between the two calls has left the point waiting.
         if not self._waiting:
-            grid = self._plan.grid
-            point = grid[number] if grid else draw_point(self._plan, self._study, number)
+            point = self._next_point()
+            if point is None:
+                return None
             self._study.enqueue_trial(optuna_params(point))
+        self._number += 1
         self._waiting = False
         return self._study.ask()
 
+    def _next_point(self) -> dict[str, Any] | None:
+        """The next point that no trial has had; None where there is none left."""
+        for point in self._grid:
+            if trial_config(self._plan, self._number, point).trains not in self._seen:
+                return point
+        while self._dealt and not self._plan.grid:
+            group = min(self._dealt, key=lambda group: self._dealt[group])
+            drawn = draw_point(self._plan, self._study, self._number, self._groups[group], self._seen)
+            if drawn is not None:
+                return drawn
+            del self._dealt[group]
+        self._exhausted = True
+        return None
+
+    def _count(self, config: TrialConfig) -> None:
+        self._seen.add(config.trains)
+        for group in self._dealt:
+            self._dealt[group] += all(getattr(config, name) == value for name, value in self._groups[group].items())
+
     def _describe(self, trial: Trial) -> TrialConfig:
         config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
+        self._count(config)
         trial.set_user_attr("trial_id", config.trial_id)
         trial.set_user_attr("config", asdict(config))
         return config

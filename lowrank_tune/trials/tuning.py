@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from optuna.trial import TrialState
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.errors import StudyFailedError
-from lowrank_tune.records import OBJECTIVES, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.records import OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, trials_at_once
 from lowrank_tune.trials.outcomes import (
     begin_trial,
@@ -83,6 +84,10 @@ class WatchTrials(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._end(trial, crash=_crash(trial))
+
+    def search_ended(self, stopped_for: StoppedFor, told: str) -> None:
+        for observer in self._observers:
+            _tell(observer.search_ended, stopped_for, told)
 
     def _end(self, trial: Trial, crash: str) -> None:
         config = _config(trial)
@@ -236,17 +241,19 @@ def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutc
             ended[config.trial_id] = recovered_outcome(config, folder, read_history(folder), trial.state.name)
             write_outcome(ended[config.trial_id])
     watch = WatchTrials(trials_dir, observers, ended)
+    searcher = StudySearcher(plan, study, FairShare(plan.spec.resources))
     if len(ended) < plan.n_trials:
         run_on_tune(
             plan,
             watch,
             "ray",
-            search_alg=StudySearcher(plan, study, FairShare(plan.spec.resources)),
+            search_alg=searcher,
             scheduler=make_scheduler(plan.spec, past),
             num_samples=plan.n_trials - len(ended),
         )
-    if len(watch.outcomes) < plan.n_trials:
+    if any(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))) or not searcher.stopped_for:
         raise KeyboardInterrupt
+    watch.search_ended(searcher.stopped_for, _why_ended(plan, searcher.stopped_for, len(watch.outcomes)))
     outcomes = tuple(sorted(watch.outcomes.values(), key=lambda outcome: outcome.config.number))
     for outcome in outcomes:
         remove_checkpoint(outcome)
@@ -255,6 +262,13 @@ def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutc
     reasons = Counter(outcome.reason for outcome in outcomes).most_common()
     told = "; ".join(f"{count}x {reason}" for reason, count in reasons)
     raise StudyFailedError(f"all {len(outcomes)} trials failed: {told}")
+
+
+def _why_ended(plan: Plan, stopped_for: StoppedFor, tried: int) -> str:
+    if stopped_for == "trials":
+        return ""
+    wanted = max(plan.n_trials, plan.spec.search.trials or 0)
+    return f"the search ended after {tried} of {wanted} trials: every configuration of its space has been tried"
 
 
 def confirm_trials(

@@ -147,7 +147,7 @@ def test_the_first_point_is_a_lists_first_or_a_ranges_middle(axis: str, first: f
     params = first_params(spec)
     assert params["lr"] == pytest.approx(first)
     assert params["family"] == "direct"
-    assert list(params) == list(next(grid_points(parse_study(GRID, "study.yaml"))))
+    assert list(params) == list(next(grid_points(parse_study(GRID, "study.yaml").search.space)))
 
 
 def test_the_highest_rank_is_known_before_any_trial() -> None:

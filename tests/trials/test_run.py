@@ -118,3 +118,14 @@ def test_a_study_makes_room_for_one_that_comes(monkeypatch: pytest.MonkeyPatch) 
         with taking_part("the-other"):
             assert (studies_at_work(), share()) == (2, 1)
     assert (studies_at_work(), share()) == (0, 2)
+
+
+def test_a_space_that_has_no_more_points_ends_its_study_and_says_so(plan_of: PlanOf, tiny_cache: FeatureSet) -> None:
+    plan, told = plan_of({"rank": [2, 3, 4]}, method="tpe", trials=9), Listener()
+    assert plan.n_trials == 3
+    # As of an extension, whose space may overlap with what has been tried.
+    plan = replace(plan, n_trials=9)
+    outcomes = run(plan, tiny_cache, told)
+    assert [outcome.config.rank for outcome in outcomes] == [2, 3, 4]
+    assert run(plan, tiny_cache, told) == outcomes
+    assert (len(told.started), told.stopped_for) == (3, ["space", "space"])

@@ -7,13 +7,18 @@ from typing import Any
 
 import optuna
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from tiny_study import build_plan
 
 from lowrank_tune.config.axes import SpaceSpec
 from lowrank_tune.config.plan import Plan
+from lowrank_tune.config.points import count_points
+from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.drawing import optuna_params, suggest
 from lowrank_tune.trials.search import (
     StudySearcher,
@@ -162,6 +167,64 @@ def test_a_point_that_waits_is_asked_for_once(driver: Driver) -> None:
     points = [after.suggest(str(number))["trial"] for number in range(6)]
     assert [(point["rank"], point["lr"]) for point in points] == [(r, lr) for r in (2, 4, 8) for lr in (0.1, 0.2)]
     assert after.suggest("none") == StudySearcher.FINISHED
+
+
+def everything(driver: Driver, most: int = 1000) -> list[TrialConfig]:
+    """What a searcher suggests, each with an error that follows from it, until it has finished."""
+    found: list[TrialConfig] = []
+    while len(found) < most and (point := driver.suggest(f"t{len(found)}")) != StudySearcher.FINISHED:
+        found.append(TrialConfig(**point["trial"]))
+        driver.end(f"t{len(found) - 1}", 1, 1 + found[-1].lr * found[-1].batch_size / found[-1].rank, "budget")
+    return found
+
+
+@pytest.mark.parametrize("method", ["random", "tpe"])
+def test_of_60_points_200_trials_train_each_once(plan_of: PlanOf, method: str) -> None:
+    space = {"rank": [2, 4, 8], "lr": [0.1, 0.2, 0.3, 0.4, 0.5], "batch_size": {"int": [1, 4]}}
+    plan = plan_of(space, method=method, trials=200)
+    assert plan.n_trials == 60
+    driver = Driver(replace(plan, n_trials=200))
+    found = everything(driver, 33)
+    # Another process goes on, in a space that is a little wider.
+    space |= {"lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
+    wider = replace(plan, spec=plan_of(space, method=method, trials=200).spec, n_trials=200)
+    migrate_search(wider, driver.path)
+    again = Driver(wider)
+    found += everything(again)
+    assert len(found) == len({config.trains for config in found}) == 72
+    assert again.searcher.stopped_for == "space"
+
+
+def test_ranks_that_are_nested_are_one_configuration_whatever_their_order(plan_of: PlanOf) -> None:
+    plans = [plan_of({"rank": {"nested": ranks}, "lr": [0.1, 0.2]}, "tpe", 9) for ranks in ([2, 4], [4, 2])]
+    assert sorted(config.lr for config in everything(Driver(plans[0]))) == [0.1, 0.2]
+    assert everything(Driver(replace(plans[0], spec=plans[1].spec, n_trials=9))) == []
+
+
+def test_numbers_that_differ_in_the_seventh_digit_alone_are_not_both_trained(plan_of: PlanOf) -> None:
+    driver = Driver(plan_of({"rank": 2, "lr": {"uniform": [0.1, 0.1 + 1e-9]}}, method="random", trials=9))
+    assert len(everything(driver)) == 1
+    assert driver.searcher.stopped_for == "space"
+
+
+few = st.lists(st.integers(1, 4), min_size=1, max_size=2, unique=True) | st.just({"int": [2, 4]})
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    ranks=few, sizes=few, steps=few, trials=st.integers(1, 12), deal=st.sampled_from(["evenly", "freely"]),
+    method=st.sampled_from(["random", "tpe"]),
+)  # fmt: skip
+def test_whatever_the_space_no_configuration_comes_twice_and_none_is_left_out(
+    tmp_path_factory: pytest.TempPathFactory, ranks: Any, sizes: Any, steps: Any, trials: int, deal: str, method: str
+) -> None:
+    space = {"rank": ranks, "batch_size": sizes, "families": {"sketch": {}, "refined": {"steps": steps}}}
+    plan = build_plan(tmp_path_factory.mktemp("any"), space, method, trials)
+    search = plan.spec.search.model_copy(update={"deal": deal})
+    driver = Driver(replace(plan, spec=plan.spec.model_copy(update={"search": search})))
+    found = everything(driver)
+    assert len({config.trains for config in found}) == len(found) == plan.n_trials
+    assert plan.n_trials == min(trials, count_points(search.space))
 
 
 def test_nothing_is_suggested_while_the_turn_is_others(plan_of: PlanOf) -> None:

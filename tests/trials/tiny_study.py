@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.trial import write_inputs
 from lowrank_tune.trials.tuning import run_trials
 
@@ -26,12 +26,13 @@ SPLIT = Split(train=tuple(range(8)), validation=tuple(range(8, 12)), test=tuple(
 
 
 @dataclass
-class Listener:
+class Listener(TrialTracker):
     """An observer that remembers what it was told."""
 
     started: list[TrialConfig] = field(default_factory=list)
     epochs: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
     ended: list[TrialOutcome] = field(default_factory=list)
+    stopped_for: list[str] = field(default_factory=list)
 
     def trial_started(self, config: TrialConfig) -> None:
         self.started.append(config)
@@ -41,6 +42,9 @@ class Listener:
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         self.ended.append(outcome)
+
+    def search_ended(self, stopped_for: str, told: str) -> None:
+        self.stopped_for.append(stopped_for)
 
 
 def processes(title: str) -> list[psutil.Process]:
