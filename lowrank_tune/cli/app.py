@@ -65,7 +65,7 @@ def plan(study: StudyFile, overrides: Overrides = None, results: Results = None,
     """Tell what a study will do and need, and what is cached already; starts nothing."""
     from lowrank_tune.cost import preview_study
 
-    show(preview_study(load_study(study, overrides or ()), results), as_json)
+    show(preview_study(load_study(study, overrides or ()), results), as_json, output.print_plan)
 
 
 @app.command(epilog="Example: lowrank-tune render studies/quickstart.yaml --set search.method=random")

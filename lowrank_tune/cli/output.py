@@ -191,6 +191,53 @@ def factors_facts(factors: FeatureSet) -> dict[str, Any]:
     return facts | {"bytes_per_image": factor_bytes(factors.tokens, factors.dim, factors.rank, factors.dtype)}
 
 
+def print_plan(facts: Mapping[str, Any]) -> None:
+    """What `preview_study` found: each line a thing that a person asks, each figure with its unit."""
+    from lowrank_tune.report.text import count, duration_text, size_text
+
+    trials, repeats, images = facts["trials"], facts["confirmations_at_most"], facts["images"]
+    epochs, split, (tokens, dim) = facts["epochs_at_most"] // trials, facts["split"], facts["features_shape"]
+    points = ", ".join(
+        f"{family} ({'has a range' if number is None else count(number, 'combination')})"
+        for family, number in facts["combinations"].items()
+    )
+    about = {
+        name: f"about {duration_text(max(0.1, facts[f'{name}seconds']))}" for name in ("", "trial_", "extraction_")
+    }
+    left = f"{facts['images_to_extract']} to extract, {about['extraction_']}"
+    cached = f"{facts['images_cached']} of {count(images, 'image')}, {left if facts['images_to_extract'] else 'all'}"
+    unusable = ", ".join(
+        f"{count(number, what)}"
+        for number, what in (
+            (facts["records_unreadable"], "unreadable record"),
+            (facts["images_quarantined"], "image in quarantine"),
+        )
+        if number
+    )
+    workers, per_gpu = facts["workers_per_trial"], facts["trials_per_gpu"]
+    each = f"{workers} workers of {size_text(facts['memory_bytes_per_trial'])} each" if workers > 1 else ""
+    said = {
+        "study": facts["name"],
+        "search": f"{facts['method']}, {count(trials, 'trial')} of {count(epochs, 'epoch')} each at most",
+        "families": points,
+        "repetitions": f"of the best of each rank, {count(repeats, 'training')} at most" if repeats else "",
+        "epochs": f"about {facts['epochs_expected']:,} in all, at most {facts['epochs_at_most'] + repeats * epochs:,}",
+        "records": f"{facts['records']:,} with {count(images, 'different image')}",
+        "unusable": unusable,
+        "split": f"{split['train']} images train, {split['validation']} validate, {split['test']} test",
+        "features": f"{tokens} tokens × {dim} numbers an image, of {facts['encoder']} ({facts['weights']} weights)",
+        "cached": cached,
+        "cache": f"{facts['cache']}, {size_text(facts['cache_bytes'])} when all are in it",
+        "device": facts["device"],
+        "memory": each or f"{size_text(facts['memory_bytes_per_trial'])} a trial",
+        "at once": count(facts["trials_at_once"], "trial") + (f", {per_gpu} fit on a GPU" if per_gpu else ""),
+        "a trial": about["trial_"],
+        "time": f"{about['']}, {duration_text(facts['seconds_at_most'])} if nothing is stopped early",
+        "notes": facts["notes"],
+    }
+    print_facts({name: value for name, value in said.items() if value})
+
+
 def print_checks(checks: Sequence[Check]) -> None:
     console = Console(highlight=False)
     for check in checks:

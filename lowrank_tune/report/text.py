@@ -150,7 +150,8 @@ def kib_text(size: float) -> str:
 
 def size_text(size: float) -> str:
     """Bytes in the unit that suits them, three significant digits: `1.11 KiB`, `4.61 MiB`."""
-    value, unit = (size / 1024, "KiB") if size < 1024**2 else (size / 1024**2, "MiB")
+    exponent, unit = (1, "KiB") if size < 1024**2 else (2, "MiB") if size < 1024**3 else (3, "GiB")
+    value = size / 1024**exponent
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 

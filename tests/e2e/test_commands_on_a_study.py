@@ -66,3 +66,14 @@ def test_trial_and_extract_print_pure_json(ran: Ran, printed: Callable[..., tupl
     for command, key, value in (("trial", "status", "finished"), ("extract", "images", 30)):
         code, out = printed(command, ran.study_file, "--json")
         assert (code, json.loads(out)[key]) == (0, value)
+
+
+def test_plan_tells_people_words_and_units_only(ran: Ran, printed: Callable[..., tuple[int, str]]) -> None:
+    code, out = printed("plan", ran.study_file, "--set", "search.method=random", "--set", "search.trials=3")
+    lines = {line[:11].strip(): line[11:].strip() for line in out.splitlines()}
+    assert code == 0
+    assert not re.search(r"None|[{}\[\]_]|: ", out.replace(str(ran.results), ""))
+    assert lines["search"] == "random, 3 trials of 3 epochs each at most"
+    assert lines["cached"] == "30 of 30 images, all"
+    assert re.fullmatch(r"[\d.]+ [KM]iB a trial", lines["memory"])
+    assert re.fullmatch(r"about \d+ s, \d+ s if nothing is stopped early", lines["time"])
