@@ -18,7 +18,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from lowrank_tune.comparison import remarks as say
 from lowrank_tune.comparison.choice import Kind, choose, judge
@@ -32,6 +31,7 @@ from lowrank_tune.comparison.methods import (
     images_per_second,
     score,
     trained,
+    training_axes,
     untrained,
 )
 from lowrank_tune.comparison.rate_words import rate_words
@@ -39,9 +39,8 @@ from lowrank_tune.comparison.rates import MOST_IMAGES, measure_rates
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
 from lowrank_tune.lowrank.baselines import svd
-from lowrank_tune.lowrank.data import FeatureMatrix, evenly, spread
+from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.decomposers.shared import Shared
-from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import EXACT
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
 from lowrank_tune.measured import Comparison, ComparisonRow, Compression, Front, FrontPoint, Pictures
@@ -49,9 +48,6 @@ from lowrank_tune.records import BYTES_AND_ERROR, TEST_OPTIMUM, VALIDATION_OPTIM
 
 NOTES = "remarks.json"
 RIVALS = ("beaten_by", "level_with")
-PCA_IMAGES = 512
-"""Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
-PCA_BATCH = 16
 
 
 def compare(
@@ -86,7 +82,7 @@ def compare(
     ranks = sorted({rank for outcome in outcomes for rank in outcome.config.ranks})
     # Above the images' own rank there is nothing for an SVD to leave out.
     within = [rank for rank in ranks if rank <= min(data.tokens, data.dim)]
-    axes_DR = _training_axes(data, split, max(within, default=1), seed).to(device)
+    axes_DR = training_axes(data, split, max(within, default=1), seed).to(device)
     models, repeats, lost = trained(outcomes, confirmations, features, objective, device)
     starts = before_training(models, outcomes, data, split, device)
     methods = [*(method for rank in within for method in untrained(rank, axes_DR, seed)), *models]
@@ -130,11 +126,6 @@ def _measured(pictures: Pictures, optimum: Optimum, groups: Sequence[str], seed:
     if pictures.rows:
         return [place for place in pictures.images if place in seen]
     return [seen[each] for each in spread([groups[place] for place in seen], MOST_IMAGES, seed)]
-
-
-def _training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
-    images = [split.train[place] for place in evenly(len(split.train), PCA_IMAGES)]
-    return principal_axes(data.batches(images, PCA_BATCH), count, stream(seed, "control pca_basis"))
 
 
 def _speeds(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
@@ -12,16 +14,17 @@ CONFIDENCE = 0.95
 """Of every interval."""
 
 
-def interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
-    """The mean of a column at each (method, rank), and half of its confidence interval, NaN where there is one group.
+def interval(
+    table: pd.DataFrame, column: str, kinds: Sequence[str] = ("method", "rank")
+) -> tuple[pd.Series, pd.Series]:
+    """The mean of a column at each of `kinds`, and half of its confidence interval, NaN where there is one group.
 
     Images of a group are not independent, but groups are: the standard error is of the groups' sums of deviations
     (Liang & Zeger, 1986), with Student's t of one degree of freedom less than groups. Of single images it is the usual.
     """
-    kinds = ["method", "rank"]
-    each = table.groupby(kinds, sort=False)[column]
+    each = table.groupby([*kinds], sort=False)[column]
     sums = table.assign(off=table[column] - each.transform("mean")).groupby([*kinds, "group"], sort=False)["off"].sum()
-    by_kind = sums.pow(2).groupby(level=kinds, sort=False)
+    by_kind = sums.pow(2).groupby(level=[*kinds], sort=False)
     groups = by_kind.size()
     error = np.sqrt(by_kind.sum() * groups / (groups - 1).where(groups > 1)) / each.size()
     return each.mean(), error * stdtrit((groups - 1).clip(lower=1), (1 + CONFIDENCE) / 2)

@@ -23,13 +23,17 @@ from torch import Tensor
 from lowrank_tune.comparison.choice import Kind, ranked
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank import baselines
-from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, FeatureMatrix, batches_on
+from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE, FeatureMatrix, batches_on, evenly
 from lowrank_tune.lowrank.decomposers import Decomposer, Factors, load_decomposer, make_decomposer
-from lowrank_tune.lowrank.linalg import stream
+from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.lowrank.trainer import initialise
 from lowrank_tune.records import BEST_MODEL, FeatureSet, Split, TrialOutcome
+
+PCA_IMAGES = 512
+"""Training images that `pca_basis` is fitted on, at most, spread evenly over the split."""
+PCA_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,12 @@ class Method:
     def kind(self) -> Kind:
         """Its name and rank."""
         return self.name, self.rank
+
+
+def training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> Tensor:
+    """The principal axes of the training split's tokens, [D, count]."""
+    images = [split.train[place] for place in evenly(len(split.train), PCA_IMAGES)]
+    return principal_axes(data.batches(images, PCA_BATCH), count, stream(seed, "control pca_basis"))
 
 
 def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:

@@ -132,7 +132,7 @@ class _Bench:
 
     def ways(self, data: FeatureMatrix, split: Split) -> Iterator[Way]:
         """All but the shared models'; one that cannot be made is told."""
-        shape, train = (data.tokens, data.dim), _loaded(data, split.train, FITTED)
+        shape, train = (data.tokens, data.dim), loaded(data, split.train, FITTED)
         makers: dict[str, Callable[[], Way]] = {}
         for dtype in INTEGERS:
             makers[f"{dtype} of X"] = partial(plain, *shape, dtype)
@@ -238,7 +238,7 @@ def _measure_shared(
 
     Where it cannot hold a test image to the target, the next one does.
     """
-    judging = _loaded(data, split.validation or split.train, JUDGING)
+    judging = loaded(data, split.validation or split.train, JUDGING)
     books = [make_codebook(_shared(model), model.rank) for model in models]
     ways = [coded_shared(book, model.trial_id) for book, model in zip(books, models, strict=True)]
     start_of = cache(lambda method: make_codebook(_shared(method), method.rank))
@@ -298,6 +298,6 @@ def _saving(bench: _Bench, table: pd.DataFrame, start: Codebook, target: float) 
     return -math.expm1(float(mean.iloc[0])), -math.expm1(high), -math.expm1(low)
 
 
-def _loaded(data: FeatureMatrix, images: Sequence[int], most: int) -> list[Tensor]:
+def loaded(data: FeatureMatrix, images: Sequence[int], most: int) -> list[Tensor]:
     """Some of the images, evenly spread, that are not all zeros."""
     return [x_TD for place in evenly(len(images), most) if (x_TD := data.load([images[place]])[0]).any()]

@@ -187,8 +187,21 @@ def read_image(
     ways: Sequence[Way],
     dtype: torch.dtype,
 ) -> Iterator[Reading]:
-    """Keep an image [H, W, 3] with features [T, D] in each way, and bring them back in the cache's dtype."""
+    """Measure an image [H, W, 3] with features [T, D] in each way."""
     norm = torch.linalg.vector_norm(x_TD.double())
+    for name, size, y_TD, seconds in bring_back(encoder, square_HWC, len(x_TD), ways, dtype):
+        figures = measure_matrix(x_TD[None], y_TD[None])
+        error, cosine = (figures.residual_N.sqrt() / norm).item(), figures.token_cosine_N.item()
+        yield Reading(image, name, size, error, cosine, seconds)
+
+
+def bring_back(
+    encoder: Encoder, square_HWC: npt.NDArray[np.uint8], tokens: int, ways: Sequence[Way], dtype: torch.dtype
+) -> Iterator[tuple[str, int, Tensor, float]]:
+    """Keep an image [H, W, 3] in each way and encode it again.
+
+    Yields its name, the file's bytes, the features [T, D] in the cache's dtype and the seconds until they are back.
+    """
     for _, alike in itertools.groupby(ways, key=lambda way: way.part):
         files = {way.name: way.keep(square_HWC) for way in alike}
         pixels, seconds = list[npt.NDArray[np.uint8]](), list[float]()
@@ -198,12 +211,10 @@ def read_image(
             seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         encoded = encoder.start(np.stack(pixels), dtype).wait()
-        y_NTD = on_whole_grid(encoded.features_NTD.float(), len(x_TD))
+        y_NTD = on_whole_grid(encoded.features_NTD.float(), tokens)
         each = (time.perf_counter() - started) / len(files)
         for (name, data), y_TD, decoding in zip(files.items(), y_NTD, seconds, strict=True):
-            figures = measure_matrix(x_TD[None], y_TD[None])
-            error, cosine = (figures.residual_N.sqrt() / norm).item(), figures.token_cosine_N.item()
-            yield Reading(image, name, len(data), error, cosine, decoding + each)
+            yield name, len(data), y_TD, decoding + each
 
 
 def on_whole_grid(features_NtD: Tensor, tokens: int) -> Tensor:

@@ -270,36 +270,43 @@ def _made(
         logger.info("%s: %d shards with %s", job.directory, len(plans), pool)
         rows = [{"plan": pickle.dumps(plan)} for plan in plans]
         try:
-            with _quiet_ray_data():
-                shards = job.prepare(ray.data.from_items(rows, override_num_blocks=len(rows)))
-                results = shards.map_batches(
-                    ShardWorker,
-                    fn_constructor_kwargs={"job": job, "pool": pool},
-                    batch_size=1,
-                    compute=ray.data.ActorPoolStrategy(
-                        min_size=pool.least,
-                        max_size=pool.most,
-                        max_concurrent_calls_per_actor=pool.calls,
-                        max_tasks_in_flight_per_actor=2 * pool.calls,
-                        enable_true_multi_threading=pool.calls > 1,
-                    ),
-                    num_cpus=pool.cpus,
-                    num_gpus=pool.gpus,
-                )
-                # Without prefetching, a result is told when it is there and not when the next one is.
-                for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-                    for data in batch["result"]:
-                        result: ShardResult = pickle.loads(data)
-                        for text in result.notes:
-                            logger.warning(text)
-                        if result.error:
-                            raise result.error
-                        yield result
+            shards = job.prepare(ray.data.from_items(rows, override_num_blocks=len(rows)))
+            for data in on_actors(shards, ShardWorker, {"job": job, "pool": pool}, pool):
+                result: ShardResult = pickle.loads(data)
+                for text in result.notes:
+                    logger.warning(text)
+                if result.error:
+                    raise result.error
+                yield result
         except RayError as error:
             reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise LowrankTuneError(
                 f"{job.work} into {job.directory} stopped ({reason}); what is committed stays, run again"
             ) from error
+
+
+def on_actors(items: ray.data.Dataset, worker: type, made_of: dict[str, Any], pool: Pool) -> Iterator[bytes]:
+    """What a pool of actors, each `worker(**made_of)`, answers as `result`, one item a call, in whatever order."""
+    import ray.data
+
+    with _quiet_ray_data():
+        results = items.map_batches(
+            worker,
+            fn_constructor_kwargs=made_of,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.least,
+                max_size=pool.most,
+                max_concurrent_calls_per_actor=pool.calls,
+                max_tasks_in_flight_per_actor=2 * pool.calls,
+                enable_true_multi_threading=pool.calls > 1,
+            ),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+        )
+        # Without prefetching, a result is told when it is there and not when the next one is.
+        for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from batch["result"]
 
 
 def wait_for_room(pool: Pool, nodes: Sequence[Node], note: Notes, shrink_after_s: float = SHRINK_AFTER_S) -> Pool:
