@@ -33,7 +33,7 @@ _HOMES = {
     "extend_study": "lowrank_tune.study",
     "resume_study": "lowrank_tune.study",
     "load_study": "lowrank_tune.config.loading",
-    "open_features": "lowrank_tune.study",
+    "open_features": "lowrank_tune.features.given",
     "run_study": "lowrank_tune.study",
 }
 

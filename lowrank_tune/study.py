@@ -46,8 +46,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.groups import image_groups
 from lowrank_tune.features.pictures import measure_pictures
-from lowrank_tune.features.remote import local_copy, open_local
-from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
+from lowrank_tune.features.remote import local_copy
 from lowrank_tune.measured import Comparison, Pictures
 from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
@@ -222,19 +221,6 @@ def extract_study(
     plan = plan_study(_spec_of(study, overrides), results, trains=False)
     progress = progress or StudyProgress()
     return _extract(plan, progress, progress.stage, address)
-
-
-def open_features(directory: str | Path) -> FeatureMatrix:
-    """Open all images of a sealed feature cache, `results/features/<fingerprint>`, or of what `apply` wrote.
-
-    `load([0, 1])` gives float32 [2, tokens, dim], of factors A·B, and `factors([0, 1])` A and B; coded images are
-    decoded. A cache on an object store is copied to this node first, once (LOWRANK_TUNE_STAGING says where to).
-
-    Raises:
-        CacheError: it is unsealed or damaged.
-        InputError: the address does not answer, or there is no room for a copy.
-    """
-    return open_matrix(open_local(directory))
 
 
 def compare_study(

@@ -1,4 +1,4 @@
-"""What a decomposer is applied to: the images of a cache, or files of tensors."""
+"""What is read, or decomposed, apart from a study: the images of a cache, or files of tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_tune.features.remote import find_cache, is_cache, open_local
 from lowrank_tune.features.shards import ShardPlan
 from lowrank_tune.features.tensors import common_shape, find_tensors, load_tensor
 from lowrank_tune.files import is_uri
-from lowrank_tune.lowrank.data import open_matrix
+from lowrank_tune.lowrank.data import FeatureMatrix, open_matrix
 from lowrank_tune.records import FeatureSet
 
 
@@ -69,6 +69,19 @@ def find_given(name: str, results: str | Path | None) -> Given:
     keys = tuple(row.key for row in features.rows)
     nothing = (None,) * len(keys)
     return Given(features, SourceFiles(keys, nothing, nothing, dict.fromkeys(keys)))
+
+
+def open_features(directory: str | Path) -> FeatureMatrix:
+    """Open all images of a sealed feature cache, `results/features/<fingerprint>`, or of what `apply` wrote.
+
+    `load([0, 1])` gives float32 [2, tokens, dim], of factors A·B, and `factors([0, 1])` A and B; coded images are
+    decoded. A cache on an object store is copied to this node first, once (LOWRANK_TUNE_STAGING says where to).
+
+    Raises:
+        CacheError: it is unsealed or damaged.
+        InputError: the address does not answer, or there is no room for a copy.
+    """
+    return open_matrix(open_local(directory))
 
 
 def image_reader(place: str, shape: tuple[int, int]) -> Callable[[ShardPlan, int], Tensor]:
