@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lowrank_tune.measured import Compression, PrunedRow, RateRow, StoredRow
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Chart, Picture
-from lowrank_tune.report.style import QUIET, SYMBOLS, Look, log_steps, log_ticks, look_of, quiet_grid
+from lowrank_tune.report.style import DASHES, QUIET, SYMBOLS, Look, log_steps, log_ticks, look_of, quiet_grid
 from lowrank_tune.report.tables import Table
 from lowrank_tune.report.text import ABSENT, CODER_NOTES, METHOD_NOTES, kib_text, percent_text, rate_text, size_text
 
@@ -30,12 +30,13 @@ LEVEL = 0.02
 EXACT = 1e-5
 """The relative error at which an exact way is drawn: a logarithmic axis has no place for none."""
 
-_PICTURES = {
+PICTURES = {
     "jpeg": ("JPEG", Look("#0072B2", "D", "-", 1.8)),
     "webp": ("WebP", Look("#56B4E9", "P", "-", 1.8)),
     "half-side": ("half side", Look("#009E73", "h")),
     "quarter-side": ("quarter side", Look("#009E73", "*")),
 }
+"""Names and looks of the ways to keep a picture in place of its features."""
 _FIRST = {"shared": ("shared", look_of("shared").color)}
 _LAST = {"x": ("X", "#D55E00"), "svd": ("SVD", look_of("svd").color)}
 _CODERS = {
@@ -44,7 +45,6 @@ _CODERS = {
     "zlib": ("v", "-.", 1.5),
     "plain": ("s", ":", 1.8),
 }
-_DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
 _BAND, _BROAD = "#d4d4d4", 7
 
 
@@ -58,16 +58,16 @@ class Line(NamedTuple):
     @property
     def name(self) -> str:
         """What the legend calls it."""
-        if self.method in _PICTURES:
-            return _PICTURES[self.method][0]
+        if self.method in PICTURES:
+            return PICTURES[self.method][0]
         label, _ = {**_FIRST, **_LAST}.get(self.method, (self.method, ""))
         return f"{label}, {self.coder}"
 
     @property
     def look(self) -> Look:
         """Colour tells what is kept, the line's kind by which coder."""
-        if self.method in _PICTURES:
-            return _PICTURES[self.method][1]
+        if self.method in PICTURES:
+            return PICTURES[self.method][1]
         _, color = {**_FIRST, **_LAST}.get(self.method, ("", "#7F7F7F"))
         return Look(color, *_CODERS.get(self.coder, _CODERS["plain"]))
 
@@ -93,7 +93,7 @@ def lines_of(compression: Compression) -> list[Line]:
     for row in _without_coder(compression):
         if _way(row) not in known:
             rates.setdefault(_way(row), []).append(row)
-    methods = [*_FIRST, *sorted({method for method, _ in rates} - {*_FIRST, *_LAST, *_PICTURES}), *_LAST, *_PICTURES]
+    methods = [*_FIRST, *sorted({method for method, _ in rates} - {*_FIRST, *_LAST, *PICTURES}), *_LAST, *PICTURES]
     coders = [*_CODERS, ""]
     found = []
     for (method, coder), rows in sorted(
@@ -106,7 +106,7 @@ def lines_of(compression: Compression) -> list[Line]:
 
 def _way(row: RateRow) -> tuple[str, str]:
     """What is kept, and by which coder."""
-    if (picture := row.method.partition("-q")[0]) in _PICTURES:
+    if (picture := row.method.partition("-q")[0]) in PICTURES:
         return picture, ""
     coder = row.dtype if row.dtype == "coded" else row.dtype.partition("+")[2]
     return row.method, coder if coder in _CODERS else "plain"
@@ -235,7 +235,7 @@ def _plotly(lines: Sequence[Line]) -> go.Figure:
             y=y,
             mode="lines+markers" if len(line.rows) > 1 else "markers",
             name=line.name,
-            line={"color": look.color, "width": look.width, "dash": _DASHES[look.line]},
+            line={"color": look.color, "width": look.width, "dash": DASHES[look.line]},
             marker={
                 "symbol": [symbol if least.holds(line, row) else f"{symbol}-open" for row in line.rows],
                 "color": look.color,
@@ -265,7 +265,7 @@ def _told(line: Line, row: RateRow) -> str:
 def _setting(row: RateRow) -> str:
     """The quality of a picture; of everything else the bits, and the rank of the model behind it."""
     what, _, quality = row.method.partition("-q")
-    if what in _PICTURES:
+    if what in PICTURES:
         return f"quality {quality}" if quality.isdigit() else ""
     dtype = row.dtype.partition("+")[0]
     return ", ".join(filter(None, [dtype if dtype != "coded" else "", f"rank {row.rank}" if row.trial_id else ""]))

@@ -55,6 +55,8 @@ SYMBOLS = {
     "*": "star",
 }  # fmt: skip
 """plotly's names of matplotlib's markers."""
+DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+"""And of its lines."""
 INK, SOFT, GRID = "#1a1a1a", "#595959", "#e4e4e4"
 
 
