@@ -40,6 +40,26 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer of a language model."""
+
+    text: str
+    differs: bool = False  # whether it is another one than from X
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question on a picture, and what is answered in some ways at each rank."""
+
+    picture: str  # a data URI; empty where it is not at hand
+    question: str
+    answer: str  # from X
+    stays: str  # from which rank on
+    head: tuple[str, ...]  # the ways
+    rows: tuple[tuple[str, tuple[Answer, ...]], ...]  # a rank, and each way's answer
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """A heading of the report with what stands below it; `id` is its anchor."""
 
@@ -49,6 +69,7 @@ class Section:
     lead: str = ""
     points: tuple[str, ...] = ()  # sentences below it, a list
     terms: tuple[tuple[str, str], ...] = ()  # names in the pictures, and what they mean
+    examples: tuple[Example, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     spatial: str = ""  # the interactive view of test images, from `spatial_json`

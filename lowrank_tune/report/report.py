@@ -12,7 +12,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
-from lowrank_tune.measured import Comparison, Compression
+from lowrank_tune.measured import Comparison, Compression, Fidelity
 from lowrank_tune.records import TEST_OPTIMUM, FeatureSet, Split, TrialOutcome
 from lowrank_tune.report.charts import (
     compression_picture,
@@ -22,6 +22,7 @@ from lowrank_tune.report.charts import (
     tradeoff_picture,
 )
 from lowrank_tune.report.curves import loss_pictures, rank_picture
+from lowrank_tune.report.fidelity import fidelity_section
 from lowrank_tune.report.page import Picture, Section, render_page
 from lowrank_tune.report.rates import lines_of, out_of_reach, rates_picture, rates_table, way_notes
 from lowrank_tune.report.search import search_section
@@ -59,6 +60,7 @@ def write_report(
     directory: Path,
     confirmations: Sequence[TrialOutcome] = (),
     progress: Callable[[str], None] = lambda text: None,
+    fidelity: Fidelity | None = None,
 ) -> tuple[Path, ...]:
     """Write all that a person looks at after a study into its `directory`; `progress` is told what is being written.
 
@@ -80,6 +82,8 @@ def write_report(
     scene = Scene(features, split, outcomes, comparison)
     spatial = spatial_section(scene, directory / "plots", images=images, channels=plan.spec.report.channels)
     first = [spatial] if spatial.pictures else []
+    if fidelity and (fidelity.rows or fidelity.remarks):
+        first.insert(0, fidelity_section(fidelity, directory))
     if comparison.rows:
         first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, directory / "plots"),)))
     target = plan.spec.target_error
@@ -98,6 +102,7 @@ def write_report(
         comparison=comparison,
         summary=summary_table(comparison),
         choice=rank_sentence(found),
+        answers=fidelity.words[:1] if fidelity else (),
         choices=choices_table(found, features),
         training=training_sentence(outcomes) if outcomes else "",
         cost=study_cost(directory, features, outcomes, confirmations),

@@ -16,11 +16,12 @@ from lowrank_tune.records import TEST_OPTIMUM
 from lowrank_tune.report.report import write_report
 from lowrank_tune.trials.outcomes import write_history
 from tests.report.conftest import history, make_study
+from tests.report.test_fidelity import FOUND as SEEN
 from tests.report.test_rates_chart import RATES
 from tests.report.test_tables import FOUND
 
 VOID = {"meta", "img", "br", "link", "hr"}
-LINES = {"p", "tr", "li", "h1", "h2", "h3", "figcaption", "caption", "summary", "dt", "pre", "nav", "img"}
+LINES = {"p", "tr", "li", "h1", "h2", "h3", "h4", "figcaption", "caption", "summary", "dt", "pre", "nav", "img"}
 GOLDEN = Path(__file__).with_name("report.txt")
 
 
@@ -97,16 +98,20 @@ def report(tmp_path_factory):
     measure_optimum([x_NTD]).save(study.directory / TEST_OPTIMUM, study.features.digest(study.split.test))
     times = '{"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:02:05+00:00"}'
     (study.directory / "status.json").write_text(times)
+    (study.directory / "fidelity").mkdir()
+    Image.new("RGB", (64, 48), "red").save(study.directory / SEEN.examples[0].picture)
     told = []
     given = (study.plan, study.features, study.split, study.outcomes, comparison, study.directory, [repetition])
-    *plots, page = write_report(*given, told.append)
+    *plots, page = write_report(*given, told.append, fidelity=SEEN)
     assert page == study.directory / "report.html"
     return Report(study.directory, plots, told, Page(page.read_text(encoding="utf-8")))
 
 
 def test_a_report_writes_its_files_and_no_others(report):
     assert [text.partition(": ")[0] for text in report.told] == ["writing the report"] * 3
-    assert [path.name for path in report.plots] == ["rank_curve.png", "spatial-000-r003.png", "spatial-003-r003.png"]
+    assert [path.name for path in report.plots] == [
+        "rank_curve.png", "fidelity_bytes.png", "fidelity_rank.png", "spatial-000-r003.png", "spatial-003-r003.png"
+    ]  # fmt: skip
     curves = list(report.directory.glob("trials/*/loss_curves.png"))
     assert {path.parent.name for path in curves} == {"r003-sketch-0000", "r003-sketch-0001", "r003-sketch-0000-s1"}
     for path in (*report.plots, *curves):
@@ -115,7 +120,7 @@ def test_a_report_writes_its_files_and_no_others(report):
             assert picture.width >= 300
         assert path.stat().st_size < 200_000
     left = {path.name for path in report.directory.rglob("*") if path.is_file()}
-    given = {"study.yaml", "status.json", "history.json", "best_model.safetensors", TEST_OPTIMUM}
+    given = {"study.yaml", "status.json", "history.json", "best_model.safetensors", TEST_OPTIMUM, "0.jpg"}
     assert left == given | {"report.html", "loss_curves.png"} | {path.name for path in report.plots}
 
 
@@ -123,13 +128,15 @@ def test_the_page_is_whole_by_itself(report):
     page = report.page
     assert "iframe" not in page.tags
     for link in page.links:
-        assert link.startswith(("data:image/png;base64,", "data:,")) or (link.startswith("#") and link[1:] in page.ids)
+        assert link.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "data:,")) or (
+            link.startswith("#") and link[1:] in page.ids
+        )
     assert len(page.ids) == len(set(page.ids))
     pictures = [image for image in page.images if "src" in image]
-    assert len(pictures) == 4
+    assert len(pictures) == 7
     for image in pictures:
         assert len(image["alt"]) > 30
-        data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        data = base64.b64decode(image["src"].partition(";base64,")[2], validate=True)
         Image.open(io.BytesIO(data)).verify()
     assert set(page.scopes) == {"col", "row", "rowgroup"}
 
@@ -164,6 +171,9 @@ def test_what_users_write_is_never_markup(report):
     html = (report.directory / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in html and "loss is &lt;nan&gt; in epoch 1" in html
     assert "<b>r003-sketch-0000</b>" not in html, "nothing in a chart ends the page's script element"
+    assert "What &lt;b&gt;brand&lt;/b&gt; is it?" in html and "dakota &lt;i&gt;" in html
+    for written in ("<b>brand", "dakota <i>", "needs <64>"):
+        assert written not in html
 
 
 @pytest.mark.parametrize("history", ["", "{", '["epoch"]', "3"])
@@ -183,3 +193,4 @@ def test_what_is_missing_or_damaged_is_told_and_costs_nothing_else(study, caplog
     assert "report.images: there is no image 3; the test split has 2 images" in html
     assert "Of 2 test images." in html
     assert 'id="compression"' not in html and 'id="learning"' not in html
+    assert 'id="fidelity"' not in html and "What the model still sees" not in html
