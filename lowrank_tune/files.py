@@ -124,6 +124,11 @@ def write_directory_once(directory: Path, files: Mapping[str, bytes]) -> None:
     sync(directory.parent)
 
 
+def bytes_below(directory: Path) -> int:
+    """What the files of a folder, and of those in it, hold."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def remove_temporaries(directory: Path) -> None:
     """Delete what unfinished writes left in this folder."""
     for path in directory.glob(f"{TEMPORARY_PREFIX}*"):

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -35,7 +34,7 @@ from lowrank_tune.cluster.study_dir import (
     spec_difference,
 )
 from lowrank_tune.comparison.choice import winners
-from lowrank_tune.comparison.compare import compare, read_comparison
+from lowrank_tune.comparison.compare import compare
 from lowrank_tune.config.loading import load_past_study, load_study
 from lowrank_tune.config.paths import anchored
 from lowrank_tune.config.plan import Plan, make_plan, split_images, trial_config
@@ -50,14 +49,15 @@ from lowrank_tune.features.remote import local_copy
 from lowrank_tune.measured import Comparison, Pictures
 from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
+from lowrank_tune.report.text import size_text
 from lowrank_tune.runtime import ray_session
-from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.trials.cluster_share import taking_part, trials_at_once
 from lowrank_tune.trials.outcomes import check_same_images, read_outcomes
 from lowrank_tune.trials.search import migrate_search
 from lowrank_tune.trials.trial import run_one_trial, write_inputs
 from lowrank_tune.trials.tuning import confirm_trials, run_trials
+from lowrank_tune.upkeep import free_trials, other_studies, repair_tracking
 
 Trials = Sequence[TrialOutcome]
 
@@ -175,14 +175,6 @@ def clone_study(
             return _carry_out(plan, tracker, opened, progress)
 
 
-def reconcile_study(study_id: str, results: str | Path | None = None) -> dict[str, Any]:
-    """Make MLflow hold what a study's own files hold; returns `study_id` and what was repaired, fit for JSON."""
-    directory = find_study(results_path(results), study_id)
-    plan = read_plan(directory)
-    with claimed(directory):
-        return {"study_id": plan.study_id, **_repair_tracking(plan)}
-
-
 def run_trial(
     study: str | Path | StudySpec,
     *,
@@ -271,28 +263,13 @@ def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", 
 @contextmanager
 def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[tuple[Tracker, ExitStack]]:
     """Ray with room for a trial, a results directory that its nodes share, and MLflow, which the stack ends."""
-    tracker = Tracker(plan, lambda: _others(plan))  # refuses what cannot be tracked before a cluster is asked
+    tracker = Tracker(plan, lambda: other_studies(plan))  # refuses what cannot be tracked before a cluster is asked
     with ray_session(address), ExitStack() as opened:
         check_shared(plan.results)
         trials_at_once(plan.spec.resources, ray.nodes())
         if begun:
-            _repair_tracking(plan)
+            repair_tracking(plan)
         yield opened.enter_context(tracker), opened
-
-
-def _repair_tracking(plan: Plan) -> dict[str, Any]:
-    return asdict(reconcile(plan, read_comparison(plan.study_dir, plan.spec.steered_by), lambda: _others(plan)))
-
-
-def _others(plan: Plan) -> Iterator[tuple[Plan, Comparison | None]]:
-    """The other studies of the results directory that no process works on, each claimed while it is looked at."""
-    for path in sorted(plan.study_dir.parent.glob("*/plan.json")):
-        if path.parent != plan.study_dir:
-            with suppress(InputError, KeyError, TypeError, ValueError), claimed(path.parent):
-                other, comparison = read_plan(path.parent), None
-                with suppress(InputError):  # its trials are told all the same
-                    comparison = read_comparison(other.study_dir, other.spec.steered_by)
-                yield other, comparison
 
 
 def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyProgress | None) -> StudyResult:
@@ -304,6 +281,9 @@ def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyP
             # MLflow hears the last of it before the status tells the end, and what it never heard.
             with opened.pop_all():
                 result = _story(plan, status, tracker, progress)
+            # Of what MLflow lacks the files are needed still.
+            if not tracker.problems and (freed := free_trials(plan, result.comparison)):
+                progress.stage(f"keep: {size_text(freed)} are free again, of all but the best trials")
         except KeyboardInterrupt:
             line = shlex.join(["lowrank-tune", "resume", plan.study_id, "--results", str(plan.results)])
             progress.stage(f"stopped; go on with: {line}")

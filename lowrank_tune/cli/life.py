@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lowrank_tune.cli import output
-from lowrank_tune.cli.options import JobServer, Json, NewId, Overrides, Results, StudyFile, StudyId
+from lowrank_tune.cli.options import JobServer, Json, NewId, Overrides, Results, StudyFile, StudyId, StudyIds
 from lowrank_tune.cli.output import show
 from lowrank_tune.cli.progress import shown_progress
 from lowrank_tune.errors import InputError
@@ -141,6 +141,14 @@ def _go_on(
 @life_app.command(epilog="Example: lowrank-tune reconcile rank-sweep-0a1b2c3d")
 def reconcile(study_id: StudyId, results: Results = None, as_json: Json = False) -> None:
     """Repair what MLflow holds of a study, from the study's own files; once more changes nothing."""
-    from lowrank_tune.study import reconcile_study
+    from lowrank_tune.upkeep import reconcile_study
 
     show(reconcile_study(study_id, results), as_json)
+
+
+@life_app.command(epilog="Example: lowrank-tune rm quickstart-0d1e2f3a rank-sweep-0a1b2c3d")
+def rm(study_ids: StudyIds, results: Results = None, as_json: Json = False) -> None:
+    """Remove studies and their runs in MLflow, without asking; not one at work, nor what others may use."""
+    from lowrank_tune.upkeep import remove_studies
+
+    show(remove_studies(study_ids, results), as_json, output.print_removals)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # these load torch and what talks to a cluster
     from lowrank_tune.cluster.jobs import Job
     from lowrank_tune.cost import Check
     from lowrank_tune.study import StudyResult
+    from lowrank_tune.upkeep import Removal
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
@@ -89,6 +90,20 @@ def print_status(status: Mapping[str, Any]) -> None:
     for rank, best in progress.get("best", {}).items():
         figures = {f"val_{name}": value for name, value in best.items() if name != "trial_id"}
         print(f"rank {rank:>4}  best {leading_text(figures)}  {best['trial_id']}")
+
+
+def print_removals(removals: Sequence[Removal]) -> None:
+    from lowrank_tune.report.text import count, size_text
+
+    for removal in removals:
+        runs = f"; {count(removal.runs, 'run')} deleted in MLflow" if removal.runs else ""
+        print(f"{removal.study_id}: removed, {size_text(removal.bytes)} are free again{runs}")
+        if removal.features:
+            print(f"  features {removal.features} stay, for studies share them; see `lowrank-tune features rm`")
+        if removal.registered:
+            print(f"  registered models stay: {', '.join(removal.registered)}")
+    if not removals:
+        print("removed already")
 
 
 def _trials(progress: Mapping[str, Any]) -> str:

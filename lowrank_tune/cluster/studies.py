@@ -14,7 +14,15 @@ from typing import Any
 import psutil
 
 from lowrank_tune.cluster.jobs import STOP_TIMEOUT_S, STUDY_FILE, Cluster, Job, wait_until
-from lowrank_tune.cluster.study_dir import OVER, check_id, find_study, read_status, results_path, unbegun
+from lowrank_tune.cluster.study_dir import (
+    OVER,
+    check_id,
+    find_study,
+    read_status,
+    results_path,
+    study_folders,
+    unbegun,
+)
 from lowrank_tune.config.loading import load_study
 from lowrank_tune.config.paths import anchors
 from lowrank_tune.config.plan import make_study_id, spec_hash
@@ -89,7 +97,7 @@ def list_studies(*, address: str | None = None, results: str | Path | None = Non
     found: dict[str, dict[str, Any]] = {}
     for home in sorted(homes):
         if cluster is None or _sees(home):
-            known = [read_status(path.parent) for path in (home / "studies").glob("*/plan.json")]
+            known = [read_status(directory) for directory in study_folders(home)]
         else:
             known = cluster.read(["list"], home)
         found |= {status["study_id"]: status for status in known}

@@ -68,11 +68,17 @@ def check_id(name: str) -> str:
     return name
 
 
+def study_folders(results: Path) -> list[Path]:
+    """The folders of the studies that are there, by id; one that is being removed is none of them."""
+    found = (path.parent for path in (results / "studies").glob("*/plan.json"))
+    return sorted(directory for directory in found if _ID.fullmatch(directory.name))
+
+
 def find_study(results: Path, name: str) -> Path:
     """The folder of the one study whose id is, or begins with, `name`."""
     check_id(name)
     root = results / "studies"
-    known = sorted(path.parent.name for path in root.glob("*/plan.json"))
+    known = [directory.name for directory in study_folders(results)]
     found = [name] if name in known else [study_id for study_id in known if study_id.startswith(name)]
     if len(found) != 1:
         shown = ", ".join(found or known[-10:]) or "none"

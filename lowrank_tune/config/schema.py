@@ -211,6 +211,13 @@ class ReportSpec(Section):
     """How often the best configuration of each rank is trained again, each time with a fresh seed; 0 for never."""
 
 
+class KeepSpec(Section):
+    """What stays of a study that has finished."""
+
+    best: PositiveInt
+    """Of each rank the trials with the best objective keep their weights, and so do those that were compared."""
+
+
 class StudySpec(Section):
     """A study file."""
 
@@ -230,6 +237,8 @@ class StudySpec(Section):
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
+    keep: KeepSpec | None = None
+    """Which trials keep their weights at the end, {best: N}; null, and all do. What an epoch gave stays of each."""
     fidelity: FidelitySpec | None = Field(default=None, validate_default=True)
     """Whether the language model still answers the same, {questions: COLUMN}; null, and it is not asked."""
 

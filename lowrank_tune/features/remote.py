@@ -46,7 +46,7 @@ from lowrank_tune.features.commits import (
     stream_lengths,
 )
 from lowrank_tune.features.places import Place, join
-from lowrank_tune.files import is_uri, results_place, sync
+from lowrank_tune.files import bytes_below, is_uri, results_place, sync
 from lowrank_tune.records import CODED, FeatureSet
 
 FEATURES = "features"
@@ -317,7 +317,7 @@ def remove_cache(place: str) -> int:
         raise InputError(f"{directory}: is a link, and is left alone; remove the cache where it lies")
     try:
         with only_writer(directory):
-            freed = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+            freed = bytes_below(directory)
             doomed = directory.with_name(f".removed-{uuid.uuid4().hex}-{directory.name}")
             os.rename(directory, doomed)
     except Timeout:

@@ -20,8 +20,10 @@ from optuna.storages.journal import JournalFileBackend
 from lowrank_tune import extend_study, resume_study, run_study
 from lowrank_tune.cli import run
 from lowrank_tune.cluster.study_dir import read_plan, read_status
-from lowrank_tune.study import StudyResult, reconcile_study
+from lowrank_tune.past_study import comparison_of, open_study
+from lowrank_tune.study import StudyResult
 from lowrank_tune.tracking.store import local_uri
+from lowrank_tune.upkeep import reconcile_study
 from tests.conftest import Typed
 from tests.e2e.conftest import Witness, write_tensors
 from tests.tracked_once import assert_tracked_once
@@ -150,7 +152,7 @@ def test_mlflow_has_one_run_a_trial_and_every_epoch_once_through_a_kill_and_a_st
 @pytest.fixture(scope="module")
 def extended(resumed: Any, home: Path) -> tuple[StudyResult, StudyResult, Witness]:
     witness, before = Witness(), resumed[0]
-    wider = ["search.space.rank=[2, 4, 8]", "search.space.lr={loguniform: [1e-5, 1e-2]}"]
+    wider = ["search.space.rank=[2, 4, 8]", "search.space.lr={loguniform: [1e-5, 1e-2]}", "keep.best=1"]
     keywords: dict[str, Any] = {"trials": 3, "overrides": wider, "results": home / "results"}
     return before, extend_study(before.study_id, progress=witness, **keywords), witness
 
@@ -185,3 +187,19 @@ def test_an_extension_is_on_record(extended: Any, home: Path, typed: Typed) -> N
     assert extension["overrides"][0] == "search.space.rank=[2, 4, 8]"
     assert read_plan(after.directory).n_trials == 8
     assert "extended 5 → 8 trials" in typed("list", "--results", home / "results")[1]
+
+
+def test_keep_leaves_weights_to_the_best_and_to_what_was_compared_and_all_can_be_done_again(
+    extended: Any, home: Path
+) -> None:
+    _, after, _ = extended
+    compared = {row.trial_id for row in after.comparison.rows} - {""}
+    kept = {path.parent.name for path in after.directory.glob("trials/*/best_model.safetensors")}
+    assert kept == compared < {outcome.config.trial_id for outcome in after.outcomes}
+    for outcome in after.outcomes:
+        assert {path.name for path in Path(outcome.directory).glob("*.json")} == {
+            *("config.json", "history.json", "outcome.json")
+        }
+    again = comparison_of(open_study(home / "results", after.study_id), again=True)
+    figures = [[(row.method, row.rank, row.trial_id) for row in rows] for rows in (again.rows, after.comparison.rows)]
+    assert figures[0] == figures[1]
