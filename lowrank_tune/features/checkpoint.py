@@ -25,12 +25,25 @@ from lowrank_tune.features.tiny import (
     WEIGHTS_MARK,
     tiny_directory,
 )
-from lowrank_tune.files import read_fields, read_header
+from lowrank_tune.files import file_sha256, read_fields, read_header
 
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADAPTER = "adapter_config.json"
 _TELLING = (_ADAPTER, INDEX, "pytorch_model.bin.index.json")
 """Small files that tell what a model on the hub is that has no `config.json` or no safetensors."""
+_TOKENIZERS = ("tokenizer.json", "vocab.json")
+_BESIDE = (
+    *_TOKENIZERS,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+_LANGUAGE = ".self_attn."
+"""In the names of tensors of every language model, and of no tower."""
 _ANCHOR = "patch_embed.proj.weight"
 """A tensor of every tower: what stands before it is the prefix of the others."""
 _WRAPPERS = re.compile(
@@ -95,6 +108,26 @@ class TowerFiles:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """A whole model on disk."""
+
+    directory: Path
+    weights: tuple[Path, ...]
+    texts: tuple[Path, ...]  # what may lie there of the tokenizer and the chat template
+
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        headers = [_open(path) for path in self.weights]
+        return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+
+    def digest(self) -> str:
+        """Sha256 of the weights, however they are divided into files, and of the texts."""
+        weights = TowerFiles({path: {key: key for key in _open(path)} for path in self.weights}).digest()
+        texts = [[path.name, file_sha256(path)] for path in self.texts if path.is_file()]
+        return hashlib.sha256(json.dumps([weights, *texts]).encode()).hexdigest()
+
+
 def read_checkpoint_config(name: str, cache_root: Path) -> CheckpointConfig:
     """Find a checkpoint, `tiny-random`, a directory or a hub id, and read its configuration without its weights.
 
@@ -124,20 +157,11 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
         InputError: the checkpoint has no vision tower, a file that its index names is missing or broken, or the tower
             is quantised or holds a LoRA that is not merged.
     """
-    where = config.name, cache_root, config.revision
-    directory = fetch_files(*where, [], [INDEX, SINGLE])
-    # A whole file beside an index, of which one is older, is what transformers takes as well.
-    if (directory / INDEX).is_file() and not os.path.isfile(directory / SINGLE):
-        weight_map = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InputError(f"{directory / INDEX}: its weight_map names no files; save the model once more")
-    else:
-        directory = fetch_files(*where, [SINGLE])
-        weight_map = dict.fromkeys(_open(directory / SINGLE), SINGLE)
+    weight_map = _weight_map(config, cache_root)
     files: dict[str, dict[str, str]] = {}
     for key, ours in _tower_names(config.name, weight_map).items():
         files.setdefault(weight_map[key], {})[key] = ours
-    directory = fetch_files(*where, sorted(files))
+    directory = fetch_files(config.name, cache_root, config.revision, sorted(files))
     tower = TowerFiles({directory / file: names for file, names in sorted(files.items())})
     for path, names in tower.files.items():
         header = _open(path)
@@ -162,6 +186,45 @@ def find_tower(config: CheckpointConfig, cache_root: Path) -> TowerFiles:
             f"{config.name}: {CONFIG} and the weights are of different models ({said}); take both from one"
         )
     return tower
+
+
+def find_model(config: CheckpointConfig, cache_root: Path) -> ModelFiles:
+    """Find the files of the whole model, of which a tower is only a part, and download them.
+
+    Raises:
+        InputError: the checkpoint has no language model or no tokenizer, or a file is missing or broken.
+    """
+    weight_map = _weight_map(config, cache_root)
+    if not any(_LANGUAGE in key for key in weight_map):
+        raise InputError(
+            f"{config.name}: holds a vision tower alone; of its {len(weight_map)} tensors none is the language model's "
+            f"(`model.layers.0{_LANGUAGE}q_proj.weight` and others), which fidelity asks: name the whole Qwen2.5-VL "
+            "checkpoint, or remove `fidelity`"
+        )
+    weights = sorted(set(weight_map.values()))
+    directory = fetch_files(config.name, cache_root, config.revision, [CONFIG, *weights], _TOKENIZERS, _BESIDE)
+    if not any((directory / file).is_file() for file in _TOKENIZERS):
+        raise InputError(
+            f"{config.name}: has no tokenizer (no {' and no '.join(_TOKENIZERS)}), without which nothing can be asked; "
+            "copy the tokenizer's files from the model that this one was made from"
+        )
+    return ModelFiles(
+        directory, tuple(directory / file for file in weights), tuple(directory / file for file in _BESIDE)
+    )
+
+
+def _weight_map(config: CheckpointConfig, cache_root: Path) -> dict[str, str]:
+    """Which file holds each tensor."""
+    where = config.name, cache_root, config.revision
+    directory = fetch_files(*where, [], [INDEX, SINGLE])
+    # A whole file beside an index, of which one is older, is what transformers takes as well.
+    if (directory / INDEX).is_file() and not os.path.isfile(directory / SINGLE):
+        weight_map = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(f"{directory / INDEX}: its weight_map names no files; save the model once more")
+        return weight_map
+    directory = fetch_files(*where, [SINGLE])
+    return dict.fromkeys(_open(directory / SINGLE), SINGLE)
 
 
 def _read_vision(name: str, config: dict[str, Any]) -> dict[str, Any]:

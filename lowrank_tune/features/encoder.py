@@ -69,19 +69,13 @@ class Encoder:
         self.batch = batch
         dtype = getattr(torch, compute_dtype)
         self.model = _load_tower(config, tower, dtype)
-        said = {key: config.preprocessor.get(key) for key in ("image_mean", "image_std", "rescale_factor")}
-        self.processor = Qwen2VLImageProcessor(
-            patch_size=self.model.config.patch_size,
-            merge_size=self.model.config.spatial_merge_size,
-            temporal_patch_size=self.model.config.temporal_patch_size,
-            **{key: value for key, value in said.items() if value is not None},
-        )
+        self.processor = image_processor(config, self.model.config)
         try:
             self.model.to(self.device)
             if not is_exact(self.device, dtype):
                 align_mlp(self.model)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise InputError(
                 f"{config.name}: out of GPU memory on {device} before the first image; {_MAKE_ROOM}, or take a GPU "
@@ -165,7 +159,7 @@ class Encoder:
             features_NTD.copy_(features.to(features_NTD.dtype), non_blocking=True)
             largest_N.copy_(features.abs().amax(dim=(1, 2)), non_blocking=True)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             # The memory is free only when the exception, which holds every tensor of the pass, is gone.
             return False
@@ -184,7 +178,18 @@ class Encoder:
         return note
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def image_processor(config: CheckpointConfig, vision: Qwen2_5_VLVisionConfig) -> Qwen2VLImageProcessor:
+    """Transformers' own preprocessor, by what the checkpoint says of it."""
+    said = {key: config.preprocessor.get(key) for key in ("image_mean", "image_std", "rescale_factor")}
+    return Qwen2VLImageProcessor(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        **{key: value for key, value in said.items() if value is not None},
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU's memory did not suffice, for torch's own tensors or for what the driver and its libraries need."""
     told = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)

@@ -45,7 +45,7 @@ def adapter(at, *keys):
         (lambda at: (at / "model.safetensors.index.json").unlink(), "index.json is missing, .* copy it to them"),
         (lambda at: only(at, "step_9/actor/model_world_size_1_rank_0.pt"), "checkpoint: .*/step_9/actor$"),
         (lambda at: only(at, ".cache/huggingface/download/a.incomplete"), "go on with it: `hf download"),
-        (lambda at: only(at, "merges.txt"), r"there are no weights.*the folder holds chat_template.json, config.json, "),
+        (lambda at: only(at, "merges.txt"), r"there are no weights.*the folder holds chat_template.json, config"),
         (lambda at: (at / "config.json").unlink(), r"config.json is missing.*the folder holds chat_template.json, gen"),
         (lambda at: [path.unlink() for path in at.iterdir()], r"the folder is empty"),
     ],
