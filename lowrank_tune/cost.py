@@ -33,6 +33,7 @@ from lowrank_tune.config.points import first_params
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
 from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault, printable
+from lowrank_tune.features.asked import check_questions
 from lowrank_tune.features.cache import read_committed, read_sealed
 from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
@@ -42,6 +43,7 @@ from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.features.images import hash_files, read_bytes
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.features.tensors import load_tensor
+from lowrank_tune.fidelity.reckon import fidelity_cost
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
@@ -80,6 +82,8 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     split = split_images(listed_groups(spec.features.source, spec.split.group_by)[:usable], spec.split, spec.seed)
     missing = survey["images_to_extract"]
     each = try_images(spec.features, plan.features_root, spec.seed)[0] if missing else 0.0
+    check_questions(spec.features.source, spec.fidelity)
+    asked = fidelity_cost(plan, tokens, len(split.test))
     return {
         "name": spec.name,
         "method": spec.search.method,
@@ -89,7 +93,8 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "combinations": cost["combinations"],
         "split": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
         **survey,
-        **calibrate(plan, tokens, dim, split, each * missing),
+        **calibrate(plan, tokens, dim, split, each * missing, asked["seconds"] if asked else 0.0),
+        "fidelity": asked,
     }
 
 
@@ -218,7 +223,9 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
     return each, findings, broken
 
 
-def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_seconds: float) -> dict[str, Any]:
+def calibrate(
+    plan: Plan, tokens: int, dim: int, split: Split, extraction_seconds: float, asking_seconds: float = 0.0
+) -> dict[str, Any]:
     """Time a few steps of a study's largest and smallest trainings, and reckon the whole from them.
 
     Of a training by several workers one's share is timed, without what they exchange. The memory is that of the largest
@@ -256,7 +263,7 @@ def calibrate(plan: Plan, tokens: int, dim: int, split: Split, extraction_second
     ranks = len(space.nested_ranks) or combinations([space.axes(next(iter(families)))["rank"]]) or plan.n_trials
     fixed = START_S + FINISH_S + ROW_S * ranks * (len(families) + METHODS_WITHOUT_TRAINING) + TRIAL_S * trainings
     fixed += 0 if isinstance(plan.spec.features.source, TensorSource) else PICTURES_S
-    fixed, whole = fixed + extraction_seconds, trial_seconds / min(at_once, trainings)
+    fixed, whole = fixed + extraction_seconds + asking_seconds, trial_seconds / min(at_once, trainings)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "memory_bytes_per_trial": memory,

@@ -6,18 +6,21 @@ Only its folder and its feature cache are read, wherever they lie now; no Ray is
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank_tune.cluster.study_dir import find_study, read_plan, read_status, results_path
+from lowrank_tune.cluster.study_dir import claimed, find_study, read_plan, read_status, results_path
 from lowrank_tune.comparison.compare import read_comparison
+from lowrank_tune.config.loading import load_past_study
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.pictures import measure_pictures
-from lowrank_tune.measured import Comparison
-from lowrank_tune.records import FeatureSet, Split, TrialOutcome
+from lowrank_tune.fidelity.measure import Measured, ask_fidelity, read_fidelity
+from lowrank_tune.measured import Comparison, Fidelity
+from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import compare_study
 from lowrank_tune.tracking.reconcile import report_comparison
@@ -111,8 +114,66 @@ def report_of(
             study.directory,
             study.confirmations,
             progress,
+            read_fidelity(study.directory),
         )
     return files, report_comparison(study.plan, comparison, (*study.outcomes, *study.confirmations))
+
+
+def fidelity_of(
+    study: PastStudy,
+    *,
+    questions: str | None = None,
+    answers: str | None = None,
+    images: int | None = None,
+    address: str | None = None,
+    progress: StudyProgress | None = None,
+) -> tuple[Fidelity, str]:
+    """Ask the language model what of a study was not asked yet, write its report anew and log both to MLflow.
+
+    Args:
+        study: from `open_study`.
+        questions: as in a study file; by default what the study's own has, and likewise the next two.
+        answers: the column of right answers.
+        images: how many test images; more of them widen what is there.
+        address: a Ray cluster; by default RAY_ADDRESS, else a Ray of this process's own.
+        progress: told what happens.
+
+    Returns:
+        What was found, and what MLflow was not told and why.
+
+    Raises:
+        InputError: nothing says what to ask, or the questions, the checkpoint or the images cannot be used.
+        CacheError: features cannot be read.
+        LowrankTuneError: the workers stopped.
+    """
+    from lowrank_tune.report.report import write_report
+
+    progress, own = progress or StudyProgress(), study.plan.spec.fidelity
+    given = {"questions": questions, "answers": answers, "images": images}
+    wanted = (own.model_dump() if own else {}) | {name: value for name, value in given.items() if value is not None}
+    if "questions" not in wanted:
+        raise InputError(
+            f"study {study.directory.name}: its file has no fidelity section, so say what to ask: --questions with a "
+            "column of its records, or the question itself; with --answers, a column, accuracy is measured, too"
+        )
+    asked = load_past_study(study.directory / "study.resolved.yaml", [f"fidelity={json.dumps(wanted)}"]).fidelity
+    assert asked is not None
+    with claimed(study.directory), _writing(study):
+        comparison = comparison_of(study)
+        measured = Measured(study.plan, study.features, study.split, study.outcomes, comparison)
+        fidelity = ask_fidelity(measured, asked, note=progress.stage, progress=progress.asked, address=address)
+        write_report(
+            study.plan,
+            study.features,
+            study.split,
+            study.outcomes,
+            comparison,
+            study.directory,
+            study.confirmations,
+            progress.stage,
+            fidelity,
+        )
+    return fidelity, report_comparison(study.plan, comparison, (*study.outcomes, *study.confirmations))
 
 
 def visualize(

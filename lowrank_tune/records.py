@@ -208,5 +208,8 @@ class StudyProgress(TrialTracker):
     def images(self, done: int, total: int) -> None:
         """So many of the images that the cache lacked are in it now."""
 
+    def asked(self, done: int, total: int) -> None:
+        """About so many of the test images the language model has answered all."""
+
     def trials(self, total: int) -> None:
         """So many trainings begin: the search's trials, then the repetitions of its best."""

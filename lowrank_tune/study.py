@@ -46,7 +46,8 @@ from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.groups import image_groups
 from lowrank_tune.features.pictures import measure_pictures
 from lowrank_tune.features.remote import local_copy
-from lowrank_tune.measured import Comparison, Pictures
+from lowrank_tune.fidelity.measure import Measured, measure_fidelity, read_fidelity
+from lowrank_tune.measured import Comparison, Fidelity, Pictures
 from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.report.text import size_text
@@ -75,6 +76,7 @@ class StudyResult:
     confirmations: tuple[TrialOutcome, ...] = ()
     untracked: tuple[str, ...] = ()  # what MLflow was not told, and why
     tracked_by: str = ""  # where MLflow's pages are, or the command that serves them; empty for `lowrank-tune ui`
+    fidelity: Fidelity | None = None  # what the language model still sees; None where nothing was asked
 
 
 def run_study(
@@ -319,12 +321,16 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
         pictures = measure_pictures(plan, features, split.test, say)
     say(f"comparing with the SVD and the controls on {len(split.test)} test images")
     comparison = compare_study(plan, features, split, outcomes, confirmations, pictures)
+    study = Measured(plan, features, split, tuple(outcomes), comparison)
+    fidelity = measure_fidelity(study, spec.fidelity, note=say, progress=progress.asked) or read_fidelity(directory)
     # Here, for it imports what draws, which takes seconds.
     from lowrank_tune.report.report import write_report
 
-    write_report(plan, features, split, outcomes, comparison, directory, confirmations, say)
+    write_report(plan, features, split, outcomes, comparison, directory, confirmations, say, fidelity)
     tracker.compared(comparison, (*outcomes, *confirmations))
-    return StudyResult(plan.study_id, directory, features, split, outcomes, comparison, confirmations)
+    return StudyResult(
+        plan.study_id, directory, features, split, outcomes, comparison, confirmations, fidelity=fidelity
+    )
 
 
 def _prepare(plan: Plan, progress: StudyProgress, say: Callable[[str], None]) -> tuple[FeatureSet, Split]:

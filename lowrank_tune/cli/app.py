@@ -233,6 +233,36 @@ def report(study_id: StudyId, again: Again = False, results: Results = None, as_
             typer.echo(f"not in MLflow: {untracked}", err=True)
 
 
+@app.command(
+    epilog="Example: lowrank-tune fidelity quickstart-0d7fdaae --questions 'What is in the picture?' --images 128"
+)
+def fidelity(
+    study_id: StudyId,
+    questions: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="A column of the records, or the question itself; by default the study's."),
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of right answers; by default the study's.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Test images; more than before, and only those are asked.")
+    ] = None,
+    results: Results = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what the language model still sees with each method, rank and form: asks only what was not asked before."""
+    from lowrank_tune.past_study import fidelity_of, open_study
+
+    study = open_study(results, study_id)
+    with shown_progress(quiet=as_json) as progress:
+        found, untracked = fidelity_of(
+            study, questions=questions, answers=answers, images=images, address=address, progress=progress
+        )
+    output.show_fidelity(found, untracked, as_json)
+
+
 def _print_files(files: Sequence[Path]) -> None:
     # The page to open comes first.
     print(*sorted(files, key=lambda file: file.suffix != ".html"), sep="\n")

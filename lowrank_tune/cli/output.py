@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lowrank_tune.errors import redact
-from lowrank_tune.measured import Comparison
+from lowrank_tune.measured import Comparison, Fidelity
 from lowrank_tune.records import FeatureSet, TrialOutcome
 
 if TYPE_CHECKING:  # these load torch and what talks to a cluster
@@ -133,7 +133,7 @@ def show_job(job: Job, address: str, as_json: bool) -> None:
 def show_study(result: StudyResult, as_json: bool) -> None:
     if as_json:
         facts = {"study_id": result.study_id, "directory": result.directory, "comparison": result.comparison.rows}
-        facts |= {"remarks": result.comparison.remarks, "trials": result.outcomes}
+        facts |= {"remarks": result.comparison.remarks, "fidelity": result.fidelity, "trials": result.outcomes}
         show(facts | {"confirmations": result.confirmations, "untracked": result.untracked}, as_json)
         return
     from lowrank_tune.report.tables import summary_table
@@ -141,7 +141,8 @@ def show_study(result: StudyResult, as_json: bool) -> None:
 
     Console(highlight=False).print(summary_table(result.comparison))
     # The table has said what the summary's sentences on single ranks say.
-    _print_points([training_sentence(result.outcomes), *result.comparison.remarks])
+    seen = (*result.fidelity.words, *result.fidelity.remarks) if result.fidelity else ()
+    _print_points([training_sentence(result.outcomes), *result.comparison.remarks, *seen])
     # The command as it can be typed here: by its name when the PATH has it, else where it lies.
     beside = os.path.relpath(Path(sys.executable).parent / "lowrank-tune")
     program = "lowrank-tune" if shutil.which("lowrank-tune") else shlex.quote(beside)
@@ -171,6 +172,34 @@ def show_comparisons(
     Console(highlight=False).print(comparison_tables(*shown.values()) if alone else studies_table(shown))
     said = [remark if alone else f"{name}: {remark}" for name, found in shown.items() for remark in found.remarks]
     _print_points([*caveats, *said])
+
+
+def show_fidelity(fidelity: Fidelity, untracked: str, as_json: bool) -> None:
+    if as_json:
+        show({**asdict(fidelity), "untracked": untracked}, as_json)
+        return
+    print_rows(
+        [
+            {
+                "rank": row.rank or "",
+                "method": row.method,
+                "form": row.form,
+                "KiB": f"{row.bytes_per_image / 1024:.4g}",
+                "KL": f"{row.kl_mean:.3g}",
+                "answers kept": _part(1 - row.answer_flips),
+                "first tokens kept": _part(1 - row.first_token_flips),
+                "accuracy": _part(row.accuracy),
+            }
+            for row in fidelity.rows
+        ]
+    )
+    _print_points([*fidelity.words, *fidelity.remarks])
+    if untracked:
+        print(f"not in MLflow: {untracked}")
+
+
+def _part(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
 
 
 def _print_points(sentences: Sequence[str]) -> None:
@@ -250,6 +279,12 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         "time": f"{about['']}, {duration_text(facts['seconds_at_most'])} if nothing is stopped early",
         "notes": facts["notes"],
     }
+    if asked := facts["fidelity"]:
+        said["the model"] = (
+            f"asked about {count(asked['images'], 'test image')} in {count(asked['forms'], 'form')} each, "
+            f"{asked['teraflop']:,.3g} TFLOP, {size_text(asked['model_bytes'])} of weights on {asked['device']}, "
+            f"about {duration_text(max(0.1, asked['seconds']))}"
+        )
     print_facts({name: value for name, value in said.items() if value})
 
 

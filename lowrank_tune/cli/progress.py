@@ -58,8 +58,14 @@ class TerminalProgress(StudyProgress):
 
     def images(self, done: int, total: int) -> None:
         """Count the images; what a cache held already says nothing of the rate."""
+        self._count_images(self._doing, done, total)
+
+    def asked(self, done: int, total: int) -> None:
+        self._count_images("asking", done, total)
+
+    def _count_images(self, what: str, done: int, total: int) -> None:
         before = self._bar.tasks[0].fields["done"] if self._bar.tasks else done
-        task = self._count(self._doing, done, total, unit="images")
+        task = self._count(what, done, total, unit="images")
         part = max(1, -(-total // _LINES))
         if not self._console.is_terminal and done != before and (done // part != before // part or done == total):
             self._say(", ".join(text for text in (f"{done}/{total} images", _pace(task)) if text))

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
+from lowrank_tune.files import read_json
 from lowrank_tune.measured import Comparison, ComparisonRow
 from lowrank_tune.records import OBJECTIVES, TrialOutcome
 from lowrank_tune.tracking.reach import deleted
@@ -44,6 +45,7 @@ _TABLE, _RATES = "comparison_table.json", "rates_table.json"
 _FILES = (
     *("report.html", "study.yaml", "study.resolved.yaml"),
     *("comparison.json", "per_image.parquet", "pareto.json", "compression.json"),
+    *("fidelity.json", "fidelity_notes.json"),
 )
 
 
@@ -270,7 +272,7 @@ class StudySync:
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
         client, directory, at = self._client, self._plan.study_dir, _now()
-        points = [point for row in comparison.rows for point in _points(row)]
+        points = [*(point for row in comparison.rows for point in _points(row)), *_flips(directory)]
         keys = {key for key, _, _ in points} & client.get_run(run_id).data.metrics.keys()
         there = {(key, point.step, point.value) for key in keys for point in client.get_metric_history(run_id, key)}
         self._log(
@@ -370,6 +372,16 @@ def _points(row: ComparisonRow) -> Iterator[tuple[str, int, float]]:
     for figure, value in figures.items():
         if value is not None and math.isfinite(value):
             yield f"test.{row.method}.{figure}", row.rank, value
+
+
+def _flips(directory: Path) -> Iterator[tuple[str, int, float]]:
+    """The answers that flip with A·B of each method and rank, with X as cached and with the pictures, at step 0."""
+    path, known = directory / "fidelity.json", set[tuple[str, int]]()
+    for row in read_json(path) if path.is_file() else ():
+        kind = row["method"], row["rank"]
+        if kind not in known and (row["form"] == "factors" or not row["rank"]):
+            known.add(kind)
+            yield f"fidelity.{row['method']}.flips", row["rank"], row["answer_flips"]
 
 
 def _digest(directory: Path) -> str:
