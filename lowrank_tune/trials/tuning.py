@@ -106,6 +106,10 @@ def _forget(trial: Trial) -> None:
     trial._default_result_or_future = None
     trial.run_metadata.metric_analysis.clear()
     trial.run_metadata.metric_n_steps.clear()
+    trial.run_metadata.last_result = {}
+    # What was searched, in three copies; the searcher and its journal have their own.
+    trial.config.clear()
+    trial.evaluated_params.clear()
 
 
 def _config(trial: Trial) -> TrialConfig:
