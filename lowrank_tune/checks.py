@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from lowrank_tune.cluster.study_dir import find_study, read_plan
+from lowrank_tune.comparison.choice import ranked
 from lowrank_tune.config.objective import no_ratio
 from lowrank_tune.config.paths import absolute_paths
 from lowrank_tune.config.plan import Plan, max_rank, split_images
+from lowrank_tune.config.points import nearest_point
 from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.config.search import BestOfStudy
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.asked import check_questions
 from lowrank_tune.features.extract import known_images, probe_shape
 from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.lowrank.decomposers import FAMILIES
+from lowrank_tune.records import TrialOutcome
 from lowrank_tune.report.spatial import check_images
-from lowrank_tune.trials.outcomes import check_same_images
+from lowrank_tune.trials.outcomes import check_same_images, past_outcomes
 
 
 def check_data(spec: StudySpec, *, trains: bool = True) -> None:
@@ -63,6 +69,35 @@ def check_begun(plan: Plan) -> None:
         check_data(plan.spec)
         fingerprint, keys = known_images(plan.spec.features, plan.features_root, plan.spec.seed)
         check_same_images(plan.study_dir / "tune", fingerprint, keys)
+
+
+def with_first_points(plan: Plan) -> Plan:
+    """A plan that knows the points of another study which its own begins with, the best of each rank first.
+
+    Raises:
+        InputError: there is no such study, or it has no trial of a family that is searched here.
+    """
+    first, space = plan.spec.search.first, plan.spec.search.space
+    if not isinstance(first, BestOfStudy) or plan.first:
+        return plan
+    try:
+        directory = find_study(plan.results, first.study)
+    except InputError as error:
+        raise InputError(f"search.first.study: {error}") from None
+    trials = [outcome for outcome in past_outcomes(directory) if not outcome.config.confirms]
+    ranks = dict[tuple[int, ...], list[TrialOutcome]]()
+    for outcome in ranked(trials, read_plan(directory).spec.steered_by):
+        if outcome.config.family in space.families.chosen():
+            ranks.setdefault(outcome.config.ranks, []).append(outcome)
+    best = [own[place] for place in range(first.best) for own in ranks.values() if place < len(own)]
+    points = [nearest_point(space, outcome.config.family, outcome.config.point) for outcome in best]
+    if not points:
+        families = ", ".join(space.families.chosen())
+        raise InputError(
+            f"search.first.study: study {directory.name} has no trained model of {families}; name another, or give "
+            "points themselves"
+        )
+    return replace(plan, first=tuple(point for place, point in enumerate(points) if point not in points[:place]))
 
 
 @contextmanager

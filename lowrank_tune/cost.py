@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_tune.checks import check_space
+from lowrank_tune.checks import check_space, with_first_points
 from lowrank_tune.cluster.study_dir import results_directory
 from lowrank_tune.config.axes import combinations, whole_values
 from lowrank_tune.config.plan import (
@@ -73,7 +73,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     Raises:
         InputError: the study's data, encoder or ranks cannot be used.
     """
-    plan = make_plan(spec, results_directory(results), datetime.now(UTC))
+    plan = with_first_points(make_plan(spec, results_directory(results), datetime.now(UTC)))
     survey = survey_features(spec.features, plan.features_root, spec.seed)
     tokens, dim = survey["features_shape"]
     check_space(spec, tokens, dim)
@@ -242,7 +242,7 @@ def calibrate(
     measured = []
     for family in families:
         for rank in dict.fromkeys((high, high if space.nested_ranks else min(whole_values(space.rank)))):
-            config = trial_config(plan, 0, {**first_params(plan.spec, family), "rank": rank})
+            config = trial_config(plan, 0, {**first_params(plan.spec.search.space, family), "rank": rank})
             share = replace(config, batch_size=math.ceil(config.batch_size / workers))
             measured.append(_measure(share, data, own, device))
     trial_seconds = sum(seconds for seconds, _ in measured) / len(measured)

@@ -137,6 +137,7 @@ class TrialConfig:
     nested_ranks: tuple[int, ...] = ()  # that this one training serves, up to `rank`; empty when it serves `rank` alone
     objective: str = "val_residual_ratio"  # what early stopping, the learning rate and the kept weights go by
     target_error: float | None = None  # the relative error at which bytes are counted; None where nobody asks for them
+    origin: Literal["", "defaults", "first"] = ""  # its family's published defaults, or from `search.first`
     confirms: str = ""  # the trial whose configuration this one repeats with a fresh seed; empty for the search's own
 
     def __post_init__(self) -> None:
@@ -146,9 +147,14 @@ class TrialConfig:
     @property
     def trains(self) -> tuple[Any, ...]:
         """What two configurations of one study agree in that would train the same: numbers count to six digits."""
-        own = {"lr": self.lr, "weight_decay": self.weight_decay, "batch_size": self.batch_size, **self.family_params}
-        told = [(name, it if isinstance(it, str) else float(f"{it:.6g}")) for name, it in sorted(own.items())]
-        return (self.family, self.ranks, *told)
+        told = [(name, it if isinstance(it, str) else float(f"{it:.6g}")) for name, it in sorted(self.point.items())]
+        return (self.ranks, *told)
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """The values of the search space that it has."""
+        shared = {"family": self.family, "rank": self.rank, "lr": self.lr, "weight_decay": self.weight_decay}
+        return {**shared, "batch_size": self.batch_size, **self.family_params}
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 import torch
 
-from lowrank_tune.checks import check_begun, check_data, check_space, paths_explained
+from lowrank_tune.checks import check_begun, check_data, check_space, paths_explained, with_first_points
 from lowrank_tune.cluster.jobs import check_shared
 from lowrank_tune.cluster.study_dir import (
     READY,
@@ -147,7 +147,7 @@ def extend_study(
         if state != "finished":
             raise InputError(f"study {directory.name}: it is {state}; `lowrank-tune resume` comes before `extend`")
         before = read_plan(directory)
-        plan = extended_plan(before, trials, overrides)
+        plan = with_first_points(extended_plan(before, trials, overrides))
         check_begun(plan)
         with _ready(plan, address, begun=True) as (tracker, opened):
             migrate_search(plan, directory / "tune" / "optuna.journal")
@@ -191,7 +191,7 @@ def run_trial(
     """
     progress = progress or StudyProgress()
     plan = plan_study(_spec_of(study, overrides), results)
-    config = trial_config(plan, 0, first_params(plan.spec))
+    config = trial_config(plan, 0, first_params(plan.spec.search.space))
     create_study(plan, _text_of(file or study), overrides)
     with claimed(plan.study_dir), Status(plan.study_dir, 1) as status:
         _prepare(plan, progress, progress.stage)
@@ -258,6 +258,7 @@ def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", 
         plan = replace(plan, study_id=check_id(study_id), study_dir=home / "studies" / study_id)
         if plan.study_dir.exists():
             raise InputError(f"study {study_id}: {plan.study_dir} is there already; go on with it by `resume`")
+    plan = with_first_points(plan) if trains else plan
     results_directory(home)
     return plan
 

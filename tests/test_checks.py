@@ -1,14 +1,22 @@
 """What refuses a study before it leaves a trace: ranks and words that its features do not have."""
 
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowrank_tune.checks import check_space
+from lowrank_tune.checks import check_space, with_first_points
+from lowrank_tune.cluster.study_dir import create_study, read_plan
 from lowrank_tune.config.axes import FamiliesSpec
 from lowrank_tune.config.loading import parse_study
+from lowrank_tune.config.plan import Plan, make_plan, trial_config
+from lowrank_tune.config.points import first_params
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers import FAMILIES
+from lowrank_tune.records import TrialOutcome
+from lowrank_tune.trials.outcomes import write_outcome
 
 
 def space(rank: Any, families: str, *overrides: str) -> Any:
@@ -67,3 +75,34 @@ def test_a_dct_needs_a_square_grid_of_tokens(transform: str) -> None:
     ):
         check_space(study, 15, 24)
     check_space(space(8, "shared: {token_transform: [none, learned]}"), 15, 24)
+
+
+def test_a_search_begins_with_the_best_of_each_rank_of_an_earlier_study(tmp_path: Path) -> None:
+    def plan_of(rank: Any, *overrides: str) -> Plan:
+        return make_plan(space(rank, "sketch: , refined: ", *overrides), tmp_path, datetime(2026, 2, 1, tzinfo=UTC))
+
+    past = plan_of("[4, 8]", "search.space.lr={loguniform: [1e-4, 1]}")
+    create_study(past, "")
+    (past.study_dir / "trials").mkdir()
+    for number, (family, rank, lr, ratio) in enumerate(
+        [("sketch", 4, 0.5, 1.2), ("refined", 8, 0.02, 1.1), ("direct", 8, 0.3, 1.0), ("refined", 4, 0.001, 1.4)]
+    ):
+        config = trial_config(past, number, {**first_params(past.spec.search.space), "rank": rank, "lr": lr})
+        config = replace(config, family=family, trial_id=f"r{number}")
+        best, folder = {"val_residual_ratio": ratio}, past.study_dir / "trials" / config.trial_id
+        write_outcome(TrialOutcome(config, "finished", "budget", 3, 2, best, str(folder), 1.0))
+    into = ("search.space.lr={loguniform: [1e-4, 0.1]}", "search.space.families={sketch: , refined: {steps: [1, 3]}}")
+    plan = with_first_points(plan_of("[6, 16]", *into, f"search.first={{study: {past.study_id}, best: 2}}"))
+    # Both ranks are nearest to 6 here, and a rate of 0.5 to 0.1; of what was not searched there is the default.
+    shared = {"weight_decay": 1e-5, "batch_size": 8}
+    assert plan.first == (
+        {"family": "refined", "rank": 6, "lr": 0.02, **shared, "steps": 3},
+        {"family": "sketch", "rank": 6, "lr": 0.1, **shared},
+        {"family": "refined", "rank": 6, "lr": 0.001, **shared, "steps": 3},
+    )
+    create_study(plan, "")
+    assert read_plan(plan.study_dir) == plan
+    with pytest.raises(InputError, match=r"^search\.first\.study: study nothing: not in .*studies: "):
+        with_first_points(plan_of(4, "search.first={study: nothing}"))
+    with pytest.raises(InputError, match=r"has no trained model of shared; name another, or give points themselves"):
+        with_first_points(plan_of(4, "search.space.families={shared: }", f"search.first={{study: {past.study_id}}}"))

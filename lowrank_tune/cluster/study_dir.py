@@ -119,7 +119,8 @@ def read_plan(directory: Path) -> Plan:
     spec = load_past_study(directory / "study.resolved.yaml")
     plan = make_plan(spec, directory.parent.parent, datetime.fromisoformat(record["started"]))
     kept = {name: record[name] for name in ("spec_hash", "n_trials")}
-    return replace(plan, study_id=directory.name, study_dir=directory, grid=tuple(record["grid"]), **kept)
+    first = tuple(record.get("first", ()))  # older studies had none
+    return replace(plan, study_id=directory.name, study_dir=directory, grid=tuple(record["grid"]), first=first, **kept)
 
 
 def extended_plan(plan: Plan, trials: int, overrides: Sequence[str]) -> Plan:

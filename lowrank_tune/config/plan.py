@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config.axes import combinations, whole_values
-from lowrank_tune.config.points import SHARED_PARAMS, count_points, grid_points
+from lowrank_tune.config.points import SHARED_PARAMS, count_points, grid_points, nearest_point
 from lowrank_tune.config.schema import SplitSpec, StudySpec
-from lowrank_tune.config.search import DEFAULT_TRIALS
+from lowrank_tune.config.search import DEFAULT_TRIALS, given_points
 from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
 
@@ -27,7 +27,10 @@ _ID_STEP_S = 512
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A study about to start; for method grid, `grid` is every combination in the order of `grid_points`."""
+    """A study about to start; for method grid, `grid` is every combination in the order of `grid_points`.
+
+    `first` holds what the study file itself gives; of another study, `checks.first_points` knows the points.
+    """
 
     spec: StudySpec  # the study file, every default filled in
     study_id: str  # `<name>-<8 hex>`, see `make_study_id`
@@ -37,6 +40,7 @@ class Plan:
     features_root: Path  # `results/features`, which studies share
     n_trials: int  # how many trials are tried at most
     grid: tuple[dict[str, Any], ...]
+    first: tuple[dict[str, Any], ...]  # points that are known to be good, to be tried first
     started: datetime  # in UTC
 
 
@@ -55,6 +59,7 @@ def make_plan(spec: StudySpec, results: Path, started: datetime) -> Plan:
         features_root=results / "features",
         n_trials=int(min(len(grid) or spec.search.trials or DEFAULT_TRIALS, count_points(spec.search.space))),
         grid=grid,
+        first=given_points(spec.search),
         started=started,
     )
 
@@ -83,7 +88,9 @@ def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
     if n_trials <= plan.n_trials:
         more = "a wider search.space" if grid or n_trials == most else "--trials"
         raise InputError(f"study {plan.study_id}: nothing to add to its {plan.n_trials} trials; give {more}")
-    return replace(plan, spec=spec, grid=grid, n_trials=n_trials)
+    same = (spec.search.space, spec.search.first) == (plan.spec.search.space, plan.spec.search.first)
+    first = plan.first if same else given_points(spec.search)
+    return replace(plan, spec=spec, grid=grid, first=first, n_trials=n_trials)
 
 
 def spec_hash(spec: StudySpec) -> str:
@@ -99,6 +106,32 @@ def make_study_id(name: str, identity: str, started: datetime) -> str:
     """
     step = int((started - _ID_EPOCH).total_seconds()) // _ID_STEP_S
     return f"{name}-{step % 16**5:05x}{_digest(f'{identity}:{started.isoformat()}')[:3]}"
+
+
+def search_groups(spec: StudySpec) -> list[dict[str, Any]]:
+    """What is the same for all trials of each group that is searched for itself: `{"family": …, "rank": …}` or less."""
+    within = spec.scheduler.compete_within if spec.search.deal == "evenly" else ()
+    groups: list[dict[str, Any]] = []
+    for family in spec.search.space.families.chosen():
+        axis = spec.search.space.axes(family)["rank"]
+        # A range has no group for each of its ranks.
+        ranks = axis if isinstance(axis, tuple) and "rank" in within else ()
+        own = {"family": family} if "family" in within else {}
+        groups += [own | {"rank": rank} for rank in ranks] or [own]
+    return [group for place, group in enumerate(groups) if group not in groups[:place]]
+
+
+def default_points(spec: StudySpec) -> list[list[dict[str, Any]]]:
+    """By group, as in `search_groups`, the published defaults of each family that belongs to it, put into the space."""
+    space = spec.search.space
+    return [
+        [
+            nearest_point(space, family, fixed=group)
+            for family in space.families.chosen()
+            if group.get("family", family) == family
+        ]
+        for group in search_groups(spec)
+    ]
 
 
 def max_rank(spec: StudySpec) -> int:
@@ -134,6 +167,7 @@ def confirmation_config(plan: Plan, config: TrialConfig, repeat: int) -> TrialCo
         trial_id=f"{config.trial_id}-s{repeat}",
         seed=int(_digest(f"{plan.spec.seed}:trial:{config.number}:repeat:{repeat}")[:8], 16),
         confirms=config.trial_id,
+        origin="",
     )
 
 
@@ -204,6 +238,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "target_error": plan.spec.target_error,
         **plan_cost(plan),
         "grid": list(plan.grid),
+        "first": list(plan.first),
     }
 
 

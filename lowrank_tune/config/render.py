@@ -59,9 +59,10 @@ def _is_absent(section: Section, name: str) -> bool:
 def _node(value: Any, depth: int) -> Any:
     if isinstance(value, Section):
         return _mapping(value, depth)
-    if not isinstance(value, Range | tuple):
+    if not isinstance(value, Range | tuple | dict):
         return value
-    ranged = {value.kind: _node(value.values, depth)} if isinstance(value, Range) else None
-    node: Any = CommentedMap(ranged) if ranged else CommentedSeq(value)
+    mapping = {value.kind: _node(value.values, depth)} if isinstance(value, Range) else value
+    own = [_node(each, depth) for each in value] if isinstance(value, tuple) else []
+    node: Any = CommentedMap(mapping) if isinstance(mapping, dict) else CommentedSeq(own)
     node.fa.set_flow_style()
     return node

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from lowrank_tune.config.axes import PositiveInt, Section, SpaceSpec, combinations, rejected
+from lowrank_tune.config.axes import PositiveInt, Section, SpaceSpec, Text, combinations, rejected
+from lowrank_tune.config.points import nearest_point, place_in
 
 DEFAULT_TRIALS = 20
 LARGEST_GRID = 10_000
+
+
+class BestOfStudy(Section):
+    """The best trials of a study that has ended, in the same results directory."""
+
+    study: Text
+    """Its id, or the beginning of it."""
+    best: PositiveInt = 3
+    """How many of each of its ranks; what this space has not becomes the nearest that it has."""
+
+
+Point = Annotated[dict[str, Any], Field(json_schema_extra={"additionalProperties": {"type": ["number", "string"]}})]
+First = Annotated[
+    Annotated[tuple[Point, ...], Tag("<points>")] | Annotated[BestOfStudy, Tag("<study>")],
+    Discriminator(lambda value: "<points>" if isinstance(value, list | tuple) else "<study>"),
+]
 
 
 class SearchSpec(Section):
@@ -23,6 +40,8 @@ class SearchSpec(Section):
     """Trials of random and tpe go to the groups of scheduler.compete_within in turn, or the sampler chooses, too."""
     space: SpaceSpec
     """A constant, a list, or a range {uniform|loguniform|int: [low, high]} for each key."""
+    first: First = ()
+    """Points to try first, [{family: refined, lr: 0.01}], after their family's defaults; or {study: ID, best: 3}."""
 
     @field_validator("trials")
     @classmethod
@@ -45,3 +64,21 @@ class SearchSpec(Section):
         if total > LARGEST_GRID:
             raise rejected(f"a grid of {total:,} combinations is above {LARGEST_GRID:,}: choose method random or tpe")
         return space
+
+    @field_validator("first")
+    @classmethod
+    def _first_is_in_the_space(cls, first: First, info: ValidationInfo) -> First:
+        space = info.data.get("space")
+        if isinstance(space, SpaceSpec) and isinstance(first, tuple):
+            for place, point in enumerate(first):
+                for name, reason in place_in(space, point)[1].items():
+                    raise rejected(reason, (place, name) if name in point else (place,))
+        return first
+
+
+def given_points(search: SearchSpec) -> tuple[dict[str, Any], ...]:
+    """The points of `first` that the file itself gives; what one leaves out has its family's defaults."""
+    if isinstance(search.first, BestOfStudy):
+        return ()
+    space = search.space
+    return tuple(nearest_point(space, place_in(space, point)[0], point) for point in search.first)

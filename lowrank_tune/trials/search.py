@@ -14,11 +14,12 @@ what steered them is noted as `epoch 1`, `epoch 2` … in their user attributes.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
 from lowrank_tune.config.axes import SpaceSpec
-from lowrank_tune.config.plan import Plan, trial_config
-from lowrank_tune.config.points import SHARED_PARAMS, search_groups
+from lowrank_tune.config.plan import Plan, default_points, search_groups, trial_config
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome
 from lowrank_tune.trials.drawing import draw_point, optuna_params, suggest
@@ -73,7 +73,8 @@ class StudySearcher(Searcher):
         self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
         self._waiting = any(trial.state == TrialState.WAITING for trial in known)
         self._number = len(known) - self._waiting
-        self._grid = iter(plan.grid)
+        self._defaults = default_points(plan.spec)
+        self._first = iter(self._first_points())
         self._exhausted = False
         self._groups = search_groups(plan.spec)
         self._dealt = dict.fromkeys(range(len(self._groups)), 0)  # to the groups that have a point left
@@ -142,29 +143,53 @@ class StudySearcher(Searcher):
 
     def _next_point(self) -> dict[str, Any] | None:
         """The next point that no trial has had; None where there is none left."""
-        for point in self._grid:
-            if trial_config(self._plan, self._number, point).trains not in self._seen:
-                return point
+        if (point := self._unseen(self._first)) is not None:
+            return point
         while self._dealt and not self._plan.grid:
-            group = min(self._dealt, key=lambda group: self._dealt[group])
-            drawn = draw_point(self._plan, self._study, self._number, self._groups[group], self._seen)
-            if drawn is not None:
-                return drawn
-            del self._dealt[group]
+            place = min(self._dealt, key=lambda place: self._dealt[place])
+            group, point = self._groups[place], self._unseen(self._defaults[place])
+            point = point or draw_point(self._plan, self._study, self._number, group, self._seen)
+            if point is not None:
+                return point
+            del self._dealt[place]
         self._exhausted = True
         return None
+
+    def _first_points(self) -> Iterator[dict[str, Any]]:
+        """What is tried before anything is drawn: points that are known, after their families' defaults, and a grid."""
+        for point in self._plan.first:
+            for group, defaults in zip(self._groups, self._defaults, strict=True):
+                if _belongs(point, group):
+                    yield from (own for own in defaults if own["family"] == point["family"])
+            yield point
+        if self._plan.grid:
+            yield from itertools.chain(*self._defaults, self._plan.grid)
+
+    def _unseen(self, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+        return next((point for point in points if self._trains(point) not in self._seen), None)
+
+    def _trains(self, point: Mapping[str, Any]) -> tuple[Any, ...]:
+        return trial_config(self._plan, self._number, point).trains
 
     def _count(self, config: TrialConfig) -> None:
         self._seen.add(config.trains)
         for group in self._dealt:
-            self._dealt[group] += all(getattr(config, name) == value for name, value in self._groups[group].items())
+            self._dealt[group] += _belongs(config.point, self._groups[group])
 
     def _describe(self, trial: Trial) -> TrialConfig:
         config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
+        if config.trains in map(self._trains, itertools.chain(*self._defaults)):
+            config = replace(config, origin="defaults")
+        elif config.trains in map(self._trains, self._plan.first):
+            config = replace(config, origin="first")
         self._count(config)
         trial.set_user_attr("trial_id", config.trial_id)
         trial.set_user_attr("config", asdict(config))
         return config
+
+
+def _belongs(point: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    return all(point[name] == value for name, value in group.items())
 
 
 def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:
@@ -200,12 +225,11 @@ def _moved(trial: FrozenTrial, space: SpaceSpec) -> FrozenTrial:
 
 def _drawn(config: TrialConfig, space: SpaceSpec) -> FixedTrial | None:
     """A trial that drew this configuration from the space; None when the space has no such point."""
-    point = {name: getattr(config, name) for name in SHARED_PARAMS} | config.family_params
-    fixed = FixedTrial(optuna_params(point))
+    fixed = FixedTrial(optuna_params(config.point))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of a value outside its range
         try:
-            return fixed if suggest(fixed, space) == point else None
+            return fixed if suggest(fixed, space) == config.point else None
         except (KeyError, ValueError, UserWarning):
             return None
 

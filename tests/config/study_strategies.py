@@ -81,6 +81,8 @@ def studies(draw: st.DrawFn) -> StudySpec:
         at=st.lists(st.sampled_from(["factors", "int8", "int4", "coded", "pictures"]), min_size=1, unique=True),
     ).map(lambda own: {"questions": "What is this?", **own})
     method = {"method": "grid"} if grid else draw(optional(method=st.sampled_from(["random", "tpe"]), trials=counts))
+    points = st.lists(st.sampled_from(sorted(space["families"])).map(lambda family: {"family": family}), max_size=2)
+    method |= draw(optional(first=points | st.fixed_dictionaries({"study": texts}, optional={"best": counts})))
     return StudySpec.model_validate(
         {
             "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", fullmatch=True)),

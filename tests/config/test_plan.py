@@ -82,7 +82,7 @@ def test_every_study_has_a_plan_that_json_can_hold(spec: StudySpec) -> None:
     assert summary["max_epochs"] == plan.n_trials * spec.training.epochs
     if spec.search.method == "grid":
         assert len(plan.grid) == sum(size or 0 for size in summary["combinations"].values())
-    config = trial_config(plan, 0, first_params(spec))
+    config = trial_config(plan, 0, first_params(spec.search.space))
     assert config.rank <= max_rank(spec)
     assert config.family in spec.search.space.families.chosen()
 
@@ -144,7 +144,7 @@ def test_a_repetition_is_its_trial_with_a_fresh_seed_and_a_name_that_says_so() -
 )
 def test_the_first_point_is_a_lists_first_or_a_ranges_middle(axis: str, first: float) -> None:
     spec = parse_study(GRID, "study.yaml", ["search.method=tpe", f"search.space.lr={axis}"])
-    params = first_params(spec)
+    params = first_params(spec.search.space)
     assert params["lr"] == pytest.approx(first)
     assert params["family"] == "direct"
     assert list(params) == list(next(grid_points(parse_study(GRID, "study.yaml").search.space)))

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from optuna.trial import TrialState
 from tiny_study import build_plan
 
 from lowrank_tune.config.axes import SpaceSpec
-from lowrank_tune.config.plan import Plan
+from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.points import count_points
 from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.drawing import optuna_params, suggest
@@ -62,15 +63,18 @@ def driver(plan_of: PlanOf) -> Driver:
     return Driver(plan_of({"rank": [2, 4, 8], "lr": [0.1, 0.2]}))
 
 
+IN_ORDER = [*((rank, 0.1) for rank in (2, 4, 8)), *((rank, 0.2) for rank in (2, 4, 8))]
+"""Of that grid: what is nearest to the published defaults comes first, then the rest as it is."""
+
+
 def test_a_grid_is_suggested_whole_in_order_and_then_is_finished(driver: Driver) -> None:
     suggested = []
     while (point := driver.suggest(f"t{len(suggested)}")) != StudySearcher.FINISHED:
         suggested.append(point["trial"])
-    assert [(trial["rank"], trial["lr"]) for trial in suggested] == [(r, lr) for r in (2, 4, 8) for lr in (0.1, 0.2)]
+    assert [(trial["rank"], trial["lr"]) for trial in suggested] == IN_ORDER
+    assert [trial["origin"] for trial in suggested] == ["defaults"] * 3 + [""] * 3
     assert [trial["number"] for trial in suggested] == list(range(6))
-    assert [trial.params for trial in driver.reopened().trials] == [
-        {"rank": rank, "lr": lr} for rank in (2, 4, 8) for lr in (0.1, 0.2)
-    ]
+    assert [trial.params for trial in driver.reopened().trials] == [{"rank": rank, "lr": lr} for rank, lr in IN_ORDER]
 
 
 def test_a_trial_that_the_scheduler_stopped_is_pruned_at_its_epoch(driver: Driver) -> None:
@@ -162,10 +166,10 @@ def test_a_search_that_another_process_goes_on_with_draws_what_it_would_have(pla
 
 def test_a_point_that_waits_is_asked_for_once(driver: Driver) -> None:
     driver.suggest("a")
-    driver.searcher._study.enqueue_trial({"rank": 2, "lr": 0.2})
+    driver.searcher._study.enqueue_trial({"rank": 4, "lr": 0.1})
     after = Driver(driver.plan)
     points = [after.suggest(str(number))["trial"] for number in range(6)]
-    assert [(point["rank"], point["lr"]) for point in points] == [(r, lr) for r in (2, 4, 8) for lr in (0.1, 0.2)]
+    assert [(point["rank"], point["lr"]) for point in points] == IN_ORDER
     assert after.suggest("none") == StudySearcher.FINISHED
 
 
@@ -205,6 +209,37 @@ def test_numbers_that_differ_in_the_seventh_digit_alone_are_not_both_trained(pla
     driver = Driver(plan_of({"rank": 2, "lr": {"uniform": [0.1, 0.1 + 1e-9]}}, method="random", trials=9))
     assert len(everything(driver)) == 1
     assert driver.searcher.stopped_for == "space"
+
+
+def test_each_group_begins_with_its_familys_published_defaults(plan_of: PlanOf) -> None:
+    families = {"direct": {"lambda_b": {"loguniform": [1e-6, 1e-5]}}, "refined": {"steps": [3, 5, 1]}}
+    space = {"families": families, "rank": [2, 8], "lr": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"int": [2, 4]}}
+    trials = everything(Driver(plan_of(space, method="tpe", trials=6)))
+    first = [(trial.family, trial.rank, trial.family_params) for trial in trials[:4]]
+    direct, refined = {"lambda_b": 1e-5, "lambda_ortho": 1e-3}, {"steps": 3}
+    assert first == [("direct", 2, direct), ("direct", 8, direct), ("refined", 2, refined), ("refined", 8, refined)]
+    assert {(trial.lr, trial.weight_decay, trial.batch_size) for trial in trials[:4]} == {(1e-3, 1e-5, 4)}
+    assert [trial.origin for trial in trials] == ["defaults"] * 4 + [""] * 2
+    (alone, *_) = everything(Driver(plan_of({"lr": 0.5, "rank": {"int": [4, 9]}}, method="random", trials=3)))
+    assert (alone.rank, alone.lr, alone.origin) == (9, 0.5, "defaults")
+
+
+def test_points_that_are_known_come_first_each_after_its_groups_defaults(plan_of: PlanOf) -> None:
+    space = {"families": {"direct": {}, "refined": {"steps": [2, 3]}}, "rank": [2, 8], "lr": [1e-4, 1e-3, 1e-2]}
+    plan = plan_of(space, method="tpe", trials=9)
+    given = ({"family": "refined", "rank": 8, "steps": 3}, {"family": "refined", "rank": 8, "lr": 0.01})
+    search = plan.spec.search.model_copy(update={"first": given})
+    plan = make_plan(plan.spec.model_copy(update={"search": search}), plan.results, plan.started)
+    driver = Driver(plan)
+    trials = everything(driver, 4)
+    assert [(trial.rank, trial.lr, trial.family_params, trial.origin) for trial in trials[:3]] == [
+        (8, 1e-3, {"steps": 2}, "defaults"),
+        (8, 1e-3, {"steps": 3}, "first"),
+        (8, 1e-2, {"steps": 2}, "first"),
+    ]
+    # Another process trains none of them again.
+    trials += everything(Driver(plan))
+    assert Counter(trial.origin for trial in trials) == {"defaults": 4, "first": 2, "": 3}
 
 
 few = st.lists(st.integers(1, 4), min_size=1, max_size=2, unique=True) | st.just({"int": [2, 4]})
@@ -324,7 +359,7 @@ def test_two_objectives_are_a_study_of_two_directions_whose_best_trials_are_the_
 @pytest.mark.parametrize("method", ["grid", "random", "tpe"])
 def test_a_search_of_two_objectives_goes_on_in_another_process(plan_of: PlanOf, tmp_path: Path, method: str) -> None:
     rates = [1e-3, 1e-2, 1e-1] if method == "grid" else {"loguniform": [1e-4, 1e-1]}
-    trials = None if method == "grid" else 18
+    trials = None if method == "grid" else 24
     space = {"families": {"shared": {"token_transform": ["none", "learned", "dct"]}, "sketch": {}}, "lr": rates}
     plan = plan_of(space, method=method, trials=trials, **BOTH)
 
