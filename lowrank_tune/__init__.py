@@ -15,6 +15,7 @@ from typing import Any
 
 __all__ = [
     "apply_decomposer",
+    "attach",
     "clone_study",
     "export_study",
     "extend_study",
@@ -27,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "apply_decomposer": "lowrank_tune.features.decompose",
+    "attach": "lowrank_tune.fidelity.attach",
     "export_study": "lowrank_tune.export",
     "load_decomposer": "lowrank_tune.lowrank.pretrained",
     "clone_study": "lowrank_tune.study",
