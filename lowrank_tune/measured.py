@@ -15,7 +15,7 @@ class ComparisonRow:
     None above min(T, D), where X has no more directions than the SVD keeps.
     """
 
-    method: str  # `svd`, a control's name, or a trained family
+    method: str  # `svd`, a control's name, or a trained family; `_weighted` at its end where errors weigh by W
     rank: int
     n_images: int
     token_cosine_mean: float  # of the mean over tokens of the cosine between rows of X and AB
@@ -44,12 +44,16 @@ class ComparisonRow:
     residual_ratio_low: float | None = None
     residual_ratio_high: float | None = None
     residual_ratio_median: float | None = None
-    training_gain: float | None = None  # 1 − ρ / ρ of the same model before training, likewise; None without training
+    # 1 − ρ / ρ of the same model before training, likewise, of ρ_W where that is what it lowers; None without training
+    training_gain: float | None = None
     training_gain_low: float | None = None
     training_gain_high: float | None = None
     beaten_by: str = ""  # which of the SVD and the controls beat this model, nearest first: `gram_eigh, power_1`
     level_with: str = ""  # and which are level with it
     shared_bytes: int = 0  # B in the cache's dtype, kept once for the data set; 0 where each image has its own
+    residual_ratio_weighted: float | None = None  # exp(mean log ρ_W); None without a metric of the answers
+    residual_ratio_weighted_low: float | None = None
+    residual_ratio_weighted_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

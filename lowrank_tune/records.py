@@ -49,6 +49,11 @@ BEST_MODEL = "best_model.safetensors"
 VALIDATION_OPTIMUM, TEST_OPTIMUM = "optimum.safetensors", "test_optimum.safetensors"
 """In a study's folder: the SVD's figures of these images, measured once."""
 
+ANSWERS_METRIC = "answers_metric.safetensors"
+"""In the folder of a study that has `fidelity`: the metric W by which the language model's answers move."""
+WEIGHTED = "_weighted"
+"""What ends the name of a method whose error weighs by that metric."""
+
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 """What ended a trial; `interruption` is only ever read off the files of a study that did not finish."""
@@ -133,7 +138,7 @@ class TrialConfig:
     batch_size: int  # images a step
     epochs: int  # the budget
     patience: int  # epochs in a row without a better objective before the trial stops
-    family_params: dict[str, float | str] = field(default_factory=dict)  # `lambda_b`, `steps`, `token_transform`
+    family_params: dict[str, float | str] = field(default_factory=dict)  # `lambda_b`, `steps`, `metric`
     nested_ranks: tuple[int, ...] = ()  # that this one training serves, up to `rank`; empty when it serves `rank` alone
     objective: str = "val_residual_ratio"  # what early stopping, the learning rate and the kept weights go by
     target_error: float | None = None  # the relative error at which bytes are counted; None where nobody asks for them
@@ -147,7 +152,8 @@ class TrialConfig:
     @property
     def trains(self) -> tuple[Any, ...]:
         """What two configurations of one study agree in that would train the same: numbers count to six digits."""
-        told = [(name, it if isinstance(it, str) else float(f"{it:.6g}")) for name, it in sorted(self.point.items())]
+        point = {"metric": "none"} | self.point  # studies from before there was a metric say nothing of it
+        told = [(name, it if isinstance(it, str) else float(f"{it:.6g}")) for name, it in sorted(point.items())]
         return (self.ranks, *told)
 
     @property
@@ -155,6 +161,11 @@ class TrialConfig:
         """The values of the search space that it has."""
         shared = {"family": self.family, "rank": self.rank, "lr": self.lr, "weight_decay": self.weight_decay}
         return {**shared, "batch_size": self.batch_size, **self.family_params}
+
+    @property
+    def method(self) -> str:
+        """What its model is in a comparison: its family, and `WEIGHTED` where it is trained in the answers' metric."""
+        return self.family + WEIGHTED * (self.family_params.get("metric") == "answers")
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lowrank_tune.measured import ComparisonRow
-from lowrank_tune.records import CONTROLS, SLOWER, TrialOutcome, sign
+from lowrank_tune.records import CONTROLS, SLOWER, WEIGHTED, TrialOutcome, sign
 
 Kind = tuple[str, int]
 """A method's name and rank."""
@@ -79,7 +79,7 @@ def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
 
     One that is clearly nearer beats it unless clearly slower, and one that is clearly quicker where it is as near:
     nearer where the interval of the paired difference excludes 0, quicker by more than `SLOWER`. Nothing is said of
-    what shares its B: it takes other bytes at the same rank.
+    what shares its B, which takes other bytes at the same rank, nor of what is trained to be near in another metric.
     """
     rivals = [row for row in rows if row.method in (*CONTROLS, "svd")]
     rivals.sort(key=lambda rival: (rival.residual_ratio, -rival.images_per_second))
@@ -87,7 +87,7 @@ def judge(rows: Sequence[ComparisonRow], paired: Paired) -> list[ComparisonRow]:
     for row in rows:
         beating, level = [], []
         own = [rival for rival in rivals if rival.rank == row.rank]
-        for other in own if row.trial_id and not row.shared_bytes else ():
+        for other in own if row.trial_id and not (row.shared_bytes or row.method.endswith(WEIGHTED)) else ():
             mean, low, high = paired((other.method, other.rank), (row.method, row.rank))
             nearer, as_near = high < -ROUNDING, low <= ROUNDING and mean <= math.log1p(AS_NEAR)
             quicker = other.images_per_second > row.images_per_second * (1 + SLOWER)

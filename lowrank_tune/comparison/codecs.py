@@ -25,7 +25,7 @@ from lowrank_tune.comparison.compression import svd_factors
 from lowrank_tune.lowrank.codebooks import book_of
 from lowrank_tune.lowrank.coding import Codebook, UnreachableError
 from lowrank_tune.lowrank.decomposers import Factors
-from lowrank_tune.lowrank.decomposers.shared import LEAST_SCALE, Shared, unit_images
+from lowrank_tune.lowrank.decomposers.shared import LEAST_SCALE, unit_images
 from lowrank_tune.lowrank.quantization import (
     dequantise,
     layout,
@@ -198,14 +198,14 @@ def coded_itself(tokens: int, dim: int, train: Iterable[Tensor]) -> Way:
     )  # fmt: skip
 
 
-def coded_shared(book: Codebook, trial_id: str) -> Way:
+def coded_shared(name: str, book: Codebook, trial_id: str) -> Way:
     """A `shared` model's coefficients."""
 
     def encode(seen: Seen, target: float) -> bytes:
         return book.encode(seen.x_TD, target_error=target)
 
-    family, shared = Shared.family, book.shared_bytes
-    return Way(family, book.rank, "coded", encode, book.decode, shared_bytes=shared, trial_id=trial_id)
+    shared = book.shared_bytes
+    return Way(name, book.rank, "coded", encode, book.decode, shared_bytes=shared, trial_id=trial_id)
 
 
 def stored_factors(

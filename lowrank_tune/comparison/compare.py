@@ -25,7 +25,9 @@ from lowrank_tune.comparison.compression import measure_compression
 from lowrank_tune.comparison.intervals import interval, paired
 from lowrank_tune.comparison.methods import (
     BATCH,
+    WEIGHTED_RATIO,
     Method,
+    Metric,
     before_training,
     device_name,
     images_per_second,
@@ -38,13 +40,23 @@ from lowrank_tune.comparison.rate_words import rate_words
 from lowrank_tune.comparison.rates import MOST_IMAGES, measure_rates
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json, write_whole
-from lowrank_tune.lowrank.baselines import svd
+from lowrank_tune.lowrank.baselines import svd, svd_weighted
 from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.metrics import EXACT
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
+from lowrank_tune.lowrank.weighted import measure_weighted, read_metric
 from lowrank_tune.measured import Comparison, ComparisonRow, Compression, Front, FrontPoint, Pictures
-from lowrank_tune.records import BYTES_AND_ERROR, TEST_OPTIMUM, VALIDATION_OPTIMUM, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import (
+    ANSWERS_METRIC,
+    BYTES_AND_ERROR,
+    TEST_OPTIMUM,
+    VALIDATION_OPTIMUM,
+    WEIGHTED,
+    FeatureSet,
+    Split,
+    TrialOutcome,
+)
 
 NOTES = "remarks.json"
 RIVALS = ("beaten_by", "level_with")
@@ -69,7 +81,8 @@ def compare(
     Validation chose the model behind a row by the `objective`, so its test figures are honest for that model; what
     its configuration gives with fresh seeds, `confirmations` tell. The seed draws random starts. Times on `device` are
     only worth comparing when nothing else runs. `groups` names what each of the features' images belongs with;
-    `pictures` is what their files gave; `told` is what else there is to remark, and comes first.
+    `pictures` is what their files gave; `told` is what else there is to remark, and comes first. Where the `directory`
+    holds a metric of the answers, ρ_W stands beside ρ.
 
     Raises:
         InputError: there is no trial, no test image, or no test image with a number other than 0.
@@ -84,18 +97,20 @@ def compare(
     within = [rank for rank in ranks if rank <= min(data.tokens, data.dim)]
     axes_DR = training_axes(data, split, max(within, default=1), seed).to(device)
     models, repeats, lost = trained(outcomes, confirmations, features, objective, device)
-    starts = before_training(models, outcomes, data, split, device)
+    metric = _metric(directory, data, split)
+    starts = before_training(models, outcomes, data, split, device, metric.factor_DD if metric else None)
     methods = [*(method for rank in within for method in untrained(rank, axes_DR, seed)), *models]
     optimum = kept_optimum(directory / TEST_OPTIMUM, features.digest(split.test), data.batches(split.test, 16))
     hidden = [*repeats, *starts.values()]
-    per_image, left_out = score(data, split.test, optimum, within, [*methods, *hidden], device)
+    per_image, left_out = score(data, split.test, optimum, within, [*methods, *hidden], device, metric)
     if per_image.empty:
         raise InputError(f"{directory.name}: every test image holds nothing but zeros; look at the source images")
     own_groups = [groups[image] if groups else str(place) for place, image in enumerate(split.test)]
     per_image["group"] = [own_groups[place] for place in per_image["index"]]
     measured = set(zip(per_image["method"], per_image["rank"], strict=True))
     sound = [method for method in methods if method.kind in measured]
-    rows = make_rows(data, per_image, sound, repeats, starts, _speeds(data, split, within, sound, device))
+    speeds = _speeds(data, split, within, sound, device, metric)
+    rows = make_rows(data, per_image, sound, repeats, starts, speeds)
     nested = _validated(data, split, directory, outcomes, models, device)
     rows = choose(judge(rows, partial(paired, per_image)), outcomes, objective, nested)
     compression, unmeasured = measure_compression(data, split.test, optimum, rows, sound, device)
@@ -128,13 +143,29 @@ def _measured(pictures: Pictures, optimum: Optimum, groups: Sequence[str], seed:
     return [seen[each] for each in spread([groups[place] for place in seen], MOST_IMAGES, seed)]
 
 
+def _metric(directory: Path, data: FeatureMatrix, split: Split) -> Metric | None:
+    """The metric that lies in a study's folder, and the least error in it of the test images."""
+    if not (directory / ANSWERS_METRIC).is_file():
+        return None
+    factor_DD = read_metric(directory / ANSWERS_METRIC, data.dim)
+    return Metric(factor_DD, measure_weighted(data.batches(split.test, 16), factor_DD))
+
+
 def _speeds(
-    data: FeatureMatrix, split: Split, ranks: Sequence[int], methods: Sequence[Method], device: str
+    data: FeatureMatrix,
+    split: Split,
+    ranks: Sequence[int],
+    methods: Sequence[Method],
+    device: str,
+    metric: Metric | None,
 ) -> dict[Kind, float]:
     """Time each method, the SVD at its ranks by its quickest exact form, on the same test images."""
     size = BATCH["cuda" if device.startswith("cuda") else "cpu"]
     x_NTD = data.load([split.test[place % len(split.test)] for place in range(size)]).to(device)
     routes: dict[Kind, Any] = {("svd", rank): partial(svd, rank=rank) for rank in ranks}
+    if metric:
+        factor_DD = metric.factor_DD.to(device)
+        routes |= {("svd_weighted", rank): partial(svd_weighted, rank=rank, factor_DD=factor_DD) for rank in ranks}
     return images_per_second(routes | {method.kind: method.decompose for method in methods}, x_NTD)
 
 
@@ -173,7 +204,9 @@ def make_rows(
             known |= {f"{name}_seed_mean": seeds[column].mean(), f"{name}_seed_sd": seeds[column].std()}
         if kind in starts and starts[kind].kind in table.index:
             # Of ρ, as the logarithm's mean gives it.
-            gain, low, high = (0.0 - math.expm1(value) for value in paired(per_image, kind, starts[kind].kind))
+            ratio = WEIGHTED_RATIO if kind[0].endswith(WEIGHTED) else "residual_ratio"
+            logs = paired(per_image, kind, starts[kind].kind, ratio)
+            gain, low, high = (0.0 - math.expm1(value) for value in logs)
             known |= {"training_gain": gain, "training_gain_low": high, "training_gain_high": low}
         known = {name: None if pd.isna(value) else value for name, value in known.items()}
         known |= {"bytes_per_image": size * (data.tokens if kind in shared else data.tokens + data.dim)}
@@ -200,7 +233,12 @@ def over_images(per_image: pd.DataFrame) -> pd.DataFrame:
         residual_ratio_median=("residual_ratio", "median"),
         n_groups=("group", "nunique"),
     ).fillna({"token_cosine_sd": 0.0})
-    for name, column, back in (("residual_ratio", "log", np.exp), ("token_cosine_minus_svd", "difference", pd.Series)):
+    averaged: dict[str, tuple[str, Any]] = {"residual_ratio": ("log", np.exp)}
+    averaged["token_cosine_minus_svd"] = "difference", pd.Series
+    if WEIGHTED_RATIO in table:
+        table = table.assign(log_weighted=np.log(table[WEIGHTED_RATIO]))
+        averaged[WEIGHTED_RATIO] = "log_weighted", np.exp
+    for name, (column, back) in averaged.items():
         mean, half = interval(table, column)
         for end, value in (("", mean), ("_low", mean - half), ("_high", mean + half)):
             folded[name + end] = back(value)
@@ -249,7 +287,7 @@ def pareto_fronts(outcomes: Iterable[TrialOutcome], rows: Iterable[ComparisonRow
     sound = [trial for trial in outcomes if trial.status != "failed" and not trial.config.nested_ranks]
     x, y = BYTES_AND_ERROR if any("val_bytes" in trial.best for trial in sound) else ("rank", "val_mse")
     trials = [
-        FrontPoint(trial.config.family, trial.config.rank, figures[x], figures[y], trial.config.trial_id)
+        FrontPoint(trial.config.method, trial.config.rank, figures[x], figures[y], trial.config.trial_id)
         for trial, figures in ((trial, {"rank": trial.config.rank, **trial.best}) for trial in sound)
         if x in figures and y in figures
     ]

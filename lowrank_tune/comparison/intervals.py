@@ -47,12 +47,14 @@ def proportion(table: pd.DataFrame, column: str, kinds: Sequence[str]) -> tuple[
     return mean, low.where(groups > 1), high.where(groups > 1)
 
 
-def paired(per_image: pd.DataFrame, kind: Kind, other: Kind) -> tuple[float, float, float]:
+def paired(
+    per_image: pd.DataFrame, kind: Kind, other: Kind, ratio: str = "residual_ratio"
+) -> tuple[float, float, float]:
     """The mean difference of log ρ on the same image, `kind` less `other`, and the ends of its interval."""
     own, theirs = (
         per_image[(per_image["method"] == name) & (per_image["rank"] == rank)].set_index("index")
         for name, rank in (kind, other)
     )
-    log = np.log(own["residual_ratio"]) - np.log(theirs["residual_ratio"])
+    log = np.log(own[ratio]) - np.log(theirs[ratio])
     mean, half = (float(part.iloc[0]) for part in interval(own.assign(log=log), "log"))
     return mean, mean - half, mean + half

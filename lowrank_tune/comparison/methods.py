@@ -29,6 +29,7 @@ from lowrank_tune.lowrank.linalg import principal_axes, stream
 from lowrank_tune.lowrank.metrics import Figures, measure, residual_ratio
 from lowrank_tune.lowrank.svd import Optimum
 from lowrank_tune.lowrank.trainer import initialise
+from lowrank_tune.lowrank.weighted import WeightedOptimum, weighted_residual
 from lowrank_tune.records import BEST_MODEL, FeatureSet, Split, TrialOutcome
 
 PCA_IMAGES = 512
@@ -59,6 +60,14 @@ def training_axes(data: FeatureMatrix, split: Split, count: int, seed: int) -> T
     return principal_axes(data.batches(images, PCA_BATCH), count, stream(seed, "control pca_basis"))
 
 
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """The metric W by which the language model's answers move, and the least error in it of some images."""
+
+    factor_DD: Tensor  # F with F Fᵀ = W
+    optimum: WeightedOptimum
+
+
 def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
     """List the SVD of normalised rows and the controls at a rank; the SVD's own figures come from the optimum.
 
@@ -81,16 +90,24 @@ def untrained(rank: int, axes_DR: Tensor, seed: int) -> list[Method]:
 
 
 def before_training(
-    methods: Iterable[Method], outcomes: Iterable[TrialOutcome], data: FeatureMatrix, split: Split, device: str
+    methods: Iterable[Method],
+    outcomes: Iterable[TrialOutcome],
+    data: FeatureMatrix,
+    split: Split,
+    device: str,
+    factor_DD: Tensor | None = None,
 ) -> dict[Kind, Method]:
-    """Make the model that each trained one was before its first epoch, each by a name of its own."""
+    """Make the model that each trained one was before its first epoch, each by a name of its own.
+
+    `factor_DD` is the metric of the answers, which those that were trained in it need.
+    """
     configs = {outcome.config.trial_id: outcome.config for outcome in outcomes}
     models: dict[str, Decomposer] = {}
     starts: dict[Kind, Method] = {}
     for method in methods:
         config, name = configs[method.trial_id], f"{method.trial_id} before training"
         if name not in models:
-            model = make_decomposer(config, data.tokens, data.dim).to(device).eval()
+            model = make_decomposer(config, data.tokens, data.dim, factor_DD).to(device).eval()
             initialise(model, config, batches_on(data, device).load, split.train, config.batch_size)
             models[name] = model
         model = models[name]
@@ -105,7 +122,7 @@ def trained(
     objective: str,
     device: str,
 ) -> tuple[list[Method], list[Method], list[str]]:
-    """Load the best model of each family and rank, and those that repeat a trial's configuration.
+    """Load the best model of each family, metric and rank, and those that repeat a trial's configuration.
 
     Returns:
         The methods; the repetitions, each named by its own trial's id; and a sentence for each model that could not be
@@ -130,12 +147,12 @@ def trained(
         return model.to(device).eval()
 
     methods: list[Method] = []
-    for family, rank in sorted({(trial.config.family, rank) for trial in outcomes for rank in trial.config.ranks}):
-        kind = [trial for trial in outcomes if trial.config.family == family and rank in trial.config.ranks]
+    for name, rank in sorted({(trial.config.method, rank) for trial in outcomes for rank in trial.config.ranks}):
+        kind = [trial for trial in outcomes if trial.config.method == name and rank in trial.config.ranks]
         for outcome in ranked(kind, objective):
             if model := load(outcome, "trial"):
                 decompose = partial(model, rank=rank)
-                methods.append(Method(family, rank, decompose, outcome.config.trial_id, model=model))
+                methods.append(Method(name, rank, decompose, outcome.config.trial_id, model=model))
                 break
     repeats: list[Method] = []
     for outcome in confirmations:
@@ -162,15 +179,18 @@ def score(
     ranks: Sequence[int],
     methods: Sequence[Method],
     device: str,
+    metric: Metric | None = None,
 ) -> tuple[pd.DataFrame, list[str]]:
     """Measure every method on `images`, in float64, beside the SVD, whose figures `optimum` has, at each of the ranks.
 
-    At other ranks, above the images' own, methods have no ρ.
+    At other ranks, above the images' own, methods have no ρ. With a metric the SVD that is optimal in it stands there,
+    too, as `svd_weighted`.
 
     Returns:
         A row a (method, rank, image): `method`, `rank`, `key`, `index` (the position in `images`), `token_cosine`,
-        `flat_cosine`, `mse`, `residual` and `residual_ratio`, every number finite but a ρ that there is not, NaN; and a
-        sentence for each method that broke on an image, none of whose rows are there, and for images of zeros.
+        `flat_cosine`, `mse`, `residual`, `residual_ratio` and, with a metric, `residual_ratio_weighted`, every number
+        finite but a ρ that there is not, NaN; and a sentence for each method that broke on an image, none of whose rows
+        are there, and for images of zeros.
 
     Raises:
         CacheError: features cannot be read.
@@ -183,16 +203,28 @@ def score(
         which = pd.DataFrame({"key": [data.features.rows[images[place]].key for place in places], "index": places})
         best = {rank: Figures(*(figure_N[places] for figure_N in optimum.at(rank))) for rank in ranks}
         energy_N = optimum.energy_N[places]
-        parts += [_table("svd", rank, which, best[rank], best[rank], energy_N) for rank in ranks]
+        weigh = _weigher(metric, exact_NTD, places)
+        if metric is None:
+            parts += [_table("svd", rank, which, best[rank], best[rank], energy_N) for rank in ranks]
+        elif ranks:
+            svd = baselines.svd(exact_NTD, max(ranks))
+            for rank in ranks:
+                leading = Factors(svd.a_NTR[..., :rank], svd.b_NRD[:, :rank])
+                parts.append(_table("svd", rank, which, best[rank], best[rank], energy_N, weigh(leading)))
+                own = Figures(*(figure_N[places] for figure_N in metric.optimum.own.at(rank)))
+                ones_N = torch.ones_like(energy_N)
+                parts.append(_table("svd_weighted", rank, which, own, best[rank], energy_N, ones_N))
         for method in methods:
             if method.kind in broken:
                 continue
             try:
                 with torch.inference_mode():
-                    figures = Figures(*(part_N.cpu() for part_N in measure(exact_NTD, *method.decompose(x_NTD))))
+                    factors = method.decompose(x_NTD)
+                    figures = Figures(*(part_N.cpu() for part_N in measure(exact_NTD, *factors)))
+                    ratio_N = weigh(factors) if method.rank in best else None
                 if not all(bool(part_N.isfinite().all()) for part_N in figures):
                     raise RuntimeError("its factors are not finite on every test image")
-                parts.append(_table(*method.kind, which, figures, best.get(method.rank), energy_N))
+                parts.append(_table(*method.kind, which, figures, best.get(method.rank), energy_N, ratio_N))
             except RuntimeError as error:  # torch raises its linear algebra's and its memory's errors as this
                 broken[method.kind] = reason_of(error)
     remarks = [f"{name} at rank {rank} is left out: {reason}" for (name, rank), reason in broken.items()]
@@ -211,17 +243,42 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _weigher(metric: Metric | None, exact_NTD: Tensor, places: Sequence[int]) -> Callable[[Factors], Tensor | None]:
+    """Return what tells ρ_W [N] of factors of these images; without a metric, nothing."""
+    if metric is None:
+        return lambda _: None
+    factor_DD = metric.factor_DD.to(exact_NTD.device)
+    weighted_NTD, optimum = exact_NTD @ factor_DD, metric.optimum
+
+    def ratio(factors: Factors) -> Tensor:
+        residual_N = weighted_residual(weighted_NTD, *factors, factor_DD).cpu()
+        least_N = optimum.residual_NR[places, factors.a_NTR.shape[-1] - 1]
+        return residual_ratio(residual_N, least_N, optimum.energy_N[places])
+
+    return ratio
+
+
 def _table(
-    name: str, rank: int, which: pd.DataFrame, own: Figures, best: Figures | None, energy_N: Tensor
+    name: str,
+    rank: int,
+    which: pd.DataFrame,
+    own: Figures,
+    best: Figures | None,
+    energy_N: Tensor,
+    weighted_N: Tensor | None = None,
 ) -> pd.DataFrame:
     none_N = torch.full_like(energy_N, math.nan)
     ratio_N = residual_ratio(own.residual_N, best.residual_N, energy_N) if best else none_N
     numbers = dict(zip(FIGURES, (figure_N.numpy() for figure_N in (*own, ratio_N)), strict=True))
-    return which.assign(method=name, rank=rank, **numbers)[["method", "rank", "key", "index", *FIGURES]]
+    if weighted_N is not None:
+        numbers[WEIGHTED_RATIO] = weighted_N.numpy()
+    return which.assign(method=name, rank=rank, **numbers)[["method", "rank", "key", "index", *numbers]]
 
 
 FIGURES = ("token_cosine", "flat_cosine", "mse", "residual", "residual_ratio")
 """What `score` tells of an image."""
+WEIGHTED_RATIO = "residual_ratio_weighted"
+"""And of it in the metric of the answers, ρ_W: ‖X − AB‖_W² over the least that there is at the rank."""
 BATCH = {"cpu": 8, "cuda": 64}
 """Images in the batch that is timed; a GPU needs many to be busy."""
 SECONDS = 0.3

@@ -45,7 +45,7 @@ from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.metrics import measure_matrix
 from lowrank_tune.measured import ComparisonRow, RateRow
-from lowrank_tune.records import Split
+from lowrank_tune.records import WEIGHTED, Split
 
 TARGETS = ("0.01", "0.02", "0.05", "0.1", "0.14", "0.2", "0.3")
 """Relative errors."""
@@ -100,12 +100,13 @@ def measure_rates(
                     bench.measure(way, target)
             bench.tell_missed()
             shared = [each for each in methods if isinstance(each.model, Shared)]
-            worth = _measure_shared(bench, shared, starts, data, split) if shared else ""
+            alike = [[each for each in shared if each.name == name] for name in sorted({each.name for each in shared})]
+            worth = [_measure_shared(bench, models, starts, data, split) for models in alike]
     except CacheError:
         raise
     except Exception as error:
         return Rates(remarks=[*bench.remarks, f"the bytes of entropy coders are left out: {reason_of(error)}"])
-    return Rates(bench.rows(), [*bench.remarks, *filter(None, [worth])])
+    return Rates(bench.rows(), [*bench.remarks, *filter(None, worth)])
 
 
 class _Bench:
@@ -220,7 +221,8 @@ class _Bench:
                 continue
             known = least.setdefault((way.method, row.target), row)
             least[way.method, row.target] = min(known, row, key=lambda each: each.bytes_per_image)
-        return sorted([*made, *least.values()], key=lambda row: (ORDER.get(row.method, 1), row.method, row.dtype))
+        place = {row.method: ORDER.get(row.method.removesuffix(WEIGHTED), 1) for row in [*made, *least.values()]}
+        return sorted([*made, *least.values()], key=lambda row: (place[row.method], row.method, row.dtype))
 
 
 def _form(way: Way) -> tuple[str, bool]:
@@ -234,13 +236,13 @@ def _coded_factors(books: Callable[[], FactorBooks], *named: Any) -> Way:
 def _measure_shared(
     bench: _Bench, models: Sequence[Method], starts: Mapping[Kind, Method], data: FeatureMatrix, split: Split
 ) -> str:
-    """Measure at each target the shared model that validation images choose, and say what training saved it.
+    """Measure at each target which of some shared models validation images choose, and say what training saved it.
 
     Where it cannot hold a test image to the target, the next one does.
     """
     judging = loaded(data, split.validation or split.train, JUDGING)
     books = [make_codebook(_shared(model), model.rank) for model in models]
-    ways = [coded_shared(book, model.trial_id) for book, model in zip(books, models, strict=True)]
+    ways = [coded_shared(model.name, book, model.trial_id) for book, model in zip(books, models, strict=True)]
     start_of = cache(lambda method: make_codebook(_shared(method), method.rank))
     saved, missed = [], list[str]()
     for target in TARGETS:

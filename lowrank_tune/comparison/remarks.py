@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from lowrank_tune.measured import ComparisonRow, Compression, PrunedRow, QuantisedRow, StoredRow
-from lowrank_tune.records import FeatureSet, TrialOutcome
+from lowrank_tune.records import WEIGHTED, FeatureSet, TrialOutcome
 
 FEW_IMAGES = 10
 """Test images below which a mean and a worst case say little."""
@@ -100,14 +100,15 @@ def about_training(rows: Sequence[ComparisonRow]) -> list[str]:
         gain, low, high = row.training_gain, row.training_gain_low, row.training_gain_high
         if gain is None or low is None or high is None or row.shared_bytes:
             continue
+        ratio = "ρ_W" if row.method.endswith(WEIGHTED) else "ρ"
         if high < -SHOWN:
             remarks.append(
-                f"at rank {row.rank} training made {row.method} worse: its ρ rose by {-100 * gain:.2f} % "
+                f"at rank {row.rank} training made {row.method} worse: its {ratio} rose by {-100 * gain:.2f} % "
                 f"({-100 * high:.2f} to {-100 * low:.2f})"
             )
         elif low <= SHOWN:
             nothing.setdefault(row.method, []).append(
-                f"rank {row.rank} ({100 * gain:z.2f} % off ρ, {100 * low:z.2f} to {100 * high:z.2f})"
+                f"rank {row.rank} ({100 * gain:z.2f} % off {ratio}, {100 * low:z.2f} to {100 * high:z.2f})"
             )
     for method, ranks in nothing.items():
         remarks.append(f"training adds nothing measurable to {method} here, at {', '.join(ranks)}")
@@ -148,11 +149,11 @@ def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]
         were = "was" if pruned == 1 else "were"
         remarks.append(f"{pruned} of {len(outcomes)} trials {were} stopped early by the scheduler")
     measured = {(row.method, row.rank) for row in rows}
-    tried = Counter((outcome.config.family, rank) for outcome in outcomes for rank in outcome.config.ranks)
-    for (family, rank), number in sorted(tried.items()):
-        if (family, rank) not in measured:
+    tried = Counter((outcome.config.method, rank) for outcome in outcomes for rank in outcome.config.ranks)
+    for (method, rank), number in sorted(tried.items()):
+        if (method, rank) not in measured:
             trials = "its one trial" if number == 1 else f"its {number} trials"
-            remarks.append(f"rank {rank} has no {family} model: {trials} left none that can be used")
+            remarks.append(f"rank {rank} has no {method} model: {trials} left none that can be used")
     return remarks
 
 

@@ -118,6 +118,7 @@ MOST_STEPS = 8
 Whole = int | tuple[int, ...] | Range
 Axis = float | str | tuple[float | str, ...] | Range
 TokenTransform = Literal["none", "dct", "learned"]
+Metric = Literal["none", "answers"]
 
 _REALS = "a range is {uniform: [low, high]} or {loguniform: [low, high]}"
 _RANKS = "ranks are a list, {int: [low, high]}, or {nested: [rank, rank]} for one training of all"
@@ -130,6 +131,7 @@ TransformAxis = Annotated[
     TokenTransform | tuple[TokenTransform, ...],
     _axis(TokenTransform, "none, dct or learned is expected, or a list of them"),
 ]
+MetricAxis = Annotated[Metric | tuple[Metric, ...], _axis(Metric, "none or answers is expected, or a list of them")]
 
 
 def _few_steps(axis: Whole) -> Whole:
@@ -201,6 +203,8 @@ class RefinedSpace(Section):
 
     steps: Annotated[CountAxis, AfterValidator(_few_steps)] = 2
     """Products with the Gram matrix in the filter; a step more brings ρ nearer to 1 and costs time."""
+    metric: MetricAxis = "none"
+    """How errors weigh: all directions alike, or as they move the language model's answers, which needs fidelity."""
 
 
 def _absent_is_not_null(schema: dict[str, Any]) -> None:
@@ -217,6 +221,8 @@ class SharedSpace(Section):
     """On the token side: none, a DCT over the square grid of tokens, or an orthonormal matrix that is learned."""
     lambda_rate: PositiveAxis = 30.0
     """What the relative error weighs beside bits an element: the greater, the more bytes and the less error."""
+    metric: MetricAxis = "none"
+    """How errors weigh: all directions alike, or as they move the language model's answers, which needs fidelity."""
 
 
 class FamiliesSpec(Section):
@@ -248,6 +254,11 @@ class FamiliesSpec(Section):
         """The families to try, in the schema's order."""
         named = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: own for name, own in named if own is not None}
+
+    def weighted(self) -> list[str]:
+        """The families of which some are trained in the metric of the answers."""
+        # Whether the word itself or a list of some.
+        return [name for name, own in self.chosen().items() if "answers" in getattr(own, "metric", "none")]
 
     def limited(self) -> list[str]:
         """The families to try whose rank is that of an image at most; `shared` may have as many as columns."""

@@ -332,6 +332,11 @@ class StudySpec(Section):
         features, search = info.data.get("features"), info.data.get("search")
         if fidelity is not None and isinstance(features, FeaturesSpec):
             fidelity.check(features.source, search.space.rank if isinstance(search, SearchSpec) else None)
+        if fidelity is None and isinstance(search, SearchSpec) and (weighted := search.space.families.weighted()):
+            remedy = "ask a question, {questions: COLUMN}, or make metric none"
+            if isinstance(features, FeaturesSpec) and isinstance(features.source, TensorSource):
+                remedy = "of ready tensors there is none, so make metric none"
+            raise rejected(f"metric: answers, of {', '.join(weighted)}, needs the language model's answers: {remedy}")
         return fidelity
 
     @field_validator("report")

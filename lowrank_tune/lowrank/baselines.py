@@ -87,6 +87,18 @@ def svd_rows(x_NTD: Tensor, rank: int) -> Factors:
     return Factors(lengths_NT1 * a_NTR, b_NRD)
 
 
+def svd_weighted(x_NTD: Tensor, rank: int, factor_DD: Tensor) -> Factors:
+    """Return the A B of a rank that is nearest to X in the metric W = F Fᵀ: A leads the left singular vectors of X F.
+
+    A has orthonormal columns and B = AᵀX, from a float64 eigendecomposition of the smaller Gram matrix of X F.
+    """
+    weighted_NTD = x_NTD.double() @ factor_DD.to(x_NTD.device)
+    if x_NTD.shape[-2] <= x_NTD.shape[-1]:
+        return project(x_NTD, leading_eigenvectors(gram(weighted_NTD), rank).to(x_NTD))
+    axes_NDR = leading_eigenvectors(gram(weighted_NTD.mT), rank)
+    return project(x_NTD, orthonormalise(weighted_NTD @ axes_NDR).to(x_NTD))
+
+
 def project(x_NTD: Tensor, q_NTR: Tensor) -> Factors:
     """Return A = Q and the least-squares B = QᵀX for an orthonormal basis Q [N, T, R]."""
     return Factors(q_NTR, q_NTR.mT @ x_NTD)

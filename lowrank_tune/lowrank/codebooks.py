@@ -18,13 +18,15 @@ from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, OCTAVE, laplace_counts
 
 def make_codebook(model: Shared, rank: int | None = None) -> Codebook:
     """Make what the coded images of a model share, of all its ranks or the first."""
+    basis_RD = model.basis[:rank]
     return book_of(
-        model.basis[:rank],
-        model.mean_D,
+        model.giving(basis_RD),
+        model.giving(model.mean_D[None])[0],
         model.transform,
         model.log_scale_TR[:, :rank],
         model.group_T,
         PACE * model.adaptation.item(),
+        None if model.weight_DD is None else model.taking(basis_RD),
     )
 
 
@@ -35,8 +37,12 @@ def book_of(
     log_scale_TR: Tensor,
     group_T: Tensor,
     adaptation: float = 0.0,
+    taking_RD: Tensor | None = None,
 ) -> Codebook:
-    """Make the codebook of a basis, a transform and scales: these, and the whole-number tables that code by them."""
+    """Make the codebook of a basis, a transform and scales: these, and the whole-number tables that code by them.
+
+    Coefficients are products with `taking_RD`, without one with the basis, whose rows are orthonormal then.
+    """
     levels = np.arange(LOWEST, HIGHEST + 1)
     tables = [laplace_counts(2.0 ** (level / OCTAVE)) for level in levels]
     # Of the level that is not coded, and of all that sizes may have.
@@ -44,8 +50,10 @@ def book_of(
     expected = expected_size(every)
     weight, awaited = (WEIGHT / (expected + SMALL)), (WEIGHT * expected / (expected + SMALL))
     scale_TR = log_scale_TR.detach().double().cpu() * (OCTAVE / math.log(2))
+    taking = {} if taking_RD is None else {"taking": taking_RD.detach().float().cpu().contiguous().numpy()}
     return Codebook(
-        {
+        taking
+        | {
             "basis": basis_RD.detach().float().cpu().contiguous().numpy(),
             "mean": mean_D.detach().float().cpu().numpy(),
             "transform": transform_TT.detach().float().cpu().contiguous().numpy(),

@@ -79,8 +79,12 @@ class Codebook:
         self._basis_RD, self._mean_D, self._transform_TT = (
             torch.from_numpy(arrays[name]) for name in ("basis", "mean", "transform")
         )
+        # Of a model with a metric, coefficients are products with other rows than those that give X back.
+        self._oblique = "taking" in arrays
+        self._taking_RD = torch.from_numpy(arrays["taking"]) if self._oblique else self._basis_RD
+        self._inner_RR = self._basis_RD @ self._basis_RD.mT if self._oblique else torch.empty(0)
         # What is coded as it is goes through no products.
-        self._turned = not torch.equal(self._basis_RD, torch.eye(self.rank, self.dim))
+        self._turned = self._oblique or not torch.equal(self._basis_RD, torch.eye(self.rank, self.dim))
         self._transformed = not torch.equal(self._transform_TT, torch.eye(self.tokens))
         self._scale_TR = arrays["scale"].astype(np.int32)
         groups = int(arrays["group"].max()) + 1
@@ -245,7 +249,11 @@ class _Image:
 
     def __init__(self, book: Codebook, centred_TD: Tensor, energy: float) -> None:
         self._book, self._energy = book, energy
-        z_TR = centred_TD @ book._basis_RD.mT if book._turned else centred_TD
+        z_TR = centred_TD @ book._taking_RD.mT if book._turned else centred_TD
+        if book._oblique:
+            outside_TD = centred_TD - z_TR @ book._basis_RD
+            self._outside = float(outside_TD.double().square().sum())
+            self._outside_TR = book._transform_TT @ (outside_TD @ book._basis_RD.mT)
         z_TR = book._transform_TT @ z_TR if book._transformed else z_TR
         self._falling = z_TR.numpy().reshape(-1)[book._order]
         squares = np.square(self._falling, dtype=np.float64)
@@ -285,8 +293,19 @@ class _Image:
     def error(self, step: int) -> float:
         number, size = self._sizes(step)
         lost = np.abs(self._falling[:number]) - size * np.float32(_power(step))
-        squares = float(np.dot(lost, lost)) + float(self._left[number])
+        if self._book._oblique:
+            squares = self._squares(np.append(np.sign(self._falling[:number]) * lost, self._falling[number:]))
+        else:
+            squares = float(np.dot(lost, lost)) + float(self._left[number])
         return math.sqrt(squares / self._energy)
+
+    def _squares(self, lost: NDArray[np.float32]) -> float:
+        """‖X − Y‖² when so much is lost of the coefficients, largest scales first, and the basis' rows are oblique."""
+        book, whole = self._book, np.empty_like(lost)
+        whole[book._order] = lost
+        lost_TR = torch.from_numpy(whole).view(book.tokens, book.rank)
+        inside_TR = (lost_TR @ book._inner_RR).double() + 2 * self._outside_TR
+        return max(0.0, self._outside + float((lost_TR * inside_TR).sum()))
 
     def _sizes(self, step: int) -> tuple[int, NDArray[np.float32]]:
         """How many of the coefficients are coded, and their sizes in whole steps, nearer to 0 where that saves."""
@@ -315,6 +334,8 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         "powers": (np.int64, (powers,)),
         "border": (np.float32, (levels,)),
     }
+    if "taking" in arrays:
+        expected["taking"] = expected["basis"]
     for name, (dtype, shape) in expected.items():
         if arrays[name].dtype != dtype or arrays[name].shape != shape:
             raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}")

@@ -58,6 +58,7 @@ class Trainer:
         optimum: of `split.validation`, in its order.
         micro_batch: images in memory at a time; gradients add up over the parts of a batch. All by default.
         world: the processes that train it.
+        factor_DD: the answers' metric as its factor, which `metric: answers` needs.
 
     Attributes:
         figures: what it tells of an epoch: `FIGURES`, `val_residual_ratio`, unless a rank is above the images' own, and
@@ -82,6 +83,7 @@ class Trainer:
         device: str = "cpu",
         micro_batch: int | None = None,
         world: World = ALONE,
+        factor_DD: Tensor | None = None,
     ) -> None:
         if not split.train or not split.validation:
             raise InputError(f"trial {config.trial_id}: training and validation need an image each; change `split`")
@@ -114,7 +116,7 @@ class Trainer:
         self._precomputed: list[Tensor] = []
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
-        self.model = make_decomposer(config, data.tokens, data.dim).to(device)
+        self.model = make_decomposer(config, data.tokens, data.dim, factor_DD).to(device)
         if config.nested_ranks:
             seen_N = optimum.energy_N > 0
             shares = [(floor_N / optimum.energy_N)[seen_N].mean().item() for floor_N in self._floors]

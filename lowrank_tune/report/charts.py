@@ -45,11 +45,11 @@ def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> t
     places = [0.85 * place / max(len(ranks) - 1, 1) for place in range(len(ranks))]
     colors = dict(zip(ranks, plotly.colors.sample_colorscale("Viridis", places), strict=True))
     charts = []
-    for family in in_order(outcome.config.family for outcome, _ in seen):
+    for family in in_order(outcome.config.method for outcome, _ in seen):
         own = sorted(
-            (trial for trial in seen if trial[0].config.family == family), key=lambda trial: trial[0].config.rank
+            (trial for trial in seen if trial[0].config.method == family), key=lambda trial: trial[0].config.rank
         )
-        again = [trial for trial in repeats if trial[0].config.family == family and trial[0].config.rank in colors]
+        again = [trial for trial in repeats if trial[0].config.method == family and trial[0].config.rank in colors]
         # The first that all of them have.
         name = max((_told(history)[0] for _, history in own), key=LEADING.index)
         figure, values = go.Figure(), list[float]()

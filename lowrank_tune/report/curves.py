@@ -47,25 +47,35 @@ def rank_picture(comparison: Comparison, spectrum: Spectrum | None, plots: Path)
     """Token cosine and residual ratio by rank."""
     methods = ", ".join(in_order(row.method for row in comparison.rows))
     seeds = any(row.seeds for row in comparison.rows)
+    weighted = any(row.residual_ratio_weighted for row in comparison.rows)
+    charts = (
+        ("Three", "token cosine, residual ratio and that in the answers' metric")
+        if weighted
+        else ("Two", "token cosine and residual ratio")
+    )
     return Picture(
         path=saved(rank_curve(comparison.rows, spectrum), plots / "rank_curve.png"),
         title="Token cosine and ρ by rank",
-        alt=f"Two line charts against rank, token cosine and residual ratio, one line each for {methods}. "
+        alt=f"{charts[0]} line charts against rank, {charts[1]}, one line each for {methods}. "
         "The comparison table has the same figures.",
         caption="Solid: trained. Dashed: controls without training. Black: the SVD, the bound. Both axes are finer "
         "towards 1. Shaded: ± sd over test images, and up to the worst one."
+        + (" ρ_W: ρ where errors weigh as they move the language model's answers." if weighted else "")
         + (" Whiskers: mean ± sd over fresh seeds." if seeds else ""),
     )
 
 
 def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) -> Figure:
     """Draw token cosine and residual ratio against rank, a line a method, the SVD's between ranks, too."""
-    figure = Figure(figsize=(10, 5))
-    cosine, ratio = figure.subplots(1, 2)
+    weighted = any(row.residual_ratio_weighted for row in rows)
+    figure = Figure(figsize=(15, 5) if weighted else (10, 5))
+    cosine, ratio, *in_metric = figure.subplots(1, 3 if weighted else 2)
     methods, ranks = in_order(row.method for row in rows), sorted({row.rank for row in rows})
     for method in methods:
         own = sorted((row for row in rows if row.method == method), key=lambda row: row.rank)
         _draw_method(cosine, ratio, own, look_of(method, methods))
+        for axes in in_metric:
+            _draw_in_metric(axes, own, look_of(method, methods))
     if spectrum is not None:
         between = [rank for rank in spectrum.ranks.tolist() if ranks[0] <= rank <= ranks[-1]]
         cosine.plot(between, spectrum.cosine_K[[rank - 1 for rank in between]], color="#000000", linewidth=0.8)
@@ -77,7 +87,10 @@ def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) 
     )
     cosine.set_ylabel("token cosine (finer towards 1)")
     ratio.set_ylabel("residual ratio ρ (finer towards 1)")
-    for axes in (cosine, ratio):
+    for axes in in_metric:
+        ABOVE_ONE.on_matplotlib(axes, [1.0, *(row.residual_ratio_weighted or 1.0 for row in rows)])
+        axes.set_ylabel("ρ_W, in the metric of the answers (finer towards 1)")
+    for axes in (cosine, ratio, *in_metric):
         rank_axis(axes, ranks)
         quiet_grid(axes)
     handles, labels = cosine.get_legend_handles_labels()
@@ -85,7 +98,9 @@ def rank_curve(rows: Sequence[ComparisonRow], spectrum: Spectrum | None = None) 
         handles.append(Line2D([], [], color="#444444", marker="_", markersize=9, linestyle="none"))
         labels.append("mean ± sd over fresh seeds")
     # Margins by hand: a layout engine draws everything twice.
-    figure.subplots_adjust(left=0.08, right=0.985, top=0.97, bottom=0.13 + 0.05 * -(-len(labels) // 5), wspace=0.22)
+    figure.subplots_adjust(
+        left=0.05 if weighted else 0.08, right=0.985, top=0.97, bottom=0.13 + 0.05 * -(-len(labels) // 5), wspace=0.22
+    )
     figure.legend(handles, labels, loc="lower center", ncols=min(5, len(labels)), frameon=False)
     return figure
 
@@ -114,6 +129,18 @@ def _draw_method(cosine: Axes, ratio: Axes, rows: Sequence[ComparisonRow], look:
                 whisker = np.clip([mean - (sd or 0), mean, mean + (sd or 0)], *ends)
                 # Beside the line's own marker, which would hide a short whisker.
                 axes.plot([row.rank * 1.08] * 3, whisker, color=look.color, marker="_", markersize=9, linewidth=1.4)
+
+
+def _draw_in_metric(axes: Axes, rows: Sequence[ComparisonRow], look: Look) -> None:
+    known = [(row.rank, row.residual_ratio_weighted) for row in rows if row.residual_ratio_weighted]
+    axes.plot(
+        [rank for rank, _ in known],
+        [ratio for _, ratio in known],
+        color=look.color,
+        marker=look.marker,
+        linestyle=look.line,
+        linewidth=look.width,
+    )
 
 
 def loss_pictures(trials: Sequence[Trial]) -> list[Picture]:
@@ -168,7 +195,7 @@ def draw_losses(figure: Figure, outcome: TrialOutcome, history: list[dict[str, f
         if name == "lr":
             axes.step(epochs, values, where="mid", color="#444444", linewidth=1.6)
         else:
-            axes.plot(epochs, values, color=look_of(outcome.config.family).color, marker=".", linewidth=1.6)
+            axes.plot(epochs, values, color=look_of(outcome.config.method).color, marker=".", linewidth=1.6)
             if outcome.best_epoch in epochs:
                 best = values[epochs.index(outcome.best_epoch)]
                 axes.plot(outcome.best_epoch, best, "*", markersize=14, color="#000000", label="best epoch")

@@ -37,6 +37,7 @@ class Look(NamedTuple):
 
 _KNOWN = {
     "svd": Look("#000000", "o", "-", 1.8),
+    "svd_weighted": Look("#000000", "+", "-.", 1.4),
     "svd_rows": Look("#000000", "x", ":", 1.2),
     "random_sketch": Look("#E69F00", "v", "--", 1.2),
     "pca_basis": Look("#56B4E9", "^", "--", 1.2),
@@ -47,12 +48,14 @@ _KNOWN = {
     "sketch": Look("#0072B2", "D"),
     "refined": Look("#009E73", "P"),
     "shared": Look("#882255", "X"),
+    "refined_weighted": Look("#44AA99", "p", "-."),
+    "shared_weighted": Look("#AA4499", "h", "-."),
 }
 _FURTHER = (Look("#332288", "h"), Look("#AA4499", "p"), Look("#117733", "d"))
 SYMBOLS = {
     "o": "circle", "x": "x-thin", "v": "triangle-down", "^": "triangle-up", "<": "triangle-left", ">": "triangle-right",
     "s": "square", "D": "diamond", "P": "cross", "X": "x", "h": "hexagon2", "p": "pentagon", "d": "diamond-tall",
-    "*": "star",
+    "*": "star", "+": "cross-thin",
 }  # fmt: skip
 """plotly's names of matplotlib's markers."""
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}

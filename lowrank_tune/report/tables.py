@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from lowrank_tune.measured import Comparison, ComparisonRow, Compression
-from lowrank_tune.records import BYTES_AT_ERROR, FeatureSet, TrialOutcome
+from lowrank_tune.records import BYTES_AT_ERROR, WEIGHTED, FeatureSet, TrialOutcome
 from lowrank_tune.report.text import (
     ABSENT,
     STOPPED,
@@ -157,6 +157,10 @@ def methods_table(comparison: Comparison) -> Table:
         "KiB an image": lambda row: kib_text(row.bytes_per_image),
     }
     shared = any(row.shared_bytes for row in comparison.rows)
+    weighted = any(row.residual_ratio_weighted for row in comparison.rows)
+    if weighted:
+        columns["ρ_W"] = lambda row: ratio_text(row.residual_ratio_weighted)
+        columns["95 % of ρ_W"] = lambda row: ratio_interval_text(row, "residual_ratio_weighted")
     if shared:
         columns["shared, KiB"] = lambda row: kib_text(row.shared_bytes) if row.shared_bytes else ABSENT
     columns["trial"] = lambda row: row.trial_id
@@ -174,9 +178,10 @@ def methods_table(comparison: Comparison) -> Table:
         "Means ± sd over the test images · ρ: residual over the SVD's, 1 is the optimum: exp(mean log ρ) with a 95 % "
         "interval over groups of images, then the middle and the worst image's · ★ the trained model of its "
         f"rank that validation chose · images/s: A and B, on {comparison.device}"
+        + (" · ρ_W: ρ where errors weigh as they move the language model's answers" if weighted else "")
         + (" · shared: B, kept once for the data set and not in an image's KiB" if shared else ""),
         texts=("method", "trial"),
-        terminal=("rank", "method", "token cosine", "ρ", "median ρ", "worst ρ", "images/s"),
+        terminal=("rank", "method", "token cosine", "ρ", "ρ_W" if weighted else "median ρ", "worst ρ", "images/s"),
         grouped=True,
     )
 
@@ -188,7 +193,8 @@ def starred(row: ComparisonRow) -> str:
 
 def trained_table(comparison: Comparison) -> Table:
     """What is known of the trained methods alone."""
-    trained = (row for row in comparison.rows if is_trained(row.method))
+    trained = [row for row in comparison.rows if is_trained(row.method)]
+    in_metric = any(row.method.endswith(WEIGHTED) for row in trained)
     return Table.of(
         "Trained: beside the SVD, and over seeds",
         sorted(trained, key=lambda row: (row.rank, row.method)),
@@ -203,7 +209,8 @@ def trained_table(comparison: Comparison) -> Table:
         },
         "− SVD: difference on the same test image, mean ± 95 % interval · training took off: against the same model "
         "before its first epoch, on the same images · over seeds: the same configuration trained "
-        "again, mean ± sd, which is what it gives; the trial's own training was chosen for its validation figures",
+        "again, mean ± sd, which is what it gives; the trial's own training was chosen for its validation figures"
+        + (f" · of …{WEIGHTED} training is told by ρ_W, which it lowers" if in_metric else ""),
         terminal=("rank", "method", "token cosine\n− SVD", "training took\noff ρ, %", "seeds", "ρ\nover seeds"),
         texts=("method",),
         grouped=True,

@@ -17,8 +17,8 @@ from lowrank_tune.measured import Comparison, ComparisonRow
 from lowrank_tune.records import BEST_MODEL, CONTROLS, SLOWER, FeatureSet, TrialOutcome, leading
 
 ABSENT = "—"
-BOUNDS = ("svd", "svd_rows")
-"""What no method beats in flat cosine, and about the best there is in token cosine."""
+BOUNDS = ("svd", "svd_weighted", "svd_rows")
+"""What no method beats in flat cosine, what none beats in ρ_W, and about the best there is in token cosine."""
 STOPPED = {
     "budget": "ran its full budget",
     "patience": "stopped by patience",
@@ -29,6 +29,7 @@ STOPPED = {
 
 METHOD_NOTES = {
     "svd": "the truncated SVD of each image: the least Frobenius error there is, ρ = 1",
+    "svd_weighted": "the SVD in the metric W by which the language model's answers move: ρ_W = 1, at a larger ρ",
     "svd_rows": "the SVD after each token is scaled to length one: about the best token cosine there is, at a larger ρ",
     "random_sketch": "no training: the columns of XΩ for a random Ω, orthonormalised",
     "pca_basis": "fitted, not trained: one basis for all images, the principal axes of the training split",
@@ -40,6 +41,8 @@ METHOD_NOTES = {
     "refined": "trained: a random start, sharpened by a learned filter of the image's own X Xᵀ; B = AᵀX",
     "shared": "trained: one B for the whole data set, kept once, A = X Bᵀ: an image takes A alone; its ρ is above 1, "
     "for the SVD makes each image a B of its own",
+    "refined_weighted": "refined of X in the metric W by which the answers move: near ρ_W = 1, at a larger ρ",
+    "shared_weighted": "shared of X in the metric W by which the answers move",
     "x": "the features themselves, of one image alone",
     "jpeg": "no features but the picture, as a JPEG file of five qualities, encoded again when they are wanted",
     "webp": "the same with WebP files",
@@ -118,9 +121,9 @@ def difference_text(row: ComparisonRow) -> str:
     return text if low is None or high is None else f"{text} ± {(high - low) / 2:.4f}"
 
 
-def ratio_interval_text(row: ComparisonRow) -> str:
-    """The 95 % interval of ρ: `1.005–1.008`."""
-    low, high = row.residual_ratio_low, row.residual_ratio_high
+def ratio_interval_text(row: ComparisonRow, name: str = "residual_ratio") -> str:
+    """The 95 % interval of ρ, or another figure like it: `1.005–1.008`."""
+    low, high = (getattr(row, f"{name}_{end}") for end in ("low", "high"))
     return ABSENT if low is None or high is None else f"{ratio_text(low)}–{ratio_text(high)}"
 
 

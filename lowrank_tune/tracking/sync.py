@@ -365,6 +365,7 @@ def _points(row: ComparisonRow) -> Iterator[tuple[str, int, float]]:
     figures = {
         "token_cosine": row.token_cosine_mean,
         "residual_ratio": row.residual_ratio,
+        "residual_ratio_weighted": row.residual_ratio_weighted,
         "token_cosine_minus_svd": row.token_cosine_minus_svd,
         "residual_ratio_seed_mean": row.residual_ratio_seed_mean,
         "residual_ratio_seed_sd": row.residual_ratio_seed_sd,

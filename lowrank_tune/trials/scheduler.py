@@ -91,7 +91,10 @@ class FairASHA(FIFOScheduler):
         return result.get("stopped_by") != "error" and math.isfinite(result.get(self._objective, math.nan))
 
     def _group(self, trial: Trial) -> AsyncHyperBandScheduler:
-        key = tuple(trial.config["trial"][name] for name in self._within)
+        config = trial.config["trial"]
+        # What is trained in the answers' metric is worse by a figure without one: a family of its own.
+        metric = config.get("family_params", {}).get("metric") if "family" in self._within else None
+        key = (*(config[name] for name in self._within), metric)
         if key not in self._groups:
             self._groups[key] = AsyncHyperBandScheduler(**self._settings)
         return self._groups[key]

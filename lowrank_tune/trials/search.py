@@ -229,7 +229,8 @@ def _drawn(config: TrialConfig, space: SpaceSpec) -> FixedTrial | None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of a value outside its range
         try:
-            return fixed if suggest(fixed, space) == config.point else None
+            # What a trial of an older study says nothing of, `metric`, it has at its default.
+            return fixed if config.point.items() <= suggest(fixed, space).items() else None
         except (KeyError, ValueError, UserWarning):
             return None
 

@@ -21,7 +21,8 @@ from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
 from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
-from lowrank_tune.records import VALIDATION_OPTIMUM, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.lowrank.weighted import read_metric
+from lowrank_tune.records import ANSWERS_METRIC, VALIDATION_OPTIMUM, FeatureSet, Split, TrialConfig, TrialOutcome
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
     FEATURES,
@@ -67,6 +68,20 @@ def read_inputs(study_dir: Path) -> tuple[FeatureMatrix, Split, Optimum]:
     """
     data = FeatureMatrix(local_copy(FeatureSet.read(study_dir / "tune" / FEATURES)))
     return data, Split.read(study_dir / "tune" / SPLIT), Optimum.load(study_dir / VALIDATION_OPTIMUM)
+
+
+_metric_of = lru_cache(maxsize=1)(read_metric)
+"""Factorised once for all trials of this process."""
+
+
+def open_trainer(
+    config: TrialConfig, study_dir: Path, device: str, micro_batch: int | None = None, world: World = ALONE
+) -> Trainer:
+    """Make the trainer of a trial on what `write_inputs` wrote and, where it needs it, the metric beside that."""
+    data, split, optimum = read_inputs(study_dir)
+    weighted = config.method != config.family
+    factor_DD = _metric_of(study_dir / ANSWERS_METRIC, data.dim) if weighted else None
+    return Trainer(config, data, split, optimum, device, micro_batch, world, factor_DD)
 
 
 class TrialSession:
@@ -138,8 +153,7 @@ class TrialSession:
     def _open(self) -> Trainer:
         state = self._world.of_first(self._checkpoint() if self._world.first else {})
         self.micro_batch = min(self.micro_batch, state.get("micro_batch", self.micro_batch))
-        inputs = read_inputs(self._study_dir)
-        trainer = Trainer(self._config, *inputs, self._device, self.micro_batch, self._world)
+        trainer = open_trainer(self._config, self._study_dir, self._device, self.micro_batch, self._world)
         if state:
             trainer.restore(state["trainer"])
             self._kept_epoch = trainer.epoch
@@ -235,7 +249,7 @@ def run_one_trial(
     device: str = "cpu",
 ) -> TrialOutcome:
     """Train one trial to its end in this process, with the numbers that it has inside a study."""
-    trainer, directory = Trainer(config, *read_inputs(study_dir), device), study_dir / "trials" / config.trial_id
+    trainer, directory = open_trainer(config, study_dir, device), study_dir / "trials" / config.trial_id
     begin_trial(directory, config)
     last: dict[str, Any] = {}
     while trainer.stopped_by is None:

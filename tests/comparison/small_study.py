@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_tune.comparison.compare import compare
@@ -14,8 +14,18 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.trainer import initialise
+from lowrank_tune.lowrank.weighted import METRIC, metric_factor
 from lowrank_tune.measured import Comparison, ComparisonRow
-from lowrank_tune.records import CONTROLS, FeatureRow, FeatureSet, Split, TrialConfig, TrialOutcome
+from lowrank_tune.records import (
+    ANSWERS_METRIC,
+    CONTROLS,
+    WEIGHTED,
+    FeatureRow,
+    FeatureSet,
+    Split,
+    TrialConfig,
+    TrialOutcome,
+)
 
 TOKENS, DIM = 16, 24
 
@@ -35,12 +45,14 @@ def make_row(method: str, rank: int, ratio: float = 1.1, cosine: float = 0.95, *
 def make_outcome(
     family: str = "sketch", rank: int = 3, number: int = 0, directory: Path = Path("study"), **ending: Any
 ) -> TrialOutcome:
+    trial_id, whole = f"r{rank:03d}-{family}-{number:04d}", family
+    family = family.removesuffix(WEIGHTED)
     params: dict[str, Any] = {
         "direct": {"lambda_b": 1e-4, "lambda_ortho": 1e-3},
         "refined": {"steps": 1},
         "shared": {"token_transform": "dct", "lambda_rate": 10.0},
     }.get(family, {})
-    trial_id = f"r{rank:03d}-{family}-{number:04d}"
+    params |= {"metric": "answers"} if whole != family else {}
     config = TrialConfig(trial_id, number, number, family, rank, 1e-3, 1e-5, 4, 5, 5, params)
     best = {"val_residual_ratio": 1.5, "val_mse": 0.25, "val_token_cosine": 0.9}
     given = {"status": "finished", "stopped_by": "budget", "epochs": 4, "best_epoch": 4, "best": best, "seconds": 2.0}
@@ -62,7 +74,7 @@ class Study:
     comparison: Comparison | None = None
 
     def add_trial(self, family: str, rank: int, *, spoil: Callable[[Path], None] | None = None, **ending: Any) -> str:
-        """Save an untrained, initialised model as a trial's best one."""
+        """Save an untrained, initialised model as a trial's best one; `refined_weighted` is one with a metric."""
         outcome = make_outcome(family, rank, len(self.outcomes), self.directory, **ending)
         path = self._save(outcome.config, nudge=0.0)
         if spoil:
@@ -90,7 +102,9 @@ class Study:
         save_decomposer(model, path)
 
     def _save(self, config: TrialConfig, nudge: float) -> Path:
-        model = make_decomposer(config, self.features.tokens, self.features.dim)
+        metric = self.directory / ANSWERS_METRIC
+        factor = metric_factor(load_file(metric)[METRIC]) if metric.is_file() else None
+        model = make_decomposer(config, self.features.tokens, self.features.dim, factor)
         generator = torch.Generator().manual_seed(config.seed)
         initialise(model, config, FeatureMatrix(self.features).load, self.split.train, config.batch_size)
         with torch.no_grad():

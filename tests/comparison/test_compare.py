@@ -31,6 +31,7 @@ FURTHER = [
     "token_cosine_minus_svd", "token_cosine_minus_svd_low", "token_cosine_minus_svd_high", "val_token_cosine", "chosen",
     "n_groups", "residual_ratio", "residual_ratio_low", "residual_ratio_high", "residual_ratio_median", "training_gain",
     "training_gain_low", "training_gain_high", "shared_bytes",
+    "residual_ratio_weighted", "residual_ratio_weighted_low", "residual_ratio_weighted_high",
 ]  # fmt: skip
 METHODS = {
     "svd",

@@ -1,4 +1,4 @@
-"""What every family of decomposers must do; a new one in the registry is tested by being there."""
+"""What every family of decomposers must do, and in a metric what may have one; a new one is tested by being there."""
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers import FAMILIES, Decomposer, load_decomposer, make_decomposer, save_decomposer
 from lowrank_tune.lowrank.metrics import measure, residual_ratio
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.records import TrialConfig
+from lowrank_tune.lowrank.weighted import metric_factor
+from lowrank_tune.records import WEIGHTED, TrialConfig
 
-pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES))
+weighted = [f"{name}{WEIGHTED}" for name, family in FAMILIES.items() if family.weighable]
+pytestmark = pytest.mark.parametrize("family", sorted([*FAMILIES, *weighted]))
 
 PARAMS = {
     "direct": {"lambda_b": 1e-3, "lambda_ortho": 1e-3},
@@ -24,7 +26,15 @@ HARD = ["gaussian", "zeros", "zero rows", "equal rows", "rank 1", "giant token",
 
 
 def config(family: str, rank: int, seed: int = 0) -> TrialConfig:
-    return TrialConfig("t", 0, seed, family, rank, 1e-3, 1e-5, 4, 2, 2, PARAMS[family])
+    name = family.removesuffix(WEIGHTED)
+    metric = {"metric": "answers"} if name != family else {}
+    return TrialConfig("t", 0, seed, name, rank, 1e-3, 1e-5, 4, 2, 2, PARAMS[name] | metric)
+
+
+def factor(dim: int) -> Tensor:
+    """Of a metric whose eigenvalues span three decades."""
+    axes = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(5))).Q
+    return metric_factor((axes * torch.logspace(0, -3, dim)) @ axes.mT)
 
 
 def features(n: int, tokens: int, dim: int, kind: str = "gaussian", seed: int = 0) -> Tensor:
@@ -50,7 +60,7 @@ def features(n: int, tokens: int, dim: int, kind: str = "gaussian", seed: int = 
 
 
 def made(family: str, tokens: int, dim: int, rank: int, seed: int = 0) -> Decomposer:
-    model = make_decomposer(config(family, rank, seed), tokens, dim)
+    model = make_decomposer(config(family, rank, seed), tokens, dim, factor(dim))
     model.initialise([features(2, tokens, dim, seed=1)] * 2, torch.Generator().manual_seed(2))
     return model
 
@@ -58,7 +68,7 @@ def made(family: str, tokens: int, dim: int, rank: int, seed: int = 0) -> Decomp
 @pytest.mark.parametrize(("tokens", "dim", "rank"), [(12, 20, 5), (20, 12, 12), (1, 7, 1), (64, 3, 2)])
 def test_factors_have_their_shapes_and_dtype(family, tokens, dim, rank):
     model = made(family, tokens, dim, rank)
-    assert (model.family, model.tokens, model.dim, model.rank) == (family, tokens, dim, rank)
+    assert (model.family, model.tokens, model.dim, model.rank) == (config(family, 1).family, tokens, dim, rank)
     for n in (1, 3):
         a, b = model(features(n, tokens, dim))
         assert (a.shape, b.shape) == ((n, tokens, rank), (n, rank, dim))
@@ -136,7 +146,7 @@ def test_a_seed_makes_the_model_and_the_global_generator_does_not(family):
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(2)
     assert torch.equal(first(x).a_NTR, made(family, 12, 20, 4)(x).a_NTR)
-    fresh = [make_decomposer(config(family, 4, seed), 12, 20) for seed in (0, 1)]
+    fresh = [make_decomposer(config(family, 4, seed), 12, 20, factor(20)) for seed in (0, 1)]
     assert not torch.equal(fresh[0](x).a_NTR, fresh[1](x).a_NTR)
 
 
@@ -170,11 +180,12 @@ def test_ranks_and_parameters_are_checked(family):
     for rank in (0, 5):
         with pytest.raises(InputError, match=f"rank {rank}"):
             model(x, rank=rank)
-    highest = FAMILIES[family].highest_rank(12, 20)
+    made_by = FAMILIES[config(family, 4).family]
+    highest = made_by.highest_rank(12, 20)
     with pytest.raises(InputError, match=f"ranks 1 to {highest}"):
         make_decomposer(config(family, highest + 1), 12, 20)
-    with pytest.raises(InputError, match=f"family {family} takes"):
-        FAMILIES[family](12, 20, 4, {"foreign": 1.0}, torch.Generator())
+    with pytest.raises(InputError, match=f"family {made_by.family} takes"):
+        made_by(12, 20, 4, {"foreign": 1.0}, torch.Generator())
 
 
 def test_a_lower_rank_is_refused_or_nested(family):

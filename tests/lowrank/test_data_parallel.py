@@ -32,6 +32,7 @@ LONGER = {"lr": 1e-2, "batch_size": 10, "epochs": 4}
 DIRECT = replace(trial_configs.DIRECT, **LONGER)
 SKETCH = replace(trial_configs.SKETCH, **LONGER)
 REFINED = replace(trial_configs.REFINED, **LONGER, family_params={"steps": 2})
+WEIGHTED = replace(REFINED, family_params={"steps": 2, "metric": "answers"})
 SHARED = replace(SKETCH, family="shared", family_params={"token_transform": "learned", "lambda_rate": 30.0})
 CASES = {  # configuration and micro-batch
     "direct": (DIRECT, None),
@@ -40,6 +41,8 @@ CASES = {  # configuration and micro-batch
     "sketch, nested": (replace(SKETCH, nested_ranks=(1, 2, 4)), None),
     "refined, nested": (replace(REFINED, nested_ranks=(2, 4)), None),
     "shared, in parts": (SHARED, 2),
+    "refined, weighted": (WEIGHTED, None),
+    "shared, weighted": (replace(SHARED, family_params={**SHARED.family_params, "metric": "answers"}), 1),
     "direct, in parts": (DIRECT, 2),
     "refined, nested, in parts": (replace(REFINED, nested_ranks=(2, 4)), 2),
     "smaller batches than workers": (replace(SKETCH, batch_size=1), None),
@@ -52,7 +55,8 @@ def train(name, folder, world):
     config, micro_batch = CASES[name]
     data = FeatureMatrix(FeatureSet.read(folder / "features.json"))
     optimum = measure_optimum([data.load(SPLIT.validation)])
-    trainer = Trainer(config, data, SPLIT, optimum, micro_batch=micro_batch, world=world)
+    factor_DD = torch.diag(torch.logspace(0, -1, data.dim, dtype=torch.float64))
+    trainer = Trainer(config, data, SPLIT, optimum, micro_batch=micro_batch, world=world, factor_DD=factor_DD)
     while trainer.stopped_by is None:
         trainer.step()
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_study import SPLIT, write_features
+from safetensors.torch import save_file
+from tiny_study import DIM, SPLIT, write_features
 
 from lowrank_tune.errors import InputError
-from lowrank_tune.records import FeatureSet, TrialConfig
+from lowrank_tune.lowrank.decomposers import load_decomposer
+from lowrank_tune.lowrank.weighted import METRIC, metric_factor
+from lowrank_tune.records import ANSWERS_METRIC, BEST_MODEL, FeatureSet, TrialConfig
 from lowrank_tune.trials.outcomes import (
     CHECKPOINT,
     begin_trial,
@@ -157,3 +160,18 @@ def test_a_trial_that_is_out_of_memory_is_retried_once_in_smaller_parts(tmp_path
     assert trained == "epochs 1 2 3, budget, micro-batch 16"
     assert failed.startswith("error after 0 epochs: out of memory with 16 images in it at a time; lower batch_size (")
     assert "can't allocate memory" in failed
+
+
+def test_a_trial_in_the_answers_metric_reads_it_from_the_studys_folder_and_says_so_where_there_is_none(
+    session_of, tmp_path
+):
+    config = replace(CONFIG, family="refined", family_params={"steps": 1, "metric": "answers"})
+    lacking = session_of(config).epoch()
+    assert lacking["stopped_by"] == "error"
+    assert "answers_metric.safetensors: no metric of the answers" in lacking["reason"]
+    metric = torch.diag(torch.arange(1.0, DIM + 1))
+    save_file({METRIC: metric}, tmp_path / ANSWERS_METRIC)
+    result = session_of(config).epoch()
+    assert not result["stopped_by"] and math.isfinite(result["val_residual_ratio"])
+    model = load_decomposer(tmp_path / "trials" / "trial" / BEST_MODEL)
+    torch.testing.assert_close(model.weight_DD, metric_factor(metric).float())

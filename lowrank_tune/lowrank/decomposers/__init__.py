@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
@@ -24,13 +25,21 @@ from lowrank_tune.records import TrialConfig
 FAMILIES: Mapping[str, type[Decomposer]] = {cls.family: cls for cls in (Direct, Sketch, Refined, Shared)}
 
 
-def make_decomposer(config: TrialConfig, tokens: int, dim: int) -> Decomposer:
+def make_decomposer(config: TrialConfig, tokens: int, dim: int, factor_DD: Tensor | None = None) -> Decomposer:
     """Make a trial's decomposer for features [tokens, dim], its weights drawn from the trial's seed.
 
+    `factor_DD` is the answers' metric as its factor, which a trial with `metric: answers` needs.
+
     Raises:
-        InputError: There is no such family, it takes other parameters, or it has no such rank.
+        InputError: There is no such family, it takes other parameters, it has no such rank, or the metric is missing.
     """
-    return _make(config.family, tokens, dim, config.rank, config.family_params, stream(config.seed, "weights"))
+    generator = stream(config.seed, "weights")
+    model = _make(config.family, tokens, dim, config.rank, config.family_params, generator)
+    if model.weight_DD is not None:
+        if factor_DD is None:
+            raise InputError(f"trial {config.trial_id}: there is no metric of the answers; make `metric` none")
+        model.weight_DD.copy_(factor_DD)
+    return model
 
 
 def save_decomposer(model: Decomposer, path: Path) -> None:

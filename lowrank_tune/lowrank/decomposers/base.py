@@ -46,6 +46,10 @@ class Decomposer(nn.Module, ABC):
     """The names of the hyperparameters that this family alone has."""
     ordered: ClassVar[bool] = False
     """Whether `forward` serves lower ranks, too, by leading columns: one training can then serve them all."""
+    weighable: ClassVar[bool] = False
+    """Whether `params` may hold `metric`, too: with `answers` the error that training lowers weighs by the metric."""
+    weight_DD: Tensor | None
+    """F of the metric W = F Fᵀ, lower triangular; None where all directions weigh alike."""
 
     def __init__(self, tokens: int, dim: int, rank: int, params: Mapping[str, Any], generator: torch.Generator) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Decomposer(nn.Module, ABC):
             raise InputError(
                 f"rank {rank}: {self.family} has ranks 1 to {highest} for features of [{tokens}, {dim}]; lower `rank`"
             )
-        if set(params) != set(self.params):
+        if set(params) - ({"metric"} if self.weighable else set()) != set(self.params):
             raise InputError(
                 f"family {self.family} takes {', '.join(self.params) or 'no parameters'}; "
                 f"it was given {', '.join(sorted(params)) or 'none'}"
@@ -65,6 +69,7 @@ class Decomposer(nn.Module, ABC):
         self.default_rank = rank
         self.family_params = dict(params)
         self._loss_weights = {rank: 1.0}
+        self.register_buffer("weight_DD", torch.eye(dim) if params.get("metric") == "answers" else None)
 
     @classmethod
     def highest_rank(cls, tokens: int, dim: int) -> int:
@@ -119,6 +124,10 @@ class Decomposer(nn.Module, ABC):
 
         `x_batches` may be gone through several times.
         """
+
+    def weighted(self, x_NTD: Tensor) -> Tensor:
+        """Return X F [N, T, D], whose error is that of X in the model's metric; X itself where it has none."""
+        return x_NTD if self.weight_DD is None else x_NTD @ self.weight_DD
 
     def settle(self) -> None:  # noqa: B027
         """Bring the weights back to where they belong after a step of the optimiser; by default anywhere."""

@@ -1,6 +1,6 @@
 """`refined`: a basis of the tokens sharpened by a learned filter of the image's own Gram matrix, B in closed form.
 
-    G = XXᵀ                      over its trace, the only thing that all that follows reads
+    G = XXᵀ                      over its trace, the only thing that the basis is made of; with a metric XF's
     Q = orth(GP)                 a block power step from a fixed random start P [T, W], W a little above R
     Q V = Ritz vectors           eigenvectors of QᵀGQ [W, W], the R largest kept, in order (Rayleigh–Ritz)
     A = orth(Π (G − c_k θ) QV)   the filter: its zeros lie at learned shares c_k of θ, the image's own W-th Ritz value
@@ -65,6 +65,7 @@ class Refined(Decomposer):
     family = "refined"
     params = ("steps",)
     ordered = True
+    weighable = True
     omega_D: Tensor
     start_TW: Tensor
 
@@ -84,7 +85,7 @@ class Refined(Decomposer):
         count = self.check_rank(rank)
         with torch.autocast(x_NTD.device.type, enabled=False):
             x_NTD = x_NTD.to(self.start_TW.dtype)
-            left = deflated_gram(x_NTD, self.rank, self.omega_D)
+            left = deflated_gram(self.weighted(x_NTD), self.rank, self.omega_D)
             if self.exact:
                 a_NTR = leading_eigenvectors(left.gram_NTT, count)
             else:
@@ -96,7 +97,7 @@ class Refined(Decomposer):
     def precompute(self, x_NTD: Tensor) -> tuple[Tensor, ...]:
         """Return G [N, T, T], its energy and what the filter starts from, or all that the exact route keeps [N, R]."""
         with torch.autocast(x_NTD.device.type, enabled=False):
-            left = deflated_gram(x_NTD.to(self.start_TW.dtype), self.rank, self.omega_D)
+            left = deflated_gram(self.weighted(x_NTD.to(self.start_TW.dtype)), self.rank, self.omega_D)
             if self.exact:
                 basis_NTR = leading_eigenvectors(left.gram_NTT, self.rank)
                 return (left.residual(basis_NTR),)

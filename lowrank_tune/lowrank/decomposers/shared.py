@@ -6,6 +6,9 @@
     Z = C (X̂ − M̂) Bᵀ [T, R]           coefficients; C [T, T], orthonormal, transforms the tokens (Tucker's form)
     loss = bits(Z) / T / D + lambda_rate · ‖X̂ − Y‖ / ‖X̂‖
 
+With a metric W = F Fᵀ all of this is of X̂F in place of X̂, so that the error weighs by it: A = X F B'ᵀ and B = B' F⁻¹
+for the orthonormal B' of X̂F.
+
 B is the same for every image, so that an image is kept as its coefficients, which `lowrank.coding` writes in bits. In
 training they are rounded by noise added to them, and their bits are those of Laplace distributions with learned scales
 (Ballé, Laparra & Simoncelli, 2017).
@@ -55,6 +58,7 @@ class Shared(Decomposer):
     family = "shared"
     params = ("token_transform", "lambda_rate")
     ordered = True
+    weighable = True
     mean_D: Tensor
     transform_TT: Tensor
     group_T: Tensor
@@ -90,7 +94,7 @@ class Shared(Decomposer):
 
     @property
     def basis(self) -> Tensor:
-        """B [R, D]."""
+        """B [R, D]; with a metric that of X̂F."""
         basis_RD: Tensor = self.basis_RD / (SLOW * self.dim**0.5)
         return basis_RD
 
@@ -111,20 +115,33 @@ class Shared(Decomposer):
     def forward(self, x_NTD: Tensor, rank: int | None = None) -> Factors:
         """Decompose images [N, T, D], at the model's rank or a smaller one."""
         basis_RD = self.basis[: self.check_rank(rank)]
-        return Factors(x_NTD @ basis_RD.mT, basis_RD.expand(len(x_NTD), -1, -1))
+        return Factors(x_NTD @ self.taking(basis_RD).mT, self.giving(basis_RD).expand(len(x_NTD), -1, -1))
+
+    def taking(self, rows: Tensor) -> Tensor:
+        """Return rows [..., D] whose products with X are those of the given ones with X F."""
+        return rows if self.weight_DD is None else (rows.double() @ self.weight_DD.double().mT).to(rows)
+
+    def giving(self, rows: Tensor) -> Tensor:
+        """Return rows [..., D] of X F as those of X."""
+        if self.weight_DD is None:
+            return rows
+        # In float64: F may weigh some directions ten thousand times as much as others.
+        plain: Tensor = torch.linalg.solve_triangular(self.weight_DD.double(), rows.double(), upper=False, left=False)
+        return plain.to(rows)
 
     def initialise(self, x_batches: Iterable[Tensor], generator: torch.Generator) -> None:
         """Set B to the mean and the principal axes of the tokens of training images [n, T, D], and fit the scales."""
+        self._level(x_batches)
         total, images = torch.zeros(self.dim, dtype=torch.float64), 0
         for x_NTD in x_batches:
-            total += unit_images(x_NTD)[0].double().mean(1).sum(0).cpu()
+            total += self._units(x_NTD)[0].double().mean(1).sum(0).cpu()
             images += len(x_NTD)
         mean_D = (total / max(images, 1)).to(self.mean_D)
         direction_D = mean_D / torch.linalg.vector_norm(mean_D).clamp_min(torch.finfo(mean_D.dtype).tiny)
 
         def centred() -> Iterator[Tensor]:
             for x_NTD in x_batches:
-                tokens_NTD = unit_images(x_NTD)[0] - mean_D
+                tokens_NTD = self._units(x_NTD)[0] - mean_D
                 yield tokens_NTD - (tokens_NTD @ direction_D)[..., None] * direction_D
 
         with torch.no_grad():
@@ -137,11 +154,24 @@ class Shared(Decomposer):
                 self.transform_TT.copy_(self._token_axes(x_batches) * SLOW * self.tokens**0.5)
             self._fit_scales(x_batches, images)
 
+    def _level(self, x_batches: Iterable[Tensor]) -> None:
+        """Scale the metric so that X̂F is as large as X̂: a step, a bit and lambda_rate then mean what they do there."""
+        if self.weight_DD is not None:
+            squares = [self._units(x_NTD)[0].double().square().mean((-2, -1)).cpu() for x_NTD in x_batches]
+            found_N = torch.cat(squares) if squares else torch.zeros(0)
+            if found_N.any():
+                self.weight_DD /= found_N[found_N > 0].mean().sqrt().to(self.weight_DD)
+
+    def _units(self, x_NTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return X̂F, without a metric X̂, and which images [N] are not all zeros."""
+        unit_NTD, seen_N = unit_images(x_NTD)
+        return self.weighted(unit_NTD), seen_N
+
     def _token_axes(self, x_batches: Iterable[Tensor]) -> Tensor:
         """Return the principal axes of the tokens [T, T], largest first, all components alike."""
         moment_TT = self.mean_D.new_zeros(self.tokens, self.tokens, dtype=torch.float64)
         for x_NTD in x_batches:
-            z_NTR = self._projected(unit_images(x_NTD)[0])
+            z_NTR = self._projected(self._units(x_NTD)[0])
             power_R = z_NTR.square().mean((0, 1)).clamp_min(LEAST_SCALE**2)
             unit_NTR = (z_NTR * power_R.rsqrt()).double()
             moment_TT += torch.einsum("ntr,nsr->ts", unit_NTR, unit_NTR)
@@ -168,12 +198,12 @@ class Shared(Decomposer):
 
     def coefficients(self, x_NTD: Tensor) -> Tensor:
         """Return Z [N, T, R] of images [N, T, D]."""
-        z_NTR: Tensor = self.transform @ self._projected(unit_images(x_NTD)[0])
+        z_NTR: Tensor = self.transform @ self._projected(self._units(x_NTD)[0])
         return z_NTR
 
     def precomputed_loss(self, *precomputed: Tensor) -> Tensor:
         """Return bits an element of X and lambda_rate times the relative error, the mean over images [N, T, D]."""
-        unit_NTD, seen_N = unit_images(precomputed[0])
+        unit_NTD, seen_N = self._units(precomputed[0])
         z_NTR = self.transform @ self._projected(unit_NTD)
         log_step = PACE * self.log_step
         exact_NTR, log_ratio_TR = z_NTR / log_step.exp(), self.log_scale_TR - log_step
