@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -24,13 +24,15 @@ from lowrank_tune.comparison.rates import FITTED, loaded
 from lowrank_tune.config.fidelity import FidelitySpec
 from lowrank_tune.config.plan import Plan, cache_bytes
 from lowrank_tune.errors import InputError
+from lowrank_tune.lowrank.baselines import svd_weighted
 from lowrank_tune.lowrank.codebooks import make_codebook
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.quantization import factor_bytes, ordered, packed_bytes, restored, restored_factors
+from lowrank_tune.lowrank.weighted import read_metric
 from lowrank_tune.measured import Comparison, ComparisonRow
-from lowrank_tune.records import FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import ANSWERS_METRIC, WEIGHTED, FeatureSet, Split, TrialOutcome
 
 FACTORS = "factors"
 """The form of A·B as they are."""
@@ -127,6 +129,11 @@ class Makers:
             for rank in within:
                 for method in untrained(rank, axes_DR, self._seed):
                     self._methods[method.name, rank, ""] = method
+        if any(each.method == "svd_weighted" for each in self.wanted):
+            factor_DD = read_metric(plan.study_dir / ANSWERS_METRIC, features.dim).to(device)
+            for rank in within:
+                decompose = partial(svd_weighted, rank=rank, factor_DD=factor_DD)
+                self._methods["svd_weighted", rank, ""] = Method("svd_weighted", rank, decompose)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,10 +191,10 @@ class Makers:
     def _coder(self, wanted: Wanted) -> Way:
         if wanted.method == ITSELF:
             return coded_itself(self._data.tokens, self._data.dim, self._train)
-        if wanted.method == Shared.family:
+        if wanted.method.removesuffix(WEIGHTED) == Shared.family:
             model = self.method(wanted).model
             assert isinstance(model, Shared)
-            return coded_shared(make_codebook(model, wanted.rank), wanted.trial_id)
+            return coded_shared(wanted.method, make_codebook(model, wanted.rank), wanted.trial_id)
         of = _svd_of if wanted.method == SVD else _trained_of
         return self._books.way(wanted.method, wanted.rank, wanted.trial_id, of)
 

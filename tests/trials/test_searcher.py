@@ -216,7 +216,7 @@ def test_each_group_begins_with_its_familys_published_defaults(plan_of: PlanOf) 
     space = {"families": families, "rank": [2, 8], "lr": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"int": [2, 4]}}
     trials = everything(Driver(plan_of(space, method="tpe", trials=6)))
     first = [(trial.family, trial.rank, trial.family_params) for trial in trials[:4]]
-    direct, refined = {"lambda_b": 1e-5, "lambda_ortho": 1e-3}, {"steps": 3}
+    direct, refined = {"lambda_b": 1e-5, "lambda_ortho": 1e-3}, {"steps": 3, "metric": "none"}
     assert first == [("direct", 2, direct), ("direct", 8, direct), ("refined", 2, refined), ("refined", 8, refined)]
     assert {(trial.lr, trial.weight_decay, trial.batch_size) for trial in trials[:4]} == {(1e-3, 1e-5, 4)}
     assert [trial.origin for trial in trials] == ["defaults"] * 4 + [""] * 2
@@ -233,9 +233,9 @@ def test_points_that_are_known_come_first_each_after_its_groups_defaults(plan_of
     driver = Driver(plan)
     trials = everything(driver, 4)
     assert [(trial.rank, trial.lr, trial.family_params, trial.origin) for trial in trials[:3]] == [
-        (8, 1e-3, {"steps": 2}, "defaults"),
-        (8, 1e-3, {"steps": 3}, "first"),
-        (8, 1e-2, {"steps": 2}, "first"),
+        (8, 1e-3, {"steps": 2, "metric": "none"}, "defaults"),
+        (8, 1e-3, {"steps": 3, "metric": "none"}, "first"),
+        (8, 1e-2, {"steps": 2, "metric": "none"}, "first"),
     ]
     # Another process trains none of them again.
     trials += everything(Driver(plan))
