@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import constriction
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,7 +36,7 @@ from lowrank_tune.lowrank.decomposers.shared import (
     FADING,
     PRIOR,
 )
-from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, MOST, OCTAVE, TOTAL, Tables, Whole
+from lowrank_tune.lowrank.entropy import HIGHEST, LOWEST, MOST, OCTAVE, TOTAL, Tables, Whole, coder
 
 FINE = 32
 """Steps of the step's and the size's logarithm a level."""
@@ -193,19 +192,19 @@ class Codebook:
         parts: list[tuple[NDArray[Any], Any]] = []
         for values, level in self._walk(whole_TR, step):
             parts += self._tables.parts(values, level)
-        coder = constriction.stream.stack.AnsCoder()
+        ans = coder().stack.AnsCoder()
         for symbols, model in reversed(parts):
-            coder.encode_reverse(symbols.astype(np.int32), model)
-        return bytes(coder.get_compressed().astype("<u4").tobytes())
+            ans.encode_reverse(symbols.astype(np.int32), model)
+        return bytes(ans.get_compressed().astype("<u4").tobytes())
 
     def _read(self, words: NDArray[np.uint32], step: int) -> Whole:
         """Decode what `_write` coded at this step."""
-        coder = constriction.stream.stack.AnsCoder(words)
+        ans = coder().stack.AnsCoder(words)
         whole_TR = np.zeros((self.tokens, self.rank), np.int64)
         past_2R = np.zeros((2, self.rank), np.int64)
         for group, rows in enumerate(self._groups):
             plain = self._plain(group, step)
-            values = self._tables.read(coder, self._adapted(plain, past_2R))
+            values = self._tables.read(ans, self._adapted(plain, past_2R))
             past_2R = self._remember(past_2R, plain, values)
             whole_TR[rows, : plain.shape[1]] = values
         return whole_TR

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
-import constriction
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -36,19 +36,23 @@ MOST_BITS = LOW_BITS + 2
 Whole = NDArray[np.int64]
 Part = tuple[NDArray[Any], Any]
 """Symbols, and the model that codes them."""
-_uniform = constriction.stream.model.Uniform
 
 
 class Tables:
     """A table a level from `LOWEST` to `HIGHEST`: counts out of `TOTAL`, `symbols` of each, one after the other."""
 
     def __init__(self, counts: NDArray[np.uint32], symbols: NDArray[np.int32]) -> None:
-        parts = np.split(counts, np.cumsum(symbols)[:-1])
-        # Counts out of a power of two: as floats, and their sums, they are exact.
-        self.models = [constriction.stream.model.Categorical(table / TOTAL, perfect=False) for table in parts]
+        self._counts = counts
         self._ends = symbols.astype(np.int64) // 2
         self._starts = np.cumsum(symbols) - symbols
         self._bits = -np.log2(counts / TOTAL)
+
+    @cached_property
+    def models(self) -> list[Any]:
+        """The coder's, one a table."""
+        categorical = coder().model.Categorical
+        # Counts out of a power of two: as floats, and their sums, they are exact.
+        return [categorical(table / TOTAL, perfect=False) for table in np.split(self._counts, self._starts[1:])]
 
     def parts(self, values: Whole, level: NDArray[np.int16]) -> list[Part]:
         """Return what codes numbers of these levels, in the order of reading."""
@@ -61,18 +65,18 @@ class Tables:
             *_beyond(np.abs(high) - self._ends[table]),
         ]
 
-    def read(self, coder: Any, level: NDArray[np.int16]) -> Whole:
+    def read(self, ans: Any, level: NDArray[np.int16]) -> Whole:
         """Read the numbers of these levels that `parts` codes."""
         order, table, low = _by_table(level)
         symbol, rest = np.zeros((2, len(order)), np.int64)
         for which, part in _runs(table):
-            symbol[part] = coder.decode(self.models[which], part.stop - part.start)
+            symbol[part] = ans.decode(self.models[which], part.stop - part.start)
         for bits, part in _runs(low):
             if bits:
-                rest[part] = coder.decode(_uniform(1 << bits), part.stop - part.start)
+                rest[part] = ans.decode(_uniform(1 << bits), part.stop - part.start)
         high = symbol - self._ends[table]
         outer = np.flatnonzero(np.abs(high) == self._ends[table])
-        high[outer] += np.sign(high[outer]) * _read_beyond(coder, len(outer))
+        high[outer] += np.sign(high[outer]) * _read_beyond(ans, len(outer))
         values = np.zeros(level.shape, np.int64)
         values.reshape(-1)[order] = (high << low) + rest - (1 << low >> 1)
         return values
@@ -90,6 +94,17 @@ class Tables:
         """Return numbers without their low bits, rounded, and the symbols of these."""
         high, end = (values + (1 << low >> 1)) >> low, self._ends[table]
         return high, np.clip(high, -end, end) + end
+
+
+def coder() -> Any:
+    """`constriction.stream`, loaded by what codes alone: all else here works on machines that lack it."""
+    import constriction
+
+    return constriction.stream
+
+
+def _uniform(size: int) -> Any:
+    return coder().model.Uniform(size)
 
 
 def laplace_counts(ratio: float) -> NDArray[np.int64]:
@@ -138,11 +153,11 @@ def _beyond(size: Whole) -> list[Part]:
     ]
 
 
-def _read_beyond(coder: Any, number: int) -> Whole:
+def _read_beyond(ans: Any, number: int) -> Whole:
     """Read what `_beyond` coded of so many numbers."""
-    bits = coder.decode(_uniform(MOST_BITS), number).astype(np.int64) if number else np.zeros(0, np.int64)
+    bits = ans.decode(_uniform(MOST_BITS), number).astype(np.int64) if number else np.zeros(0, np.int64)
     beyond: Whole = np.minimum(bits, 1)
     for count in np.unique(bits[bits > 1]).tolist():
         which = np.flatnonzero(bits == count)
-        beyond[which] = (1 << count - 1) + coder.decode(_uniform(1 << count - 1), len(which))
+        beyond[which] = (1 << count - 1) + ans.decode(_uniform(1 << count - 1), len(which))
     return beyond

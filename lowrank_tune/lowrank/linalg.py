@@ -5,6 +5,7 @@ N images, T tokens, D dim, R rank or any number of columns.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -33,8 +34,13 @@ FITTING = (1e-20, 1e30)
 POWERS_AT_RANK_1 = 8
 """Products with XXᵀ, beyond the one that every rank has, from Xω to that direction; they fall with the rank, for at a
 high one it need only lie among the leading directions."""
+LOOSE = 0.25
+"""‖VᵀV − I‖ over the root of the dtype's rounding, above which eigenvectors count as not orthonormal: 9e-5 in float32,
+where LAPACK's are within 2e-5 of 256 columns."""
 OVERSAMPLING = 64
 """Columns that `principal_axes` sketches with beyond twice those it returns; few axes would be poor ones without."""
+
+logger = logging.getLogger(__name__)
 
 
 def gram(x_NTD: Tensor) -> Tensor:
@@ -97,6 +103,45 @@ def deflated_gram(x_NTD: Tensor, rank: int, omega_D: Tensor) -> DeflatedGram:
     return DeflatedGram(gram_NTT, share_N, dominated_N, q_nT1)
 
 
+def eigh(symmetric_NKK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, rising [N, K], and orthonormal eigenvectors [N, K, K] of one matrix or many.
+
+    On a GPU torch 2.12 and later solve by Jacobi rotations, of which eigenvectors that are not orthonormal have been
+    reported (pytorch 192483): those of a GPU are looked at.
+    """
+    values_NK, vectors_NKK = torch.linalg.eigh(symmetric_NKK)
+    return (values_NK, vectors_NKK) if symmetric_NKK.is_cpu else mended(symmetric_NKK, values_NK, vectors_NKK)
+
+
+def mended(symmetric_NKK: Tensor, values_NK: Tensor, vectors_NKK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors, those of matrices whose vectors are not orthonormal made anew on the CPU."""
+    bad_N = is_loose(vectors_NKK)
+    if not bad_N.any():
+        return values_NK, vectors_NKK
+    logger.warning(
+        "%d of %d eigendecompositions by %s were not orthonormal, and are done on the CPU",
+        bad_N.sum().item(), bad_N.numel(), symmetric_NKK.device,
+    )  # fmt: skip
+    again = torch.linalg.eigh(symmetric_NKK[bad_N].cpu())
+    values_NK, vectors_NKK = values_NK.clone(), vectors_NKK.clone()
+    values_NK[bad_N] = again.eigenvalues.to(values_NK)
+    vectors_NKK[bad_N] = again.eigenvectors.to(vectors_NKK)
+    return values_NK, vectors_NKK
+
+
+def is_loose(vectors_NKK: Tensor) -> Tensor:
+    """Return whose eigenvectors are not orthonormal, NaN among them [N]."""
+    sound_N: Tensor = departure(vectors_NKK) <= LOOSE * torch.finfo(vectors_NKK.dtype).eps ** 0.5
+    return ~sound_N
+
+
+def departure(basis_NTR: Tensor) -> Tensor:
+    """Return ‖QᵀQ − I‖ [N] of each basis, the root of the sum of squares."""
+    identity_RR = torch.eye(basis_NTR.shape[-1], dtype=basis_NTR.dtype, device=basis_NTR.device)
+    length_N: Tensor = torch.linalg.matrix_norm(basis_NTR.mT @ basis_NTR - identity_RR)
+    return length_N
+
+
 def leading_eigenvectors(symmetric_NKK: Tensor, count: int) -> Tensor:
     """Return the eigenvectors of the `count` largest eigenvalues [N, K, count], the largest first; NaN counts as 0.
 
@@ -105,7 +150,7 @@ def leading_eigenvectors(symmetric_NKK: Tensor, count: int) -> Tensor:
     """
     # One matrix that is not finite would be an error for all the batch.
     symmetric_NKK = symmetric_NKK.nan_to_num(0, 0, 0)
-    values_NK, vectors_NKK = torch.linalg.eigh(symmetric_NKK)
+    values_NK, vectors_NKK = eigh(symmetric_NKK)
     leading_NKC: Tensor = vectors_NKK[..., -count:].flip(-1)
     mixed_N = values_NK[:, -count] < GRADED * torch.finfo(values_NK.dtype).eps * values_NK[:, -1]
     if symmetric_NKK.dtype != torch.float64 and mixed_N.any():
@@ -237,10 +282,9 @@ def principal_axes(x_batches: Iterable[Tensor], count: int, generator: torch.Gen
     for x_NTD in batches:
         moment += _weigh(x_NTD, test_DK)
     if test_DK is None:
-        vectors_DD: Tensor = torch.linalg.eigh(moment).eigenvectors
-        return vectors_DD[:, -count:].flip(-1)
+        return eigh(moment)[1][:, -count:].flip(-1)
     core = test_DK.double().mT @ moment
-    values_K, vectors_KK = torch.linalg.eigh((core + core.mT) / 2)
+    values_K, vectors_KK = eigh((core + core.mT) / 2)
     # Below what the features' own dtype resolves, eigenvalues of the core are noise of either sign.
     noise = width * torch.finfo(first_NTD.dtype).eps * values_K[-1]
     scales_K = values_K.clamp_min(noise.clamp_min(torch.finfo(torch.float64).tiny)).rsqrt()

@@ -38,7 +38,7 @@ _ALIASED = "lowrank.aliased"
 _MODEL = "lowrank.model_id"  # the database forgets the model_id that a version is made with
 _CARRIED = ("__init__.py", "errors.py", "files.py", "records.py", "lowrank")
 """Of this package, what a decomposer needs to be loaded and to compute."""
-_REQUIRED = ("torch", "safetensors", "numpy", "scipy")
+_REQUIRED = ("torch", "safetensors", "numpy")
 
 
 def log_models(

@@ -32,6 +32,7 @@ from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
 from lowrank_tune.lowrank.linalg import (
     DeflatedGram,
     deflated_gram,
+    eigh,
     leading_eigenvectors,
     orthonormalise_nearly,
     orthonormalise_once,
@@ -121,7 +122,7 @@ class Refined(Decomposer):
         product_NTW = gram_NTT @ q_NTW
         # An image that is not finite stays so by its Q; here it would be an error for all the batch.
         inner_NWW = (q_NTW.mT @ product_NTW).nan_to_num(0, 0, 0)
-        values_NW, vectors_NWW = torch.linalg.eigh(inner_NWW)
+        values_NW, vectors_NWW = eigh(inner_NWW)
         # Where W is all there is, the Ritz vectors are the eigenvectors, and zeros near the least of the eigenvalues
         # would let the rounding at 0 grow beside it.
         theta_N11 = values_NW[:, :1, None].clamp_min(0) * (values_NW.shape[-1] < min(self.tokens, self.dim))

@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.fft import dct
 from torch import Tensor, nn
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.decomposers.base import Decomposer, Factors
-from lowrank_tune.lowrank.linalg import orthonormalise, principal_axes
+from lowrank_tune.lowrank.linalg import eigh, orthonormalise, principal_axes
 
 TOKEN_TRANSFORMS = ("none", "dct", "learned")
 SLOW = 10.0
@@ -175,8 +174,7 @@ class Shared(Decomposer):
             power_R = z_NTR.square().mean((0, 1)).clamp_min(LEAST_SCALE**2)
             unit_NTR = (z_NTR * power_R.rsqrt()).double()
             moment_TT += torch.einsum("ntr,nsr->ts", unit_NTR, unit_NTR)
-        axes_TT: Tensor = torch.linalg.eigh(moment_TT).eigenvectors.flip(-1).mT
-        return axes_TT.to(self.mean_D)
+        return eigh(moment_TT)[1].flip(-1).mT.to(self.mean_D)
 
     def _fit_scales(self, x_batches: Iterable[Tensor], images: int) -> None:
         """Set each coefficient's scale to its mean size, the Laplace distribution's maximum of likelihood."""
@@ -290,7 +288,9 @@ def grid_dct(tokens: int) -> Tensor:
         raise InputError(
             f"token_transform dct: {tokens} tokens are no square grid; take `learned`, which fits any order, or `none`"
         )
-    row = dct(np.eye(side), norm="ortho", axis=0)
+    place = np.arange(side)
+    row = np.cos(np.pi / side * np.outer(place, place + 0.5)) * np.sqrt(2 / side)
+    row[0] = np.sqrt(1 / side)
     return torch.from_numpy(np.kron(row, row)).float()
 
 
