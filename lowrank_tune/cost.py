@@ -15,7 +15,6 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
-from torch import Tensor
 
 from lowrank_tune.checks import check_space, with_first_points
 from lowrank_tune.cluster.study_dir import results_directory
@@ -44,15 +43,12 @@ from lowrank_tune.features.images import hash_files, read_bytes
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.features.tensors import load_tensor
 from lowrank_tune.fidelity.reckon import fidelity_cost
-from lowrank_tune.lowrank.data import FeatureMatrix
-from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
-from lowrank_tune.records import FeatureSet, Split, TrialConfig
+from lowrank_tune.lowrank.calibration import Noise, measure_training
+from lowrank_tune.lowrank.device import device_for
+from lowrank_tune.records import Split
 from lowrank_tune.tracking.database import database_fault
 from lowrank_tune.tracking.reach import reach_store
 
-STEPS = 3
-"""Steps of an epoch that is timed, at most; the rest is reckoned."""
 USABLE = 0.9
 """The part of a GPU's memory that trials may fill: allocators leave gaps."""
 START_S, FINISH_S, ROW_S = 15.0, 8.0, 0.6
@@ -186,7 +182,7 @@ def try_images(spec: FeaturesSpec, cache_root: Path, seed: int) -> tuple[float, 
     records = read_records(spec.source, cache_root, seed)
     extraction = plan_extraction(spec, cache_root, records)
     size, tokens, dim = spec.encoder.image_size, extraction.identity["tokens"], extraction.identity["dim"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_for(1)
     encoder = None
     if isinstance(extraction, EncodeImages):
         batch = None if spec.batch_size == "auto" else spec.batch_size
@@ -233,10 +229,12 @@ def calibrate(
     """
     resources, epochs = plan.spec.resources, plan.spec.training.epochs
     torch.set_num_threads(max(1, int(resources.cpus_per_trial)))
-    device = "cuda" if resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
+    device = device_for(resources.gpus_per_trial)
     workers = resources.workers_per_trial
     own = Split(*(images[: math.ceil(len(images) / workers)] for images in (split.train, split.validation, split.test)))
-    data = _Noise(tokens, dim)
+    data = Noise(
+        tokens, dim, sum(map(len, (split.train, split.validation, split.test))), plan.spec.features.store_dtype
+    )
     space, high = plan.spec.search.space, max_rank(plan.spec)
     families = space.families.chosen()
     measured = []
@@ -244,7 +242,7 @@ def calibrate(
         for rank in dict.fromkeys((high, high if space.nested_ranks else min(whole_values(space.rank)))):
             config = trial_config(plan, 0, {**first_params(plan.spec.search.space, family), "rank": rank})
             share = replace(config, batch_size=math.ceil(config.batch_size / workers))
-            measured.append(_measure(share, data, own, device))
+            measured.append(measure_training(share, data, own, device))
     trial_seconds = sum(seconds for seconds, _ in measured) / len(measured)
     memory = max(size for _, size in measured)
 
@@ -294,46 +292,6 @@ def expected_share(scheduler: SchedulerSpec, epochs: int) -> float:
     return (trained / epochs + 1) / 2
 
 
-class _Noise(FeatureMatrix):
-    """Random features, as many as a calibration needs, that stand for any number of images."""
-
-    def __init__(self, tokens: int, dim: int) -> None:
-        super().__init__(FeatureSet("", "", "noise", "random", "float32", tokens, dim, (), ""))
-        generator = torch.Generator().manual_seed(0)
-        self._x_NTD = torch.randn(VALIDATION_BATCH, tokens, dim, generator=generator)
-
-    def load(self, indices: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        x_NTD = self._x_NTD[[index % len(self._x_NTD) for index in indices]].to(dtype)
-        return x_NTD if out is None else out.copy_(x_NTD)
-
-
-def _measure(config: TrialConfig, data: FeatureMatrix, split: Split, device: str) -> tuple[float, int]:
-    """Seconds of a whole training and bytes that it holds, from a few images' first epochs."""
-    train = min(len(split.train), STEPS * config.batch_size)
-    validation = range(min(len(split.validation), VALIDATION_BATCH))
-    few = Split(tuple(range(train)), tuple(validation), ())
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    optimum = measure_optimum([data.load(validation)])
-    # Any metric takes as long.
-    any_DD = torch.eye(data.dim)
-    trainer = Trainer(replace(config, epochs=4, patience=4), data, few, optimum, device, factor_DD=any_DD)
-    seconds = []
-    for _ in range(3):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        trainer.step()
-        seconds.append(time.perf_counter() - started)
-    # The first epoch also makes what later ones keep.
-    scale, later = len(split.train) / train, min(seconds[1:])
-    whole = scale * (max(seconds[0], later) + (config.epochs - 1) * later)
-    if device == "cuda":
-        return whole, int(torch.cuda.max_memory_allocated())
-    weights = sum(weight.nbytes for weight in trainer.model.parameters())
-    return whole, 5 * weights + 4 * 4 * config.batch_size * data.tokens * data.dim
-
-
 def _describe_survey(spec: StudySpec, cache_root: Path, surveys: list[dict[str, Any]]) -> str:
     """What the source and its cache hold, which is kept for the next check."""
     survey = survey_features(spec.features, cache_root, spec.seed)
@@ -362,7 +320,7 @@ def _describe_images(spec: StudySpec, cache_root: Path, surveys: Sequence[Mappin
                 f"remove what is broken, or raise it{others}"
             )
         lines.append(f"{unusable}; an extraction leaves such images out, up to features.max_quarantined, {most:g}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_for(1)
     for survey in surveys:
         images = survey["images_to_extract"]
         whole = timedelta(seconds=math.ceil(images * each))

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import ray
-import torch
 
 from lowrank_tune.checks import check_begun, check_data, check_space, paths_explained, with_first_points
 from lowrank_tune.cluster.jobs import check_shared
@@ -47,6 +46,7 @@ from lowrank_tune.features.groups import image_groups
 from lowrank_tune.features.pictures import measure_pictures
 from lowrank_tune.features.remote import local_copy
 from lowrank_tune.fidelity.measure import Measured, measure_fidelity, read_fidelity
+from lowrank_tune.lowrank.device import device_for
 from lowrank_tune.measured import Comparison, Fidelity, Pictures
 from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome, TrialTracker
 from lowrank_tune.report.spatial import check_images
@@ -238,7 +238,7 @@ def compare_study(
 
 def device_of(spec: StudySpec) -> str:
     """Where this process computes: on a GPU when trials ask for one and it is here."""
-    return "cuda" if spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
+    return device_for(spec.resources.gpus_per_trial)
 
 
 def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", *, trains: bool = True) -> Plan:

@@ -11,14 +11,22 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.checkpoint import CheckpointConfig, TowerFiles
 from lowrank_tune.features.tiny import quiet_transformers
-from lowrank_tune.features.window_attention import SquareTower, align_mlp, cut_patches, is_exact, window_grid
+from lowrank_tune.features.window_attention import (
+    SquareTower,
+    WindowGrid,
+    align_mlp,
+    cut_patches,
+    is_exact,
+    window_grid,
+)
+from lowrank_tune.lowrank.device import is_out_of_memory
 
 PATCHES_A_BATCH = {"cuda": 32 * 1024, "cpu": 4 * 1024}
 """Where no batch size is given: 32 images of 448 pixels a side fill a GPU, 4 the caches of a CPU."""
@@ -69,16 +77,21 @@ class Encoder:
         self.batch = batch
         dtype = getattr(torch, compute_dtype)
         self.model = _load_tower(config, tower, dtype)
-        self.processor = image_processor(config, self.model.config)
+        said = config.preprocessor
         try:
             self.model.to(self.device)
+            # Of bytes, as transformers' own preprocessor has them: mean and deviation take its rescaling in.
+            self._mean_C, self._std_C = (
+                torch.tensor(values, device=self.device) * (1.0 / (said.get("rescale_factor") or 1 / 255))
+                for values in (said.get("image_mean") or OPENAI_CLIP_MEAN, said.get("image_std") or OPENAI_CLIP_STD)
+            )
             if not is_exact(self.device, dtype):
                 align_mlp(self.model)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"{config.name}: out of GPU memory on {device} before the first image; {_MAKE_ROOM}, or take a GPU "
+                f"{config.name}: out of memory on {device} before the first image; {_MAKE_ROOM}, or take a GPU "
                 "with more memory"
             ) from error
         self._squares: dict[int, SquareTower | None] = {}
@@ -101,7 +114,7 @@ class Encoder:
         on_gpu = self.device.type == "cuda"
         count, size = pixels_NHWC.shape[:2]
         patches = (size // self.model.config.patch_size) ** 2
-        fitting = max(1, min(LARGEST_BATCH, PATCHES_A_BATCH["cuda" if on_gpu else "cpu"] // patches))
+        fitting = max(1, min(LARGEST_BATCH, PATCHES_A_BATCH[self.device.type] // patches))
         # Pinned memory is what a GPU can copy from and to while the CPU goes on.
         staged = torch.empty(pixels_NHWC.shape, dtype=torch.uint8, pin_memory=on_gpu)
         staged.numpy()[:] = pixels_NHWC
@@ -131,25 +144,24 @@ class Encoder:
         square = self._squares[size]
         if square is None:
             return self.forward_as_stock(pixels_NHWC)
-        return square(self.normalised_patches(pixels_NHWC, square))
+        return square(self.normalised_patches(pixels_NHWC, square.grid))
 
     def forward_as_stock(self, pixels_NHWC: Tensor) -> Tensor:
-        """The same by transformers' own preprocessor and forward, for images of any size."""
-        images = list(pixels_NHWC.permute(0, 3, 1, 2))
-        batch = self.processor(images=images, do_resize=False, return_tensors="pt", device=self.device)
-        grids = batch["image_grid_thw"].to(self.device)
-        merged: Tensor = self.model(batch["pixel_values"], grid_thw=grids).pooler_output
-        return merged.view(len(images), -1, merged.shape[-1])
+        """The same by transformers' own forward, for images of any size."""
+        images, side = len(pixels_NHWC), pixels_NHWC.shape[1] // self.model.config.patch_size
+        # transformers' own preprocessor gives the patches as if the image were one window.
+        grid = WindowGrid(side, side, self.model.config.spatial_merge_size)
+        patches = self.normalised_patches(pixels_NHWC, grid).flatten(0, 1)
+        merged: Tensor = self.model(
+            patches, grid_thw=torch.tensor([[1, side, side]] * images, device=self.device)
+        ).pooler_output
+        return merged.view(images, -1, merged.shape[-1])
 
-    def normalised_patches(self, pixels_NHWC: Tensor, square: SquareTower) -> Tensor:
-        """Patches as the preprocessor would give them, to the bit, but in the order of the windows."""
-        mean, std = (
-            torch.tensor(values, device=self.device) * (1.0 / self.processor.rescale_factor)
-            for values in (self.processor.image_mean, self.processor.image_std)
-        )
-        patches_NLP = cut_patches(pixels_NHWC, square.grid, self.processor.temporal_patch_size)
-        by_channel = patches_NLP.view(*patches_NLP.shape[:2], len(mean), -1)
-        normalised: Tensor = (by_channel - mean[:, None]).div_(std[:, None])
+    def normalised_patches(self, pixels_NHWC: Tensor, grid: WindowGrid) -> Tensor:
+        """Patches as transformers' own preprocessor would give them, to the bit, but in the order of the windows."""
+        patches_NLP = cut_patches(pixels_NHWC, grid, self.model.config.temporal_patch_size)
+        by_channel = patches_NLP.view(*patches_NLP.shape[:2], len(self._mean_C), -1)
+        normalised: Tensor = (by_channel - self._mean_C[:, None]).div_(self._std_C[:, None])
         return normalised.flatten(2)
 
     def _fits(self, pixels_NHWC: Tensor, features_NTD: Tensor, largest_N: Tensor) -> bool:
@@ -169,30 +181,13 @@ class Encoder:
         torch.cuda.empty_cache()
         if tried == 1:
             raise InputError(
-                f"{self.config.name}: out of GPU memory on {self.device} with a single image; {_MAKE_ROOM}, or lower "
+                f"{self.config.name}: out of memory on {self.device} with a single image; {_MAKE_ROOM}, or lower "
                 "features.encoder.image_size"
             )
         self.batch = tried // 2
-        note = f"out of GPU memory with {tried} images at once: going on with {self.batch}; nothing is lost"
+        note = f"out of memory with {tried} images at once: going on with {self.batch}; nothing is lost"
         logger.warning(note)
         return note
-
-
-def image_processor(config: CheckpointConfig, vision: Qwen2_5_VLVisionConfig) -> Qwen2VLImageProcessor:
-    """Transformers' own preprocessor, by what the checkpoint says of it."""
-    said = {key: config.preprocessor.get(key) for key in ("image_mean", "image_std", "rescale_factor")}
-    return Qwen2VLImageProcessor(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        **{key: value for key, value in said.items() if value is not None},
-    )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory did not suffice, for torch's own tensors or for what the driver and its libraries need."""
-    told = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def check_tower(config: CheckpointConfig, tower: TowerFiles) -> None:

@@ -28,8 +28,8 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from lowrank_tune.config.schema import FeaturesSpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.checkpoint import CheckpointConfig, ModelFiles, find_model, read_checkpoint_config
-from lowrank_tune.features.encoder import image_processor, is_out_of_memory
 from lowrank_tune.features.tiny import quiet_transformers
+from lowrank_tune.lowrank.device import is_out_of_memory
 
 _WHOLE = "name a whole Qwen2.5-VL checkpoint as `save_pretrained` writes it, or remove `fidelity`"
 _BESIDE_WEIGHTS = 1.1
@@ -176,7 +176,13 @@ class LanguageModel:
     @torch.inference_mode()
     def pixels_agree(self, square_HWC: npt.NDArray[np.uint8], x_TD: Tensor) -> str:
         """How far the features of an image are from those that the model itself makes of its pixels, in a sentence."""
-        processor: Qwen2VLImageProcessor = image_processor(self.config, self.model.config.vision_config)
+        vision, said = self.model.config.vision_config, self.config.preprocessor
+        processor = Qwen2VLImageProcessor(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            **{key: said[key] for key in ("image_mean", "image_std", "rescale_factor") if said.get(key) is not None},
+        )
         batch = processor(
             images=[torch.from_numpy(square_HWC).permute(2, 0, 1)], do_resize=False, return_tensors="pt"
         ).to(self.device)

@@ -15,6 +15,7 @@ from lowrank_tune.features.checkpoint import read_checkpoint_config
 from lowrank_tune.features.pictures import WAYS
 from lowrank_tune.fidelity.ways import STORED
 from lowrank_tune.files import read_json
+from lowrank_tune.lowrank.device import device_for
 
 _PROMPT = 32
 """Tokens of a question and of the chat's frame, about."""
@@ -49,7 +50,7 @@ def fidelity_cost(plan: Plan, tokens: int, n_test: int) -> dict[str, Any] | None
         read_checkpoint_config(plan.spec.features.encoder.checkpoint, plan.features_root).directory
     )
     flop = 2.0 * parameters * (tokens + _PROMPT) * images * (forms + asked.max_new_tokens)
-    device = "cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_for(asked.device != "cpu")
     return {
         "images": images,
         "forms": forms,

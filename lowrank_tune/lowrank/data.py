@@ -139,29 +139,19 @@ class Resident:
 
 
 class Streamed:
-    """Batches copied to a device, in the cache's dtype, through two page-locked buffers that take turns."""
+    """Batches copied to a device, in the cache's dtype, through memory that the next one uses again."""
 
     def __init__(self, data: FeatureMatrix, device: str) -> None:
         self._data = data
-        self._device = torch.device(device)
-        self._buffers: list[Tensor] = [torch.empty(0, data.tokens, data.dim, dtype=data.dtype)] * 2
-        on_gpu = self._device.type == "cuda"
-        self._sent = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
-        self._turn = 0
+        self._device = device
+        self._buffer_NTD = torch.empty(0, data.tokens, data.dim, dtype=data.dtype)
 
     def load(self, indices: Sequence[int]) -> Tensor:
         """Send them to the device."""
-        self._turn = 1 - self._turn
-        if self._sent:
-            self._sent[self._turn].synchronize()
-        if len(indices) > len(self._buffers[self._turn]):
-            shape = (len(indices), self._data.tokens, self._data.dim)
-            self._buffers[self._turn] = torch.empty(shape, dtype=self._data.dtype, pin_memory=bool(self._sent))
-        host_NTD = self._data.load(indices, out=self._buffers[self._turn][: len(indices)])
-        x_NTD = torch.empty_like(host_NTD, device=self._device).copy_(host_NTD, non_blocking=True)
-        if self._sent:
-            self._sent[self._turn].record(torch.cuda.current_stream(self._device))
-        return x_NTD.float()
+        if len(indices) > len(self._buffer_NTD):
+            self._buffer_NTD = self._buffer_NTD.new_empty(len(indices), *self._buffer_NTD.shape[1:])
+        host_NTD = self._data.load(indices, out=self._buffer_NTD[: len(indices)])
+        return torch.empty_like(host_NTD, device=self._device).copy_(host_NTD).float()
 
     lend = load
 

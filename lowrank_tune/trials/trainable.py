@@ -146,7 +146,7 @@ class TrialWorker:
 
 def _first_cause(errors: dict[int, Exception]) -> str:
     """Why a group of workers has ended: the first cause, not that the others then lost a worker."""
-    from lowrank_tune.trials.trial import is_out_of_memory
+    from lowrank_tune.lowrank.device import is_out_of_memory
 
     rank = next((rank for rank, error in sorted(errors.items()) if not isinstance(error, ConnectionError)), min(errors))
     error = errors[rank]

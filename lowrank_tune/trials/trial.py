@@ -18,6 +18,7 @@ from lowrank_tune.errors import InputError, LowrankTuneError, redact
 from lowrank_tune.features.remote import local_copy
 from lowrank_tune.files import write_json, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
+from lowrank_tune.lowrank.device import device_for, is_out_of_memory
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.svd import Optimum, kept_optimum
 from lowrank_tune.lowrank.trainer import FIGURES, Trainer, largest_share
@@ -97,7 +98,7 @@ class TrialSession:
         self._config = TrialConfig(**settings["trial"])
         self._study_dir = Path(settings["study_dir"])
         self._directory = self._study_dir / "trials" / self._config.trial_id
-        self._device = "cuda" if settings["gpus"] and torch.cuda.is_available() else "cpu"
+        self._device = device_for(settings["gpus"])
         self._reported = settings.get("reported", 0)
         self._world = world
         self._trainer: Trainer | None = None
@@ -138,8 +139,7 @@ class TrialSession:
             logger.warning("trial %s: %s", self._config.trial_id, error)
         # Out of the handler: until here the error's traceback holds what the failed epoch had allocated.
         self._trainer = None
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.micro_batch = less
         return self._train()
 
@@ -234,12 +234,6 @@ def train_epoch(trainer: Trainer, directory: Path) -> dict[str, Any]:
 def _result(rows: Sequence[dict[str, float]], stopped_by: str, reason: str = "") -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in rows)
     return {**rows[-1], "trained_seconds": seconds, "stopped_by": stopped_by, "reason": reason}
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device's memory or this machine's did not suffice."""
-    # On the CPU, torch has no class of its own for it.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def run_one_trial(

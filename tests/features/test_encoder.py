@@ -144,7 +144,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_but_rounding(
     # Some processors multiply few rows by other kernels than many.
     torch.testing.assert_close(encoding.features_NTD, expected, rtol=1e-4, atol=1e-4)
     assert [text.split(":")[0] for text in encoding.notes] == [
-        f"out of GPU memory with {images} images at once" for images in (16, 8, 4)
+        f"out of memory with {images} images at once" for images in (16, 8, 4)
     ]
     assert "going on with 2" in caplog.text
     tried.clear()
@@ -155,7 +155,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_but_rounding(
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (OUT_OF_MEMORY[0], InputError, r"tiny-random: out of GPU memory .* a single image; free the GPU"),
+        (OUT_OF_MEMORY[0], InputError, r"tiny-random: out of memory .* a single image; free the GPU"),
         (RuntimeError("CUDA error: an illegal memory access"), RuntimeError, "illegal memory access"),
     ],
 )

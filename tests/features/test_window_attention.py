@@ -6,10 +6,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from lowrank_tune.features.decoding import decode_image
 from lowrank_tune.features.encoder import Encoder
-from lowrank_tune.features.window_attention import SquareTower, align_mlp, cut_patches, window_grid
+from lowrank_tune.features.window_attention import SquareTower, WindowGrid, align_mlp, cut_patches, window_grid
 
 PUBLISHED = {
     "depth": 2,
@@ -72,11 +73,13 @@ def test_patches_are_the_preprocessors_to_the_bit(encoders, size):
     values = np.arange(size * size * 3, dtype=np.int64) * 7 % 256
     pixels = torch.from_numpy(values.astype(np.uint8).reshape(1, size, size, 3))
     assert size == 28 or all(len(pixels[..., channel].unique()) == 256 for channel in range(3))
-    theirs = encoder.processor(
+    theirs = Qwen2VLImageProcessor(patch_size=14)(
         images=list(pixels.permute(0, 3, 1, 2)), do_resize=False, return_tensors="pt"
     ).pixel_values
     square = SquareTower(encoder.model, window_grid(encoder.model.config, size))
-    ours = encoder.normalised_patches(pixels, square)[0]
+    ours = encoder.normalised_patches(pixels, square.grid)[0]
+    whole = WindowGrid(square.grid.side, square.grid.side, square.grid.merge)
+    assert torch.equal(encoder.normalised_patches(pixels, whole)[0], theirs)
     by_token = theirs.view(-1, square.grid.merge**2, theirs.shape[1])
     assert torch.equal(ours.view(by_token.shape)[square.rows_T], by_token)
 

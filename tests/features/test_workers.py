@@ -86,9 +86,9 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
 @pytest.mark.parametrize(
     ("gpus", "where", "function", "message"),
     [
-        (0, torch.nn.functional, raising(OUT_OF_MEMORY), "out of GPU memory on cpu with a single image; free the GPU"),
+        (0, torch.nn.functional, raising(OUT_OF_MEMORY), "out of memory on cpu with a single image; free the GPU"),
         (1, torch.cuda, lambda: False, "has a GPU here, but torch"),
-        (0, torch.nn.Module, raising(OUT_OF_MEMORY), "out of GPU memory on cpu before the first image; free the GPU"),
+        (0, torch.nn.Module, raising(OUT_OF_MEMORY), "out of memory on cpu before the first image; free the GPU"),
         (0, torch.nn.Module, raising(RuntimeError("no image")), "encoder did not start: RuntimeError('no image')"),
     ],
 )
@@ -159,7 +159,7 @@ extract_features(FeaturesSpec.model_validate_json(sys.argv[1]), pathlib.Path(sys
     ran = subprocess.run(script, env=dict(os.environ), timeout=300, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     for tried, then in ((8, 4), (4, 2)):
-        assert f"out of GPU memory with {tried} images at once: going on with {then}" in ran.stderr
+        assert f"out of memory with {tried} images at once: going on with {then}" in ran.stderr
     (directory,) = (path.parent for path in tmp_path.glob("*/manifest.json"))
     assert verify_cache(directory) == []
     assert len(open_cache(directory).rows) == 20
