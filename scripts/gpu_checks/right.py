@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lowrank_tune.lowrank import baselines
-from lowrank_tune.lowrank.coding import make_codebook
+from lowrank_tune.lowrank.codebooks import make_codebook
 from lowrank_tune.lowrank.data import FeatureMatrix, Resident, Streamed, batches_on
 from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
