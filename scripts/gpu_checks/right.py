@@ -170,7 +170,7 @@ def orthonormality(size: Size) -> Iterator[Finding]:
     symmetric = symmetric * torch.logspace(-6, 6, 200, device=size.device)[:, None, None]
     values, vectors = torch.linalg.eigh(symmetric)
     yield Finding(
-        "eigenvectors by the device's own solver that are not orthonormal", f"{is_loose(vectors).sum()} of 200"
+        "eigenvectors by the device's own solver that are not orthonormal", f"{is_loose(vectors).sum().item()} of 200"
     )
     _, vectors = eigh(symmetric)
     yield within("the worst of 200 once those are mended", departure(vectors).max().item(), ORTHONORMAL)
