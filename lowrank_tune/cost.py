@@ -25,6 +25,7 @@ from lowrank_tune.config.plan import (
     make_plan,
     max_rank,
     plan_cost,
+    search_bounds,
     split_images,
     trial_config,
 )
@@ -85,6 +86,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         "method": spec.search.method,
         "trials": plan.n_trials,
         "epochs_at_most": cost["max_epochs"],
+        "search_ends": search_bounds(plan),
         "confirmations_at_most": cost["confirmations"],
         "combinations": cost["combinations"],
         "split": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
@@ -241,8 +243,8 @@ def calibrate(
     for family in families:
         for rank in dict.fromkeys((high, high if space.nested_ranks else min(whole_values(space.rank)))):
             config = trial_config(plan, 0, {**first_params(plan.spec.search.space, family), "rank": rank})
-            share = replace(config, batch_size=math.ceil(config.batch_size / workers))
-            measured.append(measure_training(share, data, own, device))
+            one = replace(config, batch_size=math.ceil(config.batch_size / workers))
+            measured.append(measure_training(one, data, own, device))
     trial_seconds = sum(seconds for seconds, _ in measured) / len(measured)
     memory = max(size for _, size in measured)
 
@@ -257,11 +259,17 @@ def calibrate(
 
     confirmations = plan_cost(plan)["confirmations"]
     trainings = plan.n_trials + confirmations
-    expected = plan.n_trials * expected_share(plan.spec.scheduler, epochs) + confirmations
+    share = expected_share(plan.spec.scheduler, epochs)
+    expected = plan.n_trials * share + confirmations
     ranks = len(space.nested_ranks) or combinations([space.axes(next(iter(families)))["rank"]]) or plan.n_trials
     fixed = START_S + FINISH_S + ROW_S * ranks * (len(families) + METHODS_WITHOUT_TRAINING) + TRIAL_S * trainings
     fixed += 0 if isinstance(plan.spec.features.source, TensorSource) else PICTURES_S
     fixed, whole = fixed + extraction_seconds + asking_seconds, trial_seconds / min(at_once, trainings)
+    hours = plan.spec.search.stop.hours
+    longest = math.inf if hours is None else 3600 * hours
+    seconds, most = (
+        fixed + min(plan.n_trials * part * whole, longest) + confirmations * whole for part in (share, 1.0)
+    )
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "memory_bytes_per_trial": memory,
@@ -271,9 +279,9 @@ def calibrate(
         "epochs_expected": round(expected * epochs),
         "extraction_seconds": round(extraction_seconds, 1),
         "trial_seconds": round(trial_seconds, 3),
-        "seconds": round(fixed + expected * whole, 1),
-        "seconds_at_most": round(fixed + trainings * whole, 1),
-        "hours": round((fixed + expected * whole) / 3600, 3),
+        "seconds": round(seconds, 1),
+        "seconds_at_most": round(most, 1),
+        "hours": round(seconds / 3600, 3),
     }
 
 

@@ -57,8 +57,8 @@ WEIGHTED = "_weighted"
 TrialStatus = Literal["finished", "pruned", "failed"]
 StoppedBy = Literal["budget", "patience", "asha", "interruption", "error"]
 """What ended a trial; `interruption` is only ever read off the files of a study that did not finish."""
-StoppedFor = Literal["trials", "space"]
-"""Why a search begins no more trials: it has had all of its own, or every configuration of its space."""
+StoppedFor = Literal["trials", "space", "hours", "target", "no_gain", "alike_failures"]
+"""Why a search begins no more trials: it has had all of its own, every configuration of its space, or `search.stop`."""
 CODED = "coded"
 """The dtype of features that are kept as a stream of bytes an image, beside a codebook for all."""
 

@@ -143,8 +143,10 @@ def extend_study(
     """Add trials to a finished study, a grid's by a wider `search.space` in `overrides`; all are compared anew."""
     directory = find_study(results_path(results), study_id)
     with claimed(directory):
-        state = read_status(directory, ours=True)["state"]
-        if state != "finished":
+        status = read_status(directory, ours=True)
+        state = status["state"]
+        # One whose search was ended with nothing but failures can only go on with another `search.stop`.
+        if state != "finished" and not (state == "failed" and status["stopped_for"]):
             raise InputError(f"study {directory.name}: it is {state}; `lowrank-tune resume` comes before `extend`")
         before = read_plan(directory)
         plan = with_first_points(extended_plan(before, trials, overrides))
@@ -311,7 +313,7 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
         features, split = _prepare(plan, progress, say)
         say(f"training {status.trials_left} trials on {len(split.train)} images")
         progress.trials(status.trials_left)
-        outcomes = run_trials(plan, observers)
+        outcomes = run_trials(plan, observers, status.searched_s)
         best = winners(outcomes, spec.steered_by)
         repetitions = len(best) * spec.report.confirm_seeds
         status.expect_confirmations([outcome.config.trial_id for outcome in best], repetitions)

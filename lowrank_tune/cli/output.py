@@ -263,6 +263,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     said = {
         "study": facts["name"],
         "search": f"{facts['method']}, {count(trials, 'trial')} of {count(epochs, 'epoch')} each at most",
+        "search ends": ", or ".join(facts["search_ends"]),
         "families": points,
         "repetitions": f"of the best of each rank, {count(repeats, 'training')} at most" if repeats else "",
         "epochs": f"about {facts['epochs_expected']:,} in all, at most {facts['epochs_at_most'] + repeats * epochs:,}",

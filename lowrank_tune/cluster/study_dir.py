@@ -198,8 +198,10 @@ class Status(TrialTracker):
             "stage": "",
             "stopped_for": None,
             "stopped_why": "",
+            "searched_s": before.get("searched_s", 0.0),
             "untracked": [],
         }
+        self._search_began = math.inf
         self._trials, self._repeats, self._repeated = trials, 0, frozenset[str]()
         self._running: dict[str, TrialConfig] = {}
         self._ended: dict[str, TrialOutcome] = {}
@@ -234,6 +236,11 @@ class Status(TrialTracker):
         with self._lock:
             self._fields |= fields
 
+    def searched_s(self) -> float:
+        """Seconds that the search has taken, over all goes; the first call begins this one's."""
+        self._search_began = min(self._search_began, time.monotonic())
+        return float(self._fields["searched_s"]) + time.monotonic() - self._search_began
+
     def expect_confirmations(self, winners: Collection[str], total: int) -> None:
         """So many repetitions of these trials follow, or were made by earlier processes."""
         with self._lock:
@@ -256,7 +263,8 @@ class Status(TrialTracker):
             self._count(outcome)
 
     def search_ended(self, stopped_for: StoppedFor, told: str) -> None:
-        self.update(stopped_for=stopped_for, stopped_why=told)
+        self.update(stopped_for=stopped_for, stopped_why=told, searched_s=round(self.searched_s(), 1))
+        self._search_began = math.inf
         self._write()  # the comparison reads it
 
     def _count(self, outcome: TrialOutcome) -> None:
@@ -279,6 +287,8 @@ class Status(TrialTracker):
     def _write(self) -> None:
         with self._lock:
             fields = {**self._fields, "progress": self._progress(), "updated": _now()}
+            if math.isfinite(self._search_began):
+                fields["searched_s"] = round(self.searched_s(), 1)
         write_json(self._path, fields, indent=2)
 
     def _progress(self) -> dict[str, Any]:

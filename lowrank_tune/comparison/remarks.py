@@ -142,12 +142,15 @@ def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]
     """Say which trials did not end well, and which family and rank is left without a model."""
     remarks = []
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    pruned = sum(outcome.status == "pruned" for outcome in outcomes)
+    pruned, cut = (sum(outcome.stopped_by == end for outcome in outcomes) for end in ("asha", "interruption"))
     if failed:
         remarks.append(f"{len(failed)} of {len(outcomes)} trials failed: {_reasons(failed)}")
     if pruned:
         were = "was" if pruned == 1 else "were"
         remarks.append(f"{pruned} of {len(outcomes)} trials {were} stopped early by the scheduler")
+    if cut:
+        were = "was" if cut == 1 else "were"
+        remarks.append(f"{cut} of {len(outcomes)} trials {were} still at work as the search ended, and can go on")
     measured = {(row.method, row.rank) for row in rows}
     tried = Counter((outcome.config.method, rank) for outcome in outcomes for rank in outcome.config.ranks)
     for (method, rank), number in sorted(tried.items()):

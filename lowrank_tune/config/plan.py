@@ -85,7 +85,8 @@ def extend_plan(plan: Plan, spec: StudySpec) -> Plan:
     # No configuration is trained twice: a space that stays as it was has no more trials than points.
     most = count_points(spec.search.space) + (spec.search.space != plan.spec.search.space) * plan.n_trials
     n_trials = int(min(len(grid) or spec.search.trials or DEFAULT_TRIALS, most))
-    if n_trials <= plan.n_trials:
+    # What ended a search early may be lifted, too.
+    if n_trials < plan.n_trials or (n_trials == plan.n_trials and spec.search.stop == plan.spec.search.stop):
         more = "a wider search.space" if grid or n_trials == most else "--trials"
         raise InputError(f"study {plan.study_id}: nothing to add to its {plan.n_trials} trials; give {more}")
     same = (spec.search.space, spec.search.first) == (plan.spec.search.space, plan.spec.search.first)
@@ -119,6 +120,22 @@ def search_groups(spec: StudySpec) -> list[dict[str, Any]]:
         own = {"family": family} if "family" in within else {}
         groups += [own | {"rank": rank} for rank in ranks] or [own]
     return [group for place, group in enumerate(groups) if group not in groups[:place]]
+
+
+def search_bounds(plan: Plan) -> list[str]:
+    """What ends a study's search, whichever comes first."""
+    stop, wanted = plan.spec.search.stop, plan.spec.search.trials or plan.n_trials
+    whole = f", all points of its space, of {wanted} that it may try" if plan.n_trials < wanted else ""
+    bounds = [f"{plan.n_trials} trials{whole}"]
+    if stop.hours is not None:
+        bounds.append(f"{stop.hours:g} hours of training them")
+    if stop.target is not None:
+        bounds.append(f"every rank at {plan.spec.steered_by} {stop.target:g}")
+    if stop.no_gain is not None:
+        bounds.append(f"{stop.no_gain.trials} trials of a group in a row without a gain of {100 * stop.no_gain.by:g} %")
+    if stop.alike_failures is not None:
+        bounds.append(f"{stop.alike_failures} trials in a row that fail alike")
+    return bounds
 
 
 def default_points(spec: StudySpec) -> list[list[dict[str, Any]]]:

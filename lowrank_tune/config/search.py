@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from lowrank_tune.config.axes import PositiveInt, Section, SpaceSpec, Text, combinations, rejected
+from lowrank_tune.config.axes import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Real,
+    Section,
+    SpaceSpec,
+    Text,
+    combinations,
+    rejected,
+)
 from lowrank_tune.config.points import nearest_point, place_in
 
 DEFAULT_TRIALS = 20
@@ -20,6 +30,28 @@ class BestOfStudy(Section):
     """Its id, or the beginning of it."""
     best: PositiveInt = 3
     """How many of each of its ranks; what this space has not becomes the nearest that it has."""
+
+
+class NoGainSpec(Section):
+    """A group of trials that gains nothing more."""
+
+    trials: PositiveInt = 20
+    """Trials of the group in a row that were no gain; failed ones count."""
+    by: NonNegativeFloat = 0.001
+    """The part of the group's best figure by which a trial must be better to be a gain."""
+
+
+class StopSpec(Section):
+    """What ends the search before its trials are used up."""
+
+    hours: PositiveFloat | None = None
+    """Of training the search's trials, over all goes; what is at work then keeps a checkpoint, to go on from."""
+    target: Real | None = None
+    """The objective at which a rank's search ends, on the validation images."""
+    no_gain: NoGainSpec | None = None
+    """{trials: 20, by: 0.001}: a group that gains no more leaves its share to the others."""
+    alike_failures: PositiveInt | None = None
+    """So many trials in a row that failed alike: of a group they end its share, of the study all of it."""
 
 
 Point = Annotated[dict[str, Any], Field(json_schema_extra={"additionalProperties": {"type": ["number", "string"]}})]
@@ -40,6 +72,8 @@ class SearchSpec(Section):
     """Trials of random and tpe go to the groups of scheduler.compete_within in turn, or the sampler chooses, too."""
     space: SpaceSpec
     """A constant, a list, or a range {uniform|loguniform|int: [low, high]} for each key."""
+    stop: StopSpec = StopSpec()
+    """What ends it before that, by default nothing; `extend` goes on where that was lifted."""
     first: First = ()
     """Points to try first, [{family: refined, lr: 0.01}], after their family's defaults; or {study: ID, best: 3}."""
 

@@ -18,7 +18,8 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.records import OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome
 from lowrank_tune.trials.drawing import draw_point, optuna_params, suggest
 from lowrank_tune.trials.outcomes import stopped_by
+from lowrank_tune.trials.stopping import SearchEnd, belongs
 
 _EPOCH = "epoch "
 
@@ -64,8 +66,15 @@ class StudySearcher(Searcher):
     that it heard of as `reported`.
     """
 
-    def __init__(self, plan: Plan, study: optuna.Study, share: Callable[[], float] = lambda: math.inf) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        study: optuna.Study,
+        share: Callable[[], float] = lambda: math.inf,
+        end: SearchEnd | None = None,
+    ) -> None:
         super().__init__()
+        self._end = end or SearchEnd(plan, (), lambda: 0.0)
         self._plan = plan
         self._share = share
         self._study = study
@@ -74,8 +83,8 @@ class StudySearcher(Searcher):
         self._waiting = any(trial.state == TrialState.WAITING for trial in known)
         self._number = len(known) - self._waiting
         self._defaults = default_points(plan.spec)
-        self._first = iter(self._first_points())
-        self._exhausted = False
+        self._first = deque(self._first_points())
+        self._finished = False
         self._groups = search_groups(plan.spec)
         self._dealt = dict.fromkeys(range(len(self._groups)), 0)  # to the groups that have a point left
         self._seen: set[tuple[Any, ...]] = set()
@@ -84,16 +93,28 @@ class StudySearcher(Searcher):
         self._live: dict[str, Trial] = {}
         self._reported: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune's copy to restore a study from is not used."""
+        return {}
+
     @property
     def stopped_for(self) -> StoppedFor | None:
         """Why no more trials begin; None while some do."""
         all_tried = self._number >= self._plan.n_trials
-        if self._exhausted or (all_tried and self._number < (self._plan.spec.search.trials or 0)):
-            return "space"
-        return "trials" if all_tried else None
+        if all_tried and not (self._live or self._unfinished):
+            return "trials" if self._number >= (self._plan.spec.search.trials or 0) else "space"
+        if self._end.at_once or not self._finished:
+            return self._end.at_once
+        closed = Counter[StoppedFor](reason for group in self._groups if (reason := self._end.closed(group)))
+        return closed.most_common(1)[0][0] if closed else "space"
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Ask for the next point; `FINISHED` when there is none, None while others' turn is."""
+        """Ask for the next point; `FINISHED` when there is none, None while others' turn is.
+
+        None, too, while trials at work may gain what lets their group go on.
+        """
+        if self._end.at_once:
+            return str(Searcher.FINISHED)
         if len(self._live) >= self._share():
             return None
         if self._unfinished:
@@ -104,7 +125,10 @@ class StudySearcher(Searcher):
         elif self._number < self._plan.n_trials and (new := self._ask()):
             trial, reported = new, 0
             config = self._describe(trial)
+        elif self._live and self._number < self._plan.n_trials:
+            return None
         else:
+            self._finished = True
             return str(Searcher.FINISHED)
         self._live[trial_id] = trial
         return {"trial": asdict(config), "reported": reported}
@@ -142,39 +166,44 @@ class StudySearcher(Searcher):
         return self._study.ask()
 
     def _next_point(self) -> dict[str, Any] | None:
-        """The next point that no trial has had; None where there is none left."""
-        if (point := self._unseen(self._first)) is not None:
-            return point
-        while self._dealt and not self._plan.grid:
-            place = min(self._dealt, key=lambda place: self._dealt[place])
-            group, point = self._groups[place], self._unseen(self._defaults[place])
-            point = point or draw_point(self._plan, self._study, self._number, group, self._seen)
-            if point is not None:
+        """The next point that no trial has had, of a group that goes on; None where there is none."""
+        while self._first and self._trains(self._first[0]) in self._seen:
+            self._first.popleft()
+        for point in self._first:
+            if self._trains(point) not in self._seen and not any(map(self._closed, self._groups_of(point))):
                 return point
+        while going := [place for place in self._dealt if not self._plan.grid and not self._closed(place)]:
+            place = min(going, key=lambda place: self._dealt[place])
+            group, defaults = self._groups[place], self._defaults[place]
+            new = [point for point in defaults if self._trains(point) not in self._seen]
+            found = new[0] if new else draw_point(self._plan, self._study, self._number, group, self._seen)
+            if found is not None:
+                return found
             del self._dealt[place]
-        self._exhausted = True
         return None
+
+    def _closed(self, place: int) -> StoppedFor | None:
+        return self._end.closed(self._groups[place])
+
+    def _groups_of(self, point: Mapping[str, Any]) -> list[int]:
+        return [place for place, group in enumerate(self._groups) if belongs(point, group)]
 
     def _first_points(self) -> Iterator[dict[str, Any]]:
         """What is tried before anything is drawn: points that are known, after their families' defaults, and a grid."""
         for point in self._plan.first:
-            for group, defaults in zip(self._groups, self._defaults, strict=True):
-                if _belongs(point, group):
-                    yield from (own for own in defaults if own["family"] == point["family"])
+            for place in self._groups_of(point):
+                yield from (own for own in self._defaults[place] if own["family"] == point["family"])
             yield point
         if self._plan.grid:
             yield from itertools.chain(*self._defaults, self._plan.grid)
-
-    def _unseen(self, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-        return next((point for point in points if self._trains(point) not in self._seen), None)
 
     def _trains(self, point: Mapping[str, Any]) -> tuple[Any, ...]:
         return trial_config(self._plan, self._number, point).trains
 
     def _count(self, config: TrialConfig) -> None:
         self._seen.add(config.trains)
-        for group in self._dealt:
-            self._dealt[group] += _belongs(config.point, self._groups[group])
+        for place in self._dealt:
+            self._dealt[place] += belongs(config.point, self._groups[place])
 
     def _describe(self, trial: Trial) -> TrialConfig:
         config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
@@ -186,10 +215,6 @@ class StudySearcher(Searcher):
         trial.set_user_attr("trial_id", config.trial_id)
         trial.set_user_attr("config", asdict(config))
         return config
-
-
-def _belongs(point: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    return all(point[name] == value for name, value in group.items())
 
 
 def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOutcome]) -> list[FrozenTrial]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from lowrank_tune.config.plan import Plan, confirmation_config
@@ -33,7 +33,8 @@ from lowrank_tune.trials.outcomes import (
     write_outcome,
 )
 from lowrank_tune.trials.scheduler import make_scheduler
-from lowrank_tune.trials.search import StudySearcher, open_optuna_study, sync_search
+from lowrank_tune.trials.search import StudySearcher, config_of, open_optuna_study, sync_search
+from lowrank_tune.trials.stopping import SearchEnd, StopTune
 from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,15 @@ class WatchTrials(Callback):
     An end is told once its outcome is on file.
     """
 
-    def __init__(self, trials_dir: Path, observers: Sequence[TrialTracker], outcomes: dict[str, TrialOutcome]) -> None:
+    def __init__(
+        self,
+        trials_dir: Path,
+        observers: Sequence[TrialTracker],
+        outcomes: dict[str, TrialOutcome],
+        end: SearchEnd | None = None,
+    ) -> None:
         self.outcomes = outcomes
+        self._end_of_search = end
         self._trials_dir = trials_dir
         self._observers = observers
         self._epochs: dict[str, int] = {}
@@ -95,6 +103,8 @@ class WatchTrials(Callback):
         self._epochs.pop(config.trial_id, None)
         self.outcomes[config.trial_id] = outcome
         _tell(write_outcome, outcome)
+        if self._end_of_search:
+            self._end_of_search.trial_ended(outcome)
         for observer in self._observers:
             _tell(observer.trial_ended, outcome)
         _forget(trial)
@@ -156,6 +166,7 @@ def run_on_tune(
     name: str,
     *,
     space: Mapping[str, Any] | None = None,
+    stop: Stopper | None = None,
     **search: Any,
 ) -> None:
     """Let Tune train, as many at a time as fit; InputError where a training asks for more than any node has.
@@ -187,6 +198,7 @@ def run_on_tune(
                 name=name,
                 storage_path=str(plan.study_dir / "tune"),
                 callbacks=[watch],
+                stop=stop,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 # Of what a trial meets only a lost process, node or file system reaches Tune; the rest it tells itself.
                 failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
@@ -222,12 +234,14 @@ def _quiet_tune() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutcome, ...]:
+def run_trials(
+    plan: Plan, observers: Sequence[TrialTracker], searched_s: Callable[[], float] = lambda: 0.0
+) -> tuple[TrialOutcome, ...]:
     """Run the trials of a study that are not over yet on what `write_inputs` wrote; returns one outcome a trial.
 
     One that was being trained goes on from its checkpoint, and Optuna's journal holds all that searcher and scheduler
     knew. Tune itself starts afresh: its `restore` can neither extend a search nor trust refs that a killed cluster took
-    along.
+    along. `searched_s` tells the seconds of the study's search so far, over all its goes.
 
     Raises:
         InputError: a trial asks for more than any node has.
@@ -244,35 +258,47 @@ def run_trials(plan: Plan, observers: Sequence[TrialTracker]) -> tuple[TrialOutc
             folder = trials_dir / config.trial_id
             ended[config.trial_id] = recovered_outcome(config, folder, read_history(folder), trial.state.name)
             write_outcome(ended[config.trial_id])
-    watch = WatchTrials(trials_dir, observers, ended)
-    searcher = StudySearcher(plan, study, FairShare(plan.spec.resources))
-    if len(ended) < plan.n_trials:
+    over = sorted((trial for trial in past if trial.datetime_complete), key=lambda trial: str(trial.datetime_complete))
+    end = SearchEnd(plan, (ended[trial.user_attrs["trial_id"]] for trial in over), searched_s)
+    watch = WatchTrials(trials_dir, observers, ended, end)
+    searcher = StudySearcher(plan, study, FairShare(plan.spec.resources), end)
+    if len(ended) < plan.n_trials and not end.at_once:
         run_on_tune(
             plan,
             watch,
             "ray",
             search_alg=searcher,
+            stop=StopTune(end),
             scheduler=make_scheduler(plan.spec, past),
             num_samples=plan.n_trials - len(ended),
         )
-    if any(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))) or not searcher.stopped_for:
+    at_work = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    if not searcher.stopped_for or (at_work and not end.at_once):
         raise KeyboardInterrupt
-    watch.search_ended(searcher.stopped_for, _why_ended(plan, searcher.stopped_for, len(watch.outcomes)))
-    outcomes = tuple(sorted(watch.outcomes.values(), key=lambda outcome: outcome.config.number))
-    for outcome in outcomes:
+    told = end.why(searcher.stopped_for, len(watch.outcomes))
+    watch.search_ended(searcher.stopped_for, told)
+    for outcome in watch.outcomes.values():
         remove_checkpoint(outcome)
+    outcomes = _by_number([*watch.outcomes.values(), *_cut_short(at_work, trials_dir)])
     if any(outcome.status != "failed" for outcome in outcomes):
         return outcomes
+    if not outcomes:
+        raise StudyFailedError(f"{told}; none of them has trained an epoch: raise it, and `extend` goes on")
     reasons = Counter(outcome.reason for outcome in outcomes).most_common()
     told = "; ".join(f"{count}x {reason}" for reason, count in reasons)
     raise StudyFailedError(f"all {len(outcomes)} trials failed: {told}")
 
 
-def _why_ended(plan: Plan, stopped_for: StoppedFor, tried: int) -> str:
-    if stopped_for == "trials":
-        return ""
-    wanted = max(plan.n_trials, plan.spec.search.trials or 0)
-    return f"the search ended after {tried} of {wanted} trials: every configuration of its space has been tried"
+def _by_number(outcomes: Sequence[TrialOutcome]) -> tuple[TrialOutcome, ...]:
+    return tuple(sorted(outcomes, key=lambda outcome: outcome.config.number))
+
+
+def _cut_short(at_work: Sequence[FrozenTrial], trials_dir: Path) -> Iterator[TrialOutcome]:
+    """What trials have that the search's end found at work; nothing is written, for they may go on."""
+    for config in filter(None, map(config_of, at_work)):
+        folder = trials_dir / config.trial_id
+        if history := read_history(folder):
+            yield recovered_outcome(config, folder, history)
 
 
 def confirm_trials(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -124,8 +125,15 @@ def build_plan(
 
 
 def run(plan: Plan, tiny_cache: FeatureSet, *observers: Any) -> tuple[TrialOutcome, ...]:
+    return run_for(plan, tiny_cache, lambda: 0.0, *observers)
+
+
+def run_for(
+    plan: Plan, tiny_cache: FeatureSet, searched_s: Callable[[], float], *observers: Any
+) -> tuple[TrialOutcome, ...]:
+    """Run a study's trials, of whose search so many seconds are over."""
     write_inputs(plan.study_dir, tiny_cache, SPLIT)
-    return run_trials(plan, observers)
+    return run_trials(plan, observers, searched_s)
 
 
 def optuna_trials(plan: Plan) -> list[optuna.trial.FrozenTrial]:
