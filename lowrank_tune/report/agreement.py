@@ -63,7 +63,9 @@ def lines_of(rows: Sequence[FidelityRow]) -> list[Line]:
     methods = in_order(row.method for row in rows if row.form == FACTORS and row.rank)
     found: dict[tuple[str, str], list[FidelityRow]] = {(method, FACTORS): [] for method in methods}
     for row in sorted(rows, key=lambda row: (bool(picture_of(row.method)), row.method == "x")):
-        if row.bytes_per_image > 0 and math.isfinite(row.answer_flips):
+        # Factors in float16 stand where those do that are as they are: the table alone tells them apart.
+        alike = row.form == "float16" and row.method in methods
+        if row.bytes_per_image > 0 and math.isfinite(row.answer_flips) and not alike:
             found.setdefault(_way(row, methods), []).append(row)
     found |= {way: found.pop(way) for name in PICTURES if (way := (name, "")) in found}
     return [
@@ -153,10 +155,12 @@ def _placed(lines: Sequence[Line], against: Against) -> list[_Drawn]:
     for place, own in enumerate(values):
         for value in dict.fromkeys(own):
             shared.setdefault(value, []).append(place)
-    crowded = sorted(value for value, beside in shared.items() if len(beside) > 1)
+    # Factors of one rank are of one size; what is stored has sizes between theirs, which must not narrow the room.
+    as_they_are = {value for (line, _), own in zip(kept, values, strict=True) if not line.stored for value in own}
+    crowded = sorted(value for value in as_they_are if len(shared[value]) > 1)
     room = min((math.log(high / low) for low, high in pairwise(crowded)), default=1.0)
     span = max(math.log(max(shared) / min(shared)), 0.8)
-    step = min(0.009 * span, 0.6 * room / len(lines))
+    step = min(0.009 * span, 0.6 * room / max(map(len, shared.values())))
 
     def moved(value: float, place: int) -> float:
         beside = shared[value]

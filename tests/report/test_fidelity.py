@@ -37,6 +37,7 @@ ROWS = (
         for method, all_flips in (("sketch", (0.5, 0.03)), ("svd", (0.4, 0.02)), ("random_sketch", (0.9, 0.25)))
         for rank, flips in zip((16, 64), all_flips, strict=True)
     ),
+    seen("svd", 64, "float16", 288, 0.02),
     seen("svd", 64, "int8", 145, 0.03),
     seen("jpeg-q75", 0, "jpeg", 24, 0.12),
     seen("jpeg-q50", 0, "jpeg", 14, 0.2),
@@ -121,6 +122,7 @@ def test_the_pictures_for_paper_show_the_same(pictures):
     ("rows", "drawn"),
     [
         (ROWS[:1], ["fidelity_bytes.png"]),
+        ([seen("svd", 64, "float16", 288, 0.02)], ["fidelity_bytes.png"]),
         ([row for row in ROWS if row.rank in (0, 64)], ["fidelity_bytes.png", "fidelity_rank.png"]),
         ([seen("svd", 64, "int8", 145, 1.0, half=None)], ["fidelity_bytes.png"]),
         ([seen("svd", 64, "factors", 0, 0.1)], []),
@@ -143,7 +145,11 @@ def test_the_table_has_what_is_without_rank_first_and_then_the_ranks():
              ("jpeg-q50", "jpeg"), ("half-side", "jpeg")],
         ),
         ("16", [("svd", "factors"), ("sketch", "factors"), ("random_sketch", "factors")]),
-        ("64", [("svd", "factors"), ("svd", "int8"), ("sketch", "factors"), ("random_sketch", "factors")]),
+        (
+            "64",
+            [("svd", "factors"), ("svd", "float16"), ("svd", "int8"), ("sketch", "factors"),
+             ("random_sketch", "factors")],
+        ),
     ]  # fmt: skip
     whole, int8 = table.rows[:2]
     assert whole[3:] == ("1,024.0", "0 (0 to 0)", "0.0", "0.0 (0.0 to 0.0)", "0", "95.0", "0.0", "25.0")
