@@ -31,7 +31,7 @@ TOKENS, DIM = 16, 24
 
 
 def make_row(method: str, rank: int, ratio: float = 1.1, cosine: float = 0.95, **fields: Any) -> ComparisonRow:
-    trained = method not in (*CONTROLS, "svd", "svd_rows")
+    trained = method not in (*CONTROLS, "svd", "svd_weighted", "svd_rows")
     figures = {
         "n_images": 4, "token_cosine_mean": cosine, "token_cosine_sd": 0.01, "flat_cosine_mean": cosine,
         "mse_mean": 0.1, "residual_ratio_mean": ratio, "residual_ratio_max": ratio * 1.1, "residual_ratio": ratio,

@@ -46,6 +46,20 @@ def test_the_rank_curve_draws_every_methods_two_figures_and_the_svds_cosine_betw
     assert [text.get_text() for text in cosine.get_xticklabels()] == ["4", "16"]
 
 
+def test_where_there_is_a_metric_a_third_chart_has_the_ratio_in_it():
+    rows = [make_row("svd", rank, residual_ratio_weighted=1.4) for rank in (4, 16)]
+    rows += [make_row("svd_weighted", rank, 1.3, residual_ratio_weighted=1.0) for rank in (4, 16)]
+    rows += [make_row("shared", rank, 2.0, residual_ratio_weighted=each) for rank, each in ((4, 3.0), (32, None))]
+    figure = rank_curve(rows)
+    drawn(figure)
+    in_metric = figure.axes[2]
+    assert in_metric.get_ylabel() == "ρ_W, in the metric of the answers (finer towards 1)"
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in in_metric.get_lines()] == [
+        ([4, 16], [1.4, 1.4]), ([4, 16], [1.0, 1.0]), ([4], [3.0]),
+    ]  # fmt: skip
+    assert len(figure.axes) == 3 and len(rank_curve([make_row("svd", 4)]).axes) == 2
+
+
 def test_the_axes_are_finer_towards_one_and_hold_an_exact_method_beside_a_bad_one():
     rows = [make_row("svd", 4, 1.0, 1.0), make_row("randomized_svd", 4, 1.01), make_row("sketch", 4, 1.02, 0.99)]
     figure = rank_curve([*rows, make_row("direct", 4, 100.0, -0.2)])

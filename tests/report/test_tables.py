@@ -189,3 +189,14 @@ def test_a_setting_may_be_a_word():
     config = replace(trial.config, family_params={"token_transform": "dct", "lambda_rate": 0.25})
     (row,) = trials_table([replace(trial, config=config)]).rows
     assert row[-1].endswith("token_transform\u00a0dct, lambda_rate\u00a00.25")
+
+
+def test_where_there_is_a_metric_every_method_has_its_ratio_in_it():
+    interval = {"residual_ratio_weighted_low": 1.5, "residual_ratio_weighted_high": 1.75}
+    rows = (make_row("svd", 4, residual_ratio_weighted=1.625, **interval), make_row("shared_weighted", 4))
+    table = methods_table(replace(make_comparison(), rows=rows))
+    place = table.head.index("ρ_W")
+    assert [row[place : place + 2] for row in table.rows] == [("1.625", "1.500–1.750"), ("—", "—")]
+    assert "ρ_W" in table.terminal and "ρ_W: ρ where errors weigh" in table.caption
+    assert "of …_weighted training is told by ρ_W" in trained_table(replace(make_comparison(), rows=rows)).caption
+    assert "ρ_W" not in methods_table(make_comparison()).head
