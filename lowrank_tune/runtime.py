@@ -12,19 +12,21 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import joblib
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 
 from lowrank_tune.errors import InputError, LowrankTuneError, is_utf8
+
+Result = TypeVar("Result")
 
 _KNOCK_TIMEOUT_S, _READY_TIMEOUT_S = 5.0, 20.0
 _CLIENT_PORT = 10001  # of a ray:// address without one
@@ -264,3 +266,25 @@ def _speaks_grpc(host: str, port: int) -> bool:
     except grpc.FutureTimeoutError:
         return False
     return True
+
+
+def in_worker(
+    function: Callable[..., Result], *arguments: Any, cpus: float, gpus: float, patience_s: float | None = None
+) -> Result:
+    """Call a function once, in a worker of the caller's Ray, which is let go of where the caller is stopped.
+
+    Raises:
+        GetTimeoutError: it took longer than `patience_s`.
+        RayError: the worker failed; a RayTaskError's `cause` is what the function raised.
+    """
+    # One that Ray ends for want of memory would be started again and again.
+    worker = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(function)
+    task = worker.remote(*arguments)
+    try:
+        result: Result = ray.get(task, timeout=patience_s)
+        return result
+    except BaseException as error:
+        # Only where it is not over: Ray 2.60 ends this very process when a task is cancelled as it completes.
+        if not isinstance(error, RayError) or isinstance(error, GetTimeoutError):
+            ray.cancel(task, force=True)
+        raise

@@ -45,6 +45,7 @@ from lowrank_tune.features.extract import extract_features
 from lowrank_tune.features.groups import image_groups
 from lowrank_tune.features.pictures import measure_pictures
 from lowrank_tune.features.remote import local_copy
+from lowrank_tune.fidelity.answers_metric import estimate_metric
 from lowrank_tune.fidelity.measure import Measured, measure_fidelity, read_fidelity
 from lowrank_tune.lowrank.device import device_for
 from lowrank_tune.measured import Comparison, Fidelity, Pictures
@@ -196,7 +197,9 @@ def run_trial(
     config = trial_config(plan, 0, first_params(plan.spec.search.space))
     create_study(plan, _text_of(file or study), overrides)
     with claimed(plan.study_dir), Status(plan.study_dir, 1) as status:
-        _prepare(plan, progress, progress.stage)
+        features, split = _prepare(plan, progress, progress.stage)
+        if config.family_params.get("metric") == "answers":
+            estimate_metric(plan, features, split, progress.stage)
         progress.stage(f"training {config.trial_id} in this process")
         progress.trials(1)
         outcome = run_one_trial(config, plan.study_dir, progress.trial_epoch, device_of(plan.spec))
@@ -311,6 +314,7 @@ def _story(plan: Plan, status: Status, tracker: Tracker, progress: StudyProgress
     say(READY.format(study_id=plan.study_id))
     with taking_part(plan.study_id):
         features, split = _prepare(plan, progress, say)
+        estimate_metric(plan, features, split, say)
         say(f"training {status.trials_left} trials on {len(split.train)} images")
         progress.trials(status.trials_left)
         outcomes = run_trials(plan, observers, status.searched_s)

@@ -28,7 +28,7 @@ import ray
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -47,6 +47,7 @@ from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.metrics import measure_matrix
 from lowrank_tune.measured import Pictures, RateRow
 from lowrank_tune.records import FeatureSet
+from lowrank_tune.runtime import in_worker
 
 if TYPE_CHECKING:
     from lowrank_tune.features.encoder import Encoder
@@ -235,19 +236,11 @@ def _on_ray(job: EncodeImages, features: FeatureSet) -> Readings:
         raise InputError(f"{need}; `lowrank-tune resume` measures it when there is room")
 
     pool = wait_for_room(replace(pool, least=1, most=1, decoding=False), nodes, give_up)
-    # One that Ray ends for want of memory would be started again and again.
-    worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(read_images)
-    task = worker.remote(job, pool, features)
     try:
-        readings: Readings = ray.get(task, timeout=START_PATIENCE_S + MOST_S)
-        return readings
-    except BaseException as error:
-        # Only where it is not over: Ray 2.60 ends this very process when a task is cancelled as it completes.
-        if not isinstance(error, RayError) or isinstance(error, GetTimeoutError):
-            ray.cancel(task, force=True)
-        if isinstance(error, GetTimeoutError):
-            raise InputError(f"the encoder did not answer in {START_PATIENCE_S + MOST_S:g} s") from error
-        raise
+        patience_s = START_PATIENCE_S + MOST_S
+        return in_worker(read_images, job, pool, features, cpus=pool.cpus, gpus=pool.gpus, patience_s=patience_s)
+    except GetTimeoutError as error:
+        raise InputError(f"the encoder did not answer in {START_PATIENCE_S + MOST_S:g} s") from error
 
 
 def _fold(readings: Readings, job: EncodeImages, places: Sequence[int], tested: int) -> Pictures:

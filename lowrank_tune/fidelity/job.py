@@ -99,7 +99,7 @@ def ask_all(asking: Asking, items: Sequence[Item], note: Notes, progress: Progre
     progress(done, len(items))
     if not left:
         return []
-    pool = wait_for_room(_pool(asking.asked.device, len(left), nodes), nodes, note)
+    pool = wait_for_room(worker_pool(asking.asked.device, len(left), nodes), nodes, note)
     rows = [{"item": pickle.dumps(item)} for item in left]
     try:
         items_read = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -116,7 +116,7 @@ def ask_all(asking: Asking, items: Sequence[Item], note: Notes, progress: Progre
     return list(problems)
 
 
-def _pool(device: str, images: int, nodes: Sequence[Node]) -> Pool:
+def worker_pool(device: str, images: int, nodes: Sequence[Node]) -> Pool:
     """A worker a GPU; without GPUs one a large machine, which has all of it: a whole model is in its memory."""
     gpus = sum(int(node.gpus) for node in nodes)
     if device == "cuda" and not gpus:
