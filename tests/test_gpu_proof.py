@@ -56,7 +56,7 @@ def test_the_twin_holds_everything_on_a_machine_with_torch_and_transformers_alon
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(bare_machine),
             "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
         },
         cwd=tmp_path,
         capture_output=True,

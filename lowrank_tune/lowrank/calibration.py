@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
-from lowrank_tune.lowrank.trainer import VALIDATION_BATCH, Trainer
+from lowrank_tune.lowrank.trainer import PRECOMPUTED_BYTES, VALIDATION_BATCH, Trainer
 from lowrank_tune.records import FeatureSet, Split, TrialConfig
 
 STEPS = 3
@@ -40,7 +40,8 @@ class Noise(FeatureMatrix):
 def measure_training(config: TrialConfig, data: FeatureMatrix, split: Split, device: str) -> tuple[float, int]:
     """Return the seconds of a whole training and the bytes that it holds, from a few images' first epochs.
 
-    The bytes are what it allocated on a GPU, else weights, gradients, moments and a batch.
+    The bytes are what it allocated on a GPU, else weights, gradients, moments and a batch; and, of all training images,
+    what it keeps of them.
     """
     train = min(len(split.train), STEPS * config.batch_size)
     validation = range(min(len(split.validation), VALIDATION_BATCH))
@@ -61,7 +62,9 @@ def measure_training(config: TrialConfig, data: FeatureMatrix, split: Split, dev
     # The first epoch also makes what later ones keep.
     scale, later = len(split.train) / train, min(seconds[1:])
     whole = scale * (max(seconds[0], later) + (config.epochs - 1) * later)
+    kept = round(scale * trainer.kept_bytes)
+    kept = kept if kept <= PRECOMPUTED_BYTES else 0
     if device == "cuda":
-        return whole, int(torch.cuda.max_memory_allocated())
+        return whole, torch.cuda.max_memory_allocated() - trainer.kept_bytes + kept
     weights = sum(weight.nbytes for weight in trainer.model.parameters())
-    return whole, 5 * weights + 4 * 4 * config.batch_size * data.tokens * data.dim
+    return whole, 5 * weights + 4 * 4 * config.batch_size * data.tokens * data.dim + kept

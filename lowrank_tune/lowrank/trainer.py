@@ -137,6 +137,11 @@ class Trainer:
         """The epoch whose objective is the best, from 1; 0 before the first."""
         return int(self.history[-1]["best_epoch"]) if self.history else 0
 
+    @property
+    def kept_bytes(self) -> int:
+        """What it keeps from epoch to epoch of its training images."""
+        return sum(part.nbytes for part in self._precomputed)
+
     def step(self) -> dict[str, float]:
         """Train one epoch and validate.
 

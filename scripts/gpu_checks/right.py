@@ -33,7 +33,7 @@ FAMILIES = ("direct", "sketch", "refined", "shared")
 def tower(size: Size) -> Iterator[Finding]:
     """The vision tower beside the CPU's in float32, and its windows by reshape beside transformers' own forward."""
     pixels_NHWC = size.pixels(2)
-    with one_thread():
+    with other_threads():
         expected = size.encoder("float32", "cpu").encode(pixels_NHWC)
     for dtype in ("float32", "bfloat16"):
         encoder = size.encoder(dtype, size.device)
@@ -79,13 +79,13 @@ def decomposers(size: Size) -> Iterator[Finding]:
 
 def training(size: Size) -> Iterator[Finding]:
     """An epoch of each family, its figures and the bytes that it counts, beside the CPU's."""
-    data, parts = FeatureMatrix(size.stored(24)), split(24)
+    data, parts = FeatureMatrix(size.stored(16)), split(16)
     optimum = measure_optimum([data.load(parts.validation)])
     runs = [(family, size.ranks[0], {}) for family in FAMILIES]
     runs.append(("refined", size.ranks[0], {"nested_ranks": (size.ranks[0] // 2, size.ranks[0])}))
     for family, rank, changes in runs:
         config = size.trial(family, rank, target_error=0.2, **changes)
-        with one_thread():
+        with other_threads():
             expected = Trainer(config, data, parts, optimum, "cpu").step()
         found = Trainer(config, data, parts, optimum, size.device).step()
         names = [name for name in expected if name.startswith(("train_", "val_"))]
@@ -96,7 +96,7 @@ def training(size: Size) -> Iterator[Finding]:
             f"an epoch of `{family}` at rank {rank}{nested}: {worst}, the furthest of {len(apart)}", apart[worst], CLOSE
         )
     batches_on.cache_clear()
-    images = [5, 0, 23, 5]
+    images = [5, 0, 15, 5]
     ways = {"held whole": Resident(data, size.device), "streamed": Streamed(data, size.device)}
     yield same("batches of features", ((name, way.load(images), data.load(images)) for name, way in ways.items()))
 
@@ -183,7 +183,7 @@ def orthonormality(size: Size) -> Iterator[Finding]:
 
 def out_of_memory(size: Size) -> Iterator[Finding]:
     """Too little memory, really: the batch is halved, and what comes is what that batch gives at its own."""
-    dtype, images = ("bfloat16", 64) if size.device == "cuda" else ("float32", 128)
+    dtype, images = ("bfloat16", 64) if size.device == "cuda" else ("float32", 256)
     pixels_NHWC = size.pixels(images)
     encoder = size.encoder(dtype, size.device, batch=images)
     with too_little_memory(size, lambda: encoder.encode(pixels_NHWC)):
@@ -201,7 +201,7 @@ def out_of_memory(size: Size) -> Iterator[Finding]:
 
 @contextmanager
 def too_little_memory(size: Size, fill: Callable[[], object]) -> Iterator[None]:
-    """Leave a process three fifths of what `fill` takes beyond what it has already."""
+    """Leave a process three fifths of what `fill` takes on a GPU beyond what it has there already."""
     if size.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -216,10 +216,10 @@ def too_little_memory(size: Size, fill: Callable[[], object]) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         return
-    fill()
+    # Where its memory is not counted: less than the pixels of all its images take as float32 patches.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 32 * 2**20, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 64 * 2**20, limits[1]))
     try:
         yield
     finally:
@@ -253,11 +253,11 @@ def _spoilt(vectors_NKK: Tensor) -> Tensor:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """What a CPU is held against where there is no GPU: itself with one thread."""
+def other_threads() -> Iterator[None]:
+    """What a CPU is held against where there is no GPU: itself with two threads in place of one."""
     threads = torch.get_num_threads()
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
     try:
         yield
     finally:
