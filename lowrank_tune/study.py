@@ -16,6 +16,7 @@ import ray
 
 from lowrank_tune.checks import check_begun, check_data, check_space, paths_explained, with_first_points
 from lowrank_tune.cluster.jobs import check_shared
+from lowrank_tune.cluster.notify import notified, notify_address
 from lowrank_tune.cluster.study_dir import (
     READY,
     Status,
@@ -272,6 +273,7 @@ def plan_study(spec: StudySpec, results: str | Path | None, study_id: str = "", 
 def _ready(plan: Plan, address: str | None, *, begun: bool = False) -> Iterator[tuple[Tracker, ExitStack]]:
     """Ray with room for a trial, a results directory that its nodes share, and MLflow, which the stack ends."""
     tracker = Tracker(plan, lambda: other_studies(plan))  # refuses what cannot be tracked before a cluster is asked
+    notify_address(plan.spec)
     with ray_session(address), ExitStack() as opened:
         check_shared(plan.results)
         trials_at_once(plan.spec.resources, ray.nodes())
@@ -284,7 +286,7 @@ def _carry_out(plan: Plan, tracker: Tracker, opened: ExitStack, progress: StudyP
     """Do all of a claimed study that is not done yet."""
     progress = progress or StudyProgress()
     known = read_outcomes(plan.study_dir / "trials").values()
-    with Status(plan.study_dir, plan.n_trials, known) as status:
+    with notified(plan, progress.stage), Status(plan.study_dir, plan.n_trials, known) as status:
         try:
             # MLflow hears the last of it before the status tells the end, and what it never heard.
             with opened.pop_all():

@@ -30,8 +30,9 @@ from lowrank_tune.config.plan import Plan
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import bytes_below, read_fields
 from lowrank_tune.measured import Comparison
+from lowrank_tune.notes import add_note, read_notes
 from lowrank_tune.records import BEST_MODEL
-from lowrank_tune.tracking.reconcile import reconcile
+from lowrank_tune.tracking.reconcile import reconcile, report_notes
 from lowrank_tune.tracking.removal import reach_for_removal, remove_tracked
 from lowrank_tune.trials.outcomes import CHECKPOINT, FEATURES, read_outcomes
 
@@ -114,6 +115,14 @@ def reconcile_study(study_id: str, results: str | Path | None = None) -> dict[st
         finished = comparison and read_status(directory, ours=True)["state"] == "finished"
         freed = free_trials(plan, comparison) if comparison and finished else 0
     return {"study_id": plan.study_id, **repairs, "bytes_freed": freed, "studies_removed": removed}
+
+
+def note_study(name: str, text: str, results: str | Path | None = None) -> dict[str, Any]:
+    """Write something down about a study, whatever its state; returns its `notes`, and why MLflow lacks them, if so."""
+    directory = find_study(results_path(results), name)
+    plan = read_plan(directory)
+    add_note(directory, text)
+    return {"study_id": directory.name, "notes": read_notes(directory), "untracked": report_notes(plan)}
 
 
 def repair_tracking(plan: Plan) -> dict[str, Any]:

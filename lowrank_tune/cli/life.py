@@ -152,3 +152,19 @@ def rm(study_ids: StudyIds, results: Results = None, as_json: Json = False) -> N
     from lowrank_tune.upkeep import remove_studies
 
     show(remove_studies(study_ids, results), as_json, output.print_removals)
+
+
+@life_app.command(epilog='Example: lowrank-tune note quickstart-0d1e2f3a "the first with the new photographs"')
+def note(
+    study_id: StudyId,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to write down.", show_default=False)],
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Write something down about a study, in its folder and in MLflow; its earlier notes stay."""
+    from lowrank_tune.upkeep import note_study
+
+    noted = note_study(study_id, text, results)
+    show(noted, as_json, lambda found: output.print_facts({"study": found["study_id"], "notes": found["notes"]}))
+    if noted["untracked"] and not as_json:
+        typer.echo(f"not in MLflow: {noted['untracked']}; `lowrank-tune reconcile` tells it later", err=True)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # these load torch and what talks to a cluster
     from lowrank_tune.upkeep import Removal
 
 
+_NOTE_WIDTH = 60
+
+
 def print_facts(facts: Mapping[str, Any]) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
@@ -57,6 +60,7 @@ def print_studies(statuses: Sequence[Mapping[str, Any]]) -> None:
     if not statuses:
         print("no studies here yet; `lowrank-tune run STUDY.yaml` makes one")
         return
+    noted = any(status["notes"] for status in statuses)
     print_rows(
         [
             {
@@ -66,6 +70,7 @@ def print_studies(statuses: Sequence[Mapping[str, Any]]) -> None:
                 "started": _time(status["started"]),
                 "ended": _time(status["ended"]),
                 "comes from": _lineage(status),
+                **({"last note": _shortened(status["notes"][-1]) if status["notes"] else ""} if noted else {}),
             }
             for status in statuses
         ]
@@ -84,6 +89,7 @@ def print_status(status: Mapping[str, Any]) -> None:
             facts["repetitions"] = f"{progress['confirmed']}/{progress['confirmations']}"
         if progress["eta_s"] is not None and running:
             facts["time left"] = f"about {timedelta(seconds=round(progress['eta_s']))}"
+    facts["notes"] = status["notes"]
     print_facts({name: value for name, value in facts.items() if value})
     from lowrank_tune.report.text import leading_text
 
@@ -104,6 +110,11 @@ def print_removals(removals: Sequence[Removal]) -> None:
             print(f"  registered models stay: {', '.join(removal.registered)}")
     if not removals:
         print("removed already")
+
+
+def _shortened(note: str) -> str:
+    line = note.replace("\n", " ")
+    return line if len(line) <= _NOTE_WIDTH else f"{line[: _NOTE_WIDTH - 1]}…"
 
 
 def _trials(progress: Mapping[str, Any]) -> str:

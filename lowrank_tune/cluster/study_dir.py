@@ -27,6 +27,7 @@ from lowrank_tune.config.render import render_study
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import is_uri, read_fields, read_json, results_place, write_json, write_text
+from lowrank_tune.notes import read_notes
 from lowrank_tune.records import LEADING, StoppedFor, TrialConfig, TrialOutcome, TrialTracker, leading
 from lowrank_tune.trials.outcomes import read_outcomes
 
@@ -336,7 +337,7 @@ def claimed(directory: Path) -> Iterator[None]:
 
 
 def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
-    """What status.json says, made true where its driver has died, with the study's `parent` and `extensions`.
+    """What status.json says, made true where its driver has died, with the study's `parent`, `extensions` and `notes`.
 
     `ours` says that this process has claimed the study, so that no driver works on it.
     """
@@ -349,7 +350,8 @@ def read_status(directory: Path, *, ours: bool = False) -> dict[str, Any]:
             status |= {"state": "failed", "reason": _DIED.format(study_id=directory.name)}
             counts = _counts(read_outcomes(directory / "trials").values())
             status["progress"] = {**status["progress"], **counts, "running": 0, "eta_s": None}
-    return status | {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
+    lineage = {"parent": record.get("parent", ""), "extensions": record.get("extensions", [])}
+    return status | lineage | {"notes": read_notes(directory)}
 
 
 def search_told(directory: Path) -> tuple[str, ...]:
@@ -359,7 +361,7 @@ def search_told(directory: Path) -> tuple[str, ...]:
 
 def unbegun(study_id: str) -> dict[str, Any]:
     empty: dict[str, Any] = {"started": None, "ended": None, "reason": "", "job": "", "stage": "", "progress": {}}
-    empty |= {"stopped_for": None, "stopped_why": "", "untracked": [], "parent": "", "extensions": []}
+    empty |= {"stopped_for": None, "stopped_why": "", "untracked": [], "parent": "", "extensions": [], "notes": []}
     return {"study_id": study_id, "state": "pending", **empty}
 
 

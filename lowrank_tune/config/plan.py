@@ -19,7 +19,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.records import Split, TrialConfig
 
 _BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
-_EXTENSIBLE = {"search", "resources", "report", "tracking", "keep"}
+_EXTENSIBLE = {"search", "resources", "report", "tracking", "keep", "notify"}
 _ID_EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 # 20 bits of time in steps of 512 s last until 2043; the 12 bits left tell apart what starts within one step.
 _ID_STEP_S = 512

@@ -177,6 +177,23 @@ def _registered_name(name: str) -> str:
     return name
 
 
+def has_secret(address: str) -> bool:
+    """Whether an address holds a user name, password or token: study files are copied into results and MLflow."""
+    secret = r"://.*@|[?&](user|password|passwd|pwd|token|key|secret|sig|signature)="
+    return bool(re.search(secret, address, re.IGNORECASE | re.DOTALL))
+
+
+def _web_address(address: str) -> str:
+    if not re.match(r"https?://[^/\s?#]", address):
+        raise rejected("an address on the web is expected, https://HOST/… or http://HOST/…")
+    if has_secret(address):
+        raise rejected(
+            "an address in a study file must not hold a user name, password or token: give the whole address in the "
+            "environment variable LOWRANK_TUNE_NOTIFY"
+        )
+    return address
+
+
 class TrackingSpec(Section):
     """Where MLflow keeps the study."""
 
@@ -190,9 +207,7 @@ class TrackingSpec(Section):
     @field_validator("uri")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        # A study file is copied into results, MLflow and the report.
-        secret = re.search(r"://.*@|[?&](user|password|passwd|pwd|token)=", uri or "", re.IGNORECASE | re.DOTALL)
-        if uri and secret and not uri.startswith(("sqlite:", "file:///")):
+        if uri and has_secret(uri) and not uri.startswith(("sqlite:", "file:///")):
             raise rejected(
                 "an address in a study file must not hold a user name or password: set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or give the whole address in MLFLOW_TRACKING_URI"
@@ -239,6 +254,8 @@ class StudySpec(Section):
     report: ReportSpec = ReportSpec()
     keep: KeepSpec | None = None
     """Which trials keep their weights at the end, {best: N}; null, and all do. What an epoch gave stays of each."""
+    notify: Annotated[Text, AfterValidator(_web_address)] | None = None
+    """Where the end is told, a POST of JSON: finished, failed or stopped. A secret one goes to LOWRANK_TUNE_NOTIFY."""
     fidelity: FidelitySpec | None = Field(default=None, validate_default=True)
     """Whether the language model still answers the same, {questions: COLUMN}; null, and it is not asked."""
 

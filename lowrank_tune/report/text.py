@@ -14,6 +14,7 @@ from rich import filesize
 
 from lowrank_tune.files import read_fields
 from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.notes import read_notes
 from lowrank_tune.records import BEST_MODEL, CONTROLS, SLOWER, FeatureSet, TrialOutcome, leading
 
 ABSENT = "—"
@@ -311,6 +312,7 @@ def study_cost(
         lines.append(("Start to end", duration_text((end - datetime.fromisoformat(status["started"])).total_seconds())))
     except (ValueError, KeyError, TypeError):
         pass  # a study of a program that was killed while it began
+    lines += [("Note", note) for note in read_notes(directory)]
     shards = {Path(features.directory) / "shards" / row.shard for row in features.rows}
     cache, models = (
         filesize.decimal(sum(path.stat().st_size for path in paths if path.is_file()))

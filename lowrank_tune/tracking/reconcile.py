@@ -68,6 +68,19 @@ def reconcile(plan: Plan, comparison: Comparison | None = None, others: Others =
             time.sleep(pause)
 
 
+def report_notes(plan: Plan) -> str:
+    """Tell MLflow what people wrote down about a study, where it knows the study; returns why that failed, if so."""
+    try:
+        store = reach_store(plan.spec, plan.results)
+        if store.database and (fault := database_fault(store.database)):
+            return f"{store.shown}: {fault}"
+        if not store.database or store.database.exists():
+            open_sync(plan, store).notes()
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
 def report_comparison(plan: Plan, comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> str:
     """Tell MLflow an ended study's post-study figures and files; returns why that failed, if so."""
     try:

@@ -15,15 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
 from lowrank_tune.files import read_json
 from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.notes import read_notes
 from lowrank_tune.records import OBJECTIVES, TrialOutcome
-from lowrank_tune.tracking.reach import deleted
+from lowrank_tune.tracking.experiment import open_experiment
 from lowrank_tune.tracking.store import REASON_LENGTH, Store, brief
 from lowrank_tune.trials.outcomes import TrialRecord
 
@@ -34,10 +34,9 @@ _LEARNING_RATE = "lr"
 """The one figure that every epoch has, whatever became of it: its steps are the epochs that MLflow knows."""
 _GROUPS_A_BATCH = 120  # of at most eight metrics: MLflow takes 1000 metrics, parameters and tags at a time
 _PARAM_LENGTH = 6000
-# The 3.17 UI opens an experiment without this as "GenAI", without metric columns.
-_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 _STOPPED_BY, _REASON, _COMPARED = "lowrank.stopped_by", "lowrank.reason", "lowrank.compared"
 _TRIAL_ID, _PARENT = "lowrank.trial_id", "mlflow.parentRunId"
+_DESCRIPTION, _DESCRIPTION_LENGTH = "mlflow.note.content", 8000
 _INTERRUPTED = "interrupted: its study was stopped or killed before it ended"
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR"}
 _PASSING |= {"REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}  # 429, which MLflow knows by two names
@@ -59,6 +58,7 @@ class Repairs:
         runs_ended: runs whose status or reason was not the truth.
         epochs_added: epochs whose figures were missing.
         comparison_added: whether the post-study figures were missing.
+        notes_told: whether a note was missing.
         artifacts_followed: addresses of artifacts that were the results directory's before it was moved.
     """
 
@@ -67,6 +67,7 @@ class Repairs:
     runs_ended: int = 0
     epochs_added: int = 0
     comparison_added: bool = False
+    notes_told: bool = False
     artifacts_followed: int = 0
 
 
@@ -141,6 +142,18 @@ class StudySync:
     def study(self, status: RunStatus, at: int) -> None:
         """Tell how the study is; a run that has this status already keeps the time it ended at."""
         self._set_status(self._study_run(), status, at)
+        self.notes()
+
+    def notes(self) -> None:
+        """Tell what people wrote down about the study, above what else its run's description says."""
+        self._look()
+        run = self._parent
+        said = run.tags.get(_DESCRIPTION, "") if run else ""
+        told = _described(read_notes(self._plan.study_dir), said)
+        if run and told != said:
+            self._client.set_tag(run.run_id, _DESCRIPTION, told)
+            run.tags[_DESCRIPTION] = told
+            self.repairs.notes_told = True
 
     def without_files(self, trial_ids: Iterable[str]) -> None:
         """End the runs of trials that have no files, which are others than these; only one run of a trial is left."""
@@ -166,6 +179,7 @@ class StudySync:
         same = study.tags.get(_COMPARED) == digest
         if not same:
             self._tell_comparison(study.run_id, comparison, outcomes)
+            study.tags.pop(_DESCRIPTION, None)
         try:
             lacking = log_models(self._client, study.run_id, comparison, outcomes, self._plan.study_dir, register)
         except MlflowException as error:
@@ -186,7 +200,7 @@ class StudySync:
 
         if self._experiment:
             return
-        experiment = _open_experiment(self._client, self._plan.spec.experiment, self._store)
+        experiment = open_experiment(self._client, self._plan.spec.experiment, self._store)
         query, order = f"tags.`lowrank.study_id` = '{self._plan.study_id}'", ["start_time ASC"]
         found = get_results_from_paginated_fn(
             lambda size, token: self._client.search_runs([experiment], query, 1, size, order, token), 1000
@@ -278,8 +292,9 @@ class StudySync:
         self._log(
             run_id, [[Metric(key, value, at, rank)] for key, rank, value in points if (key, rank, value) not in there]
         )
-        if comparison.remarks:
-            client.set_tag(run_id, "mlflow.note.content", "\n\n".join(comparison.remarks))
+        notes = read_notes(directory)
+        if notes or comparison.remarks:
+            client.set_tag(run_id, _DESCRIPTION, _described(notes, "\n\n".join(comparison.remarks)))
         for name in _FILES:
             if (directory / name).is_file():
                 client.log_artifact(run_id, str(directory / name))
@@ -317,28 +332,6 @@ def reason_of(error: Exception) -> str:
     return redact(said if plain else f"{type(error).__name__}: {said}")[:REASON_LENGTH]
 
 
-def _open_experiment(client: Any, name: str, store: Store) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        # No `%20` in it: MLflow loads no model from a path with one.
-        folder = quote(name, safe="").replace("%", "=")
-        location = (store.artifacts / folder).as_uri() if store.artifacts else None
-        try:
-            return str(client.create_experiment(name, location, tags={_KIND_TAG: _KIND}))
-        except MlflowException as error:
-            # Another study of this name began at the same moment, or the answer to an earlier attempt was lost.
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-    if experiment.lifecycle_stage != "active":
-        raise deleted(store, name, experiment.experiment_id)
-    if experiment.tags.get(_KIND_TAG) != _KIND:
-        client.set_experiment_tag(experiment.experiment_id, _KIND_TAG, _KIND)
-    return str(experiment.experiment_id)
-
-
 def _ending(outcome: TrialOutcome | None, running: bool) -> tuple[RunStatus, dict[str, str]]:
     if outcome is None:
         return ("RUNNING", {}) if running else ("KILLED", {_REASON: _INTERRUPTED})
@@ -352,6 +345,12 @@ def _epochs(record: TrialRecord) -> Iterator[tuple[int, int, Mapping[str, float]
     for row in record.history:
         left -= row["seconds"]
         yield int(row["epoch"]), record.trained - round(1000 * left), row
+
+
+def _described(notes: Sequence[str], said: str) -> str:
+    """A description with the notes on top, the newest first; whatever else it says stays, as far as there is room."""
+    others = [part for part in said.split("\n\n") if part and part not in notes]
+    return "\n\n".join([*reversed(notes), *others])[:_DESCRIPTION_LENGTH]
 
 
 def _params(values: Mapping[str, Any]) -> list[Any]:

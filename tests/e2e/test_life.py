@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ training: {{epochs: 4, patience: 4}}
 scheduler: {{kind: asha, grace_epochs: 3, reduction_factor: 2}}
 resources: {{max_concurrent: 1}}
 report: {{images: [0], channels: 1, confirm_seeds: 0}}
+notify: {notify}
 """
 
 
@@ -54,10 +57,30 @@ def figures(result: StudyResult) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A web hook's address, and what it was told."""
+    told: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/hook", told
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, chat: tuple[str, Any]) -> Path:
     home = tmp_path_factory.mktemp("life")
     write_tensors(home / "in", 20)
-    (home / "small.yaml").write_text(STUDY.format(tensors=home / "in"))
+    (home / "small.yaml").write_text(STUDY.format(tensors=home / "in", notify=chat[0]))
     (home / "results").mkdir()
     # MLflow makes its database in seconds; a kill among them is tests/tracking's.
     MlflowClient(local_uri(home / "results")).search_experiments()
@@ -203,3 +226,14 @@ def test_keep_leaves_weights_to_the_best_and_to_what_was_compared_and_all_can_be
     again = comparison_of(open_study(home / "results", after.study_id), again=True)
     figures = [[(row.method, row.rank, row.trial_id) for row in rows] for rows in (again.rows, after.comparison.rows)]
     assert figures[0] == figures[1]
+
+
+def test_whoever_waits_is_told_of_a_stop_and_of_every_end(extended: Any, killed: Any, chat: tuple[str, Any]) -> None:
+    _, after, _ = extended
+    told = [message for message in chat[1] if message["study_id"] == after.study_id]
+    # A driver that is killed tells nobody.
+    assert [(message["state"], message["done"], message["trials"]) for message in told] == [
+        *(("stopped", 3, 5), ("finished", 5, 5), ("finished", 8, 8))
+    ]
+    assert told[-1]["text"] == f"{after.study_id}: finished, 8 of 8 trials"
+    assert set(told[-1]["best"]) == {"2", "4", "8"}

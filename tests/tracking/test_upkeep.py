@@ -1,6 +1,7 @@
-"""Studies removed: what goes, what stays, and what a removal that is killed leaves."""
+"""Studies removed, what stays and what a removal that is killed leaves; and notes on studies."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from lowrank_tune.lowrank.pretrained import load_decomposer
 from lowrank_tune.tracking.reconcile import reconcile
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.tracking.sync import Repairs
-from lowrank_tune.upkeep import remove_studies
 from tests.conftest import Typed
 
 HERE = Path(__file__).parent
@@ -101,15 +101,14 @@ def test_a_study_at_work_is_refused_and_so_is_all_that_the_command_names(
     assert runs_of(doomed) == len(TRIALS) + 1
 
 
-@pytest.mark.parametrize("by", ["rm", "reconcile"])
-def test_a_removal_that_is_killed_is_completed(studies: tuple[Plan, Plan], typed: Typed, by: str) -> None:
+def test_a_removal_that_is_killed_is_completed_by_the_next(studies: tuple[Plan, Plan], typed: Typed) -> None:
     doomed, other = studies
     command = [sys.executable, str(HERE / "removed.py"), str(doomed.results), doomed.study_id]
     subprocess.run(command, check=True, cwd=HERE.parents[1])
     # Its folder is no study any more, and MLflow shows what is left of it.
     assert study_folders(doomed.results) == [other.study_dir]
     assert runs_of(doomed) == len(TRIALS) + 1 - 3
-    code, out, _ = typed(by, doomed.study_id, "--results", doomed.results)
+    code, out, _ = typed("rm", doomed.study_id, "--results", doomed.results)
     assert (code, doomed.study_id in out) == (0, True)
     assert (runs_of(doomed), runs_of(other)) == (0, len(TRIALS) + 1)
     assert {path.name for path in (doomed.results / "studies").iterdir()} == {other.study_id, ".removing.lock"}
@@ -119,10 +118,68 @@ def test_a_removal_that_is_killed_is_completed(studies: tuple[Plan, Plan], typed
     assert not [run for run in deleted if Path(run.info.artifact_uri.removeprefix("file://")).exists()]
 
 
-def test_files_whose_removal_was_cut_off_go_with_the_next(studies: tuple[Plan, Plan]) -> None:
+def test_reconcile_completes_a_removal_and_what_was_left_of_another(studies: tuple[Plan, Plan], typed: Typed) -> None:
     doomed, other = studies
     left = other.study_dir.with_name(".removed-tracked-0")
     left.mkdir()
     (left / "per_image.parquet").write_bytes(b"left")
-    assert [removal.study_id for removal in remove_studies([doomed.study_id], doomed.results)] == [doomed.study_id]
+    doomed.study_dir.rename(doomed.study_dir.with_name(f".removing-{doomed.study_id}"))
+    code, out, _ = typed("reconcile", doomed.study_id, "--json", "--results", doomed.results)
+    assert (code, json.loads(out)["studies_removed"]) == (0, [doomed.study_id])
     assert not left.exists()
+    assert (runs_of(doomed), runs_of(other)) == (0, len(TRIALS) + 1)
+
+
+def description(plan: Plan) -> str:
+    (parent,) = [run for run in Reader(local_uri(plan.results)).runs("study") if run.info.run_name == plan.study_id]
+    return str(parent.data.tags["mlflow.note.content"])
+
+
+def test_notes_stand_above_what_mlflow_says_of_a_study_whoever_wrote_it(
+    studies: tuple[Plan, Plan], typed: Typed
+) -> None:
+    plan, other = studies
+    where = ("--results", plan.results)
+    client, parent = MlflowClient(local_uri(plan.results)), Reader(local_uri(plan.results))
+    for run in parent.runs("study"):
+        client.set_tag(run.info.run_id, "mlflow.note.content", "typed in the UI\n\nrandom weights")
+    for text in ("lens cap was on", "run again on Monday\n\nwith the other camera"):
+        code, out, said = typed("note", plan.study_id, text, *where)
+        assert (code, said) == (0, "")
+    lines = description(plan).splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d: ", "DAY ", line) for line in lines if line] == [
+        *(
+            "DAY run again on Monday",
+            "with the other camera",
+            "DAY lens cap was on",
+            "typed in the UI",
+            "random weights",
+        )
+    ]
+    assert description(other) == "typed in the UI\n\nrandom weights"
+    status = json.loads(typed("status", plan.study_id, "--json", *where)[1])
+    assert [note[12:] for note in status["notes"]] == ["lens cap was on", "run again on Monday\nwith the other camera"]
+    assert "lens cap was on" in typed("status", plan.study_id, *where)[1]
+    assert "run again on Monday with the other camera" in typed("list", *where)[1]
+    assert reconcile(plan) == Repairs()
+
+
+def test_a_note_comes_back_with_a_lost_database_and_waits_for_a_store_that_is_away(
+    studies: tuple[Plan, Plan], typed: Typed
+) -> None:
+    plan, _ = studies
+    database = plan.results / "mlflow.db"
+    whole, _ = database.read_bytes(), database.write_bytes(b"SQLite format 3" + bytes(99))
+    code, _, said = typed("note", plan.study_id, "lens cap was on", "--results", plan.results)
+    assert (code, "not in MLflow" in said) == (0, True)
+    database.write_bytes(whole)
+    assert reconcile(plan).notes_told
+    assert "lens cap was on" in description(plan)
+
+
+def test_a_note_that_is_none_is_refused(studies: tuple[Plan, Plan], typed: Typed) -> None:
+    plan, _ = studies
+    assert [typed("note", plan.study_id, text, "--results", plan.results)[0] for text in ("", " \n", "x" * 2001)] == [
+        *(2, 2, 2)
+    ]
+    assert not (plan.study_dir / "notes.json").exists()
