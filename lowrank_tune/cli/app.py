@@ -169,12 +169,13 @@ def ui(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 5000,
 ) -> None:
-    """Open the MLflow UI on this results directory; Ctrl-C ends it."""
+    """Open the MLflow UI on this results directory, on a view for comparing trials; Ctrl-C ends it."""
     from lowrank_tune.cluster.study_dir import results_directory
-    from lowrank_tune.tracking.ui import first_page, serve_ui
+    from lowrank_tune.tracking.ui import CHARTS, first_page, serve_ui
 
     home = results_directory(results)
-    typer.echo(f"Open {first_page(home, host=host, port=port)}", err=True)
+    page = first_page(home, host=host, port=port)
+    typer.echo(f"Open {page}\nIts charts: {page}{CHARTS}", err=True)
     raise typer.Exit(serve_ui(home, host=host, port=port))
 
 

@@ -15,7 +15,10 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.tracking.database import database_fault, open_database
 from lowrank_tune.tracking.moved import stale_addresses
 from lowrank_tune.tracking.store import local_uri, open_sqlite, resolve_store, set_mlflow_defaults
+from lowrank_tune.tracking.view import TAG, VIEW
 
+CHARTS = "&compareRunsMode=CHART"
+"""After the address of an experiment's runs: its charts in place of its table."""
 _GRACE_S = 5.0
 
 
@@ -58,18 +61,22 @@ def serve_ui(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> int
 
 
 def first_page(results: Path, *, host: str = "127.0.0.1", port: int = 5000) -> str:
-    """The address of the newest study's runs, as model training, or of the list of experiments.
+    """The address of the newest study's runs, on the view that is prepared for trials, or of the list of experiments.
 
     MLflow 3.17 opens an experiment as GenAI, whatever its kind is tagged as, unless the address says otherwise.
     """
-    newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
+    newest = (
+        "SELECT experiment_id, EXISTS (SELECT 1 FROM experiment_tags AS tags WHERE tags.experiment_id = "
+        "runs.experiment_id AND key = ?) FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
+    )
     try:
         with contextlib.closing(open_sqlite(results / "mlflow.db")) as connection:
-            found = connection.execute(newest).fetchone()
+            found = connection.execute(newest, (TAG,)).fetchone()
     except sqlite3.Error:
         found = None
     page = f"experiments/{found[0]}/runs" if found else "experiments"
-    return f"http://{host}:{port}/#/{page}?workflowType=machine_learning"
+    view = f"&viewStateShareKey={VIEW}" if found and found[1] else ""
+    return f"http://{host}:{port}/#/{page}?workflowType=machine_learning{view}"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -217,9 +217,23 @@ def page_of(ui: str, ran: Ran, name: str) -> str:
     return f"{ui.partition('?')[0]}/{run.info.run_id}"
 
 
+def test_mlflow_opens_on_a_view_for_comparing_trials(window: Chrome, ui: str, ran: Ran) -> None:
+    resize(window, 1800)
+    window.get(ui)
+    best = min(ran.result.outcomes, key=lambda outcome: outcome.best["val_residual_ratio"])
+    shows(window, "rank", "family", "lr", "best_val_residual_ratio", "lowrank.stopped_by", best.stopped_by)
+    first = window.find_elements(By.CSS_SELECTOR, "[data-component-id*=runnamecellrenderer], .ag-row a")
+    assert best.config.trial_id in [link.text for link in first][0]
+    # Only a fresh page reads a view.
+    window.get("about:blank")
+    window.get(f"{ui}&compareRunsMode=CHART")
+    shows(window, "Trials of lowrank_tune", "Parallel Coordinates", "val_residual_ratio", "test.svd.residual_ratio vs")
+    assert failures(window) == []
+
+
 def test_mlflow_shows_the_parent_and_its_children(window: Chrome, ui: str, ran: Ran) -> None:
     resize(window, 1280)
-    window.get(ui)
+    window.get(ui.partition("&")[0])
     shows(window, ran.result.study_id)
     names = [outcome.config.trial_id for outcome in (*ran.result.outcomes, *ran.result.confirmations)]
 
