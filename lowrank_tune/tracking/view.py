@@ -1,6 +1,6 @@
 """A view of an experiment's runs, prepared for comparing trials, as MLflow's pages read it from one of its tags.
 
-It is what "Save as new view" of MLflow 3.17 keeps there: the columns of the table, the order of its rows, and the charts.
+It is what "Save as new view" of MLflow 3.17 keeps there: the columns of the table, the order of its rows, and charts.
 A page that knows no such view shows the plain list.
 """
 
