@@ -14,7 +14,7 @@ from typing import NoReturn
 from lowrank_tune.errors import InputError, LowrankTuneError, StudyFileError, machine_fault, redact
 
 INTERRUPTED = 130
-_TELL_THEMSELVES = {"run", "resume", "extend", "clone", "wait"}
+_TELL_THEMSELVES = {"run", "resume", "extend", "clone", "wait", "watch"}
 _NARROWEST = 20
 
 

@@ -15,6 +15,9 @@ from lowrank_tune.errors import InputError
 # Imported while Ray starts; either takes seconds.
 WITH_RAY = ("torch", "optuna", "lowrank_tune.comparison.compare")
 
+_ENDINGS = {"finished": 0, "failed": 1, "stopped": 130}
+"""What `wait` and `watch` exit with."""
+
 life_app = typer.Typer()
 
 
@@ -70,7 +73,27 @@ def wait(study_id: StudyId, address: JobServer = None, results: Results = None, 
 
     found = wait_study(study_id, address=address, results=results)
     show(found, as_json, output.print_state)
-    raise typer.Exit({"finished": 0, "failed": 1, "stopped": 130}[found["state"]])
+    raise typer.Exit(_ENDINGS[found["state"]])
+
+
+@life_app.command(epilog="Example: lowrank-tune watch quickstart-0d1e2f3a --address http://127.0.0.1:8265")
+def watch(study_id: StudyId, address: JobServer = None, results: Results = None) -> None:
+    """Watch a study of another process or a cluster: its trials, live, until it is over; exit codes as of `wait`."""
+    from lowrank_tune.cluster.studies import stream_study, study_status, visible_folder
+
+    directory = visible_folder(study_id, address=address, results=results)
+    if directory is None and address is not None:
+        for piece in stream_study(study_id, address=address, results=results):
+            print(piece, end="", flush=True)
+    elif directory is not None:
+        from lowrank_tune.cli.watching import show_watched
+        from lowrank_tune.cluster.watching import watch_study
+
+        show_watched(watch_study(directory.name, address=address, results=results, directory=directory))
+    found = study_status(study_id, address=address, results=results)
+    if directory is not None:
+        output.print_state(found)
+    raise typer.Exit(_ENDINGS[found["state"]])
 
 
 @life_app.command(epilog="Example: lowrank-tune stop quickstart-0d1e2f3a")

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -109,6 +110,17 @@ class Cluster:
         lines = printed.splitlines()  # first what Ray prints of the entry point
         start = next((at for at, line in enumerate(lines) if line in {"{", "[", "[]"}), len(lines))
         return json.loads("\n".join(lines[start:]))
+
+    def stream(self, arguments: Sequence[str], results: Path) -> Iterator[str]:
+        """What `lowrank-tune …` prints on the cluster, piece by piece, until it ends or nobody wants more of it."""
+        job_id = f"{_READING}{uuid.uuid4().hex[:8]}"
+        self._send(job_id, [*arguments, "--results", str(results)])
+        try:
+            for piece in self.follow(job_id):
+                yield re.sub(r"(?m)^.*Running entrypoint for job.*\n", "", piece)
+        finally:
+            if not self.job(job_id).is_over:
+                self.stop(job_id)
 
     def jobs(self) -> list[Job]:
         """Every job on a study, oldest first."""

@@ -121,6 +121,24 @@ def study_logs(name: str, *, address: str | None, follow: bool = False) -> Itera
     return cluster.follow(job.job_id) if follow else iter([cluster.logs(job.job_id)])
 
 
+def visible_folder(name: str, *, address: str | None = None, results: str | Path | None = None) -> Path | None:
+    """Where this machine sees a study's files; None where only its cluster does. A job that waits is waited for."""
+    if address is None:
+        return find_study(results_path(results), name)
+    cluster = Cluster(address)
+    job, home = _last_job(cluster, name, results)
+    if job:
+        wait_until(lambda: cluster.job(job.job_id), lambda seen: seen.status != "PENDING")
+    return (home / "studies" / job.study_id if job else find_study(home, name)) if _sees(home) else None
+
+
+def stream_study(name: str, *, address: str, results: str | Path | None = None) -> Iterator[str]:
+    """What `watch` prints of a study on its cluster, piece by piece, until the study is over."""
+    cluster = Cluster(address)
+    job, home = _last_job(cluster, name, results)
+    return cluster.stream(["watch", job.study_id if job else name], home)
+
+
 def wait_study(name: str, *, address: str | None = None, results: str | Path | None = None) -> dict[str, Any]:
     """Wait until a study is over, whichever way; its status then."""
     if address is not None:

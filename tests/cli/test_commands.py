@@ -34,7 +34,7 @@ def test_commands_about_the_file_load_no_heavy_library() -> None:
 COMMANDS = [
     "validate", "plan", "render", "schema", "run", "trial", "extract", "ui", "doctor", "compare", "visualize", "report",
     "submit", "list", "status", "logs", "wait", "stop", "resume", "extend", "clone", "reconcile", "export", "apply",
-    "rm", "note",
+    "rm", "note", "watch",
 ]  # fmt: skip
 FEATURES = ("features ls", "features show", "features verify", "features import", "features rm")
 

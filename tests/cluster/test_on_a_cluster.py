@@ -93,6 +93,11 @@ def test_two_studies_share_a_cluster_and_one_is_stopped_resumed_and_extended(
         done = subprocess.run(look, check=True, capture_output=True, text=True, env=environment)
         status = json.loads(done.stdout)
         assert (status["state"], status["progress"]["done"]) == ("finished", 6)
+        watch = [*look[: look.index("status")], "watch", study_id]
+        watched = subprocess.run(watch, check=True, capture_output=True, text=True, env=environment)
+        assert watched.stdout.splitlines()[-1] == f"{study_id}: finished"
+        assert watched.stdout.count("ran its full budget") == 6
+    assert f"{study_id}: finished" in command("watch", study_id)[1]
 
 
 def test_what_the_driver_finds_wrong_is_refused_in_its_words(client: Machines, study_file: Path) -> None:

@@ -1,6 +1,9 @@
 """A study's life: its driver killed, resumed, stopped, resumed and extended, by real signals to real processes."""
 
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from lowrank_tune import extend_study, resume_study, run_study
 from lowrank_tune.cli import run
 from lowrank_tune.cluster.study_dir import read_plan, read_status
 from lowrank_tune.past_study import comparison_of, open_study
+from lowrank_tune.report.text import STOPPED
 from lowrank_tune.study import StudyResult
 from lowrank_tune.tracking.store import local_uri
 from lowrank_tune.upkeep import reconcile_study
@@ -109,11 +113,27 @@ def halted(home: Path, ray_cluster: None) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def killed(home: Path, halted: Callable[..., Any]) -> tuple[Path, dict[str, Any]]:
+def watched() -> dict[str, Any]:
+    """How a watch of the killed study ended, and what it printed."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def killed(home: Path, halted: Callable[..., Any], watched: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """A study whose driver was killed while its second trial was trained, and its status then."""
     with halted("run", str(home / "small.yaml"), 1) as (process, directory):
-        process.send_signal(signal.SIGKILL)
+        with watching(directory, stdout=subprocess.PIPE, text=True) as watcher:
+            seen = [next(line for line in watcher.stdout if " trains " in line)]
+            process.send_signal(signal.SIGKILL)
+            watched["lines"] = [*seen, *watcher.stdout]
+        watched["code"] = watcher.returncode
     return directory, read_status(directory)
+
+
+def watching(directory: Path, **keywords: Any) -> subprocess.Popen[Any]:
+    """`watch`, as another process."""
+    words = [sys.executable, "-m", "lowrank_tune", "watch", directory.name[:-1], "--results", directory.parents[1]]
+    return subprocess.Popen(words, cwd=Path(__file__).parents[2], **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +163,13 @@ def test_a_killed_driver_leaves_a_failed_study_that_says_how_to_go_on(killed: An
     assert (status["progress"]["done"], status["progress"]["running"]) == (1, 0)
 
 
+def test_a_watch_ends_with_the_study_and_its_exit_code(killed: Any, watched: dict[str, Any]) -> None:
+    directory, _ = killed
+    assert watched["code"] == 1
+    assert re.search(r"r00[24]-\w+-0001  rank [24]  \w+  trains  epoch \d/4", watched["lines"][0])
+    assert watched["lines"][-1].startswith(f"{directory.name}: failed (its driver died")
+
+
 def test_stop_ends_a_study_of_another_process_and_keeps_what_it_trained(stopped: Any, home: Path) -> None:
     directory, status, codes, said = stopped
     assert codes == [0, 130, 130, 2]
@@ -163,6 +190,24 @@ def test_a_resumed_study_trains_what_is_left_and_gives_what_it_would_have(resume
     whole = run_study(home / "small.yaml", results=home / "results")
     assert figures(result) == figures(whole)
     assert read_status(result.directory)["state"] == "finished"
+
+
+def test_a_terminal_shows_a_table_and_a_pipe_lines(resumed: Any, typed: Typed) -> None:
+    result = resumed[0]
+    code, out, _ = typed("watch", result.study_id, "--results", result.directory.parents[1])
+    assert code == 0
+    for outcome in result.outcomes:
+        told = f"  {outcome.config.trial_id}  rank {outcome.config.rank}  {outcome.config.family}  "
+        assert told + f"{STOPPED[outcome.stopped_by]}  epoch {outcome.epochs}/4  ρ " in out
+    ours, theirs = pty.openpty()
+    with watching(result.directory, stdout=theirs, env={**os.environ, "COLUMNS": "100", "LINES": "40"}) as watcher:
+        watcher.wait(60)
+    os.close(theirs)
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", os.read(ours, 100_000).decode())
+    os.close(ours)
+    assert re.search(r"trial +rank +family +state +epoch +best", shown)
+    best = min(result.outcomes, key=lambda outcome: outcome.best["val_residual_ratio"])
+    assert shown.index(best.config.trial_id) == min(shown.index(each.config.trial_id) for each in result.outcomes)
 
 
 def test_mlflow_has_one_run_a_trial_and_every_epoch_once_through_a_kill_and_a_stop(resumed: Any, home: Path) -> None:

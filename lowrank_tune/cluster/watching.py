@@ -1,0 +1,70 @@
+"""A study watched from outside: its trials as their files tell, each of which is read when it changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.cluster.studies import study_status
+from lowrank_tune.cluster.study_dir import OVER
+from lowrank_tune.trials.outcomes import HISTORY, OUTCOME, read_trial
+
+EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedTrial:
+    """How a trial stands."""
+
+    trial_id: str
+    rank: int
+    family: str
+    stopped_by: str  # what ended it; empty while it is not over
+    epoch: int
+    epochs: int  # its budget
+    best: dict[str, float]  # the figures of its best epoch so far
+
+
+def watch_study(
+    name: str, *, address: str | None = None, results: str | Path | None = None, directory: Path
+) -> Iterator[tuple[dict[str, Any], dict[str, WatchedTrial]]]:
+    """A study's status and its trials by id, once a second until it is over; errors as `study_status`."""
+    trials, seen = dict[str, WatchedTrial](), dict[str, int]()
+    while True:
+        status = study_status(name, address=address, results=results)
+        _look(directory / "trials", trials, seen)
+        yield status, trials
+        if status["state"] in OVER:
+            return
+        time.sleep(EVERY_S)
+
+
+def _look(folder: Path, trials: dict[str, WatchedTrial], seen: dict[str, int]) -> None:
+    """Read the trials whose files have changed; one that is over is never read again."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name in trials and trials[path.name].stopped_by:
+            continue
+        changed = sum(file.stat().st_mtime_ns for file in (path / HISTORY, path / OUTCOME) if file.is_file())
+        if seen.get(path.name) == changed and path.name in trials:
+            continue
+        try:
+            record = read_trial(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # half a trial: its files tell more in a second
+        if record is None:
+            continue
+        config, outcome, last = record.config, record.outcome, record.history[-1] if record.history else {}
+        best = {key.removeprefix("best_"): value for key, value in last.items() if key.startswith("best_val_")}
+        seen[path.name] = changed
+        trials[path.name] = WatchedTrial(
+            config.trial_id,
+            config.rank,
+            config.family,
+            outcome.stopped_by if outcome else "",
+            outcome.epochs if outcome else int(last.get("epoch", 0)),
+            config.epochs,
+            outcome.best if outcome else best,
+        )
