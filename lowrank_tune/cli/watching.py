@@ -42,7 +42,7 @@ def show_watched(looks: Iterable[Look]) -> None:
                     console.print(f"{time.monotonic() - started:6.1f} s  {line}", markup=False, soft_wrap=True)
             if state == "running" and shown.get("") != status["stage"]:
                 shown[""] = status["stage"]
-                print(f"{time.monotonic() - started:6.1f} s  {status['stage']}", flush=True)
+                console.print(f"{time.monotonic() - started:6.1f} s  {status['stage']}", markup=False, soft_wrap=True)
 
 
 def _view(status: Mapping[str, Any], trials: Mapping[str, WatchedTrial], rows: int) -> Group:

@@ -233,6 +233,7 @@ def test_mlflow_opens_on_a_view_for_comparing_trials(window: Chrome, ui: str, ra
 
 def test_mlflow_shows_the_parent_and_its_children(window: Chrome, ui: str, ran: Ran) -> None:
     resize(window, 1280)
+    window.get("about:blank")
     window.get(ui.partition("&")[0])
     shows(window, ran.result.study_id)
     names = [outcome.config.trial_id for outcome in (*ran.result.outcomes, *ran.result.confirmations)]
