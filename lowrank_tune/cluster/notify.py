@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +37,12 @@ def notified(plan: Plan, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         if address := notify_address(plan.spec):
-            # Of the address only the host is shown: what follows it may be a secret.
-            fault = _post(address, _message(plan))
+            try:
+                fault = _post(address, _message(plan))
+            except Exception as error:  # whatever it is, the study's own end is what counts
+                fault = type(error).__name__
             if fault:
+                # Of the address only the host is shown: what follows it may be a secret.
                 say(f"notify: {urlsplit(address).hostname} was not told ({fault})")
 
 
@@ -53,18 +57,25 @@ def _message(plan: Plan) -> dict[str, Any]:
 
 
 def _post(address: str, message: dict[str, Any]) -> str:
-    """Send a message; why that failed, if so."""
+    """Send a message; why it was refused, if so."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3 import Retry
 
     again = Retry(_TIMES - 1, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=None)
+    with requests.Session() as session, _unheard(logging.getLogger("urllib3.connectionpool")):
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=again))
+        # A request that is sent on elsewhere would arrive as another one, without its content.
+        answer = session.post(address, json=message, timeout=_TIMEOUT_S, allow_redirects=False)
+    return "" if answer.ok and not answer.is_redirect else f"it answers {answer.status_code}"
+
+
+@contextmanager
+def _unheard(logger: logging.Logger) -> Iterator[None]:
+    """Keep a logger quiet: this one tells whole addresses."""
+    before, logger.disabled = logger.disabled, True
     try:
-        with requests.Session() as session:
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=again))
-            # A request that is sent on elsewhere would arrive as another one, without its content.
-            answer = session.post(address, json=message, timeout=_TIMEOUT_S, allow_redirects=False)
-        return "" if answer.ok and not answer.is_redirect else f"it answers {answer.status_code}"
-    except (requests.RequestException, ValueError, OSError) as error:
-        return type(error).__name__
+        yield
+    finally:
+        logger.disabled = before

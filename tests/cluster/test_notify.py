@@ -72,14 +72,18 @@ def test_a_server_that_refuses_costs_a_study_nothing(
     assert len(sent) == 1
 
 
-def test_no_server_costs_a_study_nothing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_costs_a_study_nothing_and_no_log_has_the_secret(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     said: list[str] = []
+    caplog.set_level("DEBUG")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setenv("LOWRANK_TUNE_NOTIFY", f"http://127.0.0.1:{nobody.getsockname()[1]}/services/5ecret")
         with notified(plan, said.append), Status(plan.study_dir, 4):
             pass
     assert said == ["notify: 127.0.0.1 was not told (ConnectionError)"]
+    assert "5ecret" not in caplog.text
 
 
 @pytest.mark.parametrize(

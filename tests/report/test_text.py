@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from lowrank_tune.notes import add_note
+from lowrank_tune.records import FeatureSet
 from lowrank_tune.report.text import (
     at_rank,
     choices,
@@ -15,6 +17,7 @@ from lowrank_tune.report.text import (
     rate_text,
     ratio_text,
     seed_texts,
+    study_cost,
 )
 from tests.comparison.small_study import make_row
 from tests.report.conftest import make_comparison
@@ -125,3 +128,10 @@ def test_one_rank_of_a_comparison_has_its_rows_and_the_remarks_on_it(compared):
     assert {row.rank for row in four.rows} == {4}
     assert four.remarks == ("random weights", said)
     assert at_rank(compared, None) is compared
+
+
+def test_what_people_wrote_down_stands_in_the_report(tmp_path):
+    add_note(tmp_path, "lens cap was on")
+    features = FeatureSet(str(tmp_path), "0123", "tiny-random", "random", "float16", 4, 8, (), "")
+    (note,) = [text for name, text in study_cost(tmp_path, features, [], []) if name == "Note"]
+    assert note.endswith(": lens cap was on")
