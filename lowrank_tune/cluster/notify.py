@@ -63,7 +63,7 @@ def _post(address: str, message: dict[str, Any]) -> str:
     from urllib3 import Retry
 
     again = Retry(_TIMES - 1, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=None)
-    with requests.Session() as session, _unheard(logging.getLogger("urllib3.connectionpool")):
+    with requests.Session() as session, _unheard("urllib3.connectionpool", "urllib3.util.retry"):
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=again))
         # A request that is sent on elsewhere would arrive as another one, without its content.
@@ -72,10 +72,13 @@ def _post(address: str, message: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _unheard(logger: logging.Logger) -> Iterator[None]:
-    """Keep a logger quiet: this one tells whole addresses."""
-    before, logger.disabled = logger.disabled, True
+def _unheard(*names: str) -> Iterator[None]:
+    """Keep loggers quiet: these tell whole addresses."""
+    loggers = {logger: logger.disabled for logger in map(logging.getLogger, names)}
     try:
+        for logger in loggers:
+            logger.disabled = True
         yield
     finally:
-        logger.disabled = before
+        for logger, before in loggers.items():
+            logger.disabled = before
