@@ -18,8 +18,10 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.config.search import BestOfStudy
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.asked import check_questions
+from lowrank_tune.features.checkpoint import find_model, read_checkpoint_config
 from lowrank_tune.features.extract import known_images, probe_shape
 from lowrank_tune.features.groups import listed_groups
+from lowrank_tune.features.tiny import TINY_RANDOM
 from lowrank_tune.lowrank.decomposers import FAMILIES
 from lowrank_tune.records import TrialOutcome
 from lowrank_tune.report.spatial import check_images
@@ -30,7 +32,11 @@ def check_data(spec: StudySpec, *, trains: bool = True) -> None:
     """Refuse what a source's list cannot give; broken or equal images may leave too few later."""
     source = spec.features.source
     groups = listed_groups(source, spec.split.group_by)
-    check_questions(source, spec.fidelity)
+    if spec.fidelity is not None:
+        check_questions(source, spec.fidelity)
+        config = read_checkpoint_config(spec.features.encoder.checkpoint, Path())
+        if config.revision is None and config.name != TINY_RANDOM:  # what the hub has whole is not downloaded to look
+            find_model(config, Path())
     # Only samples, and features themselves, are written into a cache.
     check_space(spec, *probe_shape(spec.features, Path(), spec.seed))
     if trains:

@@ -79,7 +79,8 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     split = split_images(listed_groups(spec.features.source, spec.split.group_by)[:usable], spec.split, spec.seed)
     missing = survey["images_to_extract"]
     each = try_images(spec.features, plan.features_root, spec.seed)[0] if missing else 0.0
-    check_questions(spec.features.source, spec.fidelity)
+    if spec.fidelity is not None:
+        check_questions(spec.features.source, spec.fidelity)
     asked = fidelity_cost(plan, tokens, len(split.test))
     return {
         "name": spec.name,

@@ -34,9 +34,9 @@ class Questions:
     blank: int = 0  # records without a question, which are left out
 
 
-def check_questions(source: Source, asked: FidelitySpec | None) -> None:
+def check_questions(source: Source, asked: FidelitySpec) -> None:
     """Refuse, as an InputError, a column that a source's list lacks, or one that holds no text."""
-    if asked is not None and isinstance(source, ManifestSource):
+    if isinstance(source, ManifestSource):
         columns = read_records(source, None, 0).columns
         for key, column in (("questions", asked.questions), ("answers", asked.answers)):
             if column is not None:

@@ -35,7 +35,6 @@ from lowrank_tune.features.pictures import WAYS, bring_back
 from lowrank_tune.features.remote import local_copy
 from lowrank_tune.features.shards import Node, Notes, Pool, Progress, on_actors, wait_for_room
 from lowrank_tune.fidelity.kept import FOLDER, PIXELS, Kept, Reply, read_kept, write_kept
-from lowrank_tune.fidelity.model import LanguageModel, Prompt
 from lowrank_tune.fidelity.ways import Makers, Shown, Wanted
 from lowrank_tune.files import write_json
 from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE
@@ -43,6 +42,7 @@ from lowrank_tune.records import FeatureSet, Split, TrialOutcome
 
 if TYPE_CHECKING:
     from lowrank_tune.features.encoder import Encoder
+    from lowrank_tune.fidelity.model import Prompt
 
 FORMS_AT_ONCE = 16
 """Forms of an image that are heard in one pass, at most; fewer of large features."""
@@ -138,6 +138,9 @@ class Asker:
         self._encoder: Encoder | None = None
         self.problem: LowrankTuneError | None = None
         try:
+            # It takes seconds to import, which the driver need not spend.
+            from lowrank_tune.fidelity.model import LanguageModel
+
             if pool.gpus and not torch.cuda.is_available():
                 raise InputError(f"{socket.gethostname()}: torch sees no GPU; make fidelity.device cpu")
             device = "cuda" if pool.gpus else "cpu"
@@ -212,16 +215,16 @@ class Asker:
         log_NPV = self.model.hear(x_NTD, prompt, own.ids)
         figures = compared(log_NPV, own.ids)
         energy = x_TD.double().square().sum()
-        for number, shown in enumerate(seen, start=1):
-            # X itself is the first of every pass.
-            place = 0 if torch.equal(x_NTD[number], x_TD) else number
-            kl, first, flip, delta = (figure_N[place].item() for figure_N in figures)
-            text = own.answer
-            if flip:
-                again = self.model.answer(x_NTD[place], prompt, self.asking.asked.max_new_tokens)
-                flip, text = tuple(again.ids) != own.ids, again.text
+        # X itself is the first of every pass.
+        places = [0 if torch.equal(x_NTD[number], x_TD) else number for number in range(1, len(x_NTD))]
+        flipped = [place for place in places if figures[2][place]]
+        most = self.asking.asked.max_new_tokens
+        again = dict(zip(flipped, self.model.answers(x_NTD[flipped], prompt, most) if flipped else (), strict=True))
+        for shown, place in zip(seen, places, strict=True):
+            kl, first, _, delta = (figure_N[place].item() for figure_N in figures)
+            ids, text = (again[place].ids, again[place].text) if place in again else (own.ids, own.answer)
             error = math.sqrt(float((x_NTD[place] - x_TD).double().square().sum() / energy)) if energy > 0 else 0.0
-            replies[shown.wanted.key] = Reply(kl, bool(first), bool(flip), delta, text, shown.size, error)
+            replies[shown.wanted.key] = Reply(kl, bool(first), ids != own.ids, delta, text, shown.size, error)
         return replies
 
     def _check_pixels(self, key: str, x_TD: Tensor) -> None:

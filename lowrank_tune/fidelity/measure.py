@@ -26,7 +26,6 @@ from lowrank_tune.features.shards import Notes, Progress
 from lowrank_tune.fidelity.figures import fewer_flips, fold, table_of
 from lowrank_tune.fidelity.job import Asking, Item, ask_all, lacking
 from lowrank_tune.fidelity.kept import FOLDER, PIXELS, Kept, read_kept, same_model
-from lowrank_tune.fidelity.model import identity_of
 from lowrank_tune.fidelity.ways import FACTORS, SVD, Wanted, bytes_of, wanted_forms
 from lowrank_tune.fidelity.words import TRAINED, fidelity_words, stays_from
 from lowrank_tune.files import read_json, write_json, write_whole
@@ -98,6 +97,9 @@ def ask_fidelity(
         CacheError: features cannot be read.
         LowrankTuneError: the workers stopped.
     """
+    # It loads transformers, which whoever only reads figures need not wait for.
+    from lowrank_tune.fidelity.model import identity_of
+
     plan, features = study.plan, study.features
     if isinstance(plan.spec.features.source, TensorSource):
         raise InputError(
@@ -193,7 +195,8 @@ def _remarks(
         if left_out := reasons.total():
             name = f"{each.method}{f', rank {each.rank},' if each.rank else ''} as {each.form}"
             yield f"{name} is left out of {left_out} of {len(answered)} questions: {reasons.most_common(1)[0][0]}"
-    yield from problems
+    if problems:
+        yield problems[0] + (f"; and {len(problems) - 1} more such images" if problems[1:] else "")
 
 
 def _examples(study: Measured, answered: Sequence[Kept], wanted: Sequence[Wanted]) -> Iterator[FidelityExample]:

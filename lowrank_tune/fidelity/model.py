@@ -137,14 +137,29 @@ class LanguageModel:
 
     def answer(self, x_TD: Tensor, prompt: Prompt, max_new_tokens: int) -> Answer:
         """Answer from features; an InputError where the memory does not suffice."""
-        with torch.inference_mode():
-            try:
-                inputs = prompt.inputs(self._taken(x_TD[None]))
-                told_1L = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
-            except RuntimeError as error:
+        return self.answers(x_TD[None], prompt, max_new_tokens)[0]
+
+    @torch.inference_mode()
+    def answers(self, x_NTD: Tensor, prompt: Prompt, max_new_tokens: int) -> list[Answer]:
+        """Answer one question from each of N forms of an image, together or as `hear`; errors as `answer`."""
+        try:
+            inputs = prompt.inputs(self._taken(x_NTD))
+            told_NL = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        except RuntimeError as error:
+            if len(x_NTD) == 1 or not is_out_of_memory(error):
                 raise self._explained(error, "with a single image") from error
-        ids = tuple(told_1L[0, prompt.input_ids_1L.shape[1] :].tolist())
-        return Answer(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids[-1] not in self._ends)
+        else:
+            return [self._read(ids) for ids in told_NL[:, prompt.input_ids_1L.shape[1] :].tolist()]
+        torch.cuda.empty_cache()
+        half = len(x_NTD) // 2
+        parts = (x_NTD[:half], x_NTD[half:])
+        return [answer for part_NTD in parts for answer in self.answers(part_NTD, prompt, max_new_tokens)]
+
+    def _read(self, ids: list[int]) -> Answer:
+        """An answer up to the token that ends it: what follows fills it up to the longest of those beside it."""
+        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
+        own = ids if end is None else ids[: end + 1]
+        return Answer(tuple(own), self.tokenizer.decode(own, skip_special_tokens=True).strip(), end is None)
 
     @torch.inference_mode()
     def hear(self, x_NTD: Tensor, prompt: Prompt, ids: Sequence[int]) -> Tensor:
@@ -184,7 +199,7 @@ class LanguageModel:
             **{key: said[key] for key in ("image_mean", "image_std", "rescale_factor") if said.get(key) is not None},
         )
         batch = processor(
-            images=[torch.from_numpy(square_HWC).permute(2, 0, 1)], do_resize=False, return_tensors="pt"
+            images=[torch.from_numpy(square_HWC.copy()).permute(2, 0, 1)], do_resize=False, return_tensors="pt"
         ).to(self.device)
         own_TD = self.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output[0].float()
         x_TD = x_TD.to(self.device, torch.float32)

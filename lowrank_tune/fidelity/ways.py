@@ -239,11 +239,14 @@ class _Image:
         return svd_factors(self._x_TD[None])
 
     def _coded(self, wanted: Wanted) -> tuple[Tensor, int]:
-        decompose = None if wanted.method in (ITSELF, SVD, Shared.family) else self._decompose(wanted)
-        seen, way = Seen(self._x_TD.cpu(), decompose), self._makers.coder(wanted)
+        seen, way = self._seen, self._makers.coder(wanted)
+        if wanted.trial_id and not isinstance(self._makers.method(wanted).model, Shared):
+            seen = Seen(self._x_TD.cpu(), lambda _: Factors(*(part.cpu() for part in self._factors(wanted))))
         with one_thread(), torch.inference_mode():
             stream = way.encode(seen, float(wanted.form.removeprefix(CODED)))
             return way.decode(stream).to(self._x_TD), len(stream)
 
-    def _decompose(self, wanted: Wanted) -> Callable[[Tensor], Factors]:
-        return lambda _: Factors(*(part.cpu() for part in self._factors(wanted)))
+    @cached_property
+    def _seen(self) -> Seen:
+        """The image for the coders, whose SVD of it serves every target."""
+        return Seen(self._x_TD.cpu())

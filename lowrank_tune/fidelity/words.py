@@ -10,6 +10,7 @@ from lowrank_tune.comparison.remarks import kib, listed
 from lowrank_tune.fidelity.figures import CONTROL
 from lowrank_tune.fidelity.ways import CODED, FACTORS, SVD
 from lowrank_tune.measured import ComparisonRow, FidelityRow
+from lowrank_tune.records import WEIGHTED
 
 STAYS = 0.05
 """Where no greater a part of the answers flips, they are said to stay."""
@@ -28,10 +29,11 @@ def fidelity_words(
     """
     best = [row for row in rows if row.form == FACTORS and (row.method, row.rank) in _chosen(compared)]
     svd = [row for row in rows if row.form == FACTORS and row.method == SVD]
+    weighted = [row for row in rows if row.form == FACTORS and row.method == SVD + WEIGHTED]
     said = [
         *_from_which_rank(best, svd, rows, tokens),
         *_in_few_bits(rows),
-        *_against_svd(best, compared, fewer),
+        *_against_svd(best, svd, weighted, fewer),
         *_right(rows, best),
     ]
     return tuple(f"{text[0].upper()}{text[1:]}." for text in said)
@@ -95,18 +97,14 @@ def _in_few_bits(rows: Sequence[FidelityRow]) -> Iterator[str]:
         yield listed(told)
 
 
-def _against_svd(best: Sequence[FidelityRow], compared: Sequence[ComparisonRow], fewer: Fewer) -> Iterator[str]:
+def _against_svd(
+    best: Sequence[FidelityRow], svd: Sequence[FidelityRow], weighted: Sequence[FidelityRow], fewer: Fewer
+) -> Iterator[str]:
     """Of the trained and of the weighted optimum, where the interval of the paired difference tells the two apart."""
-    weighted = [(row.method, row.rank) for row in compared if row.method == "svd_weighted"]
-    ranks = {row.rank for row in compared if row.method == SVD}
-    for name, kinds in (
-        (f"the best {TRAINED} model", [(row.method, row.rank) for row in best]),
-        ("svd_weighted", weighted),
-    ):
+    ranks = {row.rank for row in svd}
+    for name, own in ((f"the best {TRAINED} model", best), (SVD + WEIGHTED, weighted)):
         told, alike = [], []
-        for kind in kinds:
-            if kind[1] not in ranks:
-                continue
+        for kind in ((row.method, row.rank) for row in own if row.rank in ranks):
             mean, low, high = fewer(kind, (SVD, kind[1]))
             if not math.isfinite(low) or low <= 0 <= high:
                 alike.append(str(kind[1]))
