@@ -83,9 +83,9 @@ class StudySearcher(Searcher):
         self._waiting = any(trial.state == TrialState.WAITING for trial in known)
         self._number = len(known) - self._waiting
         self._defaults = default_points(plan.spec)
+        self._groups = search_groups(plan.spec)
         self._first = deque(self._first_points())
         self._finished = False
-        self._groups = search_groups(plan.spec)
         self._dealt = dict.fromkeys(range(len(self._groups)), 0)  # to the groups that have a point left
         self._seen: set[tuple[Any, ...]] = set()
         for config in filter(None, map(config_of, known)):
