@@ -22,6 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from lowrank_tune.features.checkpoint import find_tower, read_checkpoint_config
 from lowrank_tune.features.encoder import Encoder
 from lowrank_tune.features.tiny import TINY_PREPROCESSOR, TINY_VISION, WEIGHTS_MARK
+from lowrank_tune.lowrank.data import batches_on
 from lowrank_tune.lowrank.decomposers import Decomposer, make_decomposer
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.records import FeatureRow, FeatureSet, Split, TrialConfig
@@ -207,10 +208,7 @@ class Proof:
             rows.append(Finding(name, reason_of(error), "to work", "FAILS"))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        # An exception holds what was allocated until here.
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
+        forget()  # an exception holds what was allocated until here
 
     @property
     def failed(self) -> int:
@@ -266,6 +264,14 @@ def seconds_of(run: Callable[[], object], device: str, at_least_s: float) -> flo
                 run()
             blocks.append((time.perf_counter() - started) / in_block)
     return float(np.median(blocks))
+
+
+def forget() -> None:
+    """Give back a GPU's memory that nobody needs: features held for the next training, and what lies in cycles."""
+    batches_on.cache_clear()
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def wait(device: str) -> None:
