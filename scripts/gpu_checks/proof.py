@@ -76,7 +76,7 @@ class Size:
     @classmethod
     def of_twin(cls, folder: Path) -> Size:
         """A small one for the CPU."""
-        return cls(folder, "cpu", TINY_VISION, 112, 64, 96, (8, 32), (1, 64), 2, (1,), 0.01, "eager")
+        return cls(folder, "cpu", TINY_VISION, 112, 100, 160, (12, 40), (1, 64), 2, (1,), 0.01, "eager")
 
     def encoder(self, compute_dtype: str, device: str, batch: int | None = None) -> Encoder:
         """A tower with seeded random weights; at the first call its checkpoint is written, in bfloat16."""
