@@ -32,7 +32,7 @@ from pathlib import Path
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lowrank_tune.config.plan import Plan
@@ -44,7 +44,7 @@ from lowrank_tune.features.remote import local_copy
 from lowrank_tune.features.shards import Node, Notes, wait_for_room
 from lowrank_tune.fidelity.job import worker_pool
 from lowrank_tune.fidelity.model import LanguageModel
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import write_durably
 from lowrank_tune.lowrank.data import FeatureMatrix, spread
 from lowrank_tune.lowrank.weighted import METRIC
 from lowrank_tune.records import ANSWERS_METRIC, FeatureSet, Split
@@ -154,8 +154,8 @@ def _estimate(work: _Estimate, device: str, threads: int) -> str:
     model = LanguageModel(work.spec, work.cache_root, device)
     data = FeatureMatrix(local_copy(work.features))
     metric_DD, part, cut = measure_gradients(model, data, work.questions, work.max_new_tokens)
-    tensors = {METRIC: metric_DD}
-    write_whole(work.path, lambda temporary: save_file(tensors, temporary), durable=True)
+    # Of bytes, for a file that safetensors makes itself is closed to other users.
+    write_durably(work.path, save({METRIC: metric_DD}))
     longer = f"; {cut} of them are longer than {work.max_new_tokens} tokens, and cut" if cut else ""
     return (
         f"the metric of the answers is estimated from the answers about {len(data)} training images, and {part:.0%} of "
