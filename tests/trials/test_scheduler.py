@@ -112,3 +112,17 @@ def test_two_objectives_compete_by_bytes_at_the_target_error_those_of_an_earlier
         scheduler.on_trial_add(None, trial)
         result = {"epoch": 3, "val_bytes": 1.0, "val_error": 1.0, "val_bytes_at_error": 30.0, "stopped_by": ""}
         assert scheduler.on_trial_result(None, trial, result) == verdict
+
+
+def test_what_is_trained_in_the_answers_metric_competes_with_its_like_alone(plan_of: PlanOf) -> None:
+    def goes_on(scheduler: FairASHA, metric: str, quality: int) -> bool:
+        trial = trial_of(f"{metric}-{quality}", 16, "refined")
+        trial.config["trial"]["family_params"] = {"metric": metric}
+        scheduler.on_trial_add(None, trial)
+        result = {"epoch": 3, "val_mse": 1 + quality + 5 * (metric == "answers"), "stopped_by": ""}
+        return scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+
+    for within, expected in ((["rank", "family"], True), (["rank"], False)):
+        scheduler = fair(plan_of, compete_within=within)
+        assert all(goes_on(scheduler, "none", quality) for quality in (2, 1, 0))
+        assert goes_on(scheduler, "answers", 0) is expected

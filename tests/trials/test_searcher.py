@@ -23,6 +23,7 @@ from lowrank_tune.records import TrialConfig
 from lowrank_tune.trials.drawing import optuna_params, suggest
 from lowrank_tune.trials.search import (
     StudySearcher,
+    _drawn,
     migrate_search,
     open_optuna_study,
     told_epochs,
@@ -197,6 +198,16 @@ def test_of_60_points_200_trials_train_each_once(plan_of: PlanOf, method: str) -
     found += everything(again)
     assert len(found) == len({config.trains for config in found}) == 72
     assert again.searcher.stopped_for == "space"
+
+
+def test_what_an_older_study_trained_without_a_metric_teaches_and_is_not_trained_again(plan_of: PlanOf) -> None:
+    space: dict[str, Any] = {"rank": 4, "lr": [0.1, 0.2], "families": {"refined": {"steps": [2, 3]}}}
+    driver = Driver(plan_of(space, method="tpe", trials=9))
+    found = everything(driver)
+    older = [replace(config, family_params={"steps": config.family_params["steps"]}) for config in found]
+    assert [config.trains for config in older] == [config.trains for config in found]
+    drawn = [_drawn(config, driver.plan.spec.search.space) for config in older]
+    assert [fixed.params["refined.steps"] for fixed in drawn if fixed] == [it.family_params["steps"] for it in found]
 
 
 def test_ranks_that_are_nested_are_one_configuration_whatever_their_order(plan_of: PlanOf) -> None:
