@@ -1,123 +1,23 @@
-"""What is explored in the report, drawn once, by plotly: learning, trade-offs, spectrum and bytes."""
+"""What is explored in the report, drawn once, by plotly: trade-offs, spectrum and bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.colors
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from lowrank_tune.lowrank.svd import Optimum, Spectrum
 from lowrank_tune.measured import Compression, Front, FrontPoint, PrunedRow, StoredRow
-from lowrank_tune.records import BYTES_AT_ERROR, LEADING, TrialOutcome
 from lowrank_tune.report.page import Chart, Picture
-from lowrank_tune.report.style import (
-    ABOVE_ONE,
-    INK,
-    QUIET,
-    SYMBOLS,
-    TOWARDS_ONE,
-    Trial,
-    log_ticks,
-    look_of,
-    series,
-    thinned,
-)
-from lowrank_tune.report.text import STOPPED, cosine_text, count, in_order, leading_text, setting_text
-
-_ENDINGS = {
-    "budget": "circle", "patience": "square", "asha": "triangle-down", "interruption": "diamond-tall", "error": "x",
-}  # fmt: skip
-
-
-def learning_charts(trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> tuple[Chart, ...]:
-    """Draw every trial's ρ, or bytes at the target error, against epochs, a chart a family, coloured by rank.
-
-    Optuna's plot_intermediate_values does not serve: it knows no rank, family or ending, and one diverged trial makes
-    all others a flat line.
-    """
-    seen = [(outcome, history) for outcome, history in trials if _told(history)]
-    ranks = sorted({outcome.config.rank for outcome, _ in seen})
-    # The last sixth of viridis is too pale to see on white.
-    places = [0.85 * place / max(len(ranks) - 1, 1) for place in range(len(ranks))]
-    colors = dict(zip(ranks, plotly.colors.sample_colorscale("Viridis", places), strict=True))
-    charts = []
-    for family in in_order(outcome.config.method for outcome, _ in seen):
-        own = sorted(
-            (trial for trial in seen if trial[0].config.method == family), key=lambda trial: trial[0].config.rank
-        )
-        again = [trial for trial in repeats if trial[0].config.method == family and trial[0].config.rank in colors]
-        # The first that all of them have.
-        name = max((_told(history)[0] for _, history in own), key=LEADING.index)
-        figure, values = go.Figure(), list[float]()
-        for outcome, history in (*own, *again):
-            values += _draw_trial(figure, name, outcome, history, colors[outcome.config.rank])
-        for stop in dict.fromkeys(outcome.stopped_by for outcome, _ in own):
-            figure.add_scatter(
-                x=[None], y=[None], mode="markers", name=STOPPED[stop], hoverinfo="skip",
-                marker={"symbol": _ENDINGS[stop], "size": 9, "color": "#888888", "line": {"width": 1}},
-            )  # fmt: skip
-        last = max(outcome.epochs for outcome, _ in own)
-        ratio = name == "val_residual_ratio"
-        yaxis = {"title": _AXES[name], **(ABOVE_ONE.on_plotly([1.0, *values]) if ratio else log_ticks(values))}
-        xaxis = {"title": "epoch", "tickformat": "d", "dtick": max(1, -(-last // 8))}
-        figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis)
-        ends = [f"{o.config.trial_id} {STOPPED[o.stopped_by]} at epoch {o.epochs}" for o, _ in own]
-        told = ", ".join(ends[:12]) + (f", and {len(ends) - 12} more" if len(ends) > 12 else "")
-        shown = (
-            f"{_AXES[name].partition(' (')[0].replace('ρ', 'residual ratio')} of {count(len(own), 'trial')} of {family}"
-        )
-        alt = f"{shown[0].upper()}{shown[1:]} against epochs, coloured by rank: "
-        charts.append(Chart(f"learning-{family}", family, figure, f"{alt}{told}. The trials table has them all."))
-    return tuple(charts)
-
-
-def _told(history: list[dict[str, float]]) -> list[str]:
-    """Which of the leading figures a trial has."""
-    return [name for name in LEADING if series(history, name)[1]]
-
-
-def _draw_trial(
-    figure: go.Figure, name: str, outcome: TrialOutcome, history: list[dict[str, float]], color: str
-) -> list[float]:
-    config, (epochs, values) = outcome.config, series(history, name)
-    rank, last = f"rank {config.rank}", len(values) - 1
-    chosen = {"lr": config.lr, **config.family_params}
-    settings = ", ".join(f"{key} {setting_text(value)}" for key, value in chosen.items())
-    ending = f"<br>{STOPPED[outcome.stopped_by]} at epoch {outcome.epochs}"
-    ending += f": {outcome.reason[:120]}" if outcome.reason else ""
-    said = [f"<b>{config.trial_id}</b><br>{settings}<br>epoch {x:.0f}: {leading_text({name: y})}"
-            for x, y in zip(epochs, values, strict=True)]  # fmt: skip
-    if name == BYTES_AT_ERROR:
-        values = [value / 1024 for value in values]
-    figure.add_scatter(
-        x=epochs,
-        y=ABOVE_ONE.place(values) if name == "val_residual_ratio" else values,
-        mode="lines+markers",
-        name=rank,
-        legendgroup=rank,
-        showlegend=rank not in {trace.name for trace in figure.data},
-        line={"color": color, "width": 1.6, "dash": "dot" if config.confirms else "solid"},
-        marker={
-            "symbol": [*["circle"] * last, _ENDINGS[outcome.stopped_by]],
-            "size": [*[3] * last, 10],
-            "color": color,
-            "line": {"color": INK, "width": [*[0] * last, 1]},
-        },
-        text=[*said[:-1], *(text + ending for text in said[-1:])],
-        hovertemplate="%{text}<extra></extra>",
-    )
-    return values
-
+from lowrank_tune.report.style import QUIET, SYMBOLS, TOWARDS_ONE, log_ticks, look_of, thinned
+from lowrank_tune.report.text import cosine_text, count, in_order
 
 _AXES = {
     "rank": "rank",
     "val_mse": "validation MSE",
-    "val_residual_ratio": "validation ρ (finer towards 1)",
-    "val_bytes_at_error": "validation KiB an image (at the target error)",
     "val_bytes": "validation KiB an image (in the model's own form)",
     "val_error": "validation relative error",
     "bytes_per_image": "KiB an image, A and its own B",
@@ -130,19 +30,22 @@ _FRONTS = {
 }
 
 
-def tradeoff_picture(fronts: Sequence[Front]) -> Picture:
-    """What a rank and a byte buy: the front's members filled and joined, the others hollow."""
+def tradeoff_picture(fronts: Sequence[Front], numbers: Mapping[str, int]) -> Picture:
+    """What a rank and a byte buy: the front's members filled and joined, the others hollow.
+
+    `numbers` are the trials', by their ids: the page's script finds a trial by it in all charts.
+    """
     sizes = {(point.rank, point.x) for front in fronts if front.name == "storage" for point in front.points}
     one_a_rank = len(sizes) == len({rank for rank, _ in sizes})
     return Picture(
         "Filled and joined: the Pareto front, which nothing beats; pareto.json has every figure. Trials by validation "
         "figures, methods by test figures; a rank has the same bytes whatever the method"
         + ("." if one_a_rank else ", but where all images share one B: of that an image takes A alone."),
-        tuple(map(_tradeoff_chart, fronts)),
+        tuple(_tradeoff_chart(front, numbers) for front in fronts),
     )
 
 
-def _tradeoff_chart(front: Front) -> Chart:
+def _tradeoff_chart(front: Front, numbers: Mapping[str, int]) -> Chart:
     cosines, title = front.better == "higher", _FRONTS[front.name, front.x]
     figure, members = go.Figure(), [point for point in front.points if point.on_front]
 
@@ -158,14 +61,17 @@ def _tradeoff_chart(front: Front) -> Chart:
         # A thin cross has nothing to fill.
         symbols = [symbol if point.on_front and symbol != "x-thin" else f"{symbol}-open" for point in own]
         told = [
-            f"<b>{point.trial_id or method}</b> at rank {point.rank}<br>{_AXES[front.y].partition(' (')[0]} "
+            ("" if point.trial_id in numbers else f"<b>{point.trial_id or method}</b> ")
+            + f"at rank {point.rank}<br>{_AXES[front.y].partition(' (')[0]} "
             + (cosine_text(point.y) if cosines else f"{point.y:.4g}")
             + ("<br>on the front" if point.on_front else "")
             for point in own
         ]
         line = {"width": 1.6, "color": look.color}
         marker = {"symbol": symbols, "color": look.color, "size": 9, "line": line}
-        draw(own, mode="markers", name=method, marker=marker, text=told, hovertemplate="%{text}<extra></extra>")
+        whose = [numbers.get(point.trial_id) for point in own]
+        shared: dict[str, Any] = {"text": told, "customdata": whose, "hovertemplate": "%{text}<extra></extra>"}
+        draw(own, mode="markers", name=method, marker=marker, **shared)
     xs, unit = thinned(sorted({point.x for point in front.points})), 1 if front.x == "rank" else 1024
     scale = TOWARDS_ONE.on_plotly([point.y for point in front.points]) if cosines else {"type": "log", "dtick": 1}
     ticks: dict[str, Any] = {"type": "log", "tickvals": xs, "ticktext": [f"{x / unit:,.4g}" for x in xs]}

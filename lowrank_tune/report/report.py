@@ -6,17 +6,18 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowrank_tune.config.plan import Plan
+from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
 from lowrank_tune.files import write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
 from lowrank_tune.measured import Comparison, Compression, Fidelity
-from lowrank_tune.records import TEST_OPTIMUM, FeatureSet, Split, TrialOutcome
+from lowrank_tune.records import TEST_OPTIMUM, FeatureSet, Split, TrialOutcome, sign
 from lowrank_tune.report.charts import (
     compression_picture,
-    learning_charts,
     spectrum_of,
     spectrum_picture,
     tradeoff_picture,
@@ -39,6 +40,7 @@ from lowrank_tune.report.tables import (
 )
 from lowrank_tune.report.text import (
     METHOD_NOTES,
+    STOPPED,
     choices,
     count,
     in_order,
@@ -46,6 +48,7 @@ from lowrank_tune.report.text import (
     study_cost,
     training_sentence,
 )
+from lowrank_tune.report.trial_charts import learning_charts
 from lowrank_tune.trials.outcomes import HISTORY, read_history
 
 logger = logging.getLogger(__name__)
@@ -87,9 +90,15 @@ def write_report(
     if comparison.rows:
         first.insert(0, Section("ranks", "By rank", (rank_picture(comparison, spectrum, directory / "plots"),)))
     target = plan.spec.target_error
-    search = search_section(directory / "tune" / "optuna.journal", plan.spec.objectives)
+    search = search_section(directory / "tune" / "optuna.journal", plan.spec.objectives, outcomes, _rungs(plan.spec))
     stored = _bytes(comparison.compression, len(features.rows), directory / "plots")
-    further = [*_learning(trials, repeats), search, *_tradeoffs(comparison), *stored, *_spectrum(comparison, spectrum)]
+    further = [
+        *_learning(trials, repeats),
+        search,
+        *_tradeoffs(comparison, outcomes),
+        *stored,
+        *_spectrum(comparison, spectrum),
+    ]
     progress("writing the report: the page")
     found = choices(comparison, spectrum.rank_for if spectrum else lambda cosine: None)
     html = render_page(
@@ -111,7 +120,8 @@ def write_report(
         notes=[(name, METHOD_NOTES.get(name, "trained")) for name in in_order(row.method for row in comparison.rows)],
         first=first,
         further=further,
-        trials=trials_table(outcomes),
+        trials=trials_table(outcomes, confirmations),
+        linked=_linked(outcomes, plan.spec.steered_by),
         loss_curves=[picture for picture in losses if picture.title in {row.trial_id for row in comparison.rows}],
         study_file=_text_of(directory / "study.yaml"),
     )
@@ -135,8 +145,31 @@ def _learning(trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[Section
     return [Section("learning", "Learning", (Picture(caption, charts),))] if charts else []
 
 
-def _tradeoffs(comparison: Comparison) -> list[Section]:
-    pictures = (tradeoff_picture(comparison.fronts),) if comparison.fronts else ()
+def _rungs(spec: StudySpec) -> list[int]:
+    """The epochs after which ASHA lets only the best go on."""
+    if spec.scheduler.kind == "none":
+        return []
+    rungs = [min(spec.scheduler.grace_epochs, spec.training.epochs)]
+    while rungs[-1] * spec.scheduler.reduction_factor < spec.training.epochs:
+        rungs.append(rungs[-1] * spec.scheduler.reduction_factor)
+    return rungs
+
+
+def _linked(outcomes: Sequence[TrialOutcome], objective: str) -> dict[str, Any]:
+    """What the page's script filters trials by, and ranks them by: less is better; a trial is known by its number."""
+    families = in_order(outcome.config.method for outcome in outcomes)
+    endings = [stop for stop in STOPPED if any(outcome.stopped_by == stop for outcome in outcomes)]
+    trials = []
+    for outcome in outcomes:
+        config, value = outcome.config, outcome.best.get(objective)
+        told = [config.number, families.index(config.method), config.rank, endings.index(outcome.stopped_by)]
+        trials.append([*told, None if value is None else float(f"{sign(objective) * value:.6g}")])
+    return {"trials": trials, "families": families, "endings": [STOPPED[stop] for stop in endings]}
+
+
+def _tradeoffs(comparison: Comparison, outcomes: Sequence[TrialOutcome]) -> list[Section]:
+    numbers = {outcome.config.trial_id: outcome.config.number for outcome in outcomes}
+    pictures = (tradeoff_picture(comparison.fronts, numbers),) if comparison.fronts else ()
     return [Section("tradeoffs", "Trade-offs", pictures)] if pictures else []
 
 

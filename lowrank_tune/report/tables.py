@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +23,7 @@ from lowrank_tune.report.text import (
     Choice,
     RankSummary,
     cosine_text,
+    count,
     difference_text,
     duration_text,
     gain_text,
@@ -38,6 +41,8 @@ from lowrank_tune.report.text import (
 )
 
 Row = TypeVar("Row")
+Trainings = tuple[TrialOutcome, ...]
+"""One trial, or all its repetitions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Table:
     prose: tuple[str, ...] = ()  # those of them whose texts may wrap
     terminal: tuple[str, ...] = ()  # the columns that a terminal has room for; all when empty
     grouped: bool = False  # rows whose first texts are equal stand under one heading
+    trials: tuple[int, ...] = ()  # whose each row is, by number, where the page's script finds trials by it
 
     @classmethod
     def of(
@@ -245,37 +251,70 @@ def studies_table(comparisons: Mapping[str, Comparison]) -> Table:
     )
 
 
-def trials_table(outcomes: Sequence[TrialOutcome]) -> Table:
-    """How every trial ended, with its validation figures."""
+def trials_table(outcomes: Sequence[TrialOutcome], repetitions: Sequence[TrialOutcome] = ()) -> Table:
+    """How every trial ended, with its validation figures; below it, in one row, what its repetitions gave."""
+    again = defaultdict[str, list[TrialOutcome]](list)
+    for repetition in repetitions:
+        again[repetition.config.confirms].append(repetition)
 
-    def settings(trial: TrialOutcome) -> str:
-        config = trial.config
-        known = {"lr": config.lr, "weight decay": config.weight_decay, "batch": config.batch_size}
-        # A name and its value stay on one line.
-        return ", ".join(f"{name}\u00a0{setting_text(value)}" for name, value in (known | config.family_params).items())
+    def figure(name: str, text: Callable[[float], str], spread: str) -> Callable[[Trainings], str]:
+        return lambda same: _mean_text([trial.best[name] for trial in same if name in trial.best], text, spread)
 
-    def kib(trial: TrialOutcome) -> str:
-        return kib_text(trial.best[BYTES_AT_ERROR]) if BYTES_AT_ERROR in trial.best else ABSENT
+    def epochs(numbers: Sequence[float]) -> str:
+        return _mean_text(numbers, lambda number: f"{number:.1f}".removesuffix(".0"), ".1f")
+
+    def name(same: Trainings) -> str:
+        first = same[0].config
+        return f"{first.confirms}, {count(len(same), 'fresh seed')}" if first.confirms else first.trial_id
 
     targets = {trial.config.target_error for trial in outcomes if trial.config.target_error is not None}
+    by_size = sorted(outcomes, key=lambda trial: (trial.config.rank, trial.config.family, trial.config.number))
+    rows = [same for trial in by_size for same in ((trial,), tuple(again[trial.config.trial_id])) if same]
     return Table.of(
         "Trials",
-        sorted(outcomes, key=lambda trial: (trial.config.rank, trial.config.family, trial.config.number)),
+        rows,
         {
-            "trial": lambda trial: trial.config.trial_id,
-            **{f"KiB at {target:.3g} error": kib for target in targets},
-            "ρ": lambda trial: ratio_text(trial.best.get("val_residual_ratio", math.nan)),
-            "token cosine": lambda trial: cosine_text(trial.best.get("val_token_cosine", math.nan)),
-            "best epoch": lambda trial: str(trial.best_epoch or ABSENT),
-            "epochs": lambda trial: str(trial.epochs),
-            "time": lambda trial: duration_text(trial.seconds),
-            "how it ended": lambda trial: ": ".join(filter(None, (STOPPED[trial.stopped_by], trial.reason))),
-            "settings": settings,
+            "trial": name,
+            **{f"KiB at {target:.3g} error": figure(BYTES_AT_ERROR, kib_text, "") for target in targets},
+            "ρ": figure("val_residual_ratio", ratio_text, ".3f"),
+            "token cosine": figure("val_token_cosine", cosine_text, ".4f"),
+            "best epoch": lambda same: epochs([trial.best_epoch for trial in same if trial.best_epoch]),
+            "epochs": lambda same: epochs([trial.epochs for trial in same]),
+            "time": lambda same: duration_text(sum(trial.seconds for trial in same)),
+            "how it ended": _ending_text,
+            "settings": lambda same: _settings_text(same[0]) if not same[0].config.confirms else "the same",
         },
-        "Validation figures at each trial's best epoch.",
+        "Validation figures at each trial's best epoch."
+        + (" Of repetitions with fresh seeds the mean ± sd, and their time in all." if repetitions else ""),
         texts=("trial", "how it ended", "settings"),
         prose=("how it ended", "settings"),
+        trials=tuple(same[0].config.number for same in rows),
     )
+
+
+def _mean_text(values: Sequence[float], text: Callable[[float], str], spread: str) -> str:
+    """A figure, or of several their mean ± sd, the latter in its own format or as the mean is written."""
+    if not values:
+        return ABSENT
+    mean = text(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    sd = statistics.stdev(values)
+    return f"{mean} ± {format(sd, spread) if spread else text(sd)}"
+
+
+def _ending_text(same: Trainings) -> str:
+    if not same[0].config.confirms:
+        return ": ".join(filter(None, (STOPPED[same[0].stopped_by], same[0].reason)))
+    ends = Counter(STOPPED[trial.stopped_by] for trial in same)
+    return "trained again: " + ", ".join(f"{number} {end}" for end, number in ends.items())
+
+
+def _settings_text(trial: TrialOutcome) -> str:
+    config = trial.config
+    known = {"lr": config.lr, "weight decay": config.weight_decay, "batch": config.batch_size}
+    # A name and its value stay on one line.
+    return ", ".join(f"{name}\u00a0{setting_text(value)}" for name, value in (known | config.family_params).items())
 
 
 def compression_tables(compression: Compression) -> tuple[Table, ...]:

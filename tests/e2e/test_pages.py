@@ -152,6 +152,41 @@ def test_a_keyboard_reaches_links_choosers_and_tables(report: Chrome, ran: Ran) 
     assert wanted <= reached
 
 
+def test_a_trial_is_filtered_marked_and_pointed_at_in_the_table_and_in_every_chart(report: Chrome, ran: Ran) -> None:
+    resize(report, 1280)
+    linked = report.find_element(By.ID, "trials-linked")
+    told = linked.find_element(By.CSS_SELECTOR, "[data-told]")
+    for name in ("learning-sketch", "timeline", "coordinates", "pareto-search"):
+        wait(report, lambda page, name=name: drawn(page, name), f"the chart {name}")  # type: ignore[misc]
+
+    def marked(kind: str, name: str) -> str:
+        path = report.find_element(By.CSS_SELECTOR, f"#chart-{name} .above .{kind}.dots")
+        return path.get_attribute("d") or ""
+
+    Select(linked.find_element(By.CSS_SELECTOR, "[data-choose=best]")).select_by_visible_text("1")
+    best = {rank: min((o for o in ran.result.outcomes if o.config.rank == rank and o.best),
+                      key=lambda o: o.best["val_residual_ratio"]) for rank in (2, 4)}  # fmt: skip
+    assert all(outcome.config.trial_id in told.text for outcome in best.values())
+    for name in ("timeline", "pareto-search"):
+        drawn(report, name)
+        wait(report, lambda page, name=name: marked("marked", name), f"the best in {name}")  # type: ignore[misc]
+    Select(linked.find_element(By.CSS_SELECTOR, "[data-choose=family]")).select_by_visible_text("sketch")
+    rows = report.find_elements(By.CSS_SELECTOR, "#trials tr[data-trial]")
+    assert {row.text.split()[0].split("-")[1] for row in rows if row.is_displayed()} == {"sketch"}
+    assert told.text.startswith("4 of 8 trials; marked: ")
+    Select(linked.find_element(By.CSS_SELECTOR, "[data-choose=family]")).select_by_visible_text("all")
+    Select(linked.find_element(By.CSS_SELECTOR, "[data-choose=best]")).select_by_visible_text("none")
+    report.execute_script("arguments[0].focus()", rows[0])
+    drawn(report, "timeline")
+    wait(report, lambda page: marked("pointed", "timeline"), "the focused trial in the timeline")
+    report.switch_to.active_element.send_keys(Keys.ARROW_DOWN, Keys.ENTER)
+    here = report.switch_to.active_element
+    assert here.get_attribute("aria-current") == "true" and here.text.split()[0].rstrip(",") in told.text
+    here.send_keys(Keys.ENTER)
+    assert told.text == "8 of 8 trials"
+    assert complaints(report) == []
+
+
 def test_everything_seen_has_words_for_those_who_cannot_see_it(report: Chrome) -> None:
     mute = report.execute_script(
         "return [...document.querySelectorAll('[data-figure], figure > div > img, .scroll')]"

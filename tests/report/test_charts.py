@@ -9,14 +9,11 @@ from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.measured import Compression, Front, FrontPoint
 from lowrank_tune.report.charts import (
     compression_picture,
-    learning_charts,
     spectrum_of,
     spectrum_picture,
     tradeoff_picture,
 )
-from lowrank_tune.report.style import ABOVE_ONE
-from tests.comparison.small_study import images, make_outcome
-from tests.report.conftest import history
+from tests.comparison.small_study import images
 from tests.report.test_tables import FOUND, STORED
 
 
@@ -24,39 +21,20 @@ def traces(chart):
     return {trace.name: trace for trace in chart.figure.data}
 
 
-def test_learning_charts_tell_where_and_why_each_trial_stopped_and_what_its_repetitions_gave():
-    trials = [
-        (make_outcome("sketch", 2, 0, epochs=5), history(5)),
-        (make_outcome("sketch", 8, 1, stopped_by="asha", epochs=2), history(2)),
-        (make_outcome("direct", 8, 2, stopped_by="error", epochs=3, reason="loss is <nan>"), history(3)),
-        (make_outcome("refined", 8, 3), []),
-    ]
-    config = replace(trials[0][0].config, confirms=trials[0][0].config.trial_id)
-    direct, sketch = learning_charts(trials, [(replace(trials[0][0], config=config), history(3, start=4.0))])
-    assert [chart.title for chart in (direct, sketch)] == ["direct", "sketch"]
-    assert "r008-sketch-0001 stopped by ASHA at epoch 2" in sketch.alt
-    whole, pruned, again = sketch.figure.data[:3]
-    assert [trace.line.dash for trace in (whole, pruned, again)] == ["solid", "solid", "dot"]
-    assert again.y == pytest.approx(ABOVE_ONE.place([5.0, 3.0, 1 + 4 / 3]))
-    assert pruned.x == (1, 2)
-    assert pruned.marker.symbol == ("circle", "triangle-down")
-    assert pruned.text[-1].endswith("stopped by ASHA at epoch 2")
-    assert "failed at epoch 3: loss is <nan>" in traces(direct)["rank 8"].text[-1]
-
-
 def test_trade_offs_fill_the_front():
     points = (FrontPoint("sketch", 3, 3, 0.25, "t", on_front=True), FrontPoint("direct", 3, 3, 0.5, "u"))
-    (chart,) = tradeoff_picture([Front("search", "rank", "val_mse", "lower", points)]).charts
+    (chart,) = tradeoff_picture([Front("search", "rank", "val_mse", "lower", points)], {"t": 7}).charts
     drawn = traces(chart)
     assert drawn["front"].x == (3,)
     assert drawn["sketch"].marker.symbol == ("diamond",)
     assert drawn["direct"].marker.symbol == ("square-open",)
+    assert (drawn["sketch"].customdata, drawn["direct"].customdata) == ((7,), (None,)), "whose a point is"
     assert "On the front: t at rank 3" in chart.alt
 
 
 def test_the_storage_of_one_basis_for_all_images_is_said_to_be_another():
     def storage(*points):
-        return tradeoff_picture([Front("storage", "bytes_per_image", "token_cosine_mean", "higher", points)])
+        return tradeoff_picture([Front("storage", "bytes_per_image", "token_cosine_mean", "higher", points)], {})
 
     own = [FrontPoint(method, 4, 640, 0.9) for method in ("svd", "sketch")]
     assert storage(*own).caption.endswith("a rank has the same bytes whatever the method.")
@@ -67,30 +45,9 @@ def test_the_storage_of_one_basis_for_all_images_is_said_to_be_another():
     assert 2 < len(many.charts[0].figure.layout.xaxis.tickvals) < 11
 
 
-def test_a_study_in_bytes_is_drawn_in_them():
-    trials = []
-    for number, sizes in enumerate(([3e5, 2e5], [2e5, 1e5])):
-        outcome = make_outcome("shared", 8, number, epochs=2)
-        config = replace(outcome.config, target_error=0.05, family_params={"token_transform": "dct", "lambda_rate": 30})
-        rows = [row | {"val_bytes_at_error": size} for row, size in zip(history(2), sizes, strict=True)]
-        trials.append((replace(outcome, config=config), rows))
-    (chart,) = learning_charts(trials)
-    assert chart.figure.data[0].y == pytest.approx([3e5 / 1024, 2e5 / 1024])
-    assert "token_transform dct" in chart.figure.data[0].text[0] and "195.3 KiB" in chart.figure.data[0].text[1]
-    assert chart.figure.layout.yaxis.title.text == "validation KiB an image (at the target error)"
-    assert chart.alt.startswith("Validation KiB an image of 2 trials of shared")
-
-
-def test_trials_without_a_ratio_are_drawn_by_their_squared_error():
-    rows = [{key: value for key, value in row.items() if key != "val_residual_ratio"} for row in history(2)]
-    (chart,) = learning_charts([(make_outcome("shared", 8, 0), rows), (make_outcome("shared", 4, 1), history(2))])
-    assert [list(trace.y) for trace in chart.figure.data[:2]] == [[1.0, 0.5]] * 2
-    assert chart.figure.layout.yaxis.title.text == "validation MSE"
-
-
 def test_the_front_of_a_search_of_bytes_and_error_has_them_as_its_axes():
     points = (FrontPoint("shared", 8, 20480, 0.05, "t", on_front=True), FrontPoint("sketch", 8, 40960, 0.25, "u"))
-    (chart,) = tradeoff_picture([Front("search", "val_bytes", "val_error", "lower", points)]).charts
+    (chart,) = tradeoff_picture([Front("search", "val_bytes", "val_error", "lower", points)], {}).charts
     assert traces(chart)["shared"].x == (20480,)
     axis = chart.figure.layout.xaxis
     assert dict(zip(axis.tickvals, axis.ticktext, strict=True))[20480] == "20"

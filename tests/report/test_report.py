@@ -128,7 +128,7 @@ def test_the_page_is_whole_by_itself(report):
     page = report.page
     assert "iframe" not in page.tags
     for link in page.links:
-        assert link.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "data:,")) or (
+        assert link.startswith(("data:image/webp;base64,", "data:image/jpeg;base64,", "data:,")) or (
             link.startswith("#") and link[1:] in page.ids
         )
     assert len(page.ids) == len(set(page.ids))

@@ -1,4 +1,6 @@
-"""What Optuna shows of a search, from its journal."""
+"""How a search went, from its journal and its trials."""
+
+from dataclasses import replace
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -6,6 +8,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lowrank_tune.report.search import LEAST_FOR_IMPORTANCE, search_section
+from tests.comparison.small_study import make_outcome
 
 
 def journal_of(path, complete, pruned=0):
@@ -20,15 +23,19 @@ def journal_of(path, complete, pruned=0):
     return path
 
 
+def trials(number):
+    return [make_outcome("sketch", (2, 4)[place % 2], place) for place in range(number)]
+
+
 def charts(section):
     return [chart.name for picture in section.pictures for chart in picture.charts]
 
 
 def test_optuna_draws_the_search_from_its_journal(tmp_path):
     section = search_section(
-        journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3), ["val_residual_ratio"]
+        journal_of(tmp_path / "optuna.journal", LEAST_FOR_IMPORTANCE, pruned=3), ["val_residual_ratio"], trials(10), [3]
     )
-    assert charts(section) == ["coordinates", "importance", "timeline"]
+    assert charts(section) == ["timeline", "coordinates", "importance"]
     (importances,) = section.tables
     assert importances.rows[0][0] == "rank" and float(importances.rows[0][1]) > 0.5
     assert "10 complete, 3 pruned" in section.notes[0]
@@ -44,23 +51,24 @@ def test_optuna_draws_each_of_two_objectives(tmp_path):
     study.add_trial(
         optuna.trial.create_trial(params=params, distributions=spaces, state=optuna.trial.TrialState.PRUNED)
     )
-    section = search_section(tmp_path / "two.journal", ["val_bytes", "val_error"])
+    outcomes = [replace(trial, best={"val_bytes": 1e3, "val_error": 0.1}) for trial in trials(2)]
+    section = search_section(tmp_path / "two.journal", ["val_bytes", "val_error"], outcomes, [])
     names = [
-        f"{chart}-{objective}" for objective in ("val_bytes", "val_error") for chart in ("coordinates", "importance")
+        f"{chart}-{objective}" for chart in ("coordinates", "importance") for objective in ("val_bytes", "val_error")
     ]
-    assert charts(section) == [*names, "timeline"]
+    assert charts(section) == ["timeline", *names]
     assert [table.label for table in section.tables] == [
         "Hyperparameter importances: val_bytes", "Hyperparameter importances: val_error"
     ]  # fmt: skip
 
 
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
-    few = search_section(journal_of(tmp_path / "few", 4, pruned=9), ["val_residual_ratio"])
-    assert charts(few) == ["coordinates", "timeline"]
+    few = search_section(journal_of(tmp_path / "few", 4, pruned=9), ["val_residual_ratio"], trials(4), [])
+    assert charts(few) == ["timeline", "coordinates"]
     assert f"needs {LEAST_FOR_IMPORTANCE} complete trials at least, not 4" in few.notes[-1]
-    none = search_section(journal_of(tmp_path / "none", 0, pruned=2), ["val_residual_ratio"])
-    assert charts(none) == ["timeline"]
-    absent = search_section(tmp_path / "absent", ["val_residual_ratio"])
-    assert charts(absent) == [] and "No search journal" in absent.notes[0]
+    none = search_section(journal_of(tmp_path / "none", 0, pruned=2), ["val_residual_ratio"], trials(1), [])
+    assert charts(none) == ["timeline"] and "need 2 trials" in none.notes[0]
+    absent = search_section(tmp_path / "absent", ["val_residual_ratio"], trials(2), [])
+    assert charts(absent) == ["coordinates"] and "No search journal" in absent.notes[0]
     (tmp_path / "torn").write_text('{"op_code": 0, "worker')
-    assert charts(search_section(tmp_path / "torn", ["val_mse"])) == []
+    assert charts(search_section(tmp_path / "torn", ["val_mse"], [], [])) == []

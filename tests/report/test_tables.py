@@ -200,3 +200,20 @@ def test_where_there_is_a_metric_every_method_has_its_ratio_in_it():
     assert "ρ_W" in table.terminal and "ρ_W: ρ where errors weigh" in table.caption
     assert "of …_weighted training is told by ρ_W" in trained_table(replace(make_comparison(), rows=rows)).caption
     assert "ρ_W" not in methods_table(make_comparison()).head
+
+
+def test_repetitions_stand_in_one_row_below_their_trial():
+    trials = [make_outcome("sketch", 3, number, best={"val_residual_ratio": 1.5}) for number in (1, 0)]
+    config = replace(trials[0].config, confirms=trials[0].config.trial_id)
+    again = [
+        replace(trials[0], config=config, epochs=3, best={"val_residual_ratio": 1.2}),
+        replace(trials[0], config=config, stopped_by="patience", best={"val_residual_ratio": 1.4}),
+        replace(trials[0], config=config, status="failed", stopped_by="error", best_epoch=0, epochs=0, best={}),
+    ]
+    table = trials_table(trials, again)
+    assert table.trials == (0, 1, 1)
+    assert [row[0] for row in table.rows] == ["r003-sketch-0000", "r003-sketch-0001", "r003-sketch-0001, 3 fresh seeds"]
+    shown = dict(zip(table.head, table.rows[2], strict=True))
+    assert (shown["ρ"], shown["best epoch"], shown["time"]) == ("1.300 ± 0.141", "4 ± 0.0", "6.0 s")
+    assert shown["how it ended"] == "trained again: 1 ran its full budget, 1 stopped by patience, 1 failed"
+    assert dict(zip(table.head, table.rows[0], strict=True))["ρ"] == "1.500"

@@ -1,27 +1,30 @@
-// Draws the page's charts with plotly, which stands above in the same file. Without this script the page shows pictures.
+// Draws the page's charts with plotly, which is packed in the same file. Without this script the page shows pictures.
 "use strict";
 (() => {
+  if (!("DecompressionStream" in window)) return;
   const config = {
     displaylogo: false, responsive: true, showTips: false,
     // Only what works by itself: plotly would add a button that uploads the chart.
     modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   };
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const texts = new Map();
+  const unpack = async (script) => {
+    const bytes = Uint8Array.from(atob(script.textContent), (letter) => letter.charCodeAt(0));
+    const whole = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    texts.set(script.id, await new Response(whole).text());
+  };
   document.documentElement.classList.add("live");
 
+  const trials = document.getElementById("trials-linked");
+  const link = trials && openTrials(trials, config);
   const draw = (place) => {
     if (place.dataset.drawn) return;
     place.dataset.drawn = "yes";
-    const figure = read(place.dataset.figure);
-    Plotly.newPlot(place, figure.data, figure.layout, config);
+    const figure = JSON.parse(texts.get(place.dataset.figure));
+    if (link && figure.data.some((trace) => trace.customdata)) link(place, figure);
+    else Plotly.newPlot(place, figure.data, figure.layout, config);
   };
   const charts = [...document.querySelectorAll("[data-figure]")];
-  const watch = new IntersectionObserver((seen) => {
-    for (const entry of seen) if (entry.isIntersecting) { watch.unobserve(entry.target); draw(entry.target); }
-  }, { rootMargin: "800px" });
-  charts.forEach((place) => watch.observe(place));
-  // What is folded is not printed, and has no width to be drawn in.
-  addEventListener("beforeprint", () => charts.filter((place) => !place.closest("details:not([open])")).forEach(draw));
 
   const numbers = (text) => {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -29,7 +32,7 @@
   };
 
   const openPlaces = (root) => {
-    const all = read(root.dataset.places);
+    const all = JSON.parse(document.getElementById(root.dataset.places).textContent);
     const [height, width] = all.grid;
     const chooser = (name) => root.querySelector(`[data-choose=${name}]`);
     const fill = (name, values, words) => {
@@ -134,8 +137,22 @@
     if (root.dataset.rank) chooser("rank").value = String(Math.max(0, all.ranks.indexOf(Number(root.dataset.rank))));
     show();
   };
-  const near = new IntersectionObserver((seen) => {
-    for (const entry of seen) if (entry.isIntersecting) { near.unobserve(entry.target); openPlaces(entry.target); }
-  }, { rootMargin: "800px" });
-  document.querySelectorAll("[data-places]").forEach((root) => near.observe(root));
+  const whenNear = (places, open) => {
+    const watch = new IntersectionObserver((seen) => {
+      for (const { isIntersecting, target } of seen) if (isIntersecting) { watch.unobserve(target); open(target); }
+    }, { rootMargin: "800px" });
+    places.forEach((place) => watch.observe(place));
+  };
+  const start = async () => {
+    await Promise.all([...document.querySelectorAll("script[type='application/gzip']")].map(unpack));
+    const plotly = document.createElement("script");
+    plotly.textContent = texts.get("plotly");
+    document.head.append(plotly);
+    whenNear(charts, draw);
+    whenNear(document.querySelectorAll("[data-places]"), openPlaces);
+    // What is folded is not printed, and has no width to be drawn in.
+    addEventListener("beforeprint", () => charts.filter((place) => !place.closest("details:not([open])")).forEach(draw));
+  };
+  // What is read comes first.
+  requestAnimationFrame(() => setTimeout(start));
 })();
