@@ -11,7 +11,7 @@ from typing import Any
 from lowrank_tune.config.plan import Plan
 from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError
-from lowrank_tune.files import write_whole
+from lowrank_tune.files import read_fields, write_whole
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import Spectrum, kept_optimum
 from lowrank_tune.measured import Comparison, Compression, Fidelity
@@ -26,7 +26,7 @@ from lowrank_tune.report.curves import loss_pictures, rank_picture
 from lowrank_tune.report.fidelity import fidelity_section
 from lowrank_tune.report.page import Picture, Section, render_page
 from lowrank_tune.report.rates import lines_of, out_of_reach, rates_picture, rates_table, way_notes
-from lowrank_tune.report.search import search_section
+from lowrank_tune.report.search import search_section, search_sentences
 from lowrank_tune.report.spatial import check_images
 from lowrank_tune.report.spatial_page import Scene, spatial_section
 from lowrank_tune.report.style import Trial
@@ -114,6 +114,7 @@ def write_report(
         answers=fidelity.words[:1] if fidelity else (),
         choices=choices_table(found, features),
         training=training_sentence(outcomes) if outcomes else "",
+        searched=search_sentences(outcomes, plan.spec.steered_by, read_fields(directory / "status.json")),
         cost=study_cost(directory, features, outcomes, confirmations),
         methods=methods_table(comparison),
         trained=trained_table(comparison),

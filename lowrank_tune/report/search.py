@@ -6,19 +6,21 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from lowrank_tune.records import TrialOutcome
+from lowrank_tune.records import TrialOutcome, sign
 from lowrank_tune.report.page import Chart, Picture, Section
 from lowrank_tune.report.style import QUIET
 from lowrank_tune.report.tables import Table
+from lowrank_tune.report.text import count, ratio_text
 from lowrank_tune.report.trial_charts import coordinates_chart, timeline_chart
 
 logger = logging.getLogger(__name__)
@@ -111,3 +113,37 @@ def _draw_importance(
         tables.append(Table(f"Hyperparameter importances{of}", head, rows, texts=head[:1]))
     except (ValueError, RuntimeError) as error:
         notes.append(f"There is no hyperparameter importance: {str(error).rstrip('.')}.")
+
+
+def search_sentences(outcomes: Sequence[TrialOutcome], objective: str, status: Mapping[str, Any]) -> list[str]:
+    """Say what each rank's search was worth: what the defaults gave, what came of it and when; and what ended it."""
+    said = []
+    for rank in sorted({outcome.config.rank for outcome in outcomes}):
+        own = sorted(
+            (outcome for outcome in outcomes if outcome.config.rank == rank), key=lambda outcome: outcome.config.number
+        )
+        known = [outcome for outcome in own if objective in outcome.best]
+        if not known:
+            continue
+        # Of equals the first: what comes later is no gain.
+        best = min(known, key=lambda outcome: sign(objective) * outcome.best[objective])
+        defaults = [outcome for outcome in known if outcome.config.origin == "defaults"]
+        gave = f"the search gave {_value(best, objective)} ({best.config.trial_id})"
+        if best in defaults:
+            gave = f"the defaults gave {_value(best, objective)} ({best.config.family}), and the search nothing better"
+        elif defaults:
+            least = min(defaults, key=lambda outcome: sign(objective) * outcome.best[objective])
+            gave = f"the defaults gave {_value(least, objective)} ({least.config.family}), {gave}"
+        tried = count(len(own), "trial")
+        after = f" in {tried}" if best in defaults else f"; after {own.index(best) + 1} of {tried} nothing better came"
+        said.append(f"Rank {rank}, {objective}: {gave}{after}.")
+    if status.get("stopped_for"):
+        # A search that had all its trials has nothing to explain.
+        told = str(status.get("stopped_why") or "the search ended as it had had all its trials")
+        said.append(f"{told[0].upper()}{told[1:]}.")
+    return said
+
+
+def _value(outcome: TrialOutcome, objective: str) -> str:
+    value = outcome.best[objective]
+    return ratio_text(value) if objective == "val_residual_ratio" else f"{value:.4g}"

@@ -7,7 +7,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lowrank_tune.report.search import LEAST_FOR_IMPORTANCE, search_section
+from lowrank_tune.report.search import LEAST_FOR_IMPORTANCE, search_section, search_sentences
 from tests.comparison.small_study import make_outcome
 
 
@@ -72,3 +72,24 @@ def test_what_cannot_be_drawn_is_said_in_words(tmp_path):
     assert charts(absent) == ["coordinates"] and "No search journal" in absent.notes[0]
     (tmp_path / "torn").write_text('{"op_code": 0, "worker')
     assert charts(search_section(tmp_path / "torn", ["val_mse"], [], [])) == []
+
+
+def test_what_the_search_was_worth_beside_the_defaults_is_said_of_each_rank():
+    def trial(number, rank, ratio, origin=""):
+        outcome = make_outcome("sketch", rank, number, best={"val_residual_ratio": ratio} if ratio else {})
+        return replace(outcome, config=replace(outcome.config, origin=origin))
+
+    outcomes = [
+        trial(0, 8, 1.31, "defaults"), trial(2, 8, 1.25), trial(4, 8, 1.22), trial(6, 8, 1.22),
+        trial(8, 8, None),
+        trial(1, 16, 1.1, "defaults"), trial(3, 16, 1.2), trial(5, 4, 1.5),
+    ]  # fmt: skip
+    assert search_sentences(outcomes, "val_residual_ratio", {"stopped_for": "trials", "stopped_why": ""}) == [
+        "Rank 4, val_residual_ratio: the search gave 1.500 (r004-sketch-0005); after 1 of 1 trial nothing better came.",
+        "Rank 8, val_residual_ratio: the defaults gave 1.310 (sketch), the search gave 1.220 (r008-sketch-0004); "
+        "after 3 of 5 trials nothing better came.",
+        "Rank 16, val_residual_ratio: the defaults gave 1.100 (sketch), and the search nothing better in 2 trials.",
+        "The search ended as it had had all its trials.",
+    ]
+    why = "the search ended after 4 of 9 trials: every configuration of its space has been tried"
+    assert search_sentences([], "val_mse", {"stopped_for": "space", "stopped_why": why})[-1] == f"T{why[1:]}."

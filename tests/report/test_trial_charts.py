@@ -75,7 +75,7 @@ def test_the_timeline_tells_when_a_trial_ran_how_far_it_came_and_where_asha_stop
     assert (ends.customdata, ends.marker.symbol[2]) == ((0, None, 1, None), "triangle-down")
     assert [annotation.text for annotation in chart.figure.layout.annotations] == ["rung 1", "rung 3"]
     assert "When each of 2 trials ran" in chart.alt and "over 8 minutes; ASHA stopped 1" in chart.alt
-    assert lines.text[2 + 1] == "2 to 4 minutes, 3 epochs"
+    assert lines.text[4] == "2 to 4 minutes, 3 epochs"
     assert timeline_chart(outcomes, {}, []) is None
 
 
