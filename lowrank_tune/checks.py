@@ -23,8 +23,9 @@ from lowrank_tune.features.extract import known_images, probe_shape
 from lowrank_tune.features.groups import listed_groups
 from lowrank_tune.features.tiny import TINY_RANDOM
 from lowrank_tune.lowrank.decomposers import FAMILIES
-from lowrank_tune.records import TrialOutcome
+from lowrank_tune.records import WORST_RATIO, TrialOutcome
 from lowrank_tune.report.spatial import check_images
+from lowrank_tune.trials.drawing import auto_sampler
 from lowrank_tune.trials.outcomes import check_same_images, past_outcomes
 
 
@@ -37,11 +38,18 @@ def check_data(spec: StudySpec, *, trains: bool = True) -> None:
         config = read_checkpoint_config(spec.features.encoder.checkpoint, Path())
         if config.revision is None and config.name != TINY_RANDOM:  # what the hub has whole is not downloaded to look
             find_model(config, Path())
+    check_sampler(spec)
     # Only samples, and features themselves, are written into a cache.
     check_space(spec, *probe_shape(spec.features, Path(), spec.seed))
     if trains:
         split = split_images(groups, spec.split, spec.seed)
         check_images(spec.report.images, len(split.test))
+
+
+def check_sampler(spec: StudySpec) -> None:
+    """Refuse a method whose code is not installed here."""
+    if spec.search.method == "auto":
+        auto_sampler()
 
 
 def check_space(spec: StudySpec, tokens: int, dim: int) -> None:
@@ -61,6 +69,11 @@ def check_space(spec: StudySpec, tokens: int, dim: int) -> None:
         )
     if highest > least and spec.objective == "val_residual_ratio":
         raise InputError(f"objective: {no_ratio(highest, tokens, dim)}")
+    if highest > least and WORST_RATIO in spec.search.require.limits():
+        raise InputError(
+            f"search.require.{WORST_RATIO}: ρ has no meaning at rank {highest}, for from {least} on the optimum has no "
+            "error; remove it, or lower the rank"
+        )
     shared = spec.search.space.families.shared
     if shared is not None and "dct" in shared.token_transform and math.isqrt(tokens) ** 2 != tokens:
         raise InputError(

@@ -16,7 +16,7 @@ import joblib
 import numpy as np
 import torch
 
-from lowrank_tune.checks import check_space, with_first_points
+from lowrank_tune.checks import check_sampler, check_space, with_first_points
 from lowrank_tune.cluster.study_dir import results_directory
 from lowrank_tune.config.axes import combinations, whole_values
 from lowrank_tune.config.plan import (
@@ -70,6 +70,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     Raises:
         InputError: the study's data, encoder or ranks cannot be used.
     """
+    check_sampler(spec)
     plan = with_first_points(make_plan(spec, results_directory(results), datetime.now(UTC)))
     survey = survey_features(spec.features, plan.features_root, spec.seed)
     tokens, dim = survey["features_shape"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,12 @@ OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     **dict.fromkeys(RATES, "minimize"),
 }
 """What a study may be steered by, and which way is better: of a trial's best epoch, as far as it has the figure."""
+
+
+WORST_RATIO = "val_residual_ratio_worst"
+"""The largest ρ of a validation image: a figure of trials whose study requires something of it."""
+FIGURES = (*OBJECTIVES, WORST_RATIO)
+"""What is known of a trial's epochs, as far as it has them."""
 
 
 def sign(objective: str) -> float:
@@ -142,12 +149,18 @@ class TrialConfig:
     nested_ranks: tuple[int, ...] = ()  # that this one training serves, up to `rank`; empty when it serves `rank` alone
     objective: str = "val_residual_ratio"  # what early stopping, the learning rate and the kept weights go by
     target_error: float | None = None  # the relative error at which bytes are counted; None where nobody asks for them
+    require: dict[str, float] = field(default_factory=dict)  # by figure, the most that the best model may have of it
     origin: Literal["", "defaults", "first"] = ""  # its family's published defaults, or from `search.first`
     confirms: str = ""  # the trial whose configuration this one repeats with a fresh seed; empty for the search's own
 
     def __post_init__(self) -> None:
         """Take the list that JSON makes of a tuple."""
         object.__setattr__(self, "nested_ranks", tuple(self.nested_ranks))
+
+    def excess(self, figures: Mapping[str, float]) -> float:
+        """The part by which figures are above what is required, 0 where nothing is; infinite where one is missing."""
+        over = (figures.get(name, math.nan) / most - 1 for name, most in self.require.items())
+        return sum(math.inf if math.isnan(part) else max(0.0, part) for part in over)
 
     @property
     def trains(self) -> tuple[Any, ...]:
@@ -188,10 +201,15 @@ class TrialOutcome:
     stopped_by: StoppedBy
     epochs: int  # trained
     best_epoch: int  # of the saved model, from 1; 0 when there is none
-    best: dict[str, float]  # the figures of `OBJECTIVES` that it has, at that epoch
+    best: dict[str, float]  # those of `FIGURES` that it has, at that epoch
     directory: str  # `studies/<study_id>/trials/<trial_id>`
     seconds: float  # wall time of its training
     reason: str = ""  # why it failed, one line
+
+    @property
+    def feasible(self) -> bool:
+        """Whether its best epoch holds all that its study requires."""
+        return self.config.excess(self.best) == 0
 
     @classmethod
     def read(cls, path: Path) -> TrialOutcome:

@@ -94,11 +94,11 @@ def test_a_search_begins_with_the_best_of_each_rank_of_an_earlier_study(tmp_path
     into = ("search.space.lr={loguniform: [1e-4, 0.1]}", "search.space.families={sketch: , refined: {steps: [1, 3]}}")
     plan = with_first_points(plan_of("[6, 16]", *into, f"search.first={{study: {past.study_id}, best: 2}}"))
     # Both ranks are nearest to 6 here, and a rate of 0.5 to 0.1; of what was not searched there is the default.
-    shared = {"weight_decay": 1e-5, "batch_size": 8}
+    shared, own = {"weight_decay": 1e-5, "batch_size": 8}, {"metric": "none", "steps": 3}
     assert plan.first == (
-        {"family": "refined", "rank": 6, "lr": 0.02, **shared, "steps": 3},
+        {"family": "refined", "rank": 6, "lr": 0.02, **shared, **own},
         {"family": "sketch", "rank": 6, "lr": 0.1, **shared},
-        {"family": "refined", "rank": 6, "lr": 0.001, **shared, "steps": 3},
+        {"family": "refined", "rank": 6, "lr": 0.001, **shared, **own},
     )
     create_study(plan, "")
     assert read_plan(plan.study_dir) == plan

@@ -28,7 +28,7 @@ from lowrank_tune.config.schema import StudySpec
 from lowrank_tune.errors import InputError, redact
 from lowrank_tune.files import is_uri, read_fields, read_json, results_place, write_json, write_text
 from lowrank_tune.notes import read_notes
-from lowrank_tune.records import LEADING, StoppedFor, TrialConfig, TrialOutcome, TrialTracker, leading
+from lowrank_tune.records import FIGURES, StoppedFor, TrialConfig, TrialOutcome, TrialTracker, leading
 from lowrank_tune.trials.outcomes import read_outcomes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -255,7 +255,7 @@ class Status(TrialTracker):
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
         with self._lock:
             if trial_id in self._running:
-                best = {name: metrics[f"best_{name}"] for name in LEADING if f"best_{name}" in metrics}
+                best = {name: metrics[f"best_{name}"] for name in FIGURES if f"best_{name}" in metrics}
                 self._see(self._running[trial_id], best)
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
@@ -277,7 +277,7 @@ class Status(TrialTracker):
         name = leading(figures)
         value, key = figures.get(name, math.nan), name.removeprefix("val_")
         # JSON can hold no NaN.
-        if not config.confirms and math.isfinite(value):
+        if not config.confirms and math.isfinite(value) and config.excess(figures) == 0:
             found = {key: value, "trial_id": config.trial_id}
             self._best[config.rank] = min(self._best.get(config.rank, found), found, key=lambda best: best[key])
 

@@ -21,18 +21,27 @@ twice the error is level."""
 
 
 def winners(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
-    """Choose the best trial of each rank, over all families; of nested ranks, the best that serves the same ones."""
+    """Choose the best trial of each rank, over all families; of nested ranks, the best that serves the same ones.
+
+    A rank whose trials all lack something that their study requires has none.
+    """
     best: dict[tuple[int, ...], TrialOutcome] = {}
-    for outcome in ranked(outcomes, objective):
+    for outcome in (each for each in ranked(outcomes, objective) if each.feasible):
         best.setdefault(outcome.config.ranks, outcome)
     return [best[ranks] for ranks in sorted(best)]
 
 
 def ranked(outcomes: Iterable[TrialOutcome], objective: str) -> list[TrialOutcome]:
-    """Sort the trials that have a model, the best by the objective on the validation images first; equals by number."""
+    """Sort the trials that have a model, the best by the objective on the validation images first; equals by number.
+
+    Those that hold what their study requires come before the others.
+    """
     with_model = [outcome for outcome in outcomes if outcome.status != "failed" and outcome.best_epoch > 0]
     usable = [outcome for outcome in with_model if math.isfinite(outcome.best.get(objective, math.nan))]
-    return sorted(usable, key=lambda outcome: (sign(objective) * outcome.best[objective], outcome.config.number))
+    # What is required of a trial is all or nothing to a best one; to the others, how far they are from it.
+    return sorted(
+        usable, key=lambda it: (it.config.excess(it.best), sign(objective) * it.best[objective], it.config.number)
+    )
 
 
 def choose(

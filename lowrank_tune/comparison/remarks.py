@@ -151,12 +151,31 @@ def about_trials(outcomes: Sequence[TrialOutcome], rows: Sequence[ComparisonRow]
     if cut:
         were = "was" if cut == 1 else "were"
         remarks.append(f"{cut} of {len(outcomes)} trials {were} still at work as the search ended, and can go on")
+    remarks += _about_what_is_required(outcomes)
     measured = {(row.method, row.rank) for row in rows}
     tried = Counter((outcome.config.method, rank) for outcome in outcomes for rank in outcome.config.ranks)
     for (method, rank), number in sorted(tried.items()):
         if (method, rank) not in measured:
             trials = "its one trial" if number == 1 else f"its {number} trials"
             remarks.append(f"rank {rank} has no {method} model: {trials} left none that can be used")
+    return remarks
+
+
+def _about_what_is_required(outcomes: Sequence[TrialOutcome]) -> list[str]:
+    """Say of which ranks no trial holds what the study requires, and how near the nearest came."""
+    remarks = []
+    with_model = sorted((each for each in outcomes if each.best_epoch), key=lambda each: each.config.ranks)
+    for ranks, trials in groupby(with_model, key=lambda each: each.config.ranks):
+        nearest = min(trials, key=lambda each: (each.config.excess(each.best), each.config.number))
+        if not nearest.feasible:
+            has = ", ".join(
+                f"{name} {_plain(nearest.best.get(name, math.nan))} where {_plain(most)} is the most"
+                for name, most in nearest.config.require.items()
+            )
+            remarks.append(
+                f"no trial of rank {', '.join(map(str, ranks))} holds what search.require asks for, so none is its "
+                f"best: the nearest, {nearest.config.trial_id}, has {has}"
+            )
     return remarks
 
 

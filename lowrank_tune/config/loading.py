@@ -133,6 +133,7 @@ _REASONS = {
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must not hold control characters",
     "tuple_type": "a list is expected",
+    "dict_type": "`key: value` pairs are expected",
     "too_short": "the list must not be empty",
     "too_long": _TWO_ENDS,
     "finite_number": "must be finite",

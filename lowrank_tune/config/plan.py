@@ -174,6 +174,7 @@ def trial_config(plan: Plan, number: int, params: Mapping[str, Any]) -> TrialCon
         nested_ranks=plan.spec.search.space.nested_ranks,
         objective=plan.spec.steered_by,
         target_error=plan.spec.target_error,
+        require=plan.spec.search.require.limits(),
     )
 
 

@@ -18,6 +18,7 @@ from lowrank_tune.config.axes import (
     rejected,
 )
 from lowrank_tune.config.points import nearest_point, place_in
+from lowrank_tune.records import WORST_RATIO
 
 DEFAULT_TRIALS = 20
 LARGEST_GRID = 10_000
@@ -54,6 +55,20 @@ class StopSpec(Section):
     """So many trials in a row that failed alike: of a group they end its share, of the study all of it."""
 
 
+class RequireSpec(Section):
+    """What a trial must hold on the validation images: no other is called the best of its rank."""
+
+    val_residual_ratio_worst: PositiveFloat | None = None
+    """At most this ρ on every image; not above the rank of the images themselves."""
+    bytes: PositiveInt | None = None
+    """At most so many bytes an image, mean, in the model's own form: coded, or its factors in float16."""
+
+    def limits(self) -> dict[str, float]:
+        """By the figure's name, the most that it may be."""
+        named = {WORST_RATIO: self.val_residual_ratio_worst, "val_bytes": self.bytes}
+        return {name: float(most) for name, most in named.items() if most is not None}
+
+
 Point = Annotated[dict[str, Any], Field(json_schema_extra={"additionalProperties": {"type": ["number", "string"]}})]
 First = Annotated[
     Annotated[tuple[Point, ...], Tag("<points>")] | Annotated[BestOfStudy, Tag("<study>")],
@@ -64,16 +79,18 @@ First = Annotated[
 class SearchSpec(Section):
     """How the space is searched."""
 
-    method: Literal["grid", "random", "tpe"] = "tpe"
-    """Every combination, independent draws, or Optuna's TPE."""
+    method: Literal["grid", "random", "tpe", "gp", "auto"] = "tpe"
+    """Every combination, independent draws, or Optuna's TPE, Gaussian process or own choice (where it is installed)."""
     trials: PositiveInt | None = Field(default=None, validate_default=True)
-    """How many trials; 20 by default for random and tpe. A grid's number follows from its axes."""
+    """How many trials, 20 by default. A grid's number follows from its axes."""
     deal: Literal["evenly", "freely"] = "evenly"
-    """Trials of random and tpe go to the groups of scheduler.compete_within in turn, or the sampler chooses, too."""
+    """Trials go to the groups of scheduler.compete_within in turn, or the sampler chooses, too."""
     space: SpaceSpec
     """A constant, a list, or a range {uniform|loguniform|int: [low, high]} for each key."""
     stop: StopSpec = StopSpec()
     """What ends it before that, by default nothing; `extend` goes on where that was lifted."""
+    require: RequireSpec = RequireSpec()
+    """What the best of a rank must hold, beside being the best; by default nothing."""
     first: First = ()
     """Points to try first, [{family: refined, lr: 0.01}], after their family's defaults; or {study: ID, best: 3}."""
 

@@ -57,6 +57,25 @@ def counter(model: Decomposer, target_error: float) -> Callable[[Tensor, Factors
     return lambda x_NTD, factors: coded_rates(x_NTD, book_of(factors.a_NTR.shape[-1]), step, target_error)
 
 
+def own_bytes(model: Decomposer) -> Callable[[Tensor, Factors], tuple[Tensor]]:
+    """Return what counts the bytes of images in the model's own form alone."""
+
+    def of_factors(x_NTD: Tensor, factors: Factors) -> tuple[Tensor]:
+        (tokens, dim), rank = x_NTD.shape[1:], factors.a_NTR.shape[-1]
+        return (torch.full((len(x_NTD),), factor_bytes(tokens, dim, rank, "float16"), dtype=torch.float64),)
+
+    if not isinstance(model, Shared):
+        return of_factors
+    step, book_of = model.step, cache(partial(make_codebook, model))
+
+    def coded(x_NTD: Tensor, factors: Factors) -> tuple[Tensor]:
+        book = book_of(factors.a_NTR.shape[-1])
+        sizes = [float(book.count(x_TD, step=step)[0]) for x_TD in x_NTD.cpu()]
+        return (torch.tensor(sizes, dtype=torch.float64),)
+
+    return coded
+
+
 def factor_rates(x_NTD: Tensor, factors: Factors, target_error: float) -> Rates:
     """Count what factors of images [N, T, D] take, R ≤ min(T, D); their own form is all of them in float16."""
     exact_NTD, parts = x_NTD.double(), ordered(factors)

@@ -24,9 +24,9 @@ from lowrank_tune.lowrank.decomposers import Decomposer, Factors, make_decompose
 from lowrank_tune.lowrank.distributed import ALONE, World
 from lowrank_tune.lowrank.linalg import stream
 from lowrank_tune.lowrank.metrics import Figures, mean_ratio, measure, residual_ratio
-from lowrank_tune.lowrank.rates import counter
+from lowrank_tune.lowrank.rates import counter, own_bytes
 from lowrank_tune.lowrank.svd import Optimum
-from lowrank_tune.records import BEST_MODEL, RATES, Split, StoppedBy, TrialConfig, sign
+from lowrank_tune.records import BEST_MODEL, RATES, WORST_RATIO, Split, StoppedBy, TrialConfig, sign
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Trainer:
 
     Attributes:
         figures: what it tells of an epoch: `FIGURES`, `val_residual_ratio`, unless a rank is above the images' own, and
-            `RATES`, where the configuration has a target error.
+            `RATES`, where the configuration has a target error, and what it requires something of.
         model: the decomposer as of the last epoch.
         best_model: that of the best epoch.
         history: what `step` returned, but for an epoch that failed.
@@ -110,9 +110,14 @@ class Trainer:
         nothing_N = torch.zeros_like(optimum.energy_N)
         self._floors = [optimum.at(k).residual_N if k <= data.tokens else nothing_N for k in config.ranks]
         # Above the images' rank the optimum has no error to hold one's own against.
-        ratio = ("val_residual_ratio",) if max(config.ranks) <= min(data.tokens, data.dim) else ()
+        ratio: tuple[str, ...] = ("val_residual_ratio",) if max(config.ranks) <= min(data.tokens, data.dim) else ()
         rates = RATES if config.target_error is not None else ()
-        self.figures = (*FIGURES, *ratio, *rates)
+        if WORST_RATIO in config.require:
+            if not ratio:
+                raise InputError(f"trial {config.trial_id}: ρ has no meaning at its rank; remove {WORST_RATIO}")
+            ratio += (WORST_RATIO,)
+        self._own_bytes = "val_bytes" in config.require and not rates
+        self.figures = (*FIGURES, *ratio, *rates, *(["val_bytes"] if self._own_bytes else []))
         self._precomputed: list[Tensor] = []
         self._order = stream(config.seed, "order")
         self._saved_epoch = 0
@@ -265,8 +270,12 @@ class Trainer:
         self.model.eval()
         images, ranks = self.split.validation, self.config.ranks
         target_error = self.config.target_error
-        count = None if target_error is None else counter(self.model, target_error)
-        width = len(Figures._fields) + (0 if count is None else len(RATES))
+        count: Callable[[Tensor, Factors], tuple[Tensor, ...]] | None = None
+        if target_error is not None:
+            count = counter(self.model, target_error)
+        elif self._own_bytes:
+            count = own_bytes(self.model)
+        width = len(Figures._fields) + len([name for name in self.figures if name in RATES])
         table_NKF = torch.zeros(len(images), len(ranks), width, dtype=torch.float64)
         # A trial short of memory in training is short of it here as well.
         short = self.micro_batch < self._own_batch
@@ -287,11 +296,14 @@ class Trainer:
         seen_N, table_KNF = self._energy_N > 0, table_NKF.transpose(0, 1)
         figures = Figures(*table_KNF[..., : len(Figures._fields)].unbind(-1))
         means = {"val_mse": figures.mse_N, "val_token_cosine": figures.token_cosine_N}
-        rates = zip(RATES, table_KNF[..., len(Figures._fields) :].unbind(-1), strict=False)
+        counted = [name for name in RATES if name in self.figures]
+        rates = zip(counted, table_KNF[..., len(Figures._fields) :].unbind(-1), strict=False)
         found = {name: figure_KN[:, seen_N].mean().item() for name, figure_KN in (*means.items(), *rates)}
         if "val_residual_ratio" in self.figures:
             ratio_KN = residual_ratio(figures.residual_N, torch.stack(self._floors), self._energy_N)
             found["val_residual_ratio"] = mean_ratio(ratio_KN[:, seen_N])
+            if WORST_RATIO in self.figures:
+                found[WORST_RATIO] = ratio_KN[:, seen_N].max().item()
         return found
 
     def _judge(self, row: dict[str, float]) -> None:
@@ -299,8 +311,10 @@ class Trainer:
         broken = [name for name in self.figures if not math.isfinite(row[name])]
         last = self.history[-1] if self.history else {}
         objective = self.config.objective
-        best = last.get(f"best_{objective}", self._sign * math.inf)
-        improved = not broken and self._sign * row[objective] < self._sign * best
+        best = {name: last.get(f"best_{name}", math.nan) for name in self.figures}
+        least = self.config.excess(best), self._sign * last.get(f"best_{objective}", self._sign * math.inf)
+        # What holds all that is required comes first, then what is nearer to it.
+        improved = not broken and (self.config.excess(row), self._sign * row[objective]) < least
         source = row if improved else {name: last.get(f"best_{name}", math.nan) for name in self.figures[1:]}
         row |= {f"best_{name}": source[name] for name in self.figures[1:]}
         row["best_epoch"] = row["epoch"] if improved else last.get("best_epoch", 0)

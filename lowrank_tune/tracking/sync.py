@@ -22,14 +22,14 @@ from lowrank_tune.errors import LowrankTuneError, TrackingError, redact
 from lowrank_tune.files import read_json
 from lowrank_tune.measured import Comparison, ComparisonRow
 from lowrank_tune.notes import read_notes
-from lowrank_tune.records import OBJECTIVES, TrialOutcome
+from lowrank_tune.records import FIGURES, TrialOutcome
 from lowrank_tune.tracking.experiment import open_experiment
 from lowrank_tune.tracking.store import REASON_LENGTH, Store, brief
 from lowrank_tune.trials.outcomes import TrialRecord
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
-_EPOCH_METRICS = ("train_loss", *OBJECTIVES, "lr")
+_EPOCH_METRICS = ("train_loss", *FIGURES, "lr")
 _LEARNING_RATE = "lr"
 """The one figure that every epoch has, whatever became of it: its steps are the epochs that MLflow knows."""
 _GROUPS_A_BATCH = 120  # of at most eight metrics: MLflow takes 1000 metrics, parameters and tags at a time

@@ -7,21 +7,24 @@ on as it would have.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import random
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lowrank_tune.config.axes import Axis, Range, SpaceSpec
 from lowrank_tune.config.plan import Plan, trial_config
 from lowrank_tune.config.points import EMPTY, SHARED_PARAMS, count_points, grid_points
 from lowrank_tune.config.search import LARGEST_GRID
+from lowrank_tune.errors import InputError
 from lowrank_tune.records import OBJECTIVES
 
 OWN_TRIALS = 24
@@ -29,8 +32,10 @@ OWN_TRIALS = 24
 than none (`scripts/bench_search.py`)."""
 MOST_LESSONS = 200
 """The newest trials of a group that its next one learns from: TPE's time grows with them."""
-DRAWS, LOTS = 10, 100
+DRAWS, LOTS = {"random": 10, "tpe": 10, "gp": 3, "auto": 3}, 100
 """How often a sampler is asked for a point that was not trained yet, and then chance in a space without end."""
+GP_LESSONS = 100
+"""Of a Gaussian process, whose time grows with their third power: about half a second a draw."""
 TINY = 1e-12
 """Below every error that is not rounding."""
 
@@ -52,10 +57,12 @@ def draw_point(
     # A study of its own, in memory: in one study of all groups TPE would take the group with the least error for good.
     objectives = plan.spec.objectives
     view = optuna.create_study(sampler=_sampler(plan, number), directions=["minimize"] * len(objectives))
-    if plan.spec.search.method == "tpe":
-        view.add_trials(_lessons(objectives, study.get_trials(deepcopy=False), fixed))
+    method = plan.spec.search.method
+    if method not in ("grid", "random"):
+        lessons = _lessons(objectives, study.get_trials(deepcopy=False), fixed)
+        view.add_trials(_as_complete(lessons) if method == "gp" else lessons)
     space = plan.spec.search.space
-    drawn = (suggest(view.ask(), space, fixed) for _ in range(DRAWS))
+    drawn = (suggest(view.ask(), space, fixed) for _ in range(DRAWS[method]))
     new = (point for point in drawn if trial_config(plan, number, point).trains not in seen)
     return next(new, None) or _any_other(plan, number, fixed, seen)
 
@@ -104,7 +111,21 @@ def _lessons(
                 params={name: value for name, value in trial.params.items() if name not in fixed},
                 distributions={name: kind for name, kind in trial.distributions.items() if name not in fixed},
                 intermediate_values={step: _log_errors(objectives, [it])[0] - middles[0] for step, it in steps},
+                constraints=trial.constraints,
             )
+
+
+def _as_complete(lessons: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The newest lessons as a Gaussian process takes them, which knows no trial that was stopped early.
+
+    Such a trial counts with what it had come to: a point that was given up is no place to look again.
+    """
+    kept = []
+    for lesson in lessons:
+        if lesson.state == TrialState.PRUNED and lesson.intermediate_values:
+            lesson.state, lesson.values = TrialState.COMPLETE, [*lesson.intermediate_values.values()][-1:]
+        kept.append(lesson)
+    return kept[-GP_LESSONS:]
 
 
 def _log_errors(objectives: Sequence[str], values: Sequence[float]) -> list[float]:
@@ -139,12 +160,35 @@ def _draw(trial: BaseTrial, name: str, axis: Axis) -> Any:
 def _sampler(plan: Plan, number: int) -> BaseSampler:
     """What draws a trial: made anew for each, so that nothing but its number and Optuna's trials decide."""
     seed = _seed(plan, number, "draw")
-    if plan.spec.search.method != "tpe":
-        return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        # `group` keeps each family's own parameters in a joint model of their own; Optuna calls it experimental.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+    match plan.spec.search.method:
+        case "tpe":
+            with warnings.catch_warnings():
+                # `group` keeps each family's own parameters in a joint model; Optuna calls it experimental.
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        case "gp":
+            return GPSampler(seed=seed, warn_independent_sampling=False)
+        case "auto":
+            chosen: BaseSampler = auto_sampler()(seed=seed)
+            return chosen
+        case _:
+            return RandomSampler(seed=seed)
+
+
+def auto_sampler() -> Any:
+    """The class that chooses among samplers by itself, where an installed package has its code.
+
+    Raises:
+        InputError: none has it; nothing is fetched for a study while it runs.
+    """
+    for module in ("optuna.samplers", "optunahub.samplers"):
+        with suppress(ImportError):
+            if found := getattr(importlib.import_module(module), "AutoSampler", None):
+                return found
+    raise InputError(
+        "search.method: auto is the AutoSampler of Optuna's hub, which no package that is installed here holds, and a "
+        "study fetches no code; make it tpe or gp"
+    )
 
 
 def _seed(plan: Plan, number: int, what: str) -> int:

@@ -13,7 +13,7 @@ from lowrank_tune.errors import InputError
 from lowrank_tune.files import read_json, write_json
 from lowrank_tune.records import (
     BEST_MODEL,
-    OBJECTIVES,
+    FIGURES,
     FeatureSet,
     StoppedBy,
     TrialConfig,
@@ -55,7 +55,7 @@ def outcome_of(config: TrialConfig, last: Mapping[str, Any], directory: Path, cr
     """How a trial ended, from its last epoch's figures as `train_epoch` gives them, or why it died without a word."""
     ended: StoppedBy = "error" if crash else stopped_by(last)
     best_epoch = int(last.get("best_epoch", 0))
-    best = {name: float(last.get(f"best_{name}", math.nan)) for name in OBJECTIVES} if best_epoch else {}
+    best = {name: float(last.get(f"best_{name}", math.nan)) for name in FIGURES} if best_epoch else {}
     return TrialOutcome(
         config=config,
         status=_STATUS[ended],

@@ -34,7 +34,7 @@ from ray.tune.search import Searcher
 from lowrank_tune.config.axes import SpaceSpec
 from lowrank_tune.config.plan import Plan, default_points, search_groups, trial_config
 from lowrank_tune.config.schema import StudySpec
-from lowrank_tune.records import OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome
+from lowrank_tune.records import FIGURES, OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome
 from lowrank_tune.trials.drawing import draw_point, optuna_params, suggest
 from lowrank_tune.trials.outcomes import stopped_by
 from lowrank_tune.trials.stopping import SearchEnd, belongs
@@ -49,6 +49,7 @@ def open_optuna_study(plan: Plan, path: Path) -> optuna.Study:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("optuna").setLevel(logging.WARNING)
+    logging.getLogger("optuna._gp").setLevel(logging.ERROR)  # it would tell of a package that makes it quicker
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
         study_name=plan.study_id,
@@ -82,10 +83,10 @@ class StudySearcher(Searcher):
         self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
         self._waiting = any(trial.state == TrialState.WAITING for trial in known)
         self._number = len(known) - self._waiting
-        self._defaults = default_points(plan.spec)
-        self._groups = search_groups(plan.spec)
-        self._first = deque(self._first_points())
         self._finished = False
+        self._groups = search_groups(plan.spec)
+        self._defaults = default_points(plan.spec)
+        self._first = deque(self._first_points())
         self._dealt = dict.fromkeys(range(len(self._groups)), 0)  # to the groups that have a point left
         self._seen: set[tuple[Any, ...]] = set()
         for config in filter(None, map(config_of, known)):
@@ -148,8 +149,8 @@ class StudySearcher(Searcher):
         trial = self._live.pop(trial_id)
         seen = self._reported.pop(trial_id, 0)
         ended = "error" if error or not seen else stopped_by(result)
-        best = {name: result.get(f"best_{name}", math.nan) for name in self._plan.spec.objectives}
-        _tell(self._study, self._plan.spec, trial.number, ended, best)
+        best = {name: result[f"best_{name}"] for name in FIGURES if f"best_{name}" in result}
+        _tell(self._study, self._plan.spec, trial, ended, best)
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the journal holds every trial as soon as it is known."""
@@ -222,7 +223,7 @@ def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOut
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
         if outcome is not None:
-            _tell(study, plan.spec, trial.number, outcome.stopped_by, outcome.best)
+            _tell(study, plan.spec, Trial(study, trial._trial_id), outcome.stopped_by, outcome.best)
     return [trial for trial in study.get_trials(deepcopy=False) if config_of(trial)]
 
 
@@ -271,11 +272,16 @@ def told_epochs(trial: FrozenTrial) -> dict[int, float]:
     return {**trial.intermediate_values, **noted}
 
 
-def _tell(study: optuna.Study, spec: StudySpec, number: int, ended: str, best: Mapping[str, float]) -> None:
+def _tell(study: optuna.Study, spec: StudySpec, trial: Trial, ended: str, best: Mapping[str, float]) -> None:
     values = [best.get(name, math.nan) for name in spec.objectives]
     if ended == "error" or not all(map(math.isfinite, values)):
-        study.tell(number, state=TrialState.FAIL)
-    elif ended == "asha":
-        study.tell(number, state=TrialState.PRUNED)
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    for name, most in spec.search.require.limits().items():
+        # A driver that died between this and the next call has said it.
+        if name in best and name not in trial.constraints:
+            trial.set_constraint(name, best[name] / most - 1)
+    if ended == "asha":
+        study.tell(trial, state=TrialState.PRUNED)
     else:
-        study.tell(number, values)
+        study.tell(trial, values)

@@ -56,7 +56,7 @@ class SearchEnd:
     def trial_ended(self, outcome: TrialOutcome) -> None:
         objective, gain = self._plan.spec.steered_by, self._stop.no_gain
         value = sign(objective) * outcome.best.get(objective, math.nan)
-        value = value if math.isfinite(value) and outcome.status != "failed" else math.inf
+        value = value if math.isfinite(value) and outcome.feasible and outcome.status != "failed" else math.inf
         failure = re.sub(r"\d+", "N", outcome.reason) if outcome.status == "failed" else ""
         self._whole.see(value, failure, 0.0)
         for group, course in zip(self._groups, self._courses, strict=True):

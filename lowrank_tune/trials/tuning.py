@@ -21,7 +21,7 @@ from ray.tune.experiment import Trial
 
 from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.errors import StudyFailedError
-from lowrank_tune.records import OBJECTIVES, StoppedFor, TrialConfig, TrialOutcome, TrialTracker
+from lowrank_tune.records import FIGURES, StoppedFor, TrialConfig, TrialOutcome, TrialTracker
 from lowrank_tune.trials.cluster_share import FairShare, studies_at_work, trials_at_once
 from lowrank_tune.trials.outcomes import (
     begin_trial,
@@ -39,7 +39,7 @@ from lowrank_tune.trials.trainable import TrialActor
 
 logger = logging.getLogger(__name__)
 
-EPOCH_METRICS = ("epoch", "train_loss", *OBJECTIVES, "lr", "seconds", "best_epoch", *(f"best_{x}" for x in OBJECTIVES))
+EPOCH_METRICS = ("epoch", "train_loss", *FIGURES, "lr", "seconds", "best_epoch", *(f"best_{x}" for x in FIGURES))
 """What observers hear of an epoch."""
 _LOW_ON_MEMORY = "the node running low on memory"
 """What Ray says of a process that it has killed before the system would have."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowrank_tune.comparison.choice import judge
+from lowrank_tune.comparison.choice import choose, judge, winners
 from lowrank_tune.comparison.remarks import about_data, about_rivals, about_training, about_trials
 from tests.comparison.small_study import make_row
 
@@ -115,3 +115,19 @@ def test_trials_that_ended_badly_are_counted_with_reasons(make_study):
     ]
     study.outcomes = [replace(study.outcomes[-1], status="finished", stopped_by="patience")]
     assert about_trials(study.outcomes, [row("sketch", 1.1, 1, rank=2)]) == [], "without trouble, silent"
+
+
+def test_a_rank_without_a_trial_that_holds_what_is_required_has_no_best_and_the_report_says_so(make_study):
+    study = make_study()
+    for rank, family, ratio, worst in ((2, "sketch", 1.1, 1.6), (2, "direct", 1.3, 1.4), (4, "sketch", 1.2, 1.7)):
+        figures = {"val_residual_ratio": ratio, "val_residual_ratio_worst": worst}
+        study.add_trial(family, rank, best=figures)
+    require = {"val_residual_ratio_worst": 1.5}
+    outcomes = [replace(each, config=replace(each.config, require=require)) for each in study.outcomes]
+    assert [each.config.family for each in winners(outcomes, "val_residual_ratio")] == ["direct"]
+    rows = [row(each.config.family, 1.1, 1, rank=each.config.rank, trial_id=each.config.trial_id) for each in outcomes]
+    assert [each.chosen for each in choose(rows, outcomes, "val_residual_ratio")] == [0, 1, 0]
+    assert about_trials(outcomes, rows) == [
+        "no trial of rank 4 holds what search.require asks for, so none is its best: the nearest, r004-sketch-0002, "
+        "has val_residual_ratio_worst 1.7 where 1.5 is the most"
+    ]

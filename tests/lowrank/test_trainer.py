@@ -225,3 +225,32 @@ def test_above_the_rank_of_the_images_there_is_no_ratio_to_the_optimum(make_trai
     assert trainer.stopped_by in ("budget", "patience")
     assert all(("val_residual_ratio" in row) == ("best_val_residual_ratio" in row) == told for row in rows)
     assert ("val_residual_ratio" in trainer.figures) == told
+
+
+def test_the_best_epoch_holds_what_is_required_and_those_that_do_not_come_after_it(make_trainer):
+    rows = run(make_trainer(DIRECT))
+    assert rows[-1]["best_epoch"] == 5
+    # The cosine rises with every epoch: at most that of the second is held by the first two.
+    most = rows[1]["val_token_cosine"] + 1e-7
+    assert rows[2]["val_token_cosine"] > most
+    held = run(make_trainer(replace(DIRECT, require={"val_token_cosine": most})))
+    assert [row["best_epoch"] for row in held] == [1, 2, 2, 2, 2]
+    assert held[-1]["best_val_residual_ratio"] == rows[1]["val_residual_ratio"]
+    # Where none holds it, the one that is nearest to it.
+    assert run(make_trainer(replace(DIRECT, require={"val_token_cosine": 1e-3})))[-1]["best_epoch"] == 1
+
+
+@pytest.mark.parametrize("config", [DIRECT, SHARED], ids=["direct", "shared"])
+def test_what_is_required_is_measured(make_trainer, power_law, config):
+    require = {"val_residual_ratio_worst": 99.0, "val_bytes": 1e6}
+    trainer = make_trainer(replace(config, require=require))
+    (*_, last) = run(trainer)
+    x = power_law(32, 12, 20)[24:]
+    with torch.no_grad():
+        figures = measure(x, *trainer.model(x))
+    optimum = measure_optimum([x])
+    rho = residual_ratio(figures.residual_N, optimum.at(config.rank).residual_N, optimum.energy_N)
+    assert last["val_residual_ratio_worst"] == pytest.approx(rho.max().item(), rel=1e-5)
+    (*_, counted) = run(make_trainer(replace(config, target_error=0.5)))
+    assert last["val_bytes"] == counted["val_bytes"]
+    assert last["val_mse"] == counted["val_mse"]

@@ -19,8 +19,10 @@ from tiny_study import build_plan
 from lowrank_tune.config.axes import SpaceSpec
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.points import count_points
+from lowrank_tune.config.search import RequireSpec
+from lowrank_tune.errors import InputError
 from lowrank_tune.records import TrialConfig
-from lowrank_tune.trials.drawing import optuna_params, suggest
+from lowrank_tune.trials.drawing import auto_sampler, optuna_params, suggest
 from lowrank_tune.trials.search import (
     StudySearcher,
     _drawn,
@@ -429,3 +431,50 @@ def test_a_wider_space_keeps_what_two_objectives_were_told(plan_of: PlanOf) -> N
     ]  # fmt: skip
     assert [told_epochs(trial) for trial in trials] == [{1: 5.0, 2: 10.0}, {1: 5.0, 2: 99 * 1.1}, {1: 5.0, 2: 98 * 2.1}]
     assert trials[0].distributions["shared.token_transform"] == CategoricalDistribution(("none", "dct", "learned"))
+
+
+REQUIRED = {"val_residual_ratio_worst": 1.5, "bytes": 1000}
+
+
+@pytest.mark.parametrize("method", ["tpe", "gp"])
+def test_a_sampler_learns_where_the_best_is_that_holds_what_is_required(plan_of: PlanOf, method: str) -> None:
+    """The least error is at a rate of 1e-5, where too many bytes are taken; from 1e-3 on they suffice."""
+    late: list[float] = []
+    for seed in range(1 if method == "gp" else 2):
+        plan = plan_of({"rank": 2, "lr": {"loguniform": [1e-6, 1.0]}}, method=method, trials=24, seed=seed)
+        search = plan.spec.search.model_copy(update={"require": RequireSpec.model_validate(REQUIRED)})
+        driver = Driver(replace(plan, spec=plan.spec.model_copy(update={"search": search})))
+        for number in range(plan.n_trials):
+            place = math.log10(driver.suggest(str(number))["trial"]["lr"])
+            best = {"best_val_residual_ratio": 1 + abs(place + 5), "best_val_residual_ratio_worst": 1.2}
+            best |= {"best_val_bytes": 1000.0 * 2 ** (-3 - place)}
+            result = {
+                "epoch": 1,
+                "val_residual_ratio": 1 + abs(place + 5),
+                "stopped_by": "" if number % 5 == 4 else "budget",
+            }
+            driver.searcher.on_trial_complete(str(number), {**result, **best})
+            late += [place] if number >= 16 else []
+        study = driver.reopened()
+        assert math.log10(study.best_trial.params["lr"]) >= -3
+        assert set(study.trials[0].constraints) == {"val_residual_ratio_worst", "val_bytes"}
+        assert study.trials[4].state == TrialState.PRUNED
+    assert abs(median(late) + 3) < 1
+
+
+def test_a_gaussian_process_draws_what_it_would_have_in_another_process_and_nothing_twice(
+    plan_of: PlanOf, tmp_path: Path
+) -> None:
+    space = {"families": {"direct": {"lambda_b": {"loguniform": [1e-6, 1e-2]}}}, "rank": [2, 4]}
+    plan = plan_of({**space, "lr": [1e-4, 1e-3, 1e-2]}, method="gp", trials=15)
+    whole = everything(Driver(plan))
+    parted = Driver(replace(plan, study_dir=tmp_path))
+    assert [*everything(parted, 13), *everything(Driver(parted.plan))] == whole
+    assert len({config.trains for config in whole}) == 15
+
+
+def test_a_sampler_that_is_not_installed_is_refused_with_what_serves() -> None:
+    with pytest.raises(
+        InputError, match=r"^search\.method: auto is .* no package that is installed here .* tpe or gp$"
+    ):
+        auto_sampler()
