@@ -21,8 +21,8 @@ _PROMPT = 32
 """Tokens of a question and of the chat's frame, about."""
 _PASS_S = 0.02
 """What a form's pass takes beside its arithmetic, and its forming (scripts/bench_fidelity.py)."""
-_METHODS = 6
-"""Without training, beside the SVD."""
+_METHODS = 7
+"""Without training, beside the SVD, the one in the answers' metric among them."""
 _SIDE, _TIMED = 1024, 3
 """Of the product of matrices that is timed, and how often."""
 
