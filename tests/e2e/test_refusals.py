@@ -192,6 +192,8 @@ SHARED = ("--set", "search.space.families={shared: }")
         (["visualize", "ID", "--image", "0", "--rank", "9"], "these features have ranks 1 to 8"),
         (["visualize", "ID", "--image", "0", "--channels", "16,"], "these features have channels 0 to 15"),
         (["export", "ID", "OUT", "--rank", "3"], "rank 3 has no trained model"),
+        (["fidelity", "ID"], "its file has no fidelity section, so say what to ask: --questions"),
+        (["fidelity", "ID", "--questions", "What is it?"], "it needs images and a checkpoint, and of ready tensors"),
         (["report", "nope"], "study nope: not in"),
         (["reconcile", "nope"], "study nope: not in"),
     ],
