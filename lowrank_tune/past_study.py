@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import compare_study
 from lowrank_tune.tracking.reconcile import report_comparison
-from lowrank_tune.trials.outcomes import FEATURES, SPLIT, past_outcomes
+from lowrank_tune.trials.outcomes import FEATURES, SPLIT, past_outcomes, read_history
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
@@ -198,6 +198,49 @@ def visualize(
     scene = Scene(study.features, study.split, study.outcomes, comparison_of(study))
     with _writing(study):
         return write_spatial_page(scene, study.directory, images=images, channels=channels, rank=rank)
+
+
+def write_side_by_side(
+    studies: Sequence[PastStudy], comparisons: Mapping[str, Comparison], path: Path, rank: int | None = None
+) -> Path:
+    """Write a page that holds studies against each other: the best by rank, learning, and where their files differ.
+
+    Args:
+        studies: from `open_study`.
+        comparisons: their figures, by the names of their directories.
+        path: the page, `compare.html`; what is there is replaced.
+        rank: only this one.
+
+    Raises:
+        InputError: the page cannot be written there.
+    """
+    from lowrank_tune.report.studies import Shown, write_studies_page
+    from lowrank_tune.report.text import at_rank
+
+    shown = {
+        study.directory.name: Shown(
+            at_rank(comparisons[study.directory.name], rank),
+            study.plan.spec.model_dump(mode="json"),
+            [(outcome, _history_of(outcome)) for outcome in study.outcomes],
+        )
+        for study in studies
+    }
+    page = path.expanduser().absolute()
+    try:
+        write_studies_page(shown, comparability(studies), page)
+    except OSError as error:
+        raise InputError(
+            f"--html {path}: cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from None
+    return page
+
+
+def _history_of(outcome: TrialOutcome) -> list[dict[str, float]]:
+    """A trial's epochs; none where they are damaged."""
+    try:
+        return read_history(Path(outcome.directory))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def check_rank_compared(studies: Sequence[PastStudy], rank: int | None) -> None:

@@ -179,17 +179,38 @@ def ui(
     raise typer.Exit(serve_ui(home, host=host, port=port))
 
 
-@app.command(epilog="Example: lowrank-tune compare quickstart-0d7fdaae --rank 64")
+@app.command(epilog="Example: lowrank-tune compare quickstart-0d7fdaae rank-sweep-0d8a11c2 --html compare.html")
 def compare(
-    study_ids: StudyIds, rank: Rank = None, again: Again = False, results: Results = None, as_json: Json = False
+    study_ids: StudyIds,
+    rank: Rank = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Also write a page: the best by rank with intervals, learning curves, where the study files differ.",
+        ),
+    ] = None,
+    again: Again = False,
+    results: Results = None,
+    as_json: Json = False,
 ) -> None:
     """Show every method's figures of a study, or of several side by side; a stopped one with the trials that it has."""
-    from lowrank_tune.past_study import check_rank_compared, comparability, comparison_of, open_study
+    from lowrank_tune.past_study import (
+        check_rank_compared,
+        comparability,
+        comparison_of,
+        open_study,
+        write_side_by_side,
+    )
 
     studies = list({study.directory: study for study in (open_study(results, name) for name in study_ids)}.values())
     check_rank_compared(studies, rank)
     comparisons = {study.directory.name: comparison_of(study, again=again) for study in studies}
     output.show_comparisons(comparisons, rank, comparability(studies), as_json)
+    if html:
+        page = write_side_by_side(studies, comparisons, html, rank)
+        typer.echo(f"Page: {page}", err=True)
 
 
 @app.command(

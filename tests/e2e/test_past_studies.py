@@ -72,6 +72,12 @@ def test_compare_shows_what_is_on_file_wherever_it_lies(moved: Path, ran: Ran, t
     assert told["caveats"] == []
     code, _, err = typed("compare", ran.result.study_id, "--rank", 3, "--results", moved)
     assert code == 2 and "compared were 2, 4" in err
+    page = moved.parent / "compare.html"
+    code, _, err = typed("compare", ran.result.study_id, "--rank", 4, "--results", moved, "--html", page)
+    assert code == 0 and f"Page: {page}" in err
+    assert "Studies side by side" in page.read_text(encoding="utf-8")
+    code, _, err = typed("compare", ran.result.study_id, "--results", moved, "--html", moved / "nowhere" / "page.html")
+    assert code == 2 and "name a file in a folder that is there" in err
 
 
 def test_features_are_found_beside_a_study_that_was_moved(moved: Path, ran: Ran) -> None:

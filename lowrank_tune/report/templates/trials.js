@@ -87,7 +87,7 @@ const openTrials = (root, config) => {
       own.sort((one, other) => one.value - other.value).slice(0, Number(chosen("best"))));
   };
   // A browser takes long to lay out thousands of rows: some, and all that are marked, until all are asked for.
-  let room = 200;
+  let room = 100;
   const list = () => {
     let place = 0;
     for (const row of rows) {
