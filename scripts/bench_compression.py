@@ -74,9 +74,8 @@ def main() -> None:
     images = given.images
     torch.set_num_threads(1)
     if given.trained:
-        for each in trained_sets(given.trained):
-            if not given.sets or each.name in given.sets:
-                _learned(each, given)
+        for each in trained_sets(given.trained, names=given.sets or ()):
+            _learned(each, given)
         return
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("photographs", "power law"):

@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,17 +163,20 @@ def main() -> None:
     Console(width=130).print(table)
 
 
-def trained_sets(directory: Path, crops: int = 14, seed: int = 0) -> list[TrainedSet]:
-    """Return every set, made below `directory` where it is not there yet."""
+def trained_sets(directory: Path, crops: int = 14, seed: int = 0, names: Collection[str] = ()) -> list[TrainedSet]:
+    """Return every set, or those of some names, made below `directory` where they are not there yet."""
     made: dict[str, Any] = {"crops": crops, "seed": seed}
     pictures = directory / "photographs"
     _make(pictures, made, partial(_write_crops, _wheels(directory), crops, seed))
     sets = []
     for name, network in NETWORKS.items():
+        if names and name not in names:
+            continue
         write = partial(_write_states, network, directory)
         sets.append(_load(name, _make(directory / name, made | {"network": repr(network)}, write), pictures))
-    read = {"python": platform.python_version(), "tokens": TOKENS, "windows": WINDOWS}
-    sets.append(_load(TEXT, _make(directory / TEXT, read, partial(_write_texts, _wheels(directory))), None))
+    if not names or TEXT in names:
+        read = {"python": platform.python_version(), "tokens": TOKENS, "windows": WINDOWS}
+        sets.append(_load(TEXT, _make(directory / TEXT, read, partial(_write_texts, _wheels(directory))), None))
     return sets
 
 
