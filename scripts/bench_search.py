@@ -31,7 +31,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -49,10 +49,12 @@ from scipy.interpolate import RegularGridInterpolator
 
 from lowrank_tune.config.plan import Plan, make_plan
 from lowrank_tune.config.schema import StudySpec
+from lowrank_tune.errors import InputError
 from lowrank_tune.lowrank.data import FeatureMatrix
 from lowrank_tune.lowrank.svd import measure_optimum
 from lowrank_tune.lowrank.trainer import Trainer
 from lowrank_tune.records import Split, TrialConfig
+from lowrank_tune.trials.drawing import auto_sampler
 from lowrank_tune.trials.scheduler import make_scheduler
 from lowrank_tune.trials.search import StudySearcher
 
@@ -83,6 +85,8 @@ IMAGES, HELD_OUT = 48, 16
 """That train, and that validate."""
 
 Point = Mapping[str, float]
+Near = dict[int, int]
+"""The epochs that a search has spent until near the best, by rank."""
 
 
 def main() -> None:
@@ -97,28 +101,24 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     began = time.monotonic()
     grid = Grid(pd.read_parquet(GRID))
-    ways: dict[str, tuple[Callable[..., Found], int]] = {
+    ways: dict[str, tuple[Callable[..., Near], int]] = {
         "random": (partial(plainly, random=True), options.seeds),
         "first epoch": (first_epoch, options.seeds),
         "tpe": (partial(plainly, random=False), options.seeds),
         "service": (partial(as_the_service, "tpe"), options.seeds),
         "freely": (partial(as_the_service, "tpe", deal="freely"), options.seeds),
         "gp": (partial(as_the_service, "gp"), min(options.seeds, SLOW_SEEDS)),
-        "auto": (partial(as_the_service, "auto"), min(options.seeds, SLOW_SEEDS)),
     }
+    try:
+        auto_sampler()
+        ways["auto"] = (partial(as_the_service, "auto"), min(options.seeds, SLOW_SEEDS))
+    except InputError as error:
+        print(f"auto did not run: {error}")
     jobs = [(way, family, seed) for way, (_, seeds) in ways.items() for family in AXES for seed in range(seeds)]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         replayed = pool.starmap(partial(_replay, grid, {way: search for way, (search, _) in ways.items()}), jobs)
     _print(grid, [(way, family, found) for (way, family, _), found in zip(jobs, replayed, strict=True)])
     print(f"{time.monotonic() - began:.0f} s")
-
-
-@dataclass
-class Found:
-    """How a search of one family went: by rank, the epochs spent until near the best; and why it did not run."""
-
-    epochs: dict[int, int] = field(default_factory=dict)
-    reason: str = ""
 
 
 class Grid:
@@ -165,13 +165,13 @@ class Spent:
         return self.near or BUDGET
 
 
-def _replay(grid: Grid, ways: Mapping[str, Callable[..., Found]], way: str, family: str, seed: int) -> Found:
+def _replay(grid: Grid, ways: Mapping[str, Callable[..., Near]], way: str, family: str, seed: int) -> Near:
     return ways[way](grid, family, seed)
 
 
-def plainly(grid: Grid, family: str, seed: int, *, random: bool) -> Found:
+def plainly(grid: Grid, family: str, seed: int, *, random: bool) -> Near:
     """Optuna's own sampler in each group, every trial trained to its end."""
-    found = Found()
+    found = Near()
     for rank in RANKS:
         sampler = optuna.samplers.RandomSampler(seed) if random else optuna.samplers.TPESampler(seed=seed)
         study, spent = optuna.create_study(sampler=sampler), Spent(grid.best[family, rank])
@@ -182,13 +182,13 @@ def plainly(grid: Grid, family: str, seed: int, *, random: bool) -> Found:
                 spent.epoch(value)
             study.tell(trial, None if np.isnan(curve).all() else float(np.nanmin(curve)),
                        state=optuna.trial.TrialState.FAIL if np.isnan(curve).all() else None)  # fmt: skip
-        found.epochs[rank] = spent.told
+        found[rank] = spent.told
     return found
 
 
-def first_epoch(grid: Grid, family: str, seed: int) -> Found:
+def first_epoch(grid: Grid, family: str, seed: int) -> Near:
     """Many draws trained for one epoch, then the best of them to their end."""
-    found = Found()
+    found = Near()
     for rank in RANKS:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
         spent = Spent(grid.best[family, rank])
@@ -198,16 +198,13 @@ def first_epoch(grid: Grid, family: str, seed: int) -> Found:
         for curve in sorted(curves, key=lambda curve: math.inf if math.isnan(curve[0]) else curve[0])[:KEPT]:
             for value in curve[1:]:
                 spent.epoch(value)
-        found.epochs[rank] = spent.told
+        found[rank] = spent.told
     return found
 
 
-def as_the_service(method: str, grid: Grid, family: str, seed: int, *, deal: str = "evenly") -> Found:
+def as_the_service(method: str, grid: Grid, family: str, seed: int, *, deal: str = "evenly") -> Near:
     """The service's own searcher and scheduler, one trial at a time."""
-    try:
-        plan = _plan(method, family, seed, deal)
-    except ValueError as error:  # of a sampler that is not installed
-        return Found(reason=str(error))
+    plan = _plan(method, family, seed, deal)
     # In memory: a journal on disk would take most of the time.
     directions = ["minimize"] * len(plan.spec.objectives)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0), directions=directions)
@@ -218,7 +215,7 @@ def as_the_service(method: str, grid: Grid, family: str, seed: int, *, deal: str
         if not isinstance(suggested, dict) or all(each.near for each in spent.values()):
             break
         _train(str(number), TrialConfig(**suggested["trial"]), grid, searcher, scheduler, spent)
-    return Found({rank: each.told for rank, each in spent.items()})
+    return {rank: each.told for rank, each in spent.items()}
 
 
 def _train(
@@ -337,24 +334,21 @@ def _trained(features: Any, config: TrialConfig) -> list[dict[str, Any]]:
 NAMES = ("lambda_b", "lambda_ortho", "lambda_rate")
 
 
-def _print(grid: Grid, replayed: Sequence[tuple[str, str, Found]]) -> None:
+def _print(grid: Grid, replayed: Sequence[tuple[str, str, Near]]) -> None:
     ways = list(dict.fromkeys(way for way, _, _ in replayed))
-    reasons = {way: found.reason for way, _, found in replayed if found.reason}
     table = Table(title="Epochs until within 1 % of the grid's best, and where it was found", title_justify="left")
-    for column in ("", "defaults", *(way for way in ways if way not in reasons)):
+    for column in ("", "defaults", *ways):
         table.add_column(column, justify="right" if column else "left")
-    means: dict[str, list[float]] = {way: [] for way in ways if way not in reasons}
+    means: dict[str, list[float]] = {way: [] for way in ways}
     for family, rank in itertools.product(AXES, RANKS):
         cells = [f"{family} {rank}", f"{_default_ratio(grid, family, rank):.3f}"]
         for way, own in means.items():
-            spent = [found.epochs[rank] for other, kind, found in replayed if (other, kind) == (way, family)]
+            spent = [found[rank] for other, kind, found in replayed if (other, kind) == (way, family)]
             own.append(float(np.mean(spent)))
             cells.append(f"{own[-1]:.0f}, {np.mean(np.array(spent) < BUDGET):.0%}")
         table.add_row(*cells)
     table.add_row("all", "", *(f"{np.mean(own):.0f}" for own in means.values()))
     Console(width=110).print(table)
-    for way, reason in reasons.items():
-        print(f"{way} did not run: {reason}")
 
 
 def _default_ratio(grid: Grid, family: str, rank: int) -> float:

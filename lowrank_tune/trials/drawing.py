@@ -29,7 +29,7 @@ from lowrank_tune.records import OBJECTIVES
 
 OWN_TRIALS = 24
 """Ended trials of a group from which on it learns from its own alone: before, what served other ranks is a better guess
-than none (`scripts/bench_search.py`)."""
+than none."""
 MOST_LESSONS = 200
 """The newest trials of a group that its next one learns from: TPE's time grows with them."""
 DRAWS, LOTS = {"random": 10, "tpe": 10, "gp": 3, "auto": 3}, 100
