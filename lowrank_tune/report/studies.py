@@ -107,7 +107,8 @@ def _learning_charts(studies: Mapping[str, Shown]) -> tuple[Chart, ...]:
             )  # fmt: skip
         if values:
             yaxis = {"title": figured, **(ABOVE_ONE.on_plotly([1.0, *values]) if ratio else log_ticks(values))}
-            xaxis = {"title": "epoch", "tickformat": "d"}
+            last = max(outcome.epochs for _, _, (outcome, _) in found)
+            xaxis = {"title": "epoch", "tickformat": "d", "dtick": max(1, -(-last // 8))}
             figure.update_layout(template=QUIET, xaxis=xaxis, yaxis=yaxis, showlegend=True)
             alt = f"Line chart of {figured} against epochs at rank {rank}, a line a study: {', '.join(studies)}."
             charts.append(Chart(f"learning-{rank}", f"rank {rank}", figure, alt))
