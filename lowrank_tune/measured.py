@@ -189,14 +189,14 @@ class FidelityRow:
     first_token_flips: float  # part of the questions whose answer begins with another token
     answer_flips: float  # part of the questions whose whole greedy answer is another one
     loglik_delta_mean: float  # log-likelihood of the answer that X gives, under X̂ minus under X
-    kl_low: float | None = None
-    kl_high: float | None = None
+    kl_mean_low: float | None = None
+    kl_mean_high: float | None = None
     first_token_flips_low: float | None = None
     first_token_flips_high: float | None = None
     answer_flips_low: float | None = None
     answer_flips_high: float | None = None
-    loglik_delta_low: float | None = None
-    loglik_delta_high: float | None = None
+    loglik_delta_mean_low: float | None = None
+    loglik_delta_mean_high: float | None = None
     accuracy: float | None = None  # VQA accuracy as TextVQA defines it
     accuracy_low: float | None = None
     accuracy_high: float | None = None

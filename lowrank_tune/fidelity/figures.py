@@ -20,10 +20,14 @@ CONTROL = "half-side"
 """The picture of half the side, which many a method loses to."""
 _PARTS = {"first_token_flips": "first", "answer_flips": "flip"}
 """Shares of the questions."""
-_MEANS = {"kl": "kl", "loglik_delta": "delta", "accuracy": "right", "accuracy_minus_x": "gained", "anls": "near"}
-_NAMED = {"kl": "kl_mean", "loglik_delta": "loglik_delta_mean"}
-"""Means that have another name than their intervals' ends."""
-_LEAST = {"kl": 0.0, "accuracy": 0.0, "anls": 0.0, "accuracy_hard": 0.0}
+_MEANS = {
+    "kl_mean": "kl",
+    "loglik_delta_mean": "delta",
+    "accuracy": "right",
+    "accuracy_minus_x": "gained",
+    "anls": "near",
+}
+_LEAST = {"kl_mean": 0.0, "accuracy": 0.0, "anls": 0.0, "accuracy_hard": 0.0}
 _MOST = {"accuracy": 1.0, "anls": 1.0, "accuracy_hard": 1.0}
 """What a figure cannot pass, and so no interval of it."""
 
@@ -91,7 +95,7 @@ def fold(table: pd.DataFrame, wanted: Sequence[Wanted], size: Callable[[Wanted],
             high = None if high is None else min(high, _MOST.get(name, high))
             if each == wanted[0] and name in _PARTS:  # X against itself, which no further question changes
                 low = high = mean
-            values |= {_NAMED.get(name, name): mean, f"{name}_low": low, f"{name}_high": high}
+            values |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         rows.append(
             FidelityRow(
                 method=each.method,

@@ -59,13 +59,13 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> Table:
         "method": lambda row: "X itself" if row.method == "x" else row.method,
         "form": lambda row: row.form or ABSENT,
         "KiB\nan image": lambda row: kib_text(row.bytes_per_image),
-        "KL,\nnats": lambda row: _figure(row.kl_mean, row.kl_low, row.kl_high),
+        "KL,\nnats": lambda row: _figure(row.kl_mean, row.kl_mean_low, row.kl_mean_high),
         "first token\nflipped, %": lambda row: _percent(
             row.first_token_flips, row.first_token_flips_low, row.first_token_flips_high
         ),
         "answer\nflipped, %": lambda row: _percent(row.answer_flips, row.answer_flips_low, row.answer_flips_high),
         "log-likelihood\nchanged by": lambda row: _figure(
-            row.loglik_delta_mean, row.loglik_delta_low, row.loglik_delta_high, signed=True
+            row.loglik_delta_mean, row.loglik_delta_mean_low, row.loglik_delta_mean_high, signed=True
         ),
     }
     told = [

@@ -20,7 +20,7 @@ def seen(method, rank, form, kib, flips, *, half=0.04, right=0.95, **more):
     ends = {}
     if half is not None:
         ends |= {"answer_flips_low": flips - half, "answer_flips_high": flips + half}
-        ends |= {"kl_low": flips / 2, "kl_high": 2 * flips}
+        ends |= {"kl_mean_low": flips / 2, "kl_mean_high": 2 * flips}
     if right is not None:
         ends |= {"accuracy": right - flips, "accuracy_minus_x": -flips, "n_hard": 3, "accuracy_hard": 0.25}
     figures = {"kl_mean": flips, "first_token_flips": flips / 2, "answer_flips": flips, "loglik_delta_mean": -flips}
