@@ -33,17 +33,23 @@ def check_data(spec: StudySpec, *, trains: bool = True) -> None:
     """Refuse what a source's list cannot give; broken or equal images may leave too few later."""
     source = spec.features.source
     groups = listed_groups(source, spec.split.group_by)
-    if spec.fidelity is not None:
-        check_questions(source, spec.fidelity)
-        config = read_checkpoint_config(spec.features.encoder.checkpoint, Path())
-        if config.revision is None and config.name != TINY_RANDOM:  # what the hub has whole is not downloaded to look
-            find_model(config, Path())
+    check_fidelity(spec)
     check_sampler(spec)
     # Only samples, and features themselves, are written into a cache.
     check_space(spec, *probe_shape(spec.features, Path(), spec.seed))
     if trains:
         split = split_images(groups, spec.split, spec.seed)
         check_images(spec.report.images, len(split.test))
+
+
+def check_fidelity(spec: StudySpec) -> None:
+    """Refuse questions that the source's records lack, and a local checkpoint without a language model."""
+    if spec.fidelity is None:
+        return
+    check_questions(spec.features.source, spec.fidelity)
+    config = read_checkpoint_config(spec.features.encoder.checkpoint, Path())
+    if config.revision is None and config.name != TINY_RANDOM:  # what the hub has whole is not downloaded to look
+        find_model(config, Path())
 
 
 def check_sampler(spec: StudySpec) -> None:

@@ -16,7 +16,7 @@ import joblib
 import numpy as np
 import torch
 
-from lowrank_tune.checks import check_sampler, check_space, with_first_points
+from lowrank_tune.checks import check_fidelity, check_sampler, check_space, with_first_points
 from lowrank_tune.cluster.study_dir import results_directory
 from lowrank_tune.config.axes import combinations, whole_values
 from lowrank_tune.config.plan import (
@@ -33,7 +33,6 @@ from lowrank_tune.config.points import first_params
 from lowrank_tune.config.schema import FeaturesSpec, SchedulerSpec, StudySpec
 from lowrank_tune.config.source import TensorSource
 from lowrank_tune.errors import InputError, LowrankTuneError, TrackingError, machine_fault, printable
-from lowrank_tune.features.asked import check_questions
 from lowrank_tune.features.cache import read_committed, read_sealed
 from lowrank_tune.features.commits import SHARD_ROWS, UnusableError
 from lowrank_tune.features.decoding import decode_image
@@ -71,6 +70,7 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
         InputError: the study's data, encoder or ranks cannot be used.
     """
     check_sampler(spec)
+    check_fidelity(spec)
     plan = with_first_points(make_plan(spec, results_directory(results), datetime.now(UTC)))
     survey = survey_features(spec.features, plan.features_root, spec.seed)
     tokens, dim = survey["features_shape"]
@@ -80,8 +80,6 @@ def preview_study(spec: StudySpec, results: str | Path | None) -> dict[str, Any]
     split = split_images(listed_groups(spec.features.source, spec.split.group_by)[:usable], spec.split, spec.seed)
     missing = survey["images_to_extract"]
     each = try_images(spec.features, plan.features_root, spec.seed)[0] if missing else 0.0
-    if spec.fidelity is not None:
-        check_questions(spec.features.source, spec.fidelity)
     asked = fidelity_cost(plan, tokens, len(split.test))
     return {
         "name": spec.name,

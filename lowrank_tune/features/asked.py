@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,8 @@ def _column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray | None:
 
 
 def _text(value: Any) -> str | None:
-    return value.strip() or None if isinstance(value, str) else None
+    """A text that says something; what lists and objects are kept as, in a column of several types, is none."""
+    return value.strip() or None if isinstance(value, str) and isinstance(parsed_text(value), str) else None
 
 
 def _answers(value: Any) -> Iterable[str]:
@@ -101,7 +103,10 @@ def _answers(value: Any) -> Iterable[str]:
     match value:
         case str():
             yield from filter(None, [_text(value)])
-        case bool() | int() | float():
+        case float():  # whole numbers, where others are missing; NaN for those that are
+            if math.isfinite(value):
+                yield f"{value:.15g}"
+        case bool() | int():
             yield str(value)
         case {"answer": answer}:
             yield from _answers(answer)

@@ -76,12 +76,11 @@ def fold(table: pd.DataFrame, wanted: Sequence[Wanted], size: Callable[[Wanted],
     for name, column in (*_MEANS.items(), ("accuracy_hard", "hard")):
         figures[name] = _ends(table, column, _around)
     whole = table.groupby([*KINDS], sort=False).agg(
-        n_questions=("key", "size"),
-        n_images=("key", "nunique"),
-        bytes=("bytes", "mean"),
-        relative_error_mean=("error", "mean"),
-        n_hard=("hard", "count"),
+        n_questions=("key", "size"), n_images=("key", "nunique"), n_hard=("hard", "count")
     )
+    # An image takes what it takes, however many questions there are about it.
+    once = table.drop_duplicates([*KINDS, "key"]).groupby([*KINDS], sort=False)
+    whole = whole.join(once.agg(bytes=("bytes", "mean"), relative_error_mean=("error", "mean")))
     rows = []
     for each in wanted:
         kind: Any = (each.method, each.rank, each.form)

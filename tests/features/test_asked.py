@@ -16,6 +16,7 @@ RECORDS = [
     {"image": "2.png", "question": "  ", "answers": ["nothing"], "record": "b", "size": 3},
     {"image": "1.png", "question": "Which year?", "answers": [], "record": "c", "size": 3},
     {"image": "1.png", "question": " What brand? ", "answers": ["pepsi"], "record": "d", "size": 3},
+    {"image": "2.png", "question": ["What?"], "answers": ["a"], "record": "f", "size": 3},
     {"image": "3.png", "question": None, "answers": None, "record": "e", "size": 3},
 ]
 
@@ -38,7 +39,7 @@ def source(folder: Path) -> ManifestSource:
 def test_each_image_has_its_questions_once_and_blanks_are_counted(features: FeatureSet) -> None:
     found = image_questions(features, FidelitySpec(questions="question", answers="answers"))
     assert found.by_image == {"1": (Asked("What brand?", ("cola", "Cola")), Asked("Which year?"))}
-    assert found.blank == 1
+    assert found.blank == 2
 
 
 def test_one_question_is_asked_of_every_image(features: FeatureSet) -> None:
@@ -60,6 +61,7 @@ def test_a_users_column_with_a_taken_name_is_found(features: FeatureSet, tmp_pat
         ("['red', 'blue']", ("red", "blue")),
         ([{"answer": "yes", "answer_id": 1}, {"answer": "no", "answer_id": 2}], ("yes", "no")),
         (7, ("7",)),
+        ([3.0, 0.5, float("nan")], ("3", "0.5")),
     ],
 )
 def test_answers_are_read_as_data_sets_write_them(tmp_path: Path, value: object, answers: tuple[str, ...]) -> None:

@@ -67,6 +67,19 @@ def test_a_form_that_some_images_have_not_is_of_fewer_questions() -> None:
     assert single.answer_flips_low is None
 
 
+def test_bytes_and_errors_are_means_over_images_not_questions() -> None:
+    def coded(number: int, question: str, size: int) -> Kept:
+        replies = {X.key: Reply(text="cat"), CODED.key: Reply(text="cat", bytes=size, error=size / 1000)}
+        return Kept(f"key{number}", question, (1, 2), "cat", False, replies)
+
+    answered = [coded(0, "What?", 100), coded(0, "Where?", 100), coded(1, "What?", 400)]
+    right = {(each.key, each.question): Asked(each.question) for each in answered}
+    table = table_of(answered, (X, CODED), {"key0": "0", "key1": "1"}, right)
+    row = fold(table, (X, CODED), lambda _: 0.0)[1]
+    assert (row.n_questions, row.n_images, row.bytes_per_image) == (3, 2, 250.0)
+    assert row.relative_error_mean == pytest.approx(0.25)
+
+
 def test_an_interval_of_a_part_is_of_groups_and_stays_within_0_and_1() -> None:
     def interval(flips: list[int], groups: list[int]) -> tuple[float, float]:
         table = pd.DataFrame({"kind": "a", "flip": [float(flip) for flip in flips], "group": groups})
