@@ -36,7 +36,7 @@ from lowrank_tune.features.remote import local_copy
 from lowrank_tune.features.shards import Node, Notes, Pool, Progress, on_actors, wait_for_room
 from lowrank_tune.fidelity.kept import FOLDER, PIXELS, Kept, Reply, read_kept, write_kept
 from lowrank_tune.fidelity.ways import Makers, Shown, Wanted
-from lowrank_tune.files import write_json
+from lowrank_tune.files import read_fields, write_json
 from lowrank_tune.lowrank.data import NUMBERS_AT_ONCE
 from lowrank_tune.records import FeatureSet, Split, TrialOutcome
 
@@ -230,7 +230,7 @@ class Asker:
     def _check_pixels(self, key: str, x_TD: Tensor) -> None:
         """Once a study: whether the features are those that the model itself makes of the picture."""
         path = self.asking.plan.study_dir / FOLDER / PIXELS
-        if path.exists():
+        if read_fields(path):
             return
         try:
             spec = self.asking.plan.spec.features

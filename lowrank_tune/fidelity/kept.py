@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from lowrank_tune.errors import InputError
 from lowrank_tune.features.asked import Asked
 from lowrank_tune.fidelity.ways import Wanted
-from lowrank_tune.files import read_json, write_json
+from lowrank_tune.files import read_fields, read_json, write_json
 
 FOLDER = "fidelity"
 """In a study's folder."""
@@ -78,7 +78,12 @@ def write_kept(study_dir: Path, kept: Kept) -> None:
 def same_model(study_dir: Path, identity: dict[str, Any]) -> None:
     """Remember whose answers these are; an InputError where those on file are of another language model."""
     path = study_dir / FOLDER / MODEL
-    known = read_json(path) if path.is_file() else {}
+    known = read_fields(path)
+    if path.is_file() and not known:
+        raise InputError(
+            f"{path}: is damaged, and whose answers lie beside it is not known; remove {path.parent}, and all is asked "
+            "anew"
+        )
     differ = [
         f"{name} {known[name]} there and {identity.get(name)} now"
         for name in known

@@ -28,7 +28,7 @@ from lowrank_tune.fidelity.job import Asking, Item, ask_all, lacking
 from lowrank_tune.fidelity.kept import FOLDER, PIXELS, Kept, read_kept, same_model
 from lowrank_tune.fidelity.ways import FACTORS, SVD, Wanted, bytes_of, wanted_forms
 from lowrank_tune.fidelity.words import TRAINED, fidelity_words, stays_from
-from lowrank_tune.files import read_json, write_json, write_whole
+from lowrank_tune.files import read_fields, write_json, write_whole
 from lowrank_tune.lowrank.data import spread
 from lowrank_tune.measured import Comparison, Fidelity, FidelityExample, FidelityRow
 from lowrank_tune.records import FeatureSet, Split, TrialOutcome
@@ -186,9 +186,8 @@ def _remarks(
             f"{cut} of {len(answered)} answers are longer than max_new_tokens, {asked.max_new_tokens}, and are cut: "
             "what follows is not compared"
         )
-    pixels = study.plan.study_dir / FOLDER / PIXELS
-    if pixels.is_file():
-        yield str(read_json(pixels)["said"])
+    if pixels := read_fields(study.plan.study_dir / FOLDER / PIXELS):
+        yield str(pixels["said"])
     for each in wanted:
         reasons = Counter(own.replies[each.key].reason for own in answered if each.key in own.replies)
         del reasons[""]

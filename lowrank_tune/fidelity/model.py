@@ -35,6 +35,9 @@ _WHOLE = "name a whole Qwen2.5-VL checkpoint as `save_pretrained` writes it, or 
 _BESIDE_WEIGHTS = 1.1
 """What a model takes while it works, in parts of its weights: activations of one pass, and the words' probabilities."""
 
+_ROUNDING = 0.05
+"""What computing and storing features in bfloat16 changes of their length stays below it: 0.01 or so."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -206,6 +209,11 @@ class LanguageModel:
         if torch.equal(own_TD, x_TD):
             return "the features are those that the model makes of the pixels, to the bit"
         apart = float((own_TD - x_TD).norm() / own_TD.norm())
+        if apart > _ROUNDING:
+            return (
+                f"the features are {apart:.1e} of their length away from those that the model makes of the pixels, more "
+                "than rounding explains: what is answered tells of these features, and not of the pixels"
+            )
         return (
             f"the features are those that the model makes of the pixels up to {apart:.1e} of their length: they were "
             f"computed and stored in other types than the model's {self.dtype}".replace("torch.", "")
