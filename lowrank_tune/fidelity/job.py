@@ -182,9 +182,9 @@ class Asker:
         shown = self._shown(item.image, key, wanted, problems)
         while some := list(islice(shown, at_once)):
             for asked, own in kept.items():
-                replies = own.replies | self._hear(x_TD, some, prompts[asked], own)
-                kept[asked] = replace(own, replies=replies)
-                write_kept(directory, kept[asked])
+                if replies := self._hear(x_TD, some, prompts[asked], own):
+                    kept[asked] = replace(own, replies=own.replies | replies)
+                    write_kept(directory, kept[asked])
         return problems
 
     def _shown(self, image: int, key: str, wanted: Sequence[Wanted], problems: list[str]) -> Iterator[Shown]:

@@ -211,8 +211,8 @@ class LanguageModel:
         apart = float((own_TD - x_TD).norm() / own_TD.norm())
         if apart > _ROUNDING:
             return (
-                f"the features are {apart:.1e} of their length away from those that the model makes of the pixels, more "
-                "than rounding explains: what is answered tells of these features, and not of the pixels"
+                f"the features are {apart:.1e} of their length away from those that the model makes of the pixels, "
+                "more than rounding explains: what is answered tells of these features, and not of the pixels"
             )
         return (
             f"the features are those that the model makes of the pixels up to {apart:.1e} of their length: they were "
