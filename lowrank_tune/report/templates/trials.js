@@ -122,7 +122,13 @@ const openTrials = (root, config) => {
     markAll();
     near.forEach(draw);
   };
-  const point = (number) => {
+  const trialAt = (element) => {
+    const row = element.closest("tr[data-trial]");
+    return row && Number(row.dataset.trial);
+  };
+  const point = (wanted) => {
+    // What has the focus is pointed at where the pointer is at no trial.
+    const number = wanted ?? trialAt(document.activeElement);
     if (number === pointed) return;
     for (const row of rows) {
       if (row.classList.contains("pointed")) row.classList.remove("pointed");
@@ -138,15 +144,11 @@ const openTrials = (root, config) => {
 
   for (const name of ["family", "ending"]) root.querySelector(`[data-choose=${name}]`).addEventListener("change", filter);
   root.querySelector("[data-choose=best]").addEventListener("change", markAll);
-  const trialAt = (event) => {
-    const row = event.target.closest("tr[data-trial]");
-    return row && Number(row.dataset.trial);
-  };
-  table.addEventListener("pointerover", (event) => point(trialAt(event)));
+  table.addEventListener("pointerover", (event) => point(trialAt(event.target)));
   table.addEventListener("pointerleave", () => point(null));
-  table.addEventListener("focusin", (event) => point(trialAt(event)));
+  table.addEventListener("focusin", (event) => point(trialAt(event.target)));
   table.addEventListener("focusout", () => point(null));
-  table.addEventListener("click", (event) => { if (trialAt(event) !== null) pin(trialAt(event)); });
+  table.addEventListener("click", (event) => { if (trialAt(event.target) !== null) pin(trialAt(event.target)); });
   // One row is reached by Tab, the others from it by arrows: two thousand stops would be a wall.
   rows.forEach((row, place) => { row.tabIndex = place ? -1 : 0; });
   const go = (to) => {
