@@ -89,6 +89,8 @@ def window() -> Iterator[Chrome]:
 
 @pytest.fixture(scope="module")
 def report(window: Chrome, ran: Ran) -> Chrome:
+    # A headless window may have no focus, and then tells no page of it.
+    window.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     window.get((ran.result.directory / "report.html").as_uri())
     return window
 
