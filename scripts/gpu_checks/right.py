@@ -233,6 +233,7 @@ def _controls(axes_DR: Tensor) -> Mapping[str, Callable[[Tensor, int], Factors]]
     def drawn(decompose: Callable[..., Factors]) -> Callable[[Tensor, int], Factors]:
         return lambda x_NTD, rank: decompose(x_NTD, rank, stream(0, "control"))
 
+    metric_DD = torch.linspace(0.5, 2, len(axes_DR), dtype=torch.float64).diag()
     return {
         "random_sketch": drawn(baselines.random_sketch),
         "pca_basis": lambda x_NTD, rank: baselines.pca_basis(x_NTD, rank, axes_DR),
@@ -241,6 +242,7 @@ def _controls(axes_DR: Tensor) -> Mapping[str, Callable[[Tensor, int], Factors]]
         "gram_eigh": drawn(baselines.gram_eigh),
         "svd": baselines.svd,
         "svd_rows": baselines.svd_rows,
+        "svd_weighted": lambda x_NTD, rank: baselines.svd_weighted(x_NTD, rank, metric_DD),
     }
 
 
