@@ -129,7 +129,7 @@ def test_killed_and_widened_nothing_is_asked_twice(
         deadline, workers = time.monotonic() + 300, list[psutil.Process]()
         while not times(asked).keys() - before.keys():
             assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "told").read_text()
-            workers = workers or askers()
+            workers = askers() or workers  # those of an earlier question may still be ending
             time.sleep(0.01)
         # Ray starts a worker that is lost again, and its item with it.
         workers[0].send_signal(signal.SIGKILL)

@@ -16,8 +16,8 @@ from lowrank_tune.records import TEST_OPTIMUM
 from lowrank_tune.report.report import write_report
 from lowrank_tune.trials.outcomes import write_history
 from tests.report.conftest import history, make_study
-from tests.report.test_fidelity import FOUND as SEEN
 from tests.report.test_rates_chart import RATES
+from tests.report.test_still_sees import FOUND as SEEN
 from tests.report.test_tables import FOUND
 
 VOID = {"meta", "img", "br", "link", "hr"}

@@ -92,7 +92,9 @@ def test_random_trials_run_two_at_a_time_whatever_an_observer_does_and_say_nothi
     assert (said.out, said.err) == ("", "")
     assert [outcome.config.number for outcome in outcomes] == list(range(6))
     assert {outcome.config.family for outcome in outcomes} == {"direct", "sketch"}
-    assert len({outcome.config.lr for outcome in outcomes}) == 6
+    lrs = [(outcome.config.origin, outcome.config.lr) for outcome in outcomes]
+    # Each of four groups, two families at two ranks, begins with its family's defaults.
+    assert [lr for _, lr in lrs[:4]] == [0.001] * 4 and len(set(lrs)) == 3
     assert {outcome.status for outcome in outcomes} == {"finished"}
     assert len(told.started) == len(told.ended) == 6
 
