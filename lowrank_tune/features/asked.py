@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from lowrank_tune.features.embedded import parsed_text
 from lowrank_tune.features.images import RECORD_COLUMNS
 from lowrank_tune.features.sources import read_records
 from lowrank_tune.records import FeatureSet
+
+_PLACES = re.compile(r"<image>|<\|vision_start\|>|<\|image_pad\|>|<\|vision_end\|>")
+"""Where LLaVA's and Qwen's texts have the image: the chat template says where, and has room for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ def image_questions(features: FeatureSet, asked: FidelitySpec) -> Questions:
     for number, key in enumerate(table["key"].to_pylist()):
         if key not in known:
             continue
-        question = asked.questions if questions is None else _text(questions[number].as_py())
+        question = asked.questions if questions is None else _question(questions[number].as_py())
         if question is None:
             blank += 1
             continue
@@ -86,10 +90,16 @@ def _column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray | None:
         only = f"only {', '.join(map(repr, own))}" if own else "no columns at all"
         raise InputError(f"fidelity.{key}: the records have no column {name!r}, {only}{did_you_mean(name, own)}")
     column = table.column(name)
-    read = _text if key == "questions" else lambda value: next(iter(_answers(value)), None)
+    read = _question if key == "questions" else lambda value: next(iter(_answers(value)), None)
     if not any(read(value) is not None for value in column.to_pylist()):
         raise InputError(f"fidelity.{key}: column {name!r} holds {column.type}, and not one text; name another")
     return column
+
+
+def _question(value: Any) -> str | None:
+    """A text without the places of images."""
+    text = _text(value)
+    return text and (_PLACES.sub("", text).strip() or None)
 
 
 def _text(value: Any) -> str | None:

@@ -14,9 +14,10 @@ from lowrank_tune.records import FeatureRow, FeatureSet
 RECORDS = [
     {"image": "1.png", "question": "What brand?", "answers": ["cola", "Cola "], "record": "a", "size": 3},
     {"image": "2.png", "question": "  ", "answers": ["nothing"], "record": "b", "size": 3},
-    {"image": "1.png", "question": "Which year?", "answers": [], "record": "c", "size": 3},
+    {"image": "1.png", "question": "<image>\nWhich year?", "answers": [], "record": "c", "size": 3},
     {"image": "1.png", "question": " What brand? ", "answers": ["pepsi"], "record": "d", "size": 3},
-    {"image": "2.png", "question": ["What?"], "answers": ["a"], "record": "f", "size": 3},
+    {"image": "2.png", "question": "<|image_pad|>", "answers": ["a"], "record": "f", "size": 3},
+    {"image": "2.png", "question": ["What?"], "answers": ["a"], "record": "g", "size": 3},
     {"image": "3.png", "question": None, "answers": None, "record": "e", "size": 3},
 ]
 
@@ -39,7 +40,7 @@ def source(folder: Path) -> ManifestSource:
 def test_each_image_has_its_questions_once_and_blanks_are_counted(features: FeatureSet) -> None:
     found = image_questions(features, FidelitySpec(questions="question", answers="answers"))
     assert found.by_image == {"1": (Asked("What brand?", ("cola", "Cola")), Asked("Which year?"))}
-    assert found.blank == 2
+    assert found.blank == 3
 
 
 def test_one_question_is_asked_of_every_image(features: FeatureSet) -> None:
