@@ -101,22 +101,34 @@ def report_of(
     Returns:
         The files, and what MLflow was not told and why.
     """
-    from lowrank_tune.report.report import write_report
-
     comparison = comparison_of(study, again=again)
     with _writing(study):
-        files = write_report(
-            study.plan,
-            study.features,
-            study.split,
-            study.outcomes,
-            comparison,
-            study.directory,
-            study.confirmations,
-            progress,
-            read_fidelity(study.directory),
-        )
-    return files, report_comparison(study.plan, comparison, (*study.outcomes, *study.confirmations))
+        files = _write_report(study, comparison, read_fidelity(study.directory), progress)
+    return files, _told(study, comparison)
+
+
+def _write_report(
+    study: PastStudy, comparison: Comparison, fidelity: Fidelity | None, progress: Callable[[str], None]
+) -> tuple[Path, ...]:
+    # It loads libraries of drawing, which whoever only reads figures need not wait for.
+    from lowrank_tune.report.report import write_report
+
+    return write_report(
+        study.plan,
+        study.features,
+        study.split,
+        study.outcomes,
+        comparison,
+        study.directory,
+        study.confirmations,
+        progress,
+        fidelity,
+    )
+
+
+def _told(study: PastStudy, comparison: Comparison) -> str:
+    """Log it all to MLflow; what was not told, and why."""
+    return report_comparison(study.plan, comparison, (*study.outcomes, *study.confirmations))
 
 
 def fidelity_of(
@@ -146,8 +158,6 @@ def fidelity_of(
         CacheError: features cannot be read.
         LowrankTuneError: the workers stopped.
     """
-    from lowrank_tune.report.report import write_report
-
     progress, own = progress or StudyProgress(), study.plan.spec.fidelity
     given = {"questions": questions, "answers": answers, "images": images}
     wanted = (own.model_dump() if own else {}) | {name: value for name, value in given.items() if value is not None}
@@ -162,18 +172,8 @@ def fidelity_of(
         comparison = comparison_of(study)
         measured = Measured(study.plan, study.features, study.split, study.outcomes, comparison)
         fidelity = ask_fidelity(measured, asked, note=progress.stage, progress=progress.asked, address=address)
-        write_report(
-            study.plan,
-            study.features,
-            study.split,
-            study.outcomes,
-            comparison,
-            study.directory,
-            study.confirmations,
-            progress.stage,
-            fidelity,
-        )
-    return fidelity, report_comparison(study.plan, comparison, (*study.outcomes, *study.confirmations))
+        _write_report(study, comparison, fidelity, progress.stage)
+    return fidelity, _told(study, comparison)
 
 
 def visualize(

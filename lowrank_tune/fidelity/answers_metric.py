@@ -46,6 +46,7 @@ from lowrank_tune.fidelity.job import worker_pool
 from lowrank_tune.fidelity.model import LanguageModel
 from lowrank_tune.files import write_durably
 from lowrank_tune.lowrank.data import FeatureMatrix, spread
+from lowrank_tune.lowrank.device import device_for
 from lowrank_tune.lowrank.weighted import METRIC
 from lowrank_tune.records import ANSWERS_METRIC, FeatureSet, Split
 from lowrank_tune.runtime import in_worker
@@ -131,8 +132,7 @@ def estimate_metric(plan: Plan, features: FeatureSet, split: Split, note: Notes)
     left_out = f" ({blank} others have none)" if blank else ""
     note(f"asking the language model which directions its answers hang on: {len(rows)} training images{left_out}")
     if not ray.is_initialized():
-        device = "cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu"
-        note(_estimate(work, device, torch.get_num_threads()))
+        note(_estimate(work, device_for(asked.device != "cpu"), torch.get_num_threads()))
         return
     nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     pool = wait_for_room(worker_pool(asked.device, 1, nodes), nodes, note)

@@ -86,19 +86,16 @@ def lacking(asking: Asking, items: Sequence[Item]) -> list[Item]:
     ]
 
 
-def ask_all(asking: Asking, items: Sequence[Item], note: Notes, progress: Progress) -> list[str]:
-    """Have the caller's Ray answer what was not answered yet; why some of it is still not, a sentence each.
+def ask_all(asking: Asking, left: Sequence[Item], total: int, note: Notes, progress: Progress) -> list[str]:
+    """Have the caller's Ray answer what is `left` of so many images; why some of it still is, a sentence each.
 
     Raises:
         InputError: the cluster has no room, or the model does not start there.
         LowrankTuneError: Ray failed.
     """
     nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    left = lacking(asking, items)
-    done, problems = len(items) - len(left), dict[str, None]()
-    progress(done, len(items))
-    if not left:
-        return []
+    done, problems = total - len(left), dict[str, None]()
+    progress(done, total)
     pool = wait_for_room(worker_pool(asking.asked.device, len(left), nodes), nodes, note)
     rows = [{"item": pickle.dumps(item)} for item in left]
     try:
@@ -109,7 +106,7 @@ def ask_all(asking: Asking, items: Sequence[Item], note: Notes, progress: Progre
                 raise result.error
             problems |= dict.fromkeys(result.problems)
             done += 1
-            progress(done, len(items))
+            progress(done, total)
     except RayError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise LowrankTuneError(f"the language model's workers stopped ({reason}); what is answered stays") from error

@@ -116,10 +116,10 @@ def ask_fidelity(
     same_model(plan.study_dir, identity | {"max_new_tokens": asked.max_new_tokens})
     asking = Asking(plan, asked, features, study.split, study.outcomes, wanted, encoding)
     problems = list[str]()
-    if lacking(asking, items):
+    if left := lacking(asking, items):
         note(f"asking the language model about {len(items)} test images in {len(wanted)} forms each")
         with ray_session(address):
-            problems = ask_all(asking, items, note, progress)
+            problems = ask_all(asking, left, len(items), note, progress)
     keys = {item.image: features.rows[item.image].key for item in items}
     answered = [read_kept(plan.study_dir, keys[item.image], each) for item in items for each in item.questions]
     right = {(keys[item.image], each.question): each for item in items for each in item.questions}
