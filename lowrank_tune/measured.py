@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+FACTORS = "factors"
+"""The form of A·B as they are, in `FidelityRow`."""
+STAYS = 0.05
+"""Where no greater a part of the answers flips, they are said to stay."""
+
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:

@@ -24,7 +24,7 @@ from lowrank_tune.records import FeatureSet, Split, StudyProgress, TrialOutcome
 from lowrank_tune.report.spatial import check_shown
 from lowrank_tune.study import compare_study
 from lowrank_tune.tracking.reconcile import report_comparison
-from lowrank_tune.trials.outcomes import FEATURES, SPLIT, past_outcomes, read_history
+from lowrank_tune.trials.outcomes import FEATURES, SPLIT, past_outcomes
 
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
@@ -214,6 +214,7 @@ def write_side_by_side(
     Raises:
         InputError: the page cannot be written there.
     """
+    from lowrank_tune.report.report import with_history
     from lowrank_tune.report.studies import Shown, write_studies_page
     from lowrank_tune.report.text import at_rank
 
@@ -221,7 +222,7 @@ def write_side_by_side(
         study.directory.name: Shown(
             at_rank(comparisons[study.directory.name], rank),
             study.plan.spec.model_dump(mode="json"),
-            [(outcome, _history_of(outcome)) for outcome in study.outcomes],
+            list(map(with_history, study.outcomes)),
         )
         for study in studies
     }
@@ -233,14 +234,6 @@ def write_side_by_side(
             f"--html {path}: cannot be written ({error.strerror}); name a file in a folder that is there"
         ) from None
     return page
-
-
-def _history_of(outcome: TrialOutcome) -> list[dict[str, float]]:
-    """A trial's epochs; none where they are damaged."""
-    try:
-        return read_history(Path(outcome.directory))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return []
 
 
 def check_rank_compared(studies: Sequence[PastStudy], rank: int | None) -> None:

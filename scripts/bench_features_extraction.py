@@ -25,6 +25,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_E
 import numpy as np
 import ray
 import torch
+from gpu_checks.fast import PEAK_TFLOPS, TERAFLOP_AN_IMAGE
+from gpu_checks.proof import PUBLISHED, SHARD
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -40,21 +42,6 @@ from lowrank_tune.features.sources import read_records
 from lowrank_tune.features.tiny import WEIGHTS_MARK, write_tiny_checkpoint
 
 IMAGE_SIZE = 448
-SHARD = 64
-TERAFLOP_AN_IMAGE = 1.343
-"""What the 3B tower's forward needs for 448x448 pixels."""
-
-PUBLISHED = {
-    "depth": 32,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 2048,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "window_size": 112,
-}
 MID_SIZE = PUBLISHED | {
     "depth": 4,
     "fullatt_block_indexes": [3],
@@ -62,8 +49,6 @@ MID_SIZE = PUBLISHED | {
     "intermediate_size": 704,
     "num_heads": 4,
 }
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}
-"""bfloat16 without sparsity, as their makers say."""
 
 
 @dataclass(frozen=True)

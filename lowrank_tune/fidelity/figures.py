@@ -13,7 +13,7 @@ from lowrank_tune.features.asked import Asked
 from lowrank_tune.fidelity.kept import Kept
 from lowrank_tune.fidelity.right import accuracy, similarity
 from lowrank_tune.fidelity.ways import Wanted
-from lowrank_tune.measured import FidelityRow
+from lowrank_tune.measured import FACTORS, FidelityRow
 
 KINDS = ("method", "rank", "form")
 CONTROL = "half-side"
@@ -119,7 +119,7 @@ def fewer_flips(table: pd.DataFrame, kind: tuple[str, int], other: tuple[str, in
     """
     asked = ["key", "question"]
     own, theirs = (
-        table[(table["method"] == method) & (table["rank"] == rank) & (table["form"] == "factors")].set_index(asked)
+        table[(table["method"] == method) & (table["rank"] == rank) & (table["form"] == FACTORS)].set_index(asked)
         for method, rank in (kind, other)
     )
     both = own.assign(fewer=theirs["flip"] - own["flip"]).dropna(subset=["fewer"])

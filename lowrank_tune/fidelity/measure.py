@@ -26,11 +26,11 @@ from lowrank_tune.features.shards import Notes, Progress
 from lowrank_tune.fidelity.figures import fewer_flips, fold, table_of
 from lowrank_tune.fidelity.job import Asking, Item, ask_all, lacking
 from lowrank_tune.fidelity.kept import FOLDER, PIXELS, Kept, read_kept, same_model
-from lowrank_tune.fidelity.ways import FACTORS, SVD, Wanted, bytes_of, wanted_forms
+from lowrank_tune.fidelity.ways import SVD, Wanted, bytes_of, wanted_forms
 from lowrank_tune.fidelity.words import TRAINED, fidelity_words, stays_from
 from lowrank_tune.files import read_fields, write_json, write_whole
 from lowrank_tune.lowrank.data import spread
-from lowrank_tune.measured import Comparison, Fidelity, FidelityExample, FidelityRow
+from lowrank_tune.measured import FACTORS, Comparison, Fidelity, FidelityExample, FidelityRow
 from lowrank_tune.records import FeatureSet, Split, TrialOutcome
 from lowrank_tune.runtime import ray_session
 

@@ -31,11 +31,9 @@ from lowrank_tune.lowrank.decomposers import Factors
 from lowrank_tune.lowrank.decomposers.shared import Shared
 from lowrank_tune.lowrank.quantization import factor_bytes, ordered, packed_bytes, restored, restored_factors
 from lowrank_tune.lowrank.weighted import read_metric
-from lowrank_tune.measured import Comparison, ComparisonRow
+from lowrank_tune.measured import FACTORS, Comparison, ComparisonRow
 from lowrank_tune.records import ANSWERS_METRIC, WEIGHTED, FeatureSet, Split, TrialOutcome
 
-FACTORS = "factors"
-"""The form of A·B as they are."""
 STORED = ("float16", "int8", "int4")
 """Forms of factors that are stored in a dtype, a scale a row; the integers are X's own, too."""
 CODED = "coded"

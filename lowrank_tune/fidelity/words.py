@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from lowrank_tune.comparison.compression import ITSELF
 from lowrank_tune.comparison.remarks import kib, listed
 from lowrank_tune.fidelity.figures import CONTROL
-from lowrank_tune.fidelity.ways import CODED, FACTORS, SVD
-from lowrank_tune.measured import ComparisonRow, FidelityRow
+from lowrank_tune.fidelity.ways import CODED, SVD
+from lowrank_tune.measured import FACTORS, STAYS, ComparisonRow, FidelityRow
 from lowrank_tune.records import WEIGHTED
 
-STAYS = 0.05
-"""Where no greater a part of the answers flips, they are said to stay."""
 TRAINED = "trained"
 """The best model of each rank, whatever its family."""
 Kind = tuple[str, int]

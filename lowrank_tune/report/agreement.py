@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lowrank_tune.measured import FidelityRow
+from lowrank_tune.measured import FACTORS, STAYS, FidelityRow
 from lowrank_tune.report.curves import saved
 from lowrank_tune.report.page import Chart, Picture
 from lowrank_tune.report.rates import PICTURES
@@ -31,9 +31,7 @@ from lowrank_tune.report.style import (
 )
 from lowrank_tune.report.text import in_order
 
-FACTORS = "factors"
-"""The form of A·B as they are."""
-MOST = 95
+MOST = round(100 * (1 - STAYS))
 """Percent of the answers at which the charts draw a line."""
 _RULE = "#767676"
 _STORED = {"coded": "o", "int8": "s", "int5": "^", "int4": "D"}

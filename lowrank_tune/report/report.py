@@ -77,7 +77,7 @@ def write_report(
         comparison = replace(comparison, remarks=(*comparison.remarks, str(error)))
         logger.warning("%s", error)
     progress(f"writing the report: the curves of {count(len(outcomes) + len(confirmations), 'training')}")
-    trials, repeats = (list(map(_with_history, trainings)) for trainings in (outcomes, confirmations))
+    trials, repeats = (list(map(with_history, trainings)) for trainings in (outcomes, confirmations))
     losses = loss_pictures([*trials, *repeats])
     progress(f"writing the report: {count(len(images), 'test image')}, the spectrum and the search")
     batches = FeatureMatrix(features).batches(split.test, 16)
@@ -130,7 +130,7 @@ def write_report(
     return (*(path for section in (*first, *further) for path in section.files), directory / "report.html")
 
 
-def _with_history(outcome: TrialOutcome) -> Trial:
+def with_history(outcome: TrialOutcome) -> Trial:
     """A trial and its epochs; none of them when it left no history or a damaged one."""
     try:
         return outcome, read_history(Path(outcome.directory))
