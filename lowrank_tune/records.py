@@ -163,11 +163,11 @@ class TrialConfig:
         return sum(math.inf if math.isnan(part) else max(0.0, part) for part in over)
 
     @property
-    def trains(self) -> tuple[Any, ...]:
+    def trains(self) -> str:
         """What two configurations of one study agree in that would train the same: numbers count to six digits."""
         point = {"metric": "none"} | self.point  # studies from before there was a metric say nothing of it
-        told = [(name, it if isinstance(it, str) else float(f"{it:.6g}")) for name, it in sorted(point.items())]
-        return (self.ranks, *told)
+        told = [f"{name}={it if isinstance(it, str) else f'{it:.6g}'}" for name, it in sorted(point.items())]
+        return " ".join([*map(str, self.ranks), *told])
 
     @property
     def point(self) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class StudySync:
             self._client.delete_tag(run.run_id, key)
             del run.tags[key]
         run.params = run.params or {"family": config.family}
-        run.epochs |= {step for step, _, _ in new}
+        # One that is over is told of once: were it told again, its epochs would be looked up.
+        run.epochs = run.epochs | {step for step, _, _ in new} if running else None
         run.metrics |= best
         run.tags |= tags
         self.repairs.epochs_added += len(new)

@@ -48,7 +48,7 @@ def suggest(trial: BaseTrial, space: SpaceSpec, fixed: Mapping[str, Any] = EMPTY
 
 
 def draw_point(
-    plan: Plan, study: optuna.Study, number: int, fixed: Mapping[str, Any], seen: Container[tuple[Any, ...]]
+    plan: Plan, study: optuna.Study, number: int, fixed: Mapping[str, Any], seen: Container[str]
 ) -> dict[str, Any] | None:
     """Draw a trial's point in the group of what is fixed, from what this and its family's other groups have taught.
 
@@ -67,9 +67,7 @@ def draw_point(
     return next(new, None) or _any_other(plan, number, fixed, seen)
 
 
-def _any_other(
-    plan: Plan, number: int, fixed: Mapping[str, Any], seen: Container[tuple[Any, ...]]
-) -> dict[str, Any] | None:
+def _any_other(plan: Plan, number: int, fixed: Mapping[str, Any], seen: Container[str]) -> dict[str, Any] | None:
     """Draw a point that was not seen by lot, where the sampler gives none; None where there is none."""
     space, seed = plan.spec.search.space, _seed(plan, number, "other")
     if count_points(space, fixed) <= LARGEST_GRID:

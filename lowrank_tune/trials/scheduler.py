@@ -21,7 +21,28 @@ from lowrank_tune.records import OBJECTIVES
 from lowrank_tune.trials.search import told_epochs
 
 
-class FairASHA(FIFOScheduler):
+class Forgetful(FIFOScheduler):
+    """First in, first out; whenever a trial ends, Tune lets go of those that had ended before.
+
+    It would keep each of them until the study ends, 5 KB a trial, and look through them all at every step.
+    """
+
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
+        _forget_ended(tune_controller)
+
+    def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        _forget_ended(tune_controller)
+
+
+def _forget_ended(controller: TuneController) -> None:
+    # The trial that is ending now has not ended for Tune yet, so that its list is never empty.
+    ended = {trial for trial in controller._trials if trial.is_finished()}
+    controller._trials[:] = (trial for trial in controller._trials if trial not in ended)
+    for kept in (controller._stopped_trials, controller._failed_trials, controller._trials_to_cache):
+        kept -= ended
+
+
+class FairASHA(Forgetful):
     """One asynchronous successive halving for each group of trials that agree in `compete_within`.
 
     It goes by one figure, of two objectives by `steered_by`: Optuna prunes no trial of two.
@@ -64,12 +85,14 @@ class FairASHA(FIFOScheduler):
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
         """Let a trial's last epoch count for its group; one that failed does not."""
+        super().on_trial_complete(tune_controller, trial, result)
         if self._is_comparable(result):
             self._group(trial).on_trial_complete(tune_controller, trial, result)
         else:
             self.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
+        super().on_trial_error(tune_controller, trial)
         self.on_trial_remove(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -101,4 +124,4 @@ class FairASHA(FIFOScheduler):
 
 
 def make_scheduler(spec: StudySpec, past: Sequence[FrozenTrial] = ()) -> TrialScheduler:
-    return FairASHA(spec, past) if spec.scheduler.kind == "asha" else FIFOScheduler()
+    return FairASHA(spec, past) if spec.scheduler.kind == "asha" else Forgetful()

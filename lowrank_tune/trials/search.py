@@ -88,7 +88,7 @@ class StudySearcher(Searcher):
         self._defaults = default_points(plan.spec)
         self._first = deque(self._first_points())
         self._dealt = dict.fromkeys(range(len(self._groups)), 0)  # to the groups that have a point left
-        self._seen: set[tuple[Any, ...]] = set()
+        self._seen: set[str] = set()
         for config in filter(None, map(config_of, known)):
             self._count(config)
         self._live: dict[str, Trial] = {}
@@ -198,7 +198,7 @@ class StudySearcher(Searcher):
         if self._plan.grid:
             yield from itertools.chain(*self._defaults, self._plan.grid)
 
-    def _trains(self, point: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _trains(self, point: Mapping[str, Any]) -> str:
         return trial_config(self._plan, self._number, point).trains
 
     def _count(self, config: TrialConfig) -> None:

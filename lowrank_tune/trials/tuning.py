@@ -16,8 +16,9 @@ from typing import Any
 import ray
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
-from ray.tune import Callback, Stopper
+from ray.tune import Stopper
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 
 from lowrank_tune.config.plan import Plan, confirmation_config
 from lowrank_tune.errors import StudyFailedError
@@ -45,10 +46,10 @@ _LOW_ON_MEMORY = "the node running low on memory"
 """What Ray says of a process that it has killed before the system would have."""
 
 
-class WatchTrials(Callback):
+class WatchTrials(TrialProgressCallback):
     """Keeps how a study's trials ended, by id, and tells its observers, in order, of every start, epoch and end.
 
-    An end is told once its outcome is on file.
+    An end is told once its outcome is on file. It stands in the place of Tune's own, which would keep every trial.
     """
 
     def __init__(
@@ -107,19 +108,6 @@ class WatchTrials(Callback):
             self._end_of_search.trial_ended(outcome)
         for observer in self._observers:
             _tell(observer.trial_ended, outcome)
-        _forget(trial)
-
-
-def _forget(trial: Trial) -> None:
-    """Let go of what Tune keeps of each trial until its very end: most of what a driver grows by."""
-    # What an actor answered when it was asked where it is; Ray keeps the answer and its task for as long as this lives.
-    trial._default_result_or_future = None
-    trial.run_metadata.metric_analysis.clear()
-    trial.run_metadata.metric_n_steps.clear()
-    trial.run_metadata.last_result = {}
-    # What was searched, in three copies; the searcher and its journal have their own.
-    trial.config.clear()
-    trial.evaluated_params.clear()
 
 
 def _config(trial: Trial) -> TrialConfig:

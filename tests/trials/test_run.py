@@ -1,5 +1,6 @@
 """Whole studies on a real Ray, a real Optuna journal and a real trainer: tiny, and few, for each starts an actor."""
 
+import gc
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from optuna.trial import TrialState
+from ray.tune.experiment import Trial
 from tiny_study import SPLIT, Interrupter, Listener, optuna_trials, run, write_features
 
 from lowrank_tune.config.plan import Plan
@@ -28,6 +30,18 @@ PlanOf = Callable[..., Plan]
 class Broken(Listener):
     def trial_started(self, config: TrialConfig) -> None:
         raise RuntimeError("the watcher is broken")
+
+
+class Held(Listener):
+    """Counts the trials that Tune holds whenever one ends, itself among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def trial_ended(self, outcome: TrialOutcome) -> None:
+        gc.collect()
+        self.counts.append(sum(type(one) is Trial for one in gc.get_objects()))
 
 
 def figures(outcomes: tuple[TrialOutcome, ...]) -> list[Any]:
@@ -54,8 +68,12 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been_and_trains_nothing_
     space = {"lr": {"loguniform": [1e-4, fastest]}, "families": families}
     asha = {"kind": "asha", "grace_epochs": 1, "reduction_factor": 2}
     plan = plan_of(space, method="tpe", trials=12, scheduler=asha, **sections)
-    whole = run(replace(plan, study_dir=tmp_path / "whole"), tiny_cache)
+    held = Held()
+    whole = run(replace(plan, study_dir=tmp_path / "whole"), tiny_cache, held)
     assert {outcome.status for outcome in whole} == {"finished", "pruned"}
+    # One ends, one ended before it, and the next may be waiting.
+    assert len(held.counts) == 12
+    assert max(held.counts) <= 3
     told, handler = Interrupter(8), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(plan, tiny_cache, told)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from lowrank_tune.config.plan import Plan
-from lowrank_tune.trials.scheduler import FairASHA, make_scheduler
+from lowrank_tune.trials.scheduler import FairASHA, Forgetful, make_scheduler
 
 PlanOf = Callable[..., Plan]
 
@@ -85,14 +85,15 @@ def test_a_failed_trial_counts_for_nobody(plan_of: PlanOf, value: float) -> None
     result = {"epoch": 3, "val_mse": value, "stopped_by": "error"}
     scheduler.on_trial_add(None, failed)
     assert scheduler.on_trial_result(None, failed, result) == TrialScheduler.CONTINUE
-    scheduler.on_trial_complete(None, failed, result)
+    tune = SimpleNamespace(_trials=[], _stopped_trials=set(), _failed_trials=set(), _trials_to_cache=set())
+    scheduler.on_trial_complete(tune, failed, result)
     scheduler.on_trial_add(None, next_one)
     going_on = {"epoch": 3, "val_mse": 5.0, "stopped_by": ""}
     assert scheduler.on_trial_result(None, next_one, going_on) == TrialScheduler.CONTINUE
 
 
 def test_without_asha_trials_run_to_their_end(plan_of: PlanOf) -> None:
-    assert type(make_scheduler(plan_of(scheduler={"kind": "none"}).spec)) is FIFOScheduler
+    assert type(make_scheduler(plan_of(scheduler={"kind": "none"}).spec)) is Forgetful
 
 
 def test_two_objectives_compete_by_bytes_at_the_target_error_those_of_an_earlier_process_too(plan_of: PlanOf) -> None:
