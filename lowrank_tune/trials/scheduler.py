@@ -28,15 +28,15 @@ class Forgetful(FIFOScheduler):
     """
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
-        _forget_ended(tune_controller)
+        _forget_ended(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        _forget_ended(tune_controller)
+        _forget_ended(tune_controller, trial)
 
 
-def _forget_ended(controller: TuneController) -> None:
-    # The trial that is ending now has not ended for Tune yet, so that its list is never empty.
-    ended = {trial for trial in controller._trials if trial.is_finished()}
+def _forget_ended(controller: TuneController, ending: Trial) -> None:
+    # Not the one that is ending now: it may be begun again, and Tune's list must not be empty.
+    ended = {trial for trial in controller._trials if trial.is_finished() and trial is not ending}
     controller._trials[:] = (trial for trial in controller._trials if trial not in ended)
     for kept in (controller._stopped_trials, controller._failed_trials, controller._trials_to_cache):
         kept -= ended
