@@ -18,8 +18,8 @@ from ray.tune import Stopper
 from lowrank_tune.config.plan import Plan, search_groups
 from lowrank_tune.records import StoppedFor, TrialOutcome, sign
 
-LEAD_S = 2.0
-"""How long before its hours are over a search stops: Tune gives an epoch in progress 5 to 6 s to end."""
+LEAD_S = 5.0
+"""How long before its hours are over a search stops: Tune gives an epoch in progress 10 s to end, and then ends it."""
 
 
 @dataclass
