@@ -203,6 +203,7 @@ def run_trial(
             estimate_metric(plan, features, split, progress.stage)
         progress.stage(f"training {config.trial_id} in this process")
         progress.trials(1)
+        progress.trial_started(config)
         outcome = run_one_trial(config, plan.study_dir, progress.trial_epoch, device_of(plan.spec))
         status.trial_ended(outcome)
         progress.trial_ended(outcome)

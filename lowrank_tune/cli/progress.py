@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.records import StoppedFor, StudyProgress, TrialOutcome, leading
+from lowrank_tune.records import StoppedFor, StudyProgress, TrialConfig, TrialOutcome, leading
 from lowrank_tune.report.text import LEADING_LABELS, STOPPED, duration_text, leading_text, rate_text
 
 _STDERR = 2
@@ -39,6 +38,7 @@ class TerminalProgress(StudyProgress):
         self._bar = Progress(*columns, console=self._console, speed_estimate_period=3600)
         self._live = Live(get_renderable=self._view, console=self._console, transient=True, refresh_per_second=4)
         self._best: dict[int, tuple[float, str, int, str]] = {}
+        self._configs: dict[str, TrialConfig] = {}
         self._running: dict[str, tuple[int, str]] = {}
         self._labels: dict[str, None] = {}
         self._ends: Counter[str] = Counter()
@@ -75,20 +75,25 @@ class TerminalProgress(StudyProgress):
         self._ends.clear()
         self._count("training", 0, total)
 
+    def trial_started(self, config: TrialConfig) -> None:
+        self._configs[config.trial_id] = config
+
     def trial_epoch(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> None:
         name, shown = leading(metrics), leading_text(metrics, labelled=False)
         value = float(metrics.get(name, math.nan))
         self._labels[LEADING_LABELS[name]] = None
         self._running[trial_id] = (epoch, shown)
-        rank = re.match(r"r(\d+)-", trial_id)
-        if rank and math.isfinite(value):
+        config = self._configs[trial_id]
+        # What lacks something that is required is no rank's best.
+        if math.isfinite(value) and config.excess(metrics) == 0:
             found = (value, trial_id, epoch, shown)
-            self._best[int(rank[1])] = min(self._best.get(int(rank[1]), found), found)
+            self._best[config.rank] = min(self._best.get(config.rank, found), found)
         self._count_trials()
 
     def trial_ended(self, outcome: TrialOutcome) -> None:
         trial_id = outcome.config.trial_id
         self._running.pop(trial_id, None)
+        self._configs.pop(trial_id, None)
         self._ends[outcome.stopped_by] += 1
         task = self._count_trials()
         if not self._console.is_terminal or outcome.status == "failed":
