@@ -19,9 +19,11 @@ import argparse
 import logging
 import multiprocessing
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,6 +149,8 @@ def _one_of_many(count: int, method: str, at_once: int, seconds: float) -> None:
             outcomes = run_trials(plan, [clock])
             ended = time.perf_counter()
         behind = time.perf_counter() - ended
+        with closing(sqlite3.connect(plan.results / "mlflow.db")) as database:
+            told = database.execute("SELECT COUNT(*) FROM runs WHERE status = 'FINISHED'").fetchone()[0]
     ray.shutdown()
     wall, half = clock.ends[-1] - clock.ends[0], count // 2
     training = sum(max(seconds, outcome.seconds) for outcome in outcomes) / count / at_once
@@ -156,7 +160,7 @@ def _one_of_many(count: int, method: str, at_once: int, seconds: float) -> None:
     each = (clock.memory[-1] - clock.memory[half]) / 1024 / (count - half - 1)
     print(f"{count:>13,}{wall:>13.1f}{training * count:>13.1f}{wall / count - training:>13.3f}{first:>13.3f}"
           f"{second:>13.3f}{grown:>+13.1f}{each:>13.1f}{behind:>13.1f}", flush=True)  # fmt: skip
-    assert tracker.problems == ()
+    assert (tracker.problems, told) == ((), count + 1), f"MLflow has {told} of {count + 1} runs: {tracker.problems}"
 
 
 def _costs(clock: Clock, outcomes: Sequence[TrialOutcome], at_once: int) -> tuple[float, float]:
