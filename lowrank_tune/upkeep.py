@@ -52,6 +52,7 @@ class Removal:
     runs: int  # of MLflow that are deleted; as in MLflow's pages they can be restored, without their files
     features: str  # the name of the cache that it used, which stays: others may use it
     registered: tuple[str, ...]  # versions of registered models, `NAME 3`, which stay
+    left: tuple[str, ...]  # addresses of files of MLflow's that stay
 
 
 def remove_studies(names: Sequence[str], results: str | Path | None = None) -> list[Removal]:
@@ -89,7 +90,7 @@ def complete_removals(home: Path) -> list[Removal]:
             features = str(read_fields(doomed / "tune" / FEATURES).get("fingerprint", ""))
             freed = tracked.bytes + bytes_below(doomed)
             doomed.rename(studies / f"{_REMOVED}{study_id}")
-            done.append(Removal(study_id, freed, tracked.runs, features, tracked.registered))
+            done.append(Removal(study_id, freed, tracked.runs, features, tracked.registered, tracked.left))
         for remains in studies.glob(f"{_REMOVED}*"):
             shutil.rmtree(remains, ignore_errors=True)
             if remains.exists():

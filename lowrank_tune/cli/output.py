@@ -108,6 +108,9 @@ def print_removals(removals: Sequence[Removal]) -> None:
             print(f"  features {removal.features} stay, for studies share them; see `lowrank-tune features rm`")
         if removal.registered:
             print(f"  registered models stay: {', '.join(removal.registered)}")
+        if removal.left:
+            others = f" and {count(len(removal.left) - 1, 'other place')}" if removal.left[1:] else ""
+            print(f"  files stay at {removal.left[0]}{others}; who runs the MLflow server removes them by `mlflow gc`")
     if not removals:
         print("removed already")
 

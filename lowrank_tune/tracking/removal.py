@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ class Untracked:
         runs: how many runs are deleted now; they can be restored, but not their files.
         bytes: what their files took, and those of models that no registry names.
         registered: versions of registered models that the study made, `NAME 3`; they stay and can be loaded.
+        left: addresses of files that stay, for they lie neither beside the results nor with a server that removes them.
     """
 
     runs: int = 0
     bytes: int = 0
     registered: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def reach_for_removal(plan: Plan) -> Store:
@@ -76,19 +79,19 @@ def _remove(client: Any, experiment: str, study_id: str, store: Store) -> Untrac
         lambda size, token: client.search_runs([experiment], query, all_runs, size, None, token), 1000
     )
     trials, parents = ([run for run in runs if ("lowrank.trial_id" in run.data.tags) is told] for told in (True, False))
-    freed, registered = 0, list[str]()
+    freed, registered, left = 0, list[str](), list[str]()
     for run in parents:
-        more, versions = _remove_models(client, experiment, run.info.run_id, store)
+        more, versions = _remove_models(client, experiment, run.info.run_id, store, left)
         freed, registered = freed + more, registered + versions
     # A study of which a part is left still shows what it is.
     for run in (*trials, *parents):
-        freed += _remove_files(run.info.artifact_uri, store)
+        freed += _remove_files(run.info.artifact_uri, store, left)
         if run.info.lifecycle_stage == "active":
             client.delete_run(run.info.run_id)
-    return Untracked(len(runs), freed, tuple(registered))
+    return Untracked(len(runs), freed, tuple(registered), tuple(left))
 
 
-def _remove_models(client: Any, experiment: str, run_id: str, store: Store) -> tuple[int, list[str]]:
+def _remove_models(client: Any, experiment: str, run_id: str, store: Store, left: list[str]) -> tuple[int, list[str]]:
     """Delete the models of a run, but for those that are versions in a registry, which are returned."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils import get_results_from_paginated_fn
@@ -107,16 +110,27 @@ def _remove_models(client: Any, experiment: str, run_id: str, store: Store) -> t
     freed = 0
     for model in models:
         if not used & {model.artifact_location, f"models:/{model.model_id}"}:
-            freed += _remove_files(model.artifact_location, store)
+            freed += _remove_files(model.artifact_location, store, left)
             client.delete_logged_model(model.model_id)
     return freed, [f"{version.name} {version.version}" for version in versions]
 
 
-def _remove_files(address: str, store: Store) -> int:
-    """Remove the folder of a run's or model's artifacts where it is beside the results; a server keeps its own."""
+def _remove_files(address: str, store: Store, left: list[str]) -> int:
+    """Remove a run's or model's artifacts beside the results, or have the server that keeps them do so.
+
+    Returns the bytes that are free here; the address of what stays is added to `left`.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from requests import HTTPError
+
     folder = Path(unquote(urlsplit(address).path)).parent  # `<experiment>/<run>/artifacts`
-    if store.artifacts is None or not address.startswith("file:") or store.artifacts not in folder.parents:
-        return 0
-    freed = bytes_below(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    return freed
+    if store.artifacts is not None and address.startswith("file:") and store.artifacts in folder.parents:
+        freed = bytes_below(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return freed
+    if address.startswith("mlflow-artifacts:"):
+        with suppress(HTTPError):  # the server answers, and does not remove them
+            get_artifact_repository(address, store.uri).delete_artifacts()
+            return 0
+    left.append(address)
+    return 0

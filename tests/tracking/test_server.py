@@ -20,6 +20,7 @@ from tracked_study import Reader, build_plan, config_of, outcome_of, track_trial
 from lowrank_tune.errors import InputError, TrackingError
 from lowrank_tune.tracking import tracker as tracker_module
 from lowrank_tune.tracking.reconcile import reconcile
+from lowrank_tune.tracking.removal import remove_tracked
 from lowrank_tune.tracking.tracker import Tracker
 from lowrank_tune.tracking.ui import serve_ui
 
@@ -150,6 +151,23 @@ def test_a_server_older_than_mlflow_3_takes_all_but_models(gate: Gate, tmp_path:
     assert [tracker.problems[0], gate.uri in tracker.problems[1]] == ["1 record could not be delivered", True]
     assert "older than MLflow 3" in tracker.problems[1]
     assert Reader(gate.uri, "old").history(Reader(gate.uri, "old").parent(), "test.svd.residual_ratio")
+
+
+def test_a_removed_studys_files_go_from_its_server_and_where_it_refuses_are_told(gate: Gate, tmp_path: Path) -> None:
+    plan = build_plan(tmp_path, name="removed", tracking={"uri": gate.uri})
+    with Tracker(plan) as tracker:
+        track_trial(tracker, plan, config_of(0))
+        tracker.compared(write_study(plan, [config_of(0)]), [outcome_of(plan, config_of(0))])
+    reader = Reader(gate.uri, "removed")
+    parent = reader.parent()
+    assert "report.html" in reader.artifacts(parent)
+    gate.missing = "mlflow-artifacts"
+    told = remove_tracked(plan)
+    assert (told.runs, len(told.left)) == (2, 3)  # a model's, too
+    assert parent.info.artifact_uri in told.left
+    gate.missing = ""
+    assert remove_tracked(plan).left == ()
+    assert not reader.artifacts(parent)
 
 
 def test_there_must_be_something_to_show_and_a_free_port(tmp_path: Path) -> None:
