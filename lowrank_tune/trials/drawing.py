@@ -88,7 +88,7 @@ def _lessons(
     """
     groups: dict[tuple[Any, ...], list[FrozenTrial]] = {}
     for trial in known:
-        # What it trains, as `_describe` notes it: there is none where the driver died at once.
+        # What it trains; one that an older version's driver has left half written has none.
         config = trial.user_attrs.get("config", {})
         if config and trial.state != TrialState.FAIL and fixed.get("family", config["family"]) == config["family"]:
             groups.setdefault(tuple(config[name] for name in fixed), []).append(trial)

@@ -81,8 +81,7 @@ class StudySearcher(Searcher):
         self._study = study
         known = study.get_trials(deepcopy=False)
         self._unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
-        self._waiting = any(trial.state == TrialState.WAITING for trial in known)
-        self._number = len(known) - self._waiting
+        self._number = len(known)
         self._finished = False
         self._groups = search_groups(plan.spec)
         self._defaults = default_points(plan.spec)
@@ -120,19 +119,16 @@ class StudySearcher(Searcher):
             return None
         if self._unfinished:
             frozen = self._unfinished.pop(0)
-            trial = Trial(self._study, frozen._trial_id)
             reported = self._reported[trial_id] = max(told_epochs(frozen), default=0)
-            config = config_of(frozen) or self._describe(trial)
-        elif self._number < self._plan.n_trials and (new := self._ask()):
-            trial, reported = new, 0
-            config = self._describe(trial)
+        elif self._number < self._plan.n_trials and (point := self._next_point()):
+            frozen, reported = self._begin(point), 0
         elif self._live and self._number < self._plan.n_trials:
             return None
         else:
             self._finished = True
             return str(Searcher.FINISHED)
-        self._live[trial_id] = trial
-        return {"trial": asdict(config), "reported": reported}
+        self._live[trial_id] = Trial(self._study, frozen._trial_id)
+        return {"trial": frozen.user_attrs["config"], "reported": reported}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         epoch, value = result.get("epoch", 0), result.get(self._plan.spec.steered_by, math.nan)
@@ -155,16 +151,20 @@ class StudySearcher(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the journal holds every trial as soon as it is known."""
 
-    def _ask(self) -> Trial | None:
-        # A driver that died between the two calls has left the point waiting.
-        if not self._waiting:
-            point = self._next_point()
-            if point is None:
-                return None
-            self._study.enqueue_trial(optuna_params(point))
+    def _begin(self, point: Mapping[str, Any]) -> FrozenTrial:
+        """Write a trial to the journal, whole and in one step, whatever happens to this driver."""
+        fixed = FixedTrial(optuna_params(point))
+        config = self._describe(suggest(fixed, self._plan.spec.search.space))
+        created = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params={name: fixed.params[name] for name in fixed.distributions},
+            distributions=fixed.distributions,
+            user_attrs={"trial_id": config.trial_id, "config": asdict(config)},
+        )
+        self._study.add_trial(created)
         self._number += 1
-        self._waiting = False
-        return self._study.ask()
+        self._count(config)
+        return self._study.get_trials(deepcopy=False)[-1]
 
     def _next_point(self) -> dict[str, Any] | None:
         """The next point that no trial has had, of a group that goes on; None where there is none."""
@@ -206,15 +206,12 @@ class StudySearcher(Searcher):
         for place in self._dealt:
             self._dealt[place] += belongs(config.point, self._groups[place])
 
-    def _describe(self, trial: Trial) -> TrialConfig:
-        config = trial_config(self._plan, trial.number, suggest(trial, self._plan.spec.search.space))
+    def _describe(self, point: Mapping[str, Any]) -> TrialConfig:
+        config = trial_config(self._plan, self._number, point)
         if config.trains in map(self._trains, itertools.chain(*self._defaults)):
-            config = replace(config, origin="defaults")
-        elif config.trains in map(self._trains, self._plan.first):
-            config = replace(config, origin="first")
-        self._count(config)
-        trial.set_user_attr("trial_id", config.trial_id)
-        trial.set_user_attr("config", asdict(config))
+            return replace(config, origin="defaults")
+        if config.trains in map(self._trains, self._plan.first):
+            return replace(config, origin="first")
         return config
 
 
@@ -224,6 +221,8 @@ def sync_search(plan: Plan, study: optuna.Study, outcomes: Mapping[str, TrialOut
         outcome = outcomes.get(trial.user_attrs.get("trial_id", ""))
         if outcome is not None:
             _tell(study, plan.spec, Trial(study, trial._trial_id), outcome.stopped_by, outcome.best)
+        elif config_of(trial) is None:  # an older version's driver died while it wrote it
+            study.tell(trial.number, state=TrialState.FAIL)
     return [trial for trial in study.get_trials(deepcopy=False) if config_of(trial)]
 
 
@@ -262,7 +261,7 @@ def _drawn(config: TrialConfig, space: SpaceSpec) -> FixedTrial | None:
 
 
 def config_of(trial: FrozenTrial) -> TrialConfig | None:
-    """What a trial trains; None for one that was asked for by a driver that died at once."""
+    """What a trial trains; None for one that an older version's driver has left half written."""
     return TrialConfig(**trial.user_attrs["config"]) if "config" in trial.user_attrs else None
 
 

@@ -167,9 +167,12 @@ def test_a_search_that_another_process_goes_on_with_draws_what_it_would_have(pla
     assert list(after.reopened().trials[12].intermediate_values) == [2, 3]
 
 
-def test_a_point_that_waits_is_asked_for_once(driver: Driver) -> None:
+def test_a_trial_is_in_the_journal_whole_or_not_at_all(driver: Driver) -> None:
+    """A driver that dies at any moment leaves whole trials, which the next one goes on with."""
+    lines = driver.path.read_bytes().splitlines(keepends=True)
     driver.suggest("a")
-    driver.searcher._study.enqueue_trial({"rank": 4, "lr": 0.1})
+    more = driver.path.read_bytes().splitlines(keepends=True)[len(lines) :]
+    assert len(more) == 1
     after = Driver(driver.plan)
     points = [after.suggest(str(number))["trial"] for number in range(6)]
     assert [(point["rank"], point["lr"]) for point in points] == IN_ORDER
