@@ -48,7 +48,9 @@ class SearchEnd:
         self._groups = search_groups(plan.spec)
         self._courses = [_Course() for _ in self._groups]
         self._whole = _Course()
-        self._ranks: set[int | None] = {group.get("rank") for group in self._groups}
+        # Of a list each rank has to reach the target, whether or not it has groups of its own; of a range any.
+        axis = plan.spec.search.space.rank
+        self._ranks: frozenset[int | None] = frozenset(axis) if isinstance(axis, tuple) else frozenset({None})
         self._reached: set[int | None] = set()
         for outcome in ended:
             self.trial_ended(outcome)
@@ -59,11 +61,11 @@ class SearchEnd:
         value = value if math.isfinite(value) and outcome.feasible and outcome.status != "failed" else math.inf
         failure = re.sub(r"\d+", "N", outcome.reason) if outcome.status == "failed" else ""
         self._whole.see(value, failure, 0.0)
+        if self._stop.target is not None and value <= sign(objective) * self._stop.target:
+            self._reached |= {outcome.config.rank, None} & self._ranks
         for group, course in zip(self._groups, self._courses, strict=True):
             if belongs(outcome.config.point, group):
                 course.see(value, failure, gain.by if gain else 0.0)
-                if self._stop.target is not None and value <= sign(objective) * self._stop.target:
-                    self._reached.add(group.get("rank"))
 
     @property
     def at_once(self) -> StoppedFor | None:
@@ -88,17 +90,18 @@ class SearchEnd:
         if stopped_for == "trials":
             return ""
         stop, wanted = self._stop, max(self._plan.n_trials, self._plan.spec.search.trials or 0)
-        reasons = Counter(self.closed(group) for group in self._groups)
+        # What goes on to the end has had all its points.
+        reasons = Counter(self.closed(group) or "space" for group in self._groups)
         told = {
             "space": "every configuration of its space has been tried",
             "hours": f"its {stop.hours or 0:g} hours are over (search.stop.hours)",
-            "target": f"every rank has reached {self._plan.spec.steered_by} {stop.target or 0:g} (search.stop.target)",
+            "target": f"{self._plan.spec.steered_by} {stop.target or 0:g} is reached (search.stop.target)",
             "no_gain": f"no more was gained by {stop.no_gain.trials if stop.no_gain else 0} trials in a row "
             "(search.stop.no_gain)",
             "alike_failures": f"{stop.alike_failures} trials in a row failed alike (search.stop.alike_failures)",
         }
-        others = [f"{number} of {len(self._groups)} groups: {told[name]}" for name, number in reasons.items() if name]
-        said = told[stopped_for] if len(others) < 2 or self.at_once else "; ".join(others)
+        parts = [f"{number} of {len(self._groups)} groups: {told[name]}" for name, number in reasons.items()]
+        said = told[stopped_for] if len(parts) < 2 or self.at_once else "; ".join(parts)
         return f"the search ended after {tried} of {wanted} trials: {said}"
 
     def _has_failed(self, course: _Course) -> bool:

@@ -65,8 +65,33 @@ def test_a_rank_that_has_reached_the_target_leaves_its_share_to_the_others(plan_
     both = Course(replace(plan, study_dir=plan.study_dir / "both"), lambda config: 1.04, [])
     both.go()
     assert (len(both.outcomes), both.driver.searcher.stopped_for) == (2, "target")
-    said = "the search ended after 2 of 30 trials: every rank has reached val_residual_ratio 1.05 (search.stop.target)"
+    said = "the search ended after 2 of 30 trials: val_residual_ratio 1.05 is reached (search.stop.target)"
     assert both.end.why("target", 2) == said
+
+
+@pytest.mark.parametrize("within", [(), ("family",)])
+def test_a_rank_without_groups_of_its_own_reaches_the_target_for_itself_alone(
+    plan_of: PlanOf, within: tuple[str, ...]
+) -> None:
+    scheduler = {"kind": "none", "compete_within": within}
+    plan = stopping(plan_of(SPACE, method="random", trials=12, scheduler=scheduler), target=1.05)
+    course = Course(plan, lambda config: 1.04 if config.rank == 8 else 1.5, [])
+    course.go()
+    assert course.count(rank=8)
+    assert (len(course.outcomes), course.driver.searcher.stopped_for) == (12, "trials")
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_what_ended_some_groups_is_not_said_of_those_that_had_all_their_points(plan_of: PlanOf, method: str) -> None:
+    space = {"families": {"sketch": {}}, "rank": [2, 8], "lr": [1e-4, 1e-3, 1e-2]}
+    trials = {} if method == "grid" else {"trials": 30}
+    plan = stopping(plan_of(space, method=method, **trials), target=1.05)
+    course = Course(plan, lambda config: 1.04 if config.rank == 8 else 1.5, [])
+    course.go()
+    assert (course.count(rank=8), course.count(rank=2)) == (1, 3)
+    told = course.end.why(course.driver.searcher.stopped_for or "trials", 4)
+    assert "1 of 2 groups: val_residual_ratio 1.05 is reached" in told
+    assert "1 of 2 groups: every configuration of its space has been tried" in told
 
 
 @pytest.mark.parametrize("after", [0, 9])
