@@ -75,7 +75,9 @@ def test_within_the_block_the_model_sees_the_factors_of_every_image_and_afterwar
         given = {key: value for key, value in inputs.items() if key != "pixel_values"}
         given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=seen)}
         expected = said(model, given)
-        assert torch.equal(within[0], expected[0]) and within[1] == expected[1]
+        # To rounding: on some processors the features that lie elsewhere in memory take another way through a product.
+        torch.testing.assert_close(within[0], expected[0], atol=1e-4, rtol=1e-4)
+        assert within[1] == expected[1]
         assert not torch.equal(within[0], before[0])
         after = said(model, inputs)
         assert torch.equal(after[0], before[0]) and after[1] == before[1]
