@@ -34,7 +34,7 @@ from lowrank_tune.config.fidelity import FidelitySpec
 from lowrank_tune.config.objective import Objective, no_ratio
 from lowrank_tune.config.search import SearchSpec
 from lowrank_tune.config.source import ImageSource, SampleSource, Source, TensorSource
-from lowrank_tune.records import BYTES_AND_ERROR, BYTES_AT_ERROR
+from lowrank_tune.records import BYTES_AND_ERROR, BYTES_AT_ERROR, sign
 
 TOKEN_PIXELS = 28
 """Pixels a side that one merged token of the Qwen2.5-VL tower covers."""
@@ -328,6 +328,17 @@ class StudySpec(Section):
             highest = max(whole_values(search.space.rank))
             if highest > tokens:
                 raise rejected(no_ratio(highest, tokens))
+        return objective
+
+    @field_validator("objective")
+    @classmethod
+    def _can_reach_the_target(cls, objective: Objective, info: ValidationInfo) -> Objective:
+        search, steered_by = info.data.get("search"), objective if isinstance(objective, str) else BYTES_AT_ERROR
+        target = search.stop.target if isinstance(search, SearchSpec) else None
+        bound = float(steered_by in ("val_residual_ratio", "val_token_cosine"))
+        if target is not None and sign(steered_by) * target < sign(steered_by) * bound:
+            side = "above" if sign(steered_by) < 0 else "below"
+            raise rejected(f"{steered_by} is never {side} {bound:g}: no trial can reach search.stop.target, {target:g}")
         return objective
 
     @field_validator("target_error")

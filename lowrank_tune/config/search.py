@@ -58,7 +58,7 @@ class StopSpec(Section):
 class RequireSpec(Section):
     """What a trial must hold on the validation images: no other is called the best of its rank."""
 
-    val_residual_ratio_worst: PositiveFloat | None = None
+    val_residual_ratio_worst: Annotated[Real, Field(ge=1)] | None = None
     """At most this ρ on every image; not above the rank of the images themselves."""
     bytes: PositiveInt | None = None
     """At most so many bytes an image, mean, in the model's own form: coded, or its factors in float16."""

@@ -70,7 +70,10 @@ class SearchEnd:
     @property
     def at_once(self) -> StoppedFor | None:
         """Why the whole search stops, trials at work included, which keep a checkpoint."""
-        if self._stop.hours is not None and self._searched_s() >= 3600 * self._stop.hours - LEAD_S:
+        searched_s = (
+            self._searched_s()
+        )  # asked whatever ends it: `extend` may add hours, which count from the beginning
+        if self._stop.hours is not None and searched_s >= 3600 * self._stop.hours - LEAD_S:
             return "hours"
         if self._ranks <= self._reached:
             return "target"

@@ -170,3 +170,9 @@ def test_the_hours_end_a_study_at_once_and_what_is_at_work_goes_on_when_they_are
     assert told.stopped_for == ["hours", "hours", "trials"]
     trained = [(trial_id, epoch) for trial_id, epoch, _ in told.epochs]
     assert trained == [(outcome.config.trial_id, epoch) for outcome in again for epoch in range(1, 7)]
+
+
+def test_the_seconds_of_a_search_count_even_where_no_hours_end_it(plan_of: PlanOf) -> None:
+    asked: list[float] = []
+    end = SearchEnd(plan_of(), (), lambda: asked.append(0.0) or 0.0)  # type: ignore[func-returns-value]
+    assert (end.at_once, len(asked)) == (None, 1)
